@@ -1,0 +1,29 @@
+#!/usr/bin/env python3
+"""A chat in a few lines: each line of standard input is a message. Run it again and the conversation goes on.
+
+python examples/chat_cli.py [--session NAME] [--model Qwen/Qwen3-0.6B] [--store DIR]
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_attnstore import AttentionStore, ChatSession
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--session", default="chat-example")
+parser.add_argument("--model", default=str(Path(__file__).parent / "small-model"))
+parser.add_argument("--store", help="the store's directory; without it, attnstore in the Hugging Face home")
+args = parser.parse_args()
+
+model = AutoModelForCausalLM.from_pretrained(args.model)
+tokenizer = AutoTokenizer.from_pretrained(args.model)
+
+with AttentionStore(args.store) as store:
+    chat = ChatSession(model, tokenizer, store, args.session, max_new_tokens=60)
+    for line in sys.stdin:
+        chat.send(line.strip(), stream=True)
+        turn = chat.stats
+        print(f"[reused {turn.reused_tokens} tokens, prefilled {turn.prefilled_tokens}]", flush=True)

@@ -1,0 +1,42 @@
+"""hf-attnstore: the KV cache of every conversation, kept and found again."""
+
+from ._version import __version__
+from .cache.attach import attach, detach
+from .cache.cache import AttentionStoreCache
+from .cache.stats import TurnStats
+from .chat import ChatSession
+from .errors import (
+    AttentionStoreError,
+    CacheUseError,
+    GradientError,
+    LoadError,
+    SessionBusyError,
+    SessionNameError,
+    SessionNotFoundError,
+    StoreClosedError,
+    StoreFormatError,
+    UnsupportedModelError,
+)
+from .store.index import SessionInfo
+from .store.store import AttentionStore
+
+__all__ = [
+    "AttentionStore",
+    "AttentionStoreCache",
+    "AttentionStoreError",
+    "CacheUseError",
+    "ChatSession",
+    "GradientError",
+    "LoadError",
+    "SessionBusyError",
+    "SessionInfo",
+    "SessionNameError",
+    "SessionNotFoundError",
+    "StoreClosedError",
+    "StoreFormatError",
+    "TurnStats",
+    "UnsupportedModelError",
+    "__version__",
+    "attach",
+    "detach",
+]

@@ -1,0 +1,91 @@
+"""The picture of a report: time to first token by method, and bandwidth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+from hf_attnstore.bench.figures import spread
+from hf_attnstore.bench.report import TITLES, Result, bandwidths
+
+_PLAIN, _STORE, _BOUND = "#9aa5b1", "#1f6feb", "#57606a"
+_COLOURS = {"kept": _BOUND, "memory": _STORE, "disk": _STORE, "cold": _STORE}
+
+
+def draw(label: str, results: Sequence[Result], path: Path) -> None:
+    """Write a PNG: one row per history length, TTFT on a log axis on the left, bandwidth on the right.
+
+    Bars are medians, whiskers the middle half of the repeats.
+    """
+    matplotlib.use("Agg", force=False)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 0.8 + 3.6 * len(results)), layout="constrained")
+    figure.suptitle(f"attnstore bench: {label}", fontsize=13)
+    axes = figure.subplots(len(results), 2, squeeze=False, width_ratios=[1.1, 1])
+    for row, result in zip(axes, results, strict=True):
+        _ttft(row[0], result)
+        _bandwidth(row[1], result)
+    figure.savefig(path, dpi=130)
+
+
+def _ttft(axis: matplotlib.axes.Axes, result: Result) -> None:
+    keys = [key for key in TITLES if result.measured.samples.get(key)]
+    spreads = [spread([value * 1000 for value in result.series[f"ttft/{key}"]]) for key in keys]
+    medians = [found.median for found in spreads]
+    axis.barh(
+        [TITLES[key] for key in keys],
+        medians,
+        xerr=[[f.median - f.low for f in spreads], [f.high - f.median for f in spreads]],
+        color=[_COLOURS.get(key, _PLAIN) for key in keys],
+        capsize=3,
+    )
+    axis.set_xscale("log")
+    axis.set_xlim(min(medians) / 2, max(medians) * 4)
+    for index, found in enumerate(spreads):
+        axis.annotate(
+            f"{found.median:,.0f} ms",
+            (found.high, index),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+        )
+    work = result.measured.workload
+    axis.set_title(f"Time to first token: {work.history:,} tokens of history, {work.new} new", fontsize=11)
+    axis.set_xlabel("milliseconds, log scale")
+    _tidy(axis)
+
+
+def _bandwidth(axis: matplotlib.axes.Axes, result: Result) -> None:
+    found = bandwidths(result)
+    spreads = [spread([nbytes / value / 2**30 for value in seconds]) for _, nbytes, seconds in found]
+    axis.barh(
+        [title for title, _, _ in found],
+        [f.median for f in spreads],
+        xerr=[[f.median - f.low for f in spreads], [f.high - f.median for f in spreads]],
+        color=[_STORE if title.startswith("store") else _PLAIN for title, _, _ in found],
+        capsize=3,
+    )
+    for index, f in enumerate(spreads):
+        axis.annotate(
+            f"{f.median:.1f}",
+            (f.high, index),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+        )
+    axis.set_title("Bandwidth", fontsize=11)
+    axis.set_xlabel("GiB/s")
+    axis.margins(x=0.12)
+    _tidy(axis)
+
+
+def _tidy(axis: matplotlib.axes.Axes) -> None:
+    axis.invert_yaxis()
+    axis.tick_params(axis="y", labelsize=9, length=0)
+    for side in ("top", "right", "left"):
+        axis.spines[side].set_visible(False)

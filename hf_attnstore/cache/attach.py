@@ -1,0 +1,167 @@
+"""Hooks on a model. They keep no state: the cache is found in the call, so threads and sessions never meet."""
+
+import functools
+import inspect
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import CacheUseError
+from ..store.store import AttentionStore
+from .fingerprint import Fingerprint
+from .restore import Pace
+from .structure import compute_device, decoder_layers
+
+_ATTRIBUTE = "_attnstore_attachment"
+
+
+class Attachment:
+    """What `attach` put on a model, and what is measured of it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.store: AttentionStore | None = None
+        self.fingerprint = Fingerprint(model)
+        self.pace = Pace()
+        self.parameter_names = [
+            name
+            for name, parameter in inspect.signature(model.forward).parameters.items()
+            if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+        ]
+        count = _layer_count(model)
+        layers = decoder_layers(model, count)
+        self.sees_layers = bool(layers)
+        self.devices: list[torch.device | None] = [compute_device(layer) for layer in layers] or [None] * count
+        self.removers: list[Callable[[], None]] = []
+        self.generate: Any = None
+        """An instance attribute `generate` that was there before, if any."""
+        self._install(model, layers)
+
+    def _install(self, model: nn.Module, layers: list[nn.Module]) -> None:
+        handles = [
+            model.register_forward_pre_hook(_before_model, with_kwargs=True),
+            model.register_forward_hook(_after_model, with_kwargs=True),
+        ]
+        for number, layer in enumerate(layers):
+            before = functools.partial(_before_layer, number)
+            after = functools.partial(_after_layer, number)
+            handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(layer.register_forward_hook(after, with_kwargs=True))
+        self.removers = [handle.remove for handle in handles]
+        if callable(getattr(model, "generate", None)):
+            from .generate import generate_with_store
+
+            self.generate = model.__dict__.get("generate")
+            model.__dict__["generate"] = types.MethodType(generate_with_store, model)
+
+    def remove(self, model: nn.Module) -> None:
+        for remove in self.removers:
+            remove()
+        if "generate" in model.__dict__:
+            del model.__dict__["generate"]
+            if self.generate is not None:
+                model.__dict__["generate"] = self.generate
+
+    def original_generate(self, model: nn.Module) -> Callable[..., Any]:
+        if self.generate is not None:
+            return self.generate  # type: ignore[no-any-return]
+        return types.MethodType(type(model).generate, model)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Attachment":
+        """A copy of an attached model is attached too (its hooks are copied with it), with a fingerprint of its own."""
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(self.__dict__)
+        original = self.fingerprint.model
+        twin.fingerprint = Fingerprint(memo.get(id(original), original))
+        twin.pace = Pace()
+        return twin
+
+
+def _layer_count(model: nn.Module) -> int:
+    from .structure import layer_kinds
+
+    return len(layer_kinds(model.config))
+
+
+def owner_of(model: nn.Module) -> nn.Module:
+    """The transformers model itself, below PEFT's wrapper."""
+    base = getattr(model, "get_base_model", None)
+    return base() if callable(base) else model
+
+
+def attachment_of(model: nn.Module) -> Attachment | None:
+    """What is attached to a model; None if nothing is."""
+    return model.__dict__.get(_ATTRIBUTE)
+
+
+def ensure_hooks(model: nn.Module) -> Attachment:
+    """Attaches the hooks, once."""
+    attachment = attachment_of(model)
+    if attachment is None:
+        attachment = Attachment(model)
+        model.__dict__[_ATTRIBUTE] = attachment
+    return attachment
+
+
+def attach(model: nn.Module, store: AttentionStore) -> None:
+    """Makes plain `model.generate(**inputs)` reuse and save through `store`, by content and without a session.
+
+    What can't be kept (batches, embeddings, other caches …) runs as without it.
+
+    Raises:
+        UnsupportedModelError: the model has layers that this version can't keep.
+    """
+    ensure_hooks(owner_of(model)).store = store
+
+
+def detach(model: nn.Module) -> None:
+    """Takes everything off a model that `attach` or an `AttentionStoreCache` put on it. Harmless if nothing is."""
+    model = owner_of(model)
+    attachment = model.__dict__.pop(_ATTRIBUTE, None)
+    if attachment is not None:
+        attachment.remove(model)
+
+
+def _cache_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    from .cache import AttentionStoreCache
+
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, AttentionStoreCache):
+        return cache
+    return next((value for value in args if isinstance(value, AttentionStoreCache)), None)
+
+
+def _before_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    cache = _cache_in(args, kwargs)
+    if cache is None:
+        return None
+    if cache.model is not module:
+        raise CacheUseError(f"the cache was made for another model than this {type(module).__name__}")
+    attachment = attachment_of(module)
+    assert attachment is not None
+    named = {**dict(zip(attachment.parameter_names, args, strict=False)), **kwargs}
+    replaced = cache.begin_forward(named)
+    if not replaced:
+        return None
+    return (), {**named, **replaced}
+
+
+def _after_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    cache = _cache_in(args, kwargs)
+    if cache is not None:
+        cache.end_forward()
+
+
+def _before_layer(number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    cache = _cache_in(args, kwargs)
+    if cache is not None:
+        cache.before_layer(number)
+
+
+def _after_layer(number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    cache = _cache_in(args, kwargs)
+    if cache is not None:
+        cache.after_layer(number)

@@ -1,0 +1,674 @@
+"""AttentionStoreCache: the `Cache` that continues conversations."""
+
+import copy
+import logging
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import Cache
+
+from ..errors import CacheUseError, GradientError, LoadError, SessionBusyError
+from ..session.chain import TokenChain, common_prefix
+from ..session.matching import match_prefix
+from ..session.spans import Span, crop, total_tokens
+from ..store.blocks import chain_root
+from ..store.index import SpanRow
+from ..store.locks import SessionLock
+from ..store.store import AttentionStore
+from .attach import Attachment, ensure_hooks, owner_of
+from .fingerprint import position_limit
+from .inputs import foreign_input, mask_problem, position_problem
+from .layers import FullLayer, SlidingLayer, StoreLayer, make_layer
+from .restore import Restore, plan_restore, resident_from
+from .saver import BlockSaver
+from .stats import TurnStats
+from .structure import layer_kinds
+
+logger = logging.getLogger("hf_attnstore")
+
+_UNKNOWN = "unknown"
+_MAX_EXPECTED_NEW = 4096
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """A forward that is running: so many new tokens in so many rows."""
+
+    count: int
+    rows: int
+
+
+class AttentionStoreCache(Cache):
+    """A cache for `generate` that takes up a conversation where it was left, and keeps it afterwards.
+
+    Pass it as `past_key_values` together with the whole conversation so far. What the store knows of it, from
+    this session or any other text that begins alike, is loaded instead of computed; the tokens that come out are
+    those of plain `generate`.
+
+    Args:
+        model: the model; its hooks are attached by this (see `attach`).
+        session: the name to keep the conversation under; None keeps its blocks only, found again by content.
+        store: the store; default is the one given to `attach`, else one at the default path.
+        save: whether to keep what is computed. False reads only.
+        wait: seconds to wait where another turn is running on the session, instead of failing at once.
+
+    Raises:
+        UnsupportedModelError: the model has layers that this version can't keep; the message names the kind.
+        SessionNameError: the name can't be used.
+
+    An object may serve one turn or many; between turns it holds the KV, so that nothing is loaded twice. In a
+    loop of one's own (`model(input_ids=new, past_key_values=cache)`), `match` or `resume` load, and `save` ends
+    the turn. One thread at a time uses an object.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        session: str | None = None,
+        store: AttentionStore | None = None,
+        *,
+        save: bool = True,
+        wait: float = 0.0,
+    ) -> None:
+        self._model = owner_of(model)
+        kinds = layer_kinds(self._model.config)
+        super().__init__(layers=[make_layer(kind.window) for kind in kinds])
+        self._attachment: Attachment = ensure_hooks(self._model)
+        self._store: AttentionStore | None = store or self._attachment.store or _default_store()
+        self.session = self._store.check_name(session) if session is not None else None
+        self._saving = save
+        self._wait = wait
+        self._limit = position_limit(self._model.config.get_text_config(decoder=True))
+        self._busy = threading.Lock()
+        self._prepare_empty()
+        self._store.register(self)
+
+    def _prepare_empty(self) -> None:
+        self._fingerprint = _UNKNOWN
+        self._chain = TokenChain(chain_root(_UNKNOWN, ""), self._store.block_size if self._store else 256)
+        self._saver: BlockSaver | None = None
+        self._held = 0
+        self._untracked = ""
+        self._forward: _Forward | None = None
+        self._restore: Restore | None = None
+        self._in_turn = False
+        self._checked = False
+        self._lock: SessionLock | None = None
+        self._stats = TurnStats()
+
+    # what users look at
+
+    @property
+    def store(self) -> AttentionStore | None:
+        """Where the KV is kept; None for a copy made by `deepcopy`."""
+        return self._store
+
+    @property
+    def model(self) -> nn.Module:
+        """The model whose KV this is."""
+        return self._model
+
+    @property
+    def stats(self) -> TurnStats:
+        """The numbers of the last turn, or of the one that runs."""
+        return self._stats
+
+    @property
+    def reused_tokens(self) -> int:
+        """Tokens of the last prompt that were not computed again."""
+        return self._stats.reused_tokens
+
+    @property
+    def prefilled_tokens(self) -> int:
+        """Tokens of the last prompt that were computed."""
+        return self._stats.prefilled_tokens
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The ids of the tokens held, as far as ids identify them."""
+        return self._chain.ids.tolist()  # type: ignore[no-any-return]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(session={self.session!r}, tokens={self._held}, layers={len(self.layers)})"
+
+    # loops of one's own
+
+    def match(self, input_ids: torch.Tensor) -> int:
+        """Loads what is known of a conversation, for a loop of one's own.
+
+        Args:
+            input_ids: `[1, tokens]`, the whole conversation so far.
+
+        Returns:
+            The number of leading tokens now in the cache, at most `tokens - 1`: feed the model the rest.
+
+        Raises:
+            SessionBusyError: another turn is running on the session.
+        """
+        ids = _one_row(input_ids)
+        return self._load_now(ids, len(ids) - 1)
+
+    def resume(self) -> torch.Tensor:
+        """Loads all that the store has of the session, for a loop of one's own.
+
+        Returns:
+            The ids `[1, tokens]` of what is now in the cache: feed the model what comes after.
+
+        Raises:
+            SessionNotFoundError: there is no such session.
+        """
+        if self._store is None or self.session is None:
+            raise CacheUseError("resume() needs a cache with a session and a store")
+        ids = np.asarray(self._store.tokens(self.session), dtype=np.int64)
+        count = self._load_now(ids, len(ids))
+        return torch.from_numpy(ids[:count].copy())[None]
+
+    def _load_now(self, ids: np.ndarray, limit: int) -> int:
+        while True:
+            reused = self.begin_turn(ids, limit=limit)
+            try:
+                self._finish_restore()
+            except LoadError as error:
+                self.abandon(error)
+                continue
+            self._checked = False
+            return reused
+
+    def save(self) -> None:
+        """Ends a turn of one's own loop: everything complete is handed to the store, the session updated.
+
+        `generate` does this by itself, and so do `store.flush()` and `store.close()`.
+        """
+        if self._in_turn and self._forward is None and not self._checked:
+            self.end_turn()
+
+    # turns
+
+    def begin_turn(self, ids: np.ndarray, *, limit: int, new_tokens: int = 0, checked: bool = False) -> int:
+        """Starts a turn on the conversation `ids` `[tokens]`: finds and begins to load what is known of it.
+
+        Args:
+            limit: reuse at most so many tokens.
+            new_tokens: how many tokens are expected on top, for the capacity of the layers.
+            checked: the caller vouches for masks and positions, so that forwards need not look at them.
+
+        Returns:
+            The tokens reused; `get_seq_length()` says the same from now on, though the data may still be coming.
+        """
+        self._open_turn()
+        self._checked = checked
+        try:
+            if self._limit is not None and len(ids) > self._limit:
+                self._clear()
+                self._untrack(f"positions beyond {self._limit} change the rotary frequencies of all")
+            for layer in self.layers:
+                if isinstance(layer, FullLayer):
+                    layer.expected = len(ids) + min(new_tokens, max(_MAX_EXPECTED_NEW, len(ids)))
+            reused, spans = self._take_up(ids, limit)
+            self._adopt(ids[:reused], spans)
+        except BaseException:
+            self._close_turn()
+            raise
+        self._stats.prompt_tokens = len(ids)
+        self._stats.reused_tokens = reused
+        return reused
+
+    def begin_unidentified_turn(self, reason: str) -> None:
+        """Starts a turn whose content token ids do not identify: nothing is reused and nothing kept."""
+        self._open_turn()
+        self._checked = True
+        self._clear()
+        self._untrack(reason)
+
+    def _open_turn(self) -> None:
+        if self._in_turn and not self._checked and self._forward is None:
+            self.end_turn()
+        if not self._busy.acquire(blocking=False):
+            raise SessionBusyError("this cache object is in the middle of another turn; make one object per thread")
+        try:
+            if self._store is not None and self.session is not None and self._saving:
+                self._lock = self._store.lock_session(self.session, self._wait)
+            self._in_turn = True
+            self._stats = TurnStats()
+            self._untracked = ""
+            self._settle()
+            self._identify()
+        except BaseException:
+            self._close_turn()
+            raise
+
+    def _close_turn(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+        self._in_turn = self._checked = False
+        if self._busy.locked():
+            self._busy.release()
+
+    def _identify(self) -> None:
+        """Makes sure that what is held, and the chain it goes by, belong to the model as it is now."""
+        if self._store is None:
+            return
+        try:
+            fingerprint = self._attachment.fingerprint.current()
+        except Exception as error:
+            self._clear()
+            self._fingerprint = _UNKNOWN
+            self._untrack(f"the model's weights can't be identified ({error})")
+            return
+        if self._model.training:
+            self._clear()
+            self._untrack("the model is in training mode (model.eval() makes its KV reproducible)")
+        if fingerprint != self._fingerprint:
+            if self._held:
+                self._note("the model's weights or settings changed: what the cache held is computed again")
+            self._clear()
+            self._fingerprint = fingerprint
+            root = chain_root(fingerprint, self._store.namespace)
+            self._chain = TokenChain(root, self._store.block_size)
+            self._saver = BlockSaver(self.layers, self._chain, self._store, fingerprint) if self._saving else None
+        if self.session is not None:
+            before = self._store.session_fingerprint(self.session)
+            if before not in (None, "", fingerprint):
+                self._note(
+                    f"session {self.session!r} was computed by a model with other weights or settings "
+                    f"({before[:12]}, now {fingerprint[:12]}): that KV is not reused"
+                )
+
+    def _take_up(self, ids: np.ndarray, limit: int) -> tuple[int, list[Span]]:
+        """Gets as much of `ids` as possible into the layers: keeps what is there, loads what is known."""
+        if self._untracked:
+            return 0, []
+        if self.rows > 1:
+            self.batch_select_indices(torch.tensor([0]))
+        own = min(common_prefix(self._chain.ids, ids), limit)
+        while True:
+            spans = crop(self._find(ids[:limit]), limit)
+            known = total_tokens(spans)
+            length = max(own, known)
+            if own > known and not self._covers(own, spans):
+                length = known  # a sliding layer has let go of what it would need to stay at `own`
+            if length == 0:
+                self._clear()
+                return 0, spans
+            try:
+                self._held = length
+                self._restore = self._plan(spans, length)
+                if self._restore is not None:
+                    self._restore.start()
+                return length, spans
+            except LoadError as error:
+                self._note(f"a load failed, its tokens are computed again: {error}")
+                self._clear()
+                own = 0
+
+    def _find(self, ids: np.ndarray) -> list[Span]:
+        if self._store is None or not len(ids):
+            return []
+        return match_prefix(ids, self._chain.root, self._chain.block_size, self._store)
+
+    def _covers(self, length: int, spans: Sequence[Span]) -> bool:
+        """Whether the layers hold, or the spans have, all that is needed to go on at `length`."""
+        size = self._chain.block_size
+        return all(
+            resident_from(layer, length, size) >= length or total_tokens(spans) >= length for layer in self.layers
+        )
+
+    def _plan(self, spans: Sequence[Span], length: int) -> Restore | None:
+        if self._store is None:
+            for layer in self.layers:
+                layer.crop_to(length)
+            return None
+        attachment = self._attachment
+        size = self._chain.block_size
+        return plan_restore(self.layers, attachment.devices, spans, length, size, self._store, attachment.pace)
+
+    def _adopt(self, ids: np.ndarray, spans: Sequence[Span]) -> None:
+        """The layers hold `ids` now; `spans` say what of it the store has."""
+        agreed = common_prefix(self._chain.ids, ids)
+        self._chain.crop(agreed)
+        self._chain.append(ids[agreed:])
+        self._held = len(ids)
+        if self._saver is not None:
+            last = spans[-1] if spans else None
+            tail = last.block if last is not None and last.whole and last.block_tokens < self._chain.block_size else None
+            self._saver.begin_turn(min(total_tokens(spans), len(ids)), tail)
+
+    def end_turn(self) -> None:
+        """Ends the turn: hands over what is complete and commits the session. Also after an exception."""
+        try:
+            self._settle()
+            stats = self._stats
+            if self._saver is not None and self._store is not None:
+                saved = self._saver.finish(len(self._chain))
+                self._commit(saved)
+                stats.saved_bytes = self._saver.saved_bytes
+                stats.save_seconds = self._saver.seconds
+            if self._store is not None:
+                self._store.count_turn(
+                    stats.reused_tokens,
+                    stats.prompt_tokens,
+                    stats.loaded_bytes,
+                    stats.load_seconds,
+                    stats.exposed_load_seconds,
+                )
+        finally:
+            self._close_turn()
+
+    def _commit(self, tokens: int) -> None:
+        assert self._store is not None
+        size = self._chain.block_size
+        rows = []
+        for block in range(-(-tokens // size)):
+            start, stop = self._chain.bounds(block)
+            rows.append(SpanRow(self._chain.key(block), 0, min(stop, tokens) - start))
+        if self.session is not None:
+            self._store.commit(self.session, self._fingerprint, rows)
+        elif rows:
+            self._store.touch([row.block for row in rows])
+
+    def abandon(self, error: LoadError) -> None:
+        """A load failed in the middle of a turn: ends the turn with nothing held, to be begun again."""
+        self._note(f"a load failed, its tokens are computed again: {error}")
+        self._forward = None
+        self._clear()
+        self._close_turn()
+
+    def _note(self, reason: str) -> None:
+        self._stats.recomputed = reason
+        logger.warning(reason)
+
+    def _untrack(self, reason: str, *, expected: bool = False) -> None:
+        """From here on the cache holds tokens that ids do not identify: they serve this turn and are not kept."""
+        if not self._untracked:
+            self._untracked = reason
+            if not expected:
+                self._stats.recomputed = reason
+                logger.warning("not reused and not saved from token %d on: %s", len(self._chain), reason)
+
+    # forwards (called by the hooks)
+
+    def begin_forward(self, named: Mapping[str, Any]) -> dict[str, Any] | None:
+        """A forward of the model begins. Returns inputs to replace, if any."""
+        if torch.is_grad_enabled():
+            raise GradientError(
+                "an AttentionStoreCache can't be part of a backward pass: run the model under torch.no_grad() "
+                "or torch.inference_mode(), or train without a cache"
+            )
+        if not self._in_turn:
+            self._begin_own_turn()
+        self._settle(keep_load=True)
+        replaced = self._drop_reused(named)
+        if replaced:
+            named = {**named, **replaced}
+        ids = named.get("input_ids")
+        data = ids if ids is not None else named.get("inputs_embeds")
+        if data is None:
+            raise CacheUseError("the forward has neither input_ids nor inputs_embeds")
+        rows, count = data.shape[0], data.shape[1]
+        if self.rows not in (0, rows):
+            if self.rows != 1:
+                raise CacheUseError(f"the cache holds {self.rows} rows, the forward has {rows}")
+            self.batch_repeat_interleave(rows)
+        self._track(ids, rows, count, named)
+        self._forward = _Forward(count, rows)
+        if self._saver is not None:
+            self._saver.begin_forward(self._chain.full_blocks())
+        return replaced
+
+    def _begin_own_turn(self) -> None:
+        """The first forward of a loop of one's own."""
+        self._open_turn()
+        if self._saver is not None:
+            self._saver.begin_turn(0, None)
+
+    def _drop_reused(self, named: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Assisted decoding feeds the whole prompt in its first forward, whatever the cache holds: leaves out
+        what is held. (Its logits processors and candidates need the whole ids, so they can't be shortened before.)"""
+        ids = named.get("input_ids")
+        prompt = self._stats.prompt_tokens
+        first = self._stats.prefilled_tokens == 0 and self._stats.generated_tokens == 0
+        if not (self._checked and first and self._held and ids is not None and prompt and ids.shape[1] >= prompt):
+            return None
+        width = ids.shape[1]
+        return {
+            name: value[..., self._held :]
+            for name, value in named.items()
+            if isinstance(value, torch.Tensor)
+            and name != "attention_mask"
+            and value.ndim
+            and value.shape[-1] == width
+            and name in ("input_ids", "position_ids", "cache_position", "token_type_ids", "mm_token_type_ids")
+        }
+
+    def _track(self, ids: torch.Tensor | None, rows: int, count: int, named: Mapping[str, Any]) -> None:
+        """Takes down which tokens a forward adds, as long as ids identify them."""
+        if not self._untracked and ids is None:
+            self._untrack("inputs_embeds are not identified by token ids")
+        if not self._untracked and not self._checked:
+            foreign = foreign_input(named)
+            problem = (
+                (f"{foreign} are not identified by token ids" if foreign else None)
+                or mask_problem(named.get("attention_mask"), self._held + count)
+                or position_problem(named.get("position_ids"), self._held, count)
+            )
+            if problem:
+                self._untrack(problem)
+        if self._untracked or ids is None:
+            return
+        host = ids.detach().cpu().numpy()
+        if rows > 1 and not (host == host[0]).all():
+            self._untrack("several rows", expected=True)
+            return
+        row = host[0]
+        if self._limit is not None and self._held + count > self._limit:
+            row = row[: max(self._limit - self._held, 0)]
+            self._untrack(f"positions beyond {self._limit} change the rotary frequencies of all", expected=True)
+        self._chain.append(row)
+
+    def before_layer(self, number: int) -> None:
+        """A decoder layer is about to compute."""
+        if self._restore is not None:
+            self._restore.before_layer(number)
+
+    def after_layer(self, number: int) -> None:
+        """A decoder layer has computed."""
+        if self._saver is not None and self._saver.due and self._forward is not None:
+            self._saver.layer_done(number)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Adds the KV of new tokens, `[batch, heads, tokens, dim]`, to a layer; returns all that queries may see.
+
+        Raises:
+            CacheUseError: not within a forward of the model that this cache was made for.
+            LoadError: what was to be loaded can't be (`generate` catches it and recomputes).
+        """
+        forward = self._forward
+        if forward is None:
+            raise CacheUseError(
+                "the cache did not see this forward begin, so it can't know its tokens: call the model that the "
+                "cache was made with (not a part of it), and keep it attached"
+            )
+        if (key_states.shape[0], key_states.shape[-2]) != (forward.rows, forward.count):
+            raise CacheUseError(
+                f"layer {layer_idx} adds {tuple(key_states.shape)} where the forward has {forward.count} tokens in "
+                f"{forward.rows} rows: this model's KV is not one entry per token"
+            )
+        if self._restore is not None and not self._attachment.sees_layers:
+            self._restore.before_layer(layer_idx)
+        keys, values = self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
+        return keys, values
+
+    def end_forward(self) -> None:
+        """A forward of the model has ended well."""
+        forward, self._forward = self._forward, None
+        if forward is None:
+            return
+        before, self._held = self._held, self._held + forward.count
+        if any(layer.length != self._held for layer in self.layers):
+            lengths = sorted({layer.length for layer in self.layers})
+            raise CacheUseError(f"after {self._held} tokens the layers hold {lengths}: this model can't be kept")
+        prompt = self._stats.prompt_tokens if self._checked else self._held
+        prefilled = max(0, min(self._held, prompt) - before)
+        self._stats.prefilled_tokens += prefilled
+        self._stats.generated_tokens += forward.count - prefilled
+        if not self._checked:
+            self._stats.prompt_tokens = self._held
+        if self._restore is not None:
+            self._finish_restore()
+        if self._saver is not None:
+            self._saver.end_forward()
+
+    # content
+
+    @property
+    def rows(self) -> int:
+        """The batch size of what is held; 0 if nothing is."""
+        return self.layers[0].rows if self.layers else 0  # type: ignore[no-any-return]
+
+    def _finish_restore(self) -> None:
+        restore, self._restore = self._restore, None
+        if restore is None:
+            return
+        try:
+            restore.finish()
+        finally:
+            load = restore.load.stats
+            stats = self._stats
+            stats.loaded_bytes += load.bytes
+            stats.load_seconds += load.seconds
+            stats.exposed_load_seconds += restore.exposed_seconds
+            stats.blocks_from = dict(load.blocks_from)
+        if self._store is not None and restore.load.from_disk:
+            self._store.promote(restore.load.from_disk)
+
+    def _settle(self, *, keep_load: bool = False) -> None:
+        """Puts the cache into a consistent state whatever happened: every layer holds the tokens of all complete
+        forwards and nothing else."""
+        self._forward = None
+        if self._restore is not None and not keep_load:
+            try:
+                self._finish_restore()
+            except LoadError as error:
+                self._note(f"a load failed, its tokens are computed again: {error}")
+                self._clear()
+                return
+        if any(layer.length != self._held for layer in self.layers):
+            self._crop_to(min(self._held, *(layer.length for layer in self.layers)))
+        elif len(self._chain) > self._held:
+            self._chain.crop(self._held)
+            if self._saver is not None:
+                self._saver.crop(self._held)
+
+    def _clear(self) -> None:
+        """Lets go of everything held."""
+        if self._restore is not None:
+            self._restore.abandon()
+            self._restore = None
+        for layer in self.layers:
+            layer.reset()
+        self._held = 0
+        self._chain.crop(0)
+        if self._saver is not None:
+            self._saver.crop(0)
+
+    def _crop_to(self, length: int) -> None:
+        if all(resident_from_window(layer, length) for layer in self.layers):
+            for layer in self.layers:
+                layer.crop_to(length)
+        else:
+            self._reload_windows(length)
+        self._held = length
+        self._chain.crop(length)
+        if self._saver is not None:
+            self._saver.crop(length)
+
+    def _reload_windows(self, length: int) -> None:
+        """A sliding layer has let go of the window before `length`: gets it back from the store."""
+        spans = crop(self._find(self._chain.ids[:length]), length)
+        if total_tokens(spans) < length:
+            raise CacheUseError(
+                f"can't go back to {length} tokens: a sliding-window layer does not hold the window before it any "
+                "more and the store does not have it; call activate_past_recording() before, or reset()"
+            )
+        self._restore = self._plan(spans, length)
+        self._finish_restore()
+
+    # the rest of the Cache contract
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last `-tokens_to_remove` tokens from every layer.
+
+        Raises:
+            ValueError: the number is positive.
+            CacheUseError: the window before that is neither in a sliding layer nor in the store.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes the number of tokens to remove as a negative number, not {tokens_to_remove}")
+        self._finish_restore()
+        self._crop_to(max(0, self._held + tokens_to_remove))
+
+    def reset(self) -> None:
+        """Lets go of everything held; session and store stay."""
+        self._forward = None
+        self._clear()
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._finish_restore()
+        super().batch_repeat_interleave(repeats)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "AttentionStoreCache":
+        """An independent copy of what is held, without session and store: nothing of it is saved."""
+        self._finish_restore()
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        Cache.__init__(twin, layers=[copy.deepcopy(layer, memo) for layer in self.layers])
+        for layer in twin.layers:
+            if isinstance(layer, SlidingLayer):
+                layer.saved_to = None
+        twin._model = self._model
+        twin._attachment = self._attachment
+        twin._store = None
+        twin.session = None
+        twin._saving = False
+        twin._wait = 0.0
+        twin._limit = self._limit
+        twin._busy = threading.Lock()
+        twin._prepare_empty()
+        twin._fingerprint = self._fingerprint
+        twin._chain = TokenChain(self._chain.root, self._chain.block_size, self._chain.ids)
+        twin._held = self._held
+        twin._stats = replace(self._stats)
+        return twin
+
+
+def resident_from_window(layer: StoreLayer, length: int) -> bool:
+    """Whether a layer can be cropped to `length` with what it holds."""
+    return not isinstance(layer, SlidingLayer) or layer.has_window(length)
+
+
+def _one_row(input_ids: torch.Tensor) -> np.ndarray:
+    if input_ids.ndim != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] == 0:
+        raise CacheUseError(f"input_ids must be [1, tokens], not {list(input_ids.shape)}")
+    ids: np.ndarray = input_ids[0].detach().cpu().numpy()
+    return ids
+
+
+_default: AttentionStore | None = None
+_default_lock = threading.Lock()
+
+
+def _default_store() -> AttentionStore:
+    """The store at the default path, opened once per process."""
+    global _default
+    with _default_lock:
+        if _default is None or _default.closed:
+            _default = AttentionStore()
+        return _default

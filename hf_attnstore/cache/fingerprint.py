@@ -1,0 +1,197 @@
+"""The identity of what computes the KV: two models with the same fingerprint make the same keys and values.
+
+Weights are identified by content, from bounded samples of every tensor, so that a name never decides. Changes
+in place are noticed by the tensors' version counters and, since `.data` bypasses those, by a few values of each
+tensor that are compared before every turn.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+LAYOUT_VERSION = 1
+
+_RUNS, _RUN_LENGTH = 16, 64
+_QUICK_VALUES = 8
+
+_IRRELEVANT = frozenset(
+    "_name_or_path _commit_hash transformers_version architectures dtype torch_dtype use_cache return_dict "
+    "output_attentions output_hidden_states bos_token_id eos_token_id pad_token_id id2label label2id".split()
+)
+"""Settings that say nothing about how KV is computed (dtypes are taken from the weights)."""
+
+
+def _sample(tensor: torch.Tensor, runs: int, length: int) -> torch.Tensor:
+    """Up to `runs` evenly spread runs of `length` neighbouring values of `tensor`, as one dimension."""
+    tensor = tensor.detach()
+    if not tensor.is_contiguous():
+        size = min(tensor.numel(), runs * length)
+        places = torch.linspace(0, max(tensor.numel() - 1, 0), size, dtype=torch.float64).long()
+        return tensor[tuple(index.to(tensor.device) for index in torch.unravel_index(places, tensor.shape))]
+    flat = tensor.view(-1)
+    if flat.numel() <= runs * length:
+        return flat
+    step = (flat.numel() - length) // (runs - 1)
+    return flat.as_strided((runs, length), (step, 1), flat.storage_offset()).reshape(-1)
+
+
+def _raw_bytes(values: torch.Tensor) -> bytes:
+    return values.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _offloaded(module: nn.Module, name: str) -> torch.Tensor | None:
+    """The content of a parameter that accelerate has moved away."""
+    hook = getattr(module, "_hf_hook", None)
+    for candidate in getattr(hook, "hooks", (hook,)):
+        weights = getattr(candidate, "weights_map", None)
+        if weights is not None:
+            try:
+                return weights[name]  # type: ignore[no-any-return]
+            except KeyError:
+                continue
+    return None
+
+
+def _tensors(model: nn.Module, *, fetch_offloaded: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every parameter and buffer by name; offloaded ones with their content if asked."""
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is None or id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            if tensor.device.type == "meta" and fetch_offloaded:
+                tensor = _offloaded(module, name)
+                if tensor is None:
+                    raise ValueError(f"the content of {prefix}.{name} is not available")
+            yield f"{prefix}.{name}", tensor
+
+
+def _adapter_state(model: nn.Module) -> list[Any]:
+    """Which adapters are active, merged and disabled, in every layer that can have some (PEFT)."""
+    return [
+        [
+            sorted(map(str, module.active_adapters)),
+            sorted(map(str, module.merged_adapters)),
+            bool(module.disable_adapters),
+            sorted((str(name), float(scale)) for name, scale in getattr(module, "scaling", {}).items()),
+        ]
+        for module in model.modules()
+        if hasattr(type(module), "merged_adapters") or "merged_adapters" in module.__dict__
+    ]
+
+
+def _relevant(config: Any) -> Any:
+    if isinstance(config, dict):
+        return {str(key): _relevant(value) for key, value in config.items() if key not in _IRRELEVANT}
+    if isinstance(config, (list, tuple)):
+        return [_relevant(value) for value in config]
+    return config if isinstance(config, (int, float, bool, str, type(None))) else str(config)
+
+
+def has_length_dependent_rope(config: Any) -> bool:
+    """Whether the rotary frequencies change with the length of the text (dynamic NTK, LongRoPE)."""
+    return any(rope.get("rope_type", rope.get("type")) in ("dynamic", "longrope") for rope in _ropes(config))
+
+
+def _ropes(config: Any) -> Iterator[dict[str, Any]]:
+    found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    if isinstance(found, dict):
+        yield found
+        yield from (rope for rope in found.values() if isinstance(rope, dict))
+
+
+def position_limit(config: Any) -> int | None:
+    """The number of tokens up to which KV depends on nothing that comes later; None if that is always so."""
+    if not has_length_dependent_rope(config):
+        return None
+    limits = [config.max_position_embeddings, getattr(config, "original_max_position_embeddings", None)]
+    limits += [rope.get("original_max_position_embeddings") for rope in _ropes(config)]
+    return min(int(limit) for limit in limits if limit)
+
+
+class Fingerprint:
+    """The fingerprint of one model, kept up to date cheaply.
+
+    `current()` costs a pass over the tensors' version counters and a few of their values; only when those have
+    changed is the sample of all weights taken again.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._marks: Any = None
+        self._value: str = ""
+
+    def current(self) -> str:
+        """The fingerprint (40 hex digits) of the model as it is now.
+
+        Raises:
+            ValueError, RuntimeError: the weights can't be read.
+        """
+        marks = self._current_marks()
+        if marks != self._marks:
+            self._value = self._compute()
+            self._marks = marks
+        return self._value
+
+    def _settings(self) -> str:
+        config = self.model.config
+        device = next(self.model.parameters()).device.type
+        autocast = str(torch.get_autocast_dtype(device)) if _autocast_enabled(device) else ""
+        settings = {
+            "class": type(self.model).__name__,
+            "config": _relevant(config.to_dict()),
+            "attention": str(getattr(config, "_attn_implementation", "")),
+            "autocast": autocast,
+            "adapters": _adapter_state(self.model),
+            "layout": LAYOUT_VERSION,
+        }
+        return json.dumps(settings, sort_keys=True)
+
+    def _wanted(self, *, fetch_offloaded: bool) -> Iterator[tuple[str, torch.Tensor]]:
+        varying = has_length_dependent_rope(self.model.config.get_text_config(decoder=True))
+        for name, tensor in _tensors(self.model, fetch_offloaded=fetch_offloaded):
+            if not (varying and name.endswith("inv_freq")):
+                yield name, tensor
+
+    def _current_marks(self) -> tuple[Any, ...]:
+        versions = []
+        samples: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+        for _, tensor in self._wanted(fetch_offloaded=False):
+            present = tensor.device.type != "meta"
+            # inference tensors have no version counter; nothing but the sample watches them
+            version = tensor._version if not tensor.is_inference() else -1
+            versions.append((id(tensor), version, tensor.data_ptr() if present else 0))
+            if present and tensor.numel():
+                samples.setdefault((tensor.device, tensor.dtype), []).append(_sample(tensor, _QUICK_VALUES, 1))
+        quick = [_raw_bytes(torch.cat(values)) for values in samples.values()]
+        return self._settings(), versions, quick
+
+    def _compute(self) -> str:
+        hasher = hashlib.blake2b(digest_size=20, person=b"attnstore-model")
+        hasher.update(self._settings().encode())
+        described: list[str] = []
+        samples: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+        for name, tensor in sorted(self._wanted(fetch_offloaded=True), key=lambda item: item[0]):
+            described.append(f"{name} {tensor.dtype} {tuple(tensor.shape)}")
+            if tensor.numel():
+                part = _sample(tensor, _RUNS, _RUN_LENGTH)
+                # where a weight lies must not matter, so samples are put in order by dtype alone
+                samples.setdefault((torch.device("cpu"), tensor.dtype), []).append(part.cpu())
+        hasher.update("\n".join(described).encode())
+        for key in sorted(samples, key=str):
+            hasher.update(_raw_bytes(torch.cat(samples[key])))
+        return hasher.hexdigest()
+
+
+def _autocast_enabled(device_type: str) -> bool:
+    try:
+        return torch.is_autocast_enabled(device_type)
+    except RuntimeError:  # a device type without autocast
+        return False
+
+

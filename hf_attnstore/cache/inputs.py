@@ -1,0 +1,52 @@
+"""Which inputs token ids identify, and which they do not.
+
+KV may be kept under token ids only if nothing else went into it: no embeddings or images, no padding, no
+positions or masks of the caller's own. Whatever is not known to be harmless counts as harmful.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+_NEUTRAL = frozenset(
+    "input_ids inputs past_key_values attention_mask position_ids cache_position logits_to_keep num_logits_to_keep "
+    "labels generation_config negative_prompt_ids negative_prompt_attention_mask".split()
+)
+_NEUTRAL_IF_ZERO = frozenset("token_type_ids mm_token_type_ids moe_mm_token_type_ids".split())
+
+
+def _is_data(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return True
+    return isinstance(value, (list, tuple)) and any(_is_data(item) for item in value)
+
+
+def foreign_input(named: Mapping[str, Any]) -> str | None:
+    """The name of an input that carries content which the token ids do not identify; None if there is none."""
+    for name, value in named.items():
+        if name in _NEUTRAL or not _is_data(value):
+            continue
+        if name in _NEUTRAL_IF_ZERO and isinstance(value, torch.Tensor) and not value.any():
+            continue
+        return name
+    return None
+
+
+def mask_problem(mask: Any, total: int) -> str | None:
+    """Why an attention mask keeps KV from being reusable; None if it is absent, or all ones for `total` tokens."""
+    if mask is None:
+        return None
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or mask.shape[1] != total:
+        return "an attention mask of the caller's own"
+    return None if bool((mask == 1).all()) else "an attention mask with zeros (padding)"
+
+
+def position_problem(position_ids: Any, start: int, count: int) -> str | None:
+    """Why position ids keep KV from being reusable; None if absent, or `start`, `start + 1`, … for `count` tokens."""
+    if position_ids is None:
+        return None
+    expected = torch.arange(start, start + count)
+    given = position_ids.detach().cpu()
+    same = given.shape[-1] == count and bool((given == expected).all())
+    return None if same else "position ids of the caller's own"

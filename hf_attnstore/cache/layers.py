@@ -1,0 +1,301 @@
+"""Cache layers whose tensors are grown in place: one class for each kind of transformers layer.
+
+A layer holds the KV of positions `[first, length)` in buffers `[batch, heads, capacity, dim]`. New tokens are
+written behind the old ones; only when the capacity is used up are the old ones copied, to buffers that are
+larger by a constant factor.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from ..store.blocks import TensorSpec
+
+_GROWTH = 1.5
+_GRANULE = 64
+NAMES = ("keys", "values")
+
+
+class StoreLayer(CacheLayerMixin):
+    """What all kinds share: the buffers, and waiting for what is still on its way into them."""
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+    window: int | None = None
+
+    def __init__(self) -> None:
+        # not CacheLayerMixin's: it assigns keys and values, which are views here
+        self.first = 0
+        """Position of the first token held."""
+        self.length = 0
+        """One past the position of the last token: what the layer counts as its sequence length."""
+        self.expected = 0
+        """Tokens that the layer will need to hold, as far as known: no growing before that."""
+        self.pending: Callable[[], None] | None = None
+        """Waits until what was to be loaded is in place."""
+        self._buffers: list[torch.Tensor] = []
+
+    # tensors
+
+    @property
+    def is_initialized(self) -> bool:  # type: ignore[override]
+        return bool(self._buffers)
+
+    @property
+    def keys(self) -> torch.Tensor | None:  # type: ignore[override]
+        """`[batch, heads, tokens, dim]`: the tokens that the next forward will see. A view."""
+        return self._visible(0)
+
+    @property
+    def values(self) -> torch.Tensor | None:  # type: ignore[override]
+        """`[batch, heads, tokens, dim]`: see `keys`."""
+        return self._visible(1)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._buffers[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._buffers[0].device
+
+    @property
+    def rows(self) -> int:
+        """The batch size; 0 before the first token."""
+        return self._buffers[0].shape[0] if self._buffers else 0
+
+    def _visible(self, index: int) -> torch.Tensor | None:
+        if not self._buffers:
+            return None
+        self.settle()
+        return self._view(index, self._visible_from())
+
+    def _visible_from(self) -> int:
+        return self.first
+
+    def _view(self, index: int, low: int) -> torch.Tensor:
+        return self._buffers[index][..., low - self.first : self.length - self.first, :]
+
+    def settle(self) -> None:
+        """Waits for what is still on its way.
+
+        Raises:
+            LoadError: it will not come.
+        """
+        if self.pending is not None:
+            wait, self.pending = self.pending, None
+            wait()
+
+    def nbytes_per_token(self) -> int:
+        """Bytes of one token's KV in one row."""
+        return sum(b[0, ..., :1, :].nbytes for b in self._buffers)
+
+    def piece(self, start: int, stop: int) -> dict[str, torch.Tensor]:
+        """The first row's KV of positions `[start, stop)`, each tensor `[heads, tokens, dim]`. Views."""
+        return {name: target for name, target in zip(NAMES, self._row(start, stop), strict=True)}
+
+    def _row(self, start: int, stop: int) -> list[torch.Tensor]:
+        rows = [b[0, ..., start - self.first : stop - self.first, :] for b in self._buffers]
+        return [row.unsqueeze(0) if row.ndim == 2 else row for row in rows]
+
+    def holds(self, start: int, stop: int) -> bool:
+        return bool(self._buffers) and self.first <= start and stop <= self.length
+
+    # growing
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self._allocate(max(key_states.shape[-2], self.expected), (key_states, value_states))
+
+    def _allocate(self, capacity: int, like: tuple[torch.Tensor, ...]) -> None:
+        capacity = -(-capacity // _GRANULE) * _GRANULE
+        # a tensor made in inference mode could not be written to outside of it, by the next turn say
+        with torch.inference_mode(False):
+            self._buffers = [
+                torch.empty((*t.shape[:-2], capacity, t.shape[-1]), dtype=t.dtype, device=t.device) for t in like
+            ]
+
+    def _make_room(self, tokens: int, like: tuple[torch.Tensor, ...]) -> None:
+        """Capacity for `tokens` more, letting go of what is not needed any more."""
+        if not self._buffers:
+            self._allocate(max(tokens, self.expected - self.first), like)
+            return
+        if like[0].ndim != self._buffers[0].ndim:  # restored with a heads dimension that the model does not have
+            self._buffers = [buffer.squeeze(1) for buffer in self._buffers]
+        if like[0].device != self.device:
+            self._buffers = [b.to(t.device) for b, t in zip(self._buffers, like, strict=True)]
+        capacity = self._buffers[0].shape[-2]
+        if self.length - self.first + tokens <= capacity:
+            return
+        keep = self._keep_from()
+        held = self.length - keep
+        old = self._buffers
+        wanted = max(held + tokens, min(self.expected - keep, 2 * capacity), int(held * _GROWTH))
+        self._allocate(wanted, tuple(old))
+        for source, target in zip(old, self._buffers, strict=True):
+            target[..., :held, :].copy_(source[..., keep - self.first : self.length - self.first, :])
+        self.first = keep
+
+    def _keep_from(self) -> int:
+        """Position of the first token that is still needed."""
+        return self.first
+
+    def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        states = (key_states, value_states)
+        count = key_states.shape[-2]
+        self._make_room(count, states)
+        slot = self.length - self.first
+        for buffer, state in zip(self._buffers, states, strict=True):
+            buffer[..., slot : slot + count, :].copy_(state)
+        self.length += count
+
+    def restore(
+        self, first: int, start: int, stop: int, specs: tuple[TensorSpec, TensorSpec], device: torch.device | None
+    ) -> list[torch.Tensor]:
+        """Makes the layer hold positions `[first, stop)` in one row, of which `[start, stop)` are about to arrive.
+
+        Returns:
+            Where they go: keys and values, each `[heads, stop - start, dim]`.
+        """
+        if start == first:
+            like = tuple(
+                torch.empty((1, s.shape[0], 0, s.shape[-1]), dtype=s.dtype, device=device or "cpu") for s in specs
+            )
+            self._buffers, self.first, self.length = [], first, first
+            self.expected = max(self.expected, stop)
+            self._make_room(stop - first, like)
+        else:
+            self.length = start
+            self._make_room(stop - start, tuple(self._buffers))
+        self.length = stop
+        return self._row(start, stop)
+
+    # the contract of a transformers layer
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Adds the KV of new tokens, each `[batch, heads, tokens, dim]`; returns all that the queries may see."""
+        raise NotImplementedError
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last `-tokens_to_remove` tokens; 0 removes none."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes the number of tokens to remove as a negative number, not {tokens_to_remove}")
+        self.settle()
+        self.crop_to(max(0, self.length + tokens_to_remove))
+
+    def crop_to(self, length: int) -> None:
+        """Keeps the first `length` tokens."""
+        self.length = min(self.length, length)
+        if self.length == 0:
+            self.reset()
+
+    def reset(self) -> None:
+        self.pending = None
+        self._buffers = []
+        self.first = self.length = 0
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._select_rows(lambda buffer: buffer.index_select(0, beam_idx.to(buffer.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._select_rows(lambda buffer: buffer.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._select_rows(lambda buffer: buffer[indices, ...])
+
+    def _select_rows(self, select: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        if self.get_seq_length() == 0:
+            return
+        self.settle()
+        with torch.inference_mode(False):
+            self._buffers = [select(buffer) for buffer in self._buffers]
+
+
+class FullLayer(StoreLayer):
+    """Full attention: every token stays."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.settle()
+        self._append(key_states, value_states)
+        return self._view(0, self.first), self._view(1, self.first)
+
+
+class SlidingLayer(StoreLayer):
+    """Sliding window: queries see the last `window - 1` tokens before them.
+
+    Tokens that fall out of the window are kept until the store has them (`saved_to`), and until `crop` while the
+    past is being recorded.
+    """
+
+    is_sliding = True
+
+    def __init__(self, window: int) -> None:
+        super().__init__()
+        self.window = window
+        self.sliding_window = window  # the name under which transformers looks for it
+        self.record_past = False
+        self.saved_to: int | None = None
+        """Position up to which the store has the KV; None if it will not have any."""
+        self._recorded_from = 0
+
+    def _window_from(self, length: int) -> int:
+        return max(length - (self.window or 0) + 1, 0)
+
+    def _visible_from(self) -> int:
+        return max(self._recorded_from if self.record_past else self._window_from(self.length), self.first)
+
+    def _keep_from(self) -> int:
+        keep = self._window_from(self.length)
+        if self.record_past:
+            keep = min(keep, self._recorded_from)
+        if self.saved_to is not None:
+            keep = min(keep, self.saved_to)
+        return max(keep, self.first)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.settle()
+        low = self._window_from(self.length)
+        self._append(key_states, value_states)
+        return self._view(0, low), self._view(1, low)
+
+    def get_max_length(self) -> int:
+        return self.window or -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        offset = self._window_from(self.length)
+        return self.length - offset + query_length, offset
+
+    def activate_past_recording(self) -> None:
+        """From now on every token stays until the next `crop`, so that it can go back."""
+        self.record_past = True
+        self._recorded_from = max(self._window_from(self.length), self.first)
+
+    def has_window(self, length: int) -> bool:
+        """Whether the layer still holds what it would show if it were cropped to `length`."""
+        return length == 0 or (self.first <= self._window_from(length) and length <= self.length and self.is_initialized)
+
+    def crop_to(self, length: int) -> None:
+        super().crop_to(length)
+        self._recorded_from = max(self._window_from(self.length), self.first)
+
+
+def make_layer(window: int | None) -> StoreLayer:
+    """The layer for a kind: full attention, or sliding attention with a window of so many tokens."""
+    return FullLayer() if window is None else SlidingLayer(window)

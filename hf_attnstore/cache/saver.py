@@ -1,0 +1,222 @@
+"""Handing new KV to the store, block by block, as the layers compute it."""
+
+import logging
+import time
+from collections.abc import Sequence
+
+import torch
+
+from ..session.chain import TokenChain
+from ..store.blocks import Block, BlockMeta, Key
+from ..store.store import AttentionStore
+from .layers import SlidingLayer, StoreLayer
+from .restore import tensor_name
+
+logger = logging.getLogger("hf_attnstore")
+
+
+class _Piecewise:
+    """A block that is being put together, layer by layer."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, dict[str, torch.Tensor]] = {}
+        self.reserved = 0
+        self.arriving: list[torch.cuda.Event] = []
+
+
+class BlockSaver:
+    """Copies complete blocks out of a cache's layers and gives them to the store.
+
+    During a forward each layer's part is copied as soon as the layer is done; nothing is ever waited for there.
+    What could not be handed over then, and the short block at the end, follow in `finish`.
+    """
+
+    def __init__(self, layers: Sequence[StoreLayer], chain: TokenChain, store: AttentionStore, fingerprint: str) -> None:
+        self._layers = layers
+        self._chain = chain
+        self._store = store
+        self._fingerprint = fingerprint
+        self._next = 0
+        self._open: dict[int, _Piecewise] = {}
+        self._known: dict[int, bool] = {}
+        self._tail: tuple[int, Key] | None = None
+        self._stalled = False
+        self.due = False
+        """Whether the forward that runs now completes a block: if not, its layers have nothing to hand over."""
+        self.saved_bytes = 0
+        self.seconds = 0.0
+
+    def begin_turn(self, in_store: int, tail: Key | None) -> None:
+        """Sets where saving starts.
+
+        Args:
+            in_store: number of leading tokens that the store has.
+            tail: the short block that ends them, which the next block at its place will supersede.
+        """
+        self._drop_open()
+        self._next = in_store // self._chain.block_size
+        self._tail = (self._next, tail) if tail is not None else None
+        self._stalled = False
+        self.saved_bytes = 0
+        self.seconds = 0.0
+        self._mark_saved()
+
+    def crop(self, tokens: int) -> None:
+        """The cache went back to `tokens` tokens: blocks behind that are put together anew."""
+        block = tokens // self._chain.block_size
+        self._next = min(self._next, block)
+        for number in [number for number in self._open if number >= block]:
+            self._store.release(self._open.pop(number).reserved)
+        self._known = {number: known for number, known in self._known.items() if number < block}
+        self._mark_saved()
+
+    def _mark_saved(self) -> None:
+        for layer in self._layers:
+            if isinstance(layer, SlidingLayer):
+                layer.saved_to = self._next * self._chain.block_size
+
+    def release(self) -> None:
+        """Saving has ended: layers need not keep tokens for it."""
+        self._drop_open()
+        for layer in self._layers:
+            if isinstance(layer, SlidingLayer):
+                layer.saved_to = None
+
+    def _drop_open(self) -> None:
+        for piecewise in self._open.values():
+            self._store.release(piecewise.reserved)
+        self._open.clear()
+        self._known.clear()
+
+    # during a forward
+
+    def begin_forward(self, full_blocks: int) -> None:
+        """A forward begins after which `full_blocks` blocks of the chain are complete."""
+        self.due = full_blocks > self._next and not self._stalled
+        self._until = full_blocks
+
+    def layer_done(self, number: int) -> None:
+        """Copies a layer's part of the blocks that this forward completes."""
+        began = time.perf_counter()
+        for block in range(self._next, self._until):
+            if not self._in_store(block) and not self._copy(block, number, wait=False):
+                break
+        self.seconds += time.perf_counter() - began
+
+    def end_forward(self) -> None:
+        """Gives the store the blocks that all layers have contributed to."""
+        if not self.due:
+            return
+        began = time.perf_counter()
+        while self._next < self._until:
+            if not self._in_store(self._next):
+                complete = all(self._copy(self._next, number, wait=False) for number in range(len(self._layers)))
+                if not complete:
+                    break
+                self._put(self._next)
+            self._next += 1
+        self._mark_saved()
+        self.due = False
+        self.seconds += time.perf_counter() - began
+
+    def _in_store(self, block: int) -> bool:
+        if block not in self._known:
+            self._known[block] = self._store.has(self._chain.key(block))
+        return self._known[block]
+
+    def _copy(self, block: int, number: int, *, wait: bool) -> bool:
+        """Copies one layer's part of a block to host memory; False if there is no room for it."""
+        if self._stalled:
+            return False
+        piecewise = self._open.setdefault(block, _Piecewise())
+        if number in piecewise.layers:
+            return True
+        layer = self._layers[number]
+        start, stop = self._chain.bounds(block)
+        if not layer.holds(start, stop):
+            return False
+        source = layer.piece(start, stop)
+        size = sum(tensor.nbytes for tensor in source.values())
+        if not self._store.reserve(size, wait=wait):
+            # bytes of a block that can't be completed now would be missing where they could be used
+            self._store.release(self._open.pop(block).reserved)
+            self._stalled = not wait
+            return False
+        piecewise.reserved += size
+        piecewise.layers[number] = {
+            tensor_name(number, name): self._to_host(tensor, piecewise) for name, tensor in source.items()
+        }
+        return True
+
+    @staticmethod
+    def _to_host(tensor: torch.Tensor, piecewise: _Piecewise) -> torch.Tensor:
+        with torch.inference_mode(False):
+            if tensor.device.type != "cuda":
+                copy = torch.empty(tensor.shape, dtype=tensor.dtype)
+                return copy.copy_(tensor)
+            copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        stream = _save_stream(tensor.device)
+        stream.wait_stream(torch.cuda.current_stream(tensor.device))
+        with torch.cuda.stream(stream):
+            copy.copy_(tensor, non_blocking=True)
+            tensor.record_stream(stream)
+            event = torch.cuda.Event()
+            event.record(stream)
+        piecewise.arriving.append(event)
+        return copy
+
+    def _put(self, block: int) -> None:
+        piecewise = self._open.pop(block)
+        tensors = {name: t for number in range(len(self._layers)) for name, t in piecewise.layers[number].items()}
+        meta = BlockMeta(
+            key=self._chain.key(block),
+            parent=self._chain.parent(block),
+            fingerprint=self._fingerprint,
+            namespace=self._store.namespace,
+            start=self._chain.bounds(block)[0],
+            tokens=self._chain.tokens(block),
+        )
+        supersedes = self._tail[1] if self._tail is not None and self._tail[0] == block else None
+        self._store.put(Block(meta, tensors, piecewise.arriving), supersedes)
+        self.saved_bytes += piecewise.reserved
+        self._tail = (block, meta.key) if meta.token_count < self._chain.block_size else None
+
+    # after the turn
+
+    def finish(self, tokens: int) -> int:
+        """Hands over everything up to `tokens` that was not handed over yet, the short last block included.
+
+        Waits for room in host memory where that will come. Returns the number of leading tokens that the store has.
+        """
+        began = time.perf_counter()
+        self._stalled = False
+        size = self._chain.block_size
+        while self._next * size < tokens:
+            block = self._next
+            start, stop = self._chain.bounds(block)
+            if not self._in_store(block):
+                if not all(self._copy(block, number, wait=True) for number in range(len(self._layers))):
+                    if block in self._open:
+                        self._store.release(self._open.pop(block).reserved)
+                    logger.debug("KV from token %d on is not saved: no room, or not in the cache any more", start)
+                    break
+                self._put(block)
+            if stop - start < size:
+                self._known.pop(block, None)  # the tail's key changes when it grows
+                self._mark_saved()
+                self.seconds += time.perf_counter() - began
+                return stop
+            self._next += 1
+        self._mark_saved()
+        self.seconds += time.perf_counter() - began
+        return min(self._next * size, tokens)
+
+
+_streams: dict[torch.device, torch.cuda.Stream] = {}
+
+
+def _save_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream, one for each device, on which KV leaves it."""
+    if device not in _streams:
+        _streams[device] = torch.cuda.Stream(device)
+    return _streams[device]

@@ -1,0 +1,31 @@
+"""What a turn did, in numbers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass
+class TurnStats:
+    """One turn of a cache: one `generate`, or the manual forwards since the last `save`."""
+
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    """Tokens of the prompt whose KV was there already: in this cache, or from the store."""
+    prefilled_tokens: int = 0
+    """Tokens of the prompt that the model was really given, counted in its forwards."""
+    generated_tokens: int = 0
+    """Tokens after the prompt that the model was given."""
+    loaded_bytes: int = 0
+    """Bytes of KV put in place from the store."""
+    saved_bytes: int = 0
+    """Bytes of KV handed to the store; what it had already is not handed over."""
+    load_seconds: float = 0.0
+    """Time the I/O threads spent on loading."""
+    exposed_load_seconds: float = 0.0
+    """Time the model had to wait for a load: what overlap did not hide."""
+    save_seconds: float = 0.0
+    """Time the model had to wait for saving: handing over."""
+    blocks_from: Mapping[str, int] = field(default_factory=dict)
+    """Number of blocks loaded, by tier."""
+    recomputed: str = ""
+    """Why something that could have been reused was not; empty if nothing was."""

@@ -1,0 +1,308 @@
+"""ChatSession: a conversation in messages, over a model, its chat template and a store.
+
+Messages go in, text comes out; between the turns, and between processes, the store keeps the attention state
+and this class keeps the messages beside it, under the same session name.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import jinja2
+
+from .cache import AttentionStoreCache, TurnStats
+from .errors import AttentionStoreError, SessionNotFoundError
+from .store import AttentionStore
+from .timing import GenerateRun, timed_generate
+from .transcript import Message, Prompt, Transcript
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+METADATA_KEY = "chat"
+DEFAULT_MAX_NEW_TOKENS = 200
+
+Stream = Callable[[str], None] | bool | None
+Finish = Literal["eos", "length", "window", "stopped", "interrupted"]
+
+
+class ChatTemplateError(AttentionStoreError):
+    """The tokenizer has no chat template, or its template refuses these messages."""
+
+
+class ContextWindowError(AttentionStoreError):
+    """The conversation leaves no room for an answer in the model's context window."""
+
+
+@dataclass(frozen=True)
+class ChatTurn:
+    """What one turn was. Times are in seconds, from the call of `generate`.
+
+    `ttft_seconds` is `None` if no token came, or under beam search. `finish` says why the answer ended: at an
+    end-of-turn token, at `max_new_tokens` ("length"), at the end of the model's context window, by another
+    stopping criterion, or by an interruption.
+    """
+
+    prompt_tokens: int
+    reused_tokens: int
+    prefilled_tokens: int
+    generated_tokens: int
+    ttft_seconds: float | None
+    tokens_per_second: float | None
+    seconds: float
+    finish: Finish
+    cache: TurnStats
+
+
+class ChatSession:
+    """A conversation that goes on where it left off, also in another process.
+
+    Args: model: a causal language model of transformers. tokenizer: its tokenizer, with a chat template.
+        store: the `AttentionStore` that keeps keys, values and messages. session: the conversation's name in
+        the store. If it exists, `history` continues it. system: system message. Given for a session that has
+        another one, it takes its place (and the state that depends on it, all of it, is recomputed once).
+        template_kwargs: passed to the chat template, such as `{"enable_thinking": False}`. generate_defaults:
+        arguments for every `generate`, such as `max_new_tokens` (200 if not said) or `do_sample`.
+
+    Raises:
+        ChatTemplateError: the tokenizer has no chat template.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        store: AttentionStore,
+        session: str,
+        system: str | None = None,
+        *,
+        template_kwargs: dict[str, Any] | None = None,
+        **generate_defaults: Any,
+    ) -> None:
+        if not tokenizer.chat_template:
+            name = tokenizer.name_or_path or type(tokenizer).__name__
+            raise ChatTemplateError(
+                f"the tokenizer {name!r} has no chat template, so messages can't become a prompt: use an "
+                "instruction-tuned model, "
+                "or set tokenizer.chat_template"
+            )
+        self.model = model
+        self.tokenizer = tokenizer
+        self.store = store
+        self.session = session
+        self.template_kwargs = template_kwargs or {}
+        self.generate_defaults = generate_defaults
+        self._turn: ChatTurn | None = None
+        self._cache: AttentionStoreCache | None = None
+        self._metadata = self._saved_metadata()
+        self._transcript = self._saved_transcript().with_system(system)
+
+    @property
+    def history(self) -> list[Message]:
+        """The messages so far, oldest first, as `{"role": …, "content": …}`. A copy."""
+        return [dict(message) for message in self._transcript.messages]
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The exact token ids of the conversation so far, as they were fed and generated. A copy."""
+        return list(self._transcript.ids)
+
+    @property
+    def stats(self) -> ChatTurn | None:
+        """What the last turn of this object was; `None` before the first."""
+        return self._turn
+
+    def prompt_ids(self, text: str) -> list[int]:
+        """The token ids that `send(text)` would feed: the exact conversation so far, and what the chat
+        template makes of `text`.
+        """
+        return list(self._prompt(self._transcript, text).ids)
+
+    def send(self, text: str, stream: Stream = None, **generate_kwargs: Any) -> str:
+        """Says `text` to the model and returns its answer.
+
+        `stream` gets the answer's text piece by piece while it is generated; `True` writes it to standard
+        output. `generate_kwargs` go to `model.generate`, over the session's defaults. The answer never
+        outgrows the context window: near its end it is cut, and `stats.finish` is "window".
+
+        If generating is interrupted (KeyboardInterrupt, an exception in `stream` or anywhere else), what was
+        produced so far becomes the answer and stays in `history`; if nothing was, the message is dropped, as
+        if it had not been sent. Either way the exception goes on to the caller and the session can be used.
+
+        Raises: ContextWindowError: no room for an answer in the context window. The session is as it was.
+            ChatTemplateError: the chat template refuses the messages, such as a system message that it has no
+            place for.
+        """
+        return self._answer(self._transcript, text, stream, generate_kwargs)
+
+    def retry(self, stream: Stream = None, **generate_kwargs: Any) -> str:
+        """Takes the last answer back and generates another one for the same message.
+
+        Greedy decoding would only repeat it: pass `do_sample=True` or the like. If nothing could be
+        generated, the old answer stays. Raises `ValueError` when there is no answer yet.
+        """
+        earlier, text = self._transcript.undone()
+        return self._answer(earlier, text, stream, generate_kwargs)
+
+    def undo(self) -> str:
+        """Takes the last turn back, message and answer, and returns the message. Raises `ValueError` when
+        there is none.
+        """
+        earlier, text = self._transcript.undone()
+        self._remember(earlier)
+        return text
+
+    def _answer(self, before: Transcript, text: str, stream: Stream, generate_kwargs: dict[str, Any]) -> str:
+        prompt = self._prompt(before, text)
+        kwargs: dict[str, Any] = {
+            "pad_token_id": self._pad_token_id(),
+            **self.generate_defaults,
+            **generate_kwargs,
+        }
+        wanted = _wanted_tokens(kwargs, len(prompt.ids))
+        kwargs["max_new_tokens"] = self._fitting_tokens(wanted, len(prompt.ids))
+
+        cache = self._cache or AttentionStoreCache(self.model, session=self.session, store=self.store)
+        self._cache = None  # an interrupted turn's cache is not used again
+        run = GenerateRun()
+        finished = False
+        try:
+            timed_generate(
+                self.model,
+                self.tokenizer,
+                prompt.ids,
+                run,
+                on_text=_stream_callback(stream),
+                past_key_values=cache,
+                **kwargs,
+            )
+            finished = True
+            self._cache = cache
+        finally:
+            if run.ids:
+                finish = self._finish(run, wanted, kwargs["max_new_tokens"]) if finished else "interrupted"
+                self._turn = _turn(run, cache, len(prompt.ids), finish)
+                self._remember(before.answered(text, prompt, tuple(run.ids), self.tokenizer))
+        if stream is True:
+            sys.stdout.write("\n")
+        return self._transcript.messages[-1]["content"]
+
+    def _prompt(self, transcript: Transcript, text: str) -> Prompt:
+        messages = [*transcript.messages, {"role": "user", "content": text}]
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **self.template_kwargs
+            )
+        except jinja2.TemplateError as error:
+            raise ChatTemplateError(f"the model's chat template refuses the conversation: {error}") from error
+        return transcript.prompt(str(rendered), self.tokenizer)
+
+    def _fitting_tokens(self, wanted: int, prompt_tokens: int) -> int:
+        window = context_window(self.model)
+        if window is None:
+            return wanted
+        if prompt_tokens >= window:
+            raise ContextWindowError(
+                f"session {self.session!r}: with this message the conversation has {prompt_tokens:,} "
+                "tokens, which leaves no room for an "
+                f"answer in the model's context window of {window:,}. The session is unchanged: send a "
+                "shorter message, take turns back "
+                "with undo(), or begin another session"
+            )
+        return min(wanted, window - prompt_tokens)
+
+    def _finish(self, run: GenerateRun, wanted: int, allowed: int) -> Finish:
+        if run.ids[-1] in _end_ids(self.model, self.tokenizer):
+            return "eos"
+        if len(run.ids) < allowed:
+            return "stopped"
+        return "length" if allowed == wanted else "window"
+
+    def _pad_token_id(self) -> int | None:
+        if self.tokenizer.pad_token_id is not None:
+            return int(self.tokenizer.pad_token_id)
+        ends = _end_ids(self.model, self.tokenizer)
+        return min(ends) if ends else None
+
+    def _saved_metadata(self) -> dict[str, Any]:
+        try:
+            return self.store.metadata(self.session)
+        except SessionNotFoundError:
+            return {}
+
+    def _saved_transcript(self) -> Transcript:
+        saved = self._metadata.get(METADATA_KEY)
+        if saved is None:
+            return Transcript()
+        try:
+            return Transcript.from_json(saved, self.tokenizer)
+        except (ValueError, KeyError, TypeError) as error:
+            raise AttentionStoreError(
+                f"session {self.session!r}: its messages can't be read ({error}); use another session name "
+                "or delete the session"
+            ) from error
+
+    def _remember(self, transcript: Transcript) -> None:
+        self._transcript = transcript
+        self._metadata = {**self._metadata, METADATA_KEY: transcript.to_json(self.tokenizer)}
+        self.store.set_metadata(self.session, self._metadata)
+
+
+def context_window(model: PreTrainedModel) -> int | None:
+    """The number of positions the model was made for, in tokens; `None` if it states none."""
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return int(window) if window else None
+
+
+def _wanted_tokens(kwargs: dict[str, Any], prompt_tokens: int) -> int:
+    """How long an answer the caller asks for; takes `max_length` out of `kwargs`, which `max_new_tokens`
+    replaces.
+    """
+    max_length = kwargs.pop("max_length", None)
+    config = kwargs.get("generation_config")
+    if kwargs.get("max_new_tokens") is not None:
+        return int(kwargs["max_new_tokens"])
+    if max_length is not None:
+        return max(1, int(max_length) - prompt_tokens)
+    if config is not None and config.max_new_tokens is not None:
+        return int(config.max_new_tokens)
+    return DEFAULT_MAX_NEW_TOKENS
+
+
+def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    ends: set[int] = set()
+    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
+    for end in (configured, tokenizer.eos_token_id):
+        if isinstance(end, int):
+            ends.add(end)
+        elif end is not None:
+            ends.update(int(i) for i in end)
+    return ends
+
+
+def _turn(run: GenerateRun, cache: AttentionStoreCache, prompt_tokens: int, finish: Finish) -> ChatTurn:
+    return ChatTurn(
+        prompt_tokens=prompt_tokens,
+        reused_tokens=cache.reused_tokens,
+        prefilled_tokens=cache.prefilled_tokens,
+        generated_tokens=len(run.ids),
+        ttft_seconds=run.ttft_seconds,
+        tokens_per_second=run.tokens_per_second,
+        seconds=run.seconds,
+        finish=finish,
+        cache=cache.stats,
+    )
+
+
+def _stream_callback(stream: Stream) -> Callable[[str], None] | None:
+    if stream is True:
+        return _write_now
+    return stream if callable(stream) else None
+
+
+def _write_now(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()

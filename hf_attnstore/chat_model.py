@@ -1,0 +1,52 @@
+"""Loading a chat model by name or path; without either, the small one that comes with the repository."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import AttentionStoreError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class ModelNotFoundError(AttentionStoreError):
+    """The model is not where it was looked for, or can't be loaded."""
+
+
+def small_model_path() -> Path:
+    """Where the repository keeps its small model.
+
+    Raises `ModelNotFoundError` for an installation without the repository.
+    """
+    path = Path(__file__).resolve().parent.parent / "examples" / "small-model"
+    if not (path / "config.json").is_file():
+        raise ModelNotFoundError(
+            f"the small model is not at {path}: it comes with the repository, not with the installed "
+            "package. Run from a clone, "
+            "or name a model: --model Qwen/Qwen3-0.6B or --model PATH"
+        )
+    return path
+
+
+def load_chat_model(
+    model: str | Path | None = None, *, device: str | None = None, dtype: str = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model and tokenizer of a hub name or a local folder, ready to generate.
+
+    `device` is CUDA where there is one, else the CPU; `dtype` is a torch dtype's name, or "auto" for the one
+    in the checkpoint. Raises `ModelNotFoundError` when it can't be loaded.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = str(small_model_path() if model is None else model)
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(source)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelNotFoundError(f"the model {source!r} can't be loaded: {reason}") from error
+    return loaded.to(place).eval(), tokenizer

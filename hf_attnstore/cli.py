@@ -1,0 +1,133 @@
+"""The `attnstore` command: demo, chat, sessions, bench."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from .errors import AttentionStoreError
+
+BENCH_NEEDS = ("matplotlib", "psutil")
+
+
+class _OneLineErrors(typer.core.TyperGroup):
+    """Shows this package's own errors as one line and exit code 1: they say what to do, a traceback does not."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except AttentionStoreError as error:
+            Console(stderr=True, soft_wrap=True).print(f"[red]error:[/] {escape(str(error))}", highlight=False)
+            raise typer.Exit(1) from error
+
+
+app = typer.Typer(
+    name="attnstore",
+    help="Keep the attention state of conversations between turns and processes, for HuggingFace transformers.",
+    cls=_OneLineErrors,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_show_locals=False,
+    add_completion=False,
+)
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="Hub name or folder of a chat model; without it, the small model of the repository.",
+        show_default=False,
+    ),
+]
+Store = Annotated[
+    Path | None,
+    typer.Option(help="The store's directory; without it, attnstore in the Hugging Face home.", show_default=False),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(help="Such as cuda or cpu; without it, CUDA where there is one.", show_default=False),
+]
+Dtype = Annotated[str, typer.Option(help="Such as bfloat16 or float32; auto is what the checkpoint has.")]
+
+
+@app.command()
+def demo(
+    model: Model = None,
+    output: Annotated[Path, typer.Option(help="Folder for the picture and the numbers.")] = Path("attnstore-demo"),
+    repeats: Annotated[int, typer.Option(min=1, help="Measurements of each turn, with the store and without.")] = 3,
+    device: Device = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """A scripted conversation, each turn in a new process, with the store and without.
+
+    Exits with 1 if any answer differs.
+    """
+    from .demo import run_demo
+
+    result = run_demo(model, output, repeats=repeats, device=device, dtype=dtype)
+    if not result.same_tokens:
+        raise typer.Exit(1)
+
+
+@app.command()
+def chat(
+    session: Annotated[str, typer.Option(help="Name of the conversation; it goes on where it left off.")],
+    model: Model = None,
+    store: Store = None,
+    system: Annotated[str | None, typer.Option(help="System message of the conversation.", show_default=False)] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 200,
+    sample: Annotated[bool, typer.Option(help="Sample answers instead of taking the likeliest token.")] = False,
+    device: Device = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Chat in the terminal; /help shows the commands."""
+    from .chat_model import load_chat_model
+    from .store import AttentionStore
+    from .terminal import TerminalChat
+
+    console = Console(highlight=False)
+    with console.status("loading the model"):
+        loaded, tokenizer = load_chat_model(model, device=device, dtype=dtype)
+    with AttentionStore(store) as opened:
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": sample}
+        TerminalChat(loaded, tokenizer, opened, session, system, console, options).run()
+
+
+@app.command("sessions")
+@app.command("ls", hidden=True)
+def sessions(store: Store = None) -> None:
+    """The conversations in a store."""
+    from .store import AttentionStore
+    from .terminal import sessions_table
+
+    console = Console(highlight=False)
+    with AttentionStore(store) as opened:
+        found = opened.sessions()
+        console.print(sessions_table(found) if found else f"no sessions in {opened.path}")
+
+
+def _add_bench() -> None:
+    """`attnstore bench`, or in its place what to install for it."""
+    try:
+        from .bench.cli import app as bench_app
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] not in BENCH_NEEDS:
+            raise
+        missing = error.name
+
+        @app.command("bench")
+        def bench_is_not_installed() -> None:
+            """Measure your model on this machine (needs the extra `bench`)."""
+            raise AttentionStoreError(f"the benchmark needs {missing}: pip install 'hf-attnstore[bench]'")
+    else:
+        app.add_typer(bench_app, name="bench")
+
+
+_add_bench()
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,202 @@
+"""Runs the scripted conversation, one new process per turn, and keeps it inside the model's context window."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ..chat_model import ModelNotFoundError, small_model_path
+from ..errors import AttentionStoreError
+from .script import MESSAGES, SYSTEM
+from .turn import TurnResult, TurnTask
+
+MOST_ANSWER_TOKENS = 48
+LEAST_ANSWER_TOKENS = 4
+WEIGHTS_AND_TOKENIZER = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+
+
+class DemoError(AttentionStoreError):
+    """The demonstration could not be run to its end."""
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """A whole run: the model in words, and its turns."""
+
+    model: str
+    turns: list[TurnResult]
+
+    @property
+    def same_tokens(self) -> bool:
+        """Whether every answer was the same with the store and without."""
+        return all(turn.same_tokens for turn in self.turns)
+
+
+def run_demo(
+    model: str | None = None,
+    output: Path = Path("attnstore-demo"),
+    *,
+    repeats: int = 3,
+    device: str | None = None,
+    dtype: str = "auto",
+    console: Console | None = None,
+) -> DemoResult:
+    """Runs the conversation and shows it: a table on `console`; demo.json and demo.png in the folder
+    `output`.
+
+    `model` is a hub name or a path, or `None` for the repository's small model; each turn is measured
+    `repeats` times with the store and without. Raises `ModelNotFoundError`, or `DemoError` if a turn's
+    process fails or the context window is too small for the script.
+    """
+    from .report import show, write_json, write_picture
+
+    console = console or Console()
+    name, source = _locate(model)
+    budget = _Budget.of(source)
+    output.mkdir(parents=True, exist_ok=True)
+    console.print(
+        f"[bold]{len(MESSAGES)} turns[/] with [bold]{name}[/], each in a new process, with the store and "
+        f"without ({repeats} runs each)"
+    )
+    turns: list[TurnResult] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with (
+        tempfile.TemporaryDirectory(dir=output, prefix=".work-") as work,
+        Progress(*columns, console=console, transient=True) as progress,
+    ):
+        bar = progress.add_task("starting", total=len(MESSAGES))
+        for i, message in enumerate(MESSAGES):
+            progress.update(bar, description=f"turn {i + 1}: a new process")
+            task = TurnTask(
+                model=source,
+                store=str(Path(work) / "store"),
+                scratch=work,
+                system=SYSTEM,
+                message=message,
+                max_new_tokens=budget.answer_tokens(i, turns),
+                repeats=repeats,
+                store_first=i % 2 == 0,
+                device=device,
+                dtype=dtype,
+            )
+            turns.append(_in_new_process(task, Path(work), i))
+            progress.advance(bar)
+            progress.console.print(_line(i, turns[-1]))
+    result = DemoResult(name, turns)
+    show(result, console)
+    console.print(f"numbers: {write_json(result, output)}")
+    picture = write_picture(result, output)
+    console.print(
+        f"picture: {picture}" if picture else "no picture: pip install 'hf-attnstore[bench]' brings matplotlib"
+    )
+    return result
+
+
+@dataclass(frozen=True)
+class _Budget:
+    """How the context window is shared out, so that the script never overflows it. All in tokens."""
+
+    window: int | None
+    said: tuple[int, ...]
+    """What the conversation has in it when message i is asked, if every answer were empty."""
+
+    @classmethod
+    def of(cls, source: str) -> _Budget:
+        from transformers import AutoConfig, AutoTokenizer
+
+        try:
+            tokenizer: Any = AutoTokenizer.from_pretrained(source)
+            config: Any = AutoConfig.from_pretrained(source).get_text_config()
+        except (OSError, ValueError) as error:
+            raise ModelNotFoundError(
+                f"the model {source!r} can't be loaded: {str(error).strip().splitlines()[0]}"
+            ) from error
+        if not tokenizer.chat_template:
+            raise DemoError(f"the tokenizer of {source!r} has no chat template: name an instruction-tuned model")
+        messages: list[dict[str, str]] = [{"role": "system", "content": SYSTEM}]
+        said = []
+        for text in MESSAGES:
+            messages.append({"role": "user", "content": text})
+            rendered = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+            )
+            said.append(len(tokenizer.encode(rendered, add_special_tokens=False)))
+            messages.append({"role": "assistant", "content": ""})
+        return cls(getattr(config, "max_position_embeddings", None), tuple(said))
+
+    def answer_tokens(self, turn: int, before: list[TurnResult]) -> int:
+        """How long the answer of `turn` may be: its share of the room that is left, at most
+        `MOST_ANSWER_TOKENS`.
+        """
+        if self.window is None:
+            return MOST_ANSWER_TOKENS
+        answered = sum(t.answer_tokens for t in before)
+        room = self.window - self.said[-1] - answered
+        share = min(MOST_ANSWER_TOKENS, room // (len(self.said) - turn))
+        if share < LEAST_ANSWER_TOKENS:
+            raise DemoError(
+                f"the script needs {self.said[-1]:,} tokens without any answer, too many for a context "
+                f"window of {self.window:,}"
+            )
+        return share
+
+
+def _locate(model: str | None) -> tuple[str, str]:
+    """A name to show, and the local folder to load from; a hub model is downloaded here, where its progress
+    is seen.
+    """
+    if model is None:
+        return "the small model", str(small_model_path())
+    if Path(model).exists():
+        return Path(model).resolve().name, str(Path(model).resolve())
+    from huggingface_hub import snapshot_download
+
+    try:
+        return model, snapshot_download(model, allow_patterns=WEIGHTS_AND_TOKENIZER)
+    except Exception as error:  # the hub client's own errors and those of several network libraries
+        raise ModelNotFoundError(
+            f"{model!r} is neither a folder here nor a model that can be fetched from the hub: "
+            f"{str(error).strip().splitlines()[0]}"
+        ) from error
+
+
+def _in_new_process(task: TurnTask, work: Path, index: int) -> TurnResult:
+    Path(task.store).mkdir(mode=0o700, exist_ok=True)
+    task_file, result_file = work / f"task-{index}.json", work / f"result-{index}.json"
+    task_file.write_text(json.dumps(asdict(task)))
+    quiet = {
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    done = subprocess.run(  # noqa: S603 - this interpreter, this package
+        [sys.executable, "-m", "hf_attnstore.demo", str(task_file), str(result_file)],
+        env={**os.environ, **quiet},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0 or not result_file.is_file():
+        last = "\n".join(done.stderr.strip().splitlines()[-8:])
+        raise DemoError(f"turn {index + 1}: its process ended with exit code {done.returncode}:\n{last}")
+    result = json.loads(result_file.read_text())
+    if "error" in result:
+        raise DemoError(f"turn {index + 1}: {result['error']}")
+    return TurnResult(**result)
+
+
+def _line(index: int, turn: TurnResult) -> str:
+    mark = "[green]same tokens ✓[/]" if turn.same_tokens else "[red]other tokens ✗[/]"
+    with_store, without = statistics.median(turn.ttft_with), statistics.median(turn.ttft_without)
+    return f"turn {index + 1:2}: first token after {with_store * 1e3:.1f} ms, without the store {without * 1e3:.1f} ms, {mark}"

@@ -1,0 +1,47 @@
+"""The errors of this package. All of them are `AttentionStoreError`s and say what to do."""
+
+
+class AttentionStoreError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class StoreFormatError(AttentionStoreError):
+    """The directory is not a store, or one that this version (or these settings) can't read."""
+
+
+class StoreClosedError(AttentionStoreError):
+    """The store was used after `close()`."""
+
+
+class LoadError(AttentionStoreError):
+    """A block could not be read: missing, damaged, or not what its key promises.
+
+    `generate` catches it and recomputes; manual loops see it only from `AttentionStoreCache.match`'s smaller count.
+    """
+
+
+class SessionNameError(AttentionStoreError, ValueError):
+    """A session name that can't be used."""
+
+
+class SessionNotFoundError(AttentionStoreError, KeyError):
+    """No session of that name in this store and namespace."""
+
+    def __str__(self) -> str:  # KeyError shows the repr of its argument, which hides the message
+        return str(self.args[0]) if self.args else ""
+
+
+class SessionBusyError(AttentionStoreError):
+    """Another turn is running on the session, here or in another process."""
+
+
+class UnsupportedModelError(AttentionStoreError):
+    """The model has something that this version can't keep, such as a layer kind."""
+
+
+class GradientError(AttentionStoreError):
+    """A forward with gradients enabled was given a store-backed cache."""
+
+
+class CacheUseError(AttentionStoreError):
+    """The cache was used in a way that would give wrong tokens."""

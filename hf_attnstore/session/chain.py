@@ -1,0 +1,76 @@
+"""The tokens a cache holds, and the chain of block keys that they make."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..store.blocks import Key, block_key, encode_tokens
+
+
+class TokenChain:
+    """A growing and croppable sequence of token ids, cut into blocks of `block_size`.
+
+    Keys are computed once per full block; `root` is the parent of the first.
+    """
+
+    def __init__(self, root: Key, block_size: int, ids: Sequence[int] | np.ndarray = ()) -> None:
+        self.root = root
+        self.block_size = block_size
+        self._ids = np.empty(max(64, len(ids)), dtype=np.int64)
+        self._length = 0
+        self._keys: list[Key] = []
+        self.append(ids)
+
+    def __len__(self) -> int:
+        return self._length
+
+    @property
+    def ids(self) -> np.ndarray:
+        """The ids `[tokens]`, a view that is valid until the next change."""
+        return self._ids[: self._length]
+
+    def append(self, ids: Sequence[int] | np.ndarray) -> None:
+        end = self._length + len(ids)
+        if end > len(self._ids):
+            grown = np.empty(max(end, 2 * len(self._ids)), dtype=np.int64)
+            grown[: self._length] = self.ids
+            self._ids = grown
+        self._ids[self._length : end] = ids
+        self._length = end
+
+    def crop(self, length: int) -> None:
+        """Keeps the first `length` tokens."""
+        self._length = min(self._length, max(length, 0))
+        del self._keys[self._length // self.block_size :]
+
+    def full_blocks(self) -> int:
+        return self._length // self.block_size
+
+    def bounds(self, block: int) -> tuple[int, int]:
+        """Positions `[start, stop)` of a block; the last one may be short."""
+        start = block * self.block_size
+        return start, min(start + self.block_size, self._length)
+
+    def tokens(self, block: int) -> bytes:
+        """The encoded ids of a block."""
+        start, stop = self.bounds(block)
+        return encode_tokens(self._ids[start:stop])
+
+    def parent(self, block: int) -> Key:
+        return self.root if block == 0 else self.key(block - 1)
+
+    def key(self, block: int) -> Key:
+        """The key of a block, as it is now: that of a short last block changes as it grows."""
+        while len(self._keys) <= block and len(self._keys) < self.full_blocks():
+            number = len(self._keys)
+            self._keys.append(block_key(self.parent(number), self.tokens(number)))
+        if block < len(self._keys):
+            return self._keys[block]
+        return block_key(self.parent(block), self.tokens(block))
+
+
+def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    """Number of leading ids on which two arrays `[tokens]` agree."""
+    length = min(len(a), len(b))
+    differ = a[:length] != b[:length]
+    return int(differ.argmax()) if differ.any() else length

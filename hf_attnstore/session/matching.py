@@ -1,0 +1,39 @@
+"""Finding what can be reused: the longest known beginning of a prompt, token by token."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from ..store.blocks import Key, Match
+from .chain import TokenChain
+from .spans import Span
+
+
+class Directory(Protocol):
+    """Who knows which blocks there are: an `AttentionStore`."""
+
+    def has(self, key: Key) -> bool: ...
+
+    def nearest(self, parent: Key, ids: Sequence[int]) -> Match | None: ...
+
+
+def match_prefix(ids: np.ndarray, root: Key, block_size: int, directory: Directory) -> list[Span]:
+    """The longest beginning of `ids` `[tokens]` that the directory's blocks hold, of whichever session.
+
+    Whole blocks are found by key; where the chain ends, the block that agrees longest with the rest gives its
+    first tokens. Spans follow each other without gaps, from position 0.
+    """
+    chain = TokenChain(root, block_size, ids)
+    spans: list[Span] = []
+    for block in range(chain.full_blocks()):
+        key = chain.key(block)
+        if not directory.has(key):
+            break
+        spans.append(Span(key, 0, block_size, block * block_size, block_size))
+    position = len(spans) * block_size
+    if position < len(ids):
+        nearest = directory.nearest(chain.parent(len(spans)), ids[position : position + block_size].tolist())
+        if nearest is not None:
+            spans.append(Span(nearest.key, 0, nearest.common, position, nearest.token_count))
+    return spans

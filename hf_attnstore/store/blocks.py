@@ -1,0 +1,282 @@
+"""What a block is: its key, its safetensors layout, its checksums.
+
+A block is the KV of a run of consecutive tokens. On disk it is an ordinary safetensors file that anyone can
+open; this module writes and parses that format itself because the layout (layer order, one contiguous read
+per layer) and the byte offsets (reads straight into the destination) are the point, and the library offers
+neither.
+"""
+
+import hashlib
+import json
+import math
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import xxhash
+
+from ..errors import LoadError
+
+FORMAT_VERSION = "1"
+RAW = "raw"
+"""The codec that stores tensors as they are."""
+
+TOKEN_IDS = "token_ids"
+MAX_HEADER_BYTES = 16 << 20
+
+Key = bytes
+"""32 bytes naming a block and, as a chain, the whole prefix that ends with it."""
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+def encode_tokens(ids: Sequence[int] | np.ndarray) -> bytes:
+    """Token ids as big-endian 32-bit integers: equal-length encodings sort like the ids, so that in an ordered
+    index the neighbours of a text are those that share the longest beginning with it."""
+    return np.ascontiguousarray(ids, dtype=">u4").tobytes()
+
+
+def decode_tokens(encoded: bytes) -> np.ndarray:
+    """The ids `[tokens]` (int64) behind `encode_tokens`."""
+    return np.frombuffer(encoded, dtype=">u4").astype(np.int64)
+
+
+def common_prefix(a: bytes, b: bytes) -> int:
+    """Number of leading tokens on which two encodings agree."""
+    length = min(len(a), len(b)) // 4
+    differ = np.frombuffer(a, ">u4", length) != np.frombuffer(b, ">u4", length)
+    return int(differ.argmax()) if differ.any() else length
+
+
+def _digest(kind: bytes, *parts: bytes) -> Key:
+    hasher = hashlib.blake2b(digest_size=32, person=kind)
+    for part in parts:
+        hasher.update(struct.pack("<Q", len(part)))
+        hasher.update(part)
+    return hasher.digest()
+
+
+def chain_root(fingerprint: str, namespace: str, codec: str = RAW) -> Key:
+    """The parent of every first block of one model, namespace and codec. Chains of different roots never meet."""
+    return _digest(b"attnstore-root", fingerprint.encode(), namespace.encode(), codec.encode())
+
+
+def block_key(parent: Key, tokens: bytes) -> Key:
+    """The key of the block that follows `parent` and holds `tokens` (as from `encode_tokens`)."""
+    return _digest(b"attnstore-block", parent, tokens)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, dtype and shape of one tensor of a block; the token axis is the last but one."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class BlockMeta:
+    """Everything about a block but its tensors."""
+
+    key: Key
+    parent: Key
+    fingerprint: str
+    namespace: str
+    start: int
+    """Position of the first token in the chain, in tokens."""
+    tokens: bytes
+    """As from `encode_tokens`."""
+    codec: str = RAW
+
+    @property
+    def token_count(self) -> int:
+        return len(self.tokens) // 4
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.token_count
+
+
+@dataclass
+class Block:
+    """A block in host memory: tensors by name, in layer order, each `[heads, tokens, dim]` and contiguous.
+
+    On an accelerator the tensors may still be arriving: `wait_ready` returns when they are there.
+    """
+
+    meta: BlockMeta
+    tensors: dict[str, torch.Tensor]
+    arriving: list[torch.cuda.Event] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def wait_ready(self) -> None:
+        while self.arriving:
+            self.arriving[-1].synchronize()
+            self.arriving.pop()
+
+    def specs(self) -> dict[str, TensorSpec]:
+        return {name: TensorSpec(name, t.dtype, tuple(t.shape)) for name, t in self.tensors.items()}
+
+
+@dataclass(frozen=True)
+class Match:
+    """A block that begins like the wanted tokens."""
+
+    key: Key
+    common: int
+    """Number of leading tokens that agree."""
+    token_count: int
+    """Number of tokens in the block."""
+
+
+def as_bytes(tensor: torch.Tensor) -> np.ndarray:
+    """A uint8 view of a CPU tensor whose last dimension is contiguous; the last axis counts bytes."""
+    return tensor.view(torch.uint8).numpy()
+
+
+def checksum(chunks: Iterable[memoryview | np.ndarray]) -> str:
+    """xxh3-64 (hex) over the chunks one after the other."""
+    hasher = xxhash.xxh3_64()
+    for chunk in chunks:
+        hasher.update(chunk)
+    return hasher.hexdigest()
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies in a block file: `offset` is from the beginning of the file, in bytes."""
+
+    spec: TensorSpec
+    offset: int
+    checksum: str
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A parsed and checked header of a block file."""
+
+    meta: BlockMeta
+    tensors: Mapping[str, StoredTensor]
+    file_bytes: int
+
+
+def encode_block(block: Block) -> tuple[bytes, list[np.ndarray]]:
+    """The header and the data, in order, of `block`'s file. Computes the checksums; copies no tensor.
+
+    Tensors lie in the order of `block.tensors`, so a layer's tensors are one contiguous range; the token ids
+    come last.
+    """
+    block.wait_ready()
+    ids = torch.from_numpy(decode_tokens(block.meta.tokens))
+    tensors = {**block.tensors, TOKEN_IDS: ids}
+    header: dict[str, object] = {}
+    sums: dict[str, str] = {}
+    chunks: list[np.ndarray] = []
+    offset = 0
+    for name, tensor in tensors.items():
+        data = as_bytes(tensor).reshape(-1)
+        sums[name] = checksum([data])
+        header[name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + data.nbytes],
+        }
+        offset += data.nbytes
+        chunks.append(data)
+    meta = block.meta
+    header["__metadata__"] = {
+        "format": FORMAT_VERSION,
+        "key": meta.key.hex(),
+        "parent": meta.parent.hex(),
+        "fingerprint": meta.fingerprint,
+        "namespace": meta.namespace,
+        "first_position": str(meta.start),
+        "token_count": str(meta.token_count),
+        "codec": meta.codec,
+        "xxh3_64": json.dumps(sums, separators=(",", ":")),
+    }
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return struct.pack("<Q", len(encoded)) + encoded, chunks
+
+
+def encoded_size(block: Block) -> int:
+    """An upper bound, in bytes, for the file that `encode_block` makes, without computing checksums."""
+    header = 1024 + len(block.meta.fingerprint) + 6 * len(block.meta.namespace) + 256 * (len(block.tensors) + 1)
+    return header + block.nbytes + 2 * len(block.meta.tokens)
+
+
+def parse_header(encoded: bytes, file_bytes: int) -> Layout:
+    """Parses a block file's header (with its 8 bytes of length) and checks all of it.
+
+    Raises:
+        LoadError: anything is not as this version writes it: sizes, offsets, dtypes, version, metadata, or a key
+            that does not follow from parent and ids' count. The token ids themselves are checked by the reader.
+    """
+    try:
+        return _parse_header(encoded, file_bytes)
+    except LoadError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
+        raise LoadError(f"the header is damaged ({error})") from error
+
+
+def _parse_header(encoded: bytes, file_bytes: int) -> Layout:
+    (header_bytes,) = struct.unpack_from("<Q", encoded)
+    if header_bytes > MAX_HEADER_BYTES or 8 + header_bytes != len(encoded):
+        raise LoadError(f"the header declares {header_bytes} bytes")
+    header = json.loads(encoded[8:])
+    metadata = header.pop("__metadata__")
+    if metadata["format"] != FORMAT_VERSION:
+        raise LoadError(f"block format {metadata['format']!r} is not {FORMAT_VERSION!r}")
+    sums = json.loads(metadata["xxh3_64"])
+    tensors: dict[str, StoredTensor] = {}
+    end = 0
+    for name, entry in header.items():
+        begin, stop = entry["data_offsets"]
+        spec = TensorSpec(name, _DTYPES[entry["dtype"]], tuple(int(size) for size in entry["shape"]))
+        if begin != end or any(size < 0 for size in spec.shape) or spec.nbytes != stop - begin:
+            raise LoadError(f"tensor {name!r} has impossible offsets")
+        tensors[name] = StoredTensor(spec, 8 + header_bytes + begin, str(sums[name]))
+        end = stop
+    if file_bytes != 8 + header_bytes + end:
+        raise LoadError(f"the file has {file_bytes} bytes, its header needs {8 + header_bytes + end}")
+    count = int(metadata["token_count"])
+    if tensors[TOKEN_IDS].spec != TensorSpec(TOKEN_IDS, torch.int64, (count,)):
+        raise LoadError("the token ids are not as the header says")
+    if any(name != TOKEN_IDS and t.spec.shape[-2] != count for name, t in tensors.items()):
+        raise LoadError("a tensor does not have one row per token")
+    meta = BlockMeta(
+        key=bytes.fromhex(metadata["key"]),
+        parent=bytes.fromhex(metadata["parent"]),
+        fingerprint=metadata["fingerprint"],
+        namespace=metadata["namespace"],
+        start=int(metadata["first_position"]),
+        tokens=b"\0\0\0\0" * count,  # placeholder of the right length until the reader has the ids
+        codec=metadata["codec"],
+    )
+    return Layout(meta, tensors, file_bytes)

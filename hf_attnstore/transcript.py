@@ -1,0 +1,141 @@
+"""A conversation as messages and, beside them, the exact token ids that the model saw.
+
+A chat template renders the whole conversation anew each turn, and text does not always go back to the ids
+that it came from: a model may have written "hel" + "lo" where the tokenizer would say "hello". Stored KV is
+found by token ids, so such an answer would lose its reuse. A transcript therefore keeps the ids that were
+really fed and generated, and only tokenises what a new rendering adds.
+
+Everything here is bookkeeping on immutable values: no model, no store.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Message = dict[str, str]
+"""One message of a conversation: {"role": …, "content": …}."""
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is fed to the model for one answer: the rendered text, and the ids that stand for it."""
+
+    text: str
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """The messages so far, and the ids and the text that they were for the model.
+
+    `text` is what `ids` stand for. `marks` has (number of ids, number of characters of text) at the end of
+    each earlier turn whose ids are a prefix of `ids`, so that a turn can be taken back exactly.
+    """
+
+    messages: tuple[Message, ...] = ()
+    ids: tuple[int, ...] = ()
+    text: str = ""
+    marks: tuple[tuple[int, int], ...] = ()
+
+    def with_system(self, content: str | None) -> Transcript:
+        """The same conversation under the system message `content`; `None` leaves what is there."""
+        if content is None:
+            return self
+        system: Message = {"role": "system", "content": content}
+        if self.messages and self.messages[0]["role"] == "system":
+            return replace(self, messages=(system, *self.messages[1:]))
+        return replace(self, messages=(system, *self.messages))
+
+    def prompt(self, rendered: str, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+        """The ids for `rendered`, the chat template's rendering of this conversation and what follows.
+
+        Where `rendered` continues `text`, these are the exact ids so far and those of what was added.
+        Otherwise (a template that drops reasoning, an edited message, a tokenizer for which a piece of text
+        can't be tokenised by itself) all of it is tokenised.
+        """
+        if self.ids and rendered.startswith(self.text):
+            added = rendered[len(self.text) :]
+            ids = self.ids + encode(tokenizer, added)
+            if decode(tokenizer, ids) == decode(tokenizer, self.ids) + added:
+                return Prompt(rendered, ids)
+        return Prompt(rendered, encode(tokenizer, rendered))
+
+    def answered(
+        self, user: str, prompt: Prompt, answer_ids: tuple[int, ...], tokenizer: PreTrainedTokenizerBase
+    ) -> Transcript:
+        """The conversation after the user's message `user`, fed as `prompt`, was answered with `answer_ids`."""
+        ids = prompt.ids + answer_ids
+        extends = bool(self.ids) and prompt.ids[: len(self.ids)] == self.ids
+        extends = extends and prompt.text.startswith(self.text)
+        return Transcript(
+            messages=(
+                *self.messages,
+                {"role": "user", "content": user},
+                {"role": "assistant", "content": decode(tokenizer, answer_ids, plain=True)},
+            ),
+            ids=ids,
+            text=prompt.text + decode(tokenizer, answer_ids),
+            marks=(*self.marks, (len(self.ids), len(self.text))) if extends else ((0, 0),),
+        )
+
+    def undone(self) -> tuple[Transcript, str]:
+        """The conversation without its last turn, and the user's message of that turn.
+
+        Raises `ValueError` when there is no turn to take back.
+        """
+        if len(self.messages) < 2 or self.messages[-1]["role"] != "assistant":
+            raise ValueError("there is no turn to take back")
+        ids, characters = self.marks[-1] if self.marks else (0, 0)
+        earlier = Transcript(self.messages[:-2], self.ids[:ids], self.text[:characters], self.marks[:-1])
+        return earlier, self.messages[-2]["content"]
+
+    def to_json(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        """This transcript as JSON values, for `from_json`."""
+        return {
+            "format": FORMAT,
+            "messages": [dict(message) for message in self.messages],
+            "ids": list(self.ids),
+            "text": self.text,
+            "marks": [list(mark) for mark in self.marks],
+            "ids_decode_to": _digest(decode(tokenizer, self.ids)),
+        }
+
+    @classmethod
+    def from_json(cls, saved: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Transcript:
+        """The transcript that `to_json` made.
+
+        The ids are taken only if they mean the same to `tokenizer`; with another model's tokenizer the
+        messages alone go on. Raises `ValueError` for a format that this version does not know.
+        """
+        if saved.get("format") != FORMAT:
+            raise ValueError(f"the conversation was saved in format {saved.get('format')!r}, not {FORMAT}")
+        messages = tuple({"role": m["role"], "content": m["content"]} for m in saved["messages"])
+        ids = tuple(saved["ids"])
+        try:
+            same = _digest(decode(tokenizer, ids)) == saved["ids_decode_to"]
+        except (OverflowError, IndexError, KeyError, TypeError, ValueError):  # ids beyond this vocabulary
+            same = False
+        if not same:
+            return cls(messages)
+        return cls(messages, ids, saved["text"], tuple((n, c) for n, c in saved["marks"]))
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+    """The ids of `text` as it stands: the chat template already wrote the special tokens."""
+    return tuple(tokenizer.encode(text, add_special_tokens=False)) if text else ()
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: tuple[int, ...], *, plain: bool = False) -> str:
+    """The text of `ids`; `plain` leaves out special tokens, as for a reader."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=plain, clean_up_tokenization_spaces=False))
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
