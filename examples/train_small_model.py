@@ -642,7 +642,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-tokens", type=int, default=2048)
     parser.add_argument("--lr", type=float, default=2.5e-3)
     parser.add_argument("--weight-decay", type=float, default=0.1)
-    parser.add_argument("--short-share", type=float, default=0.5, help="share of the run in short windows")
+    parser.add_argument("--short-share", type=float, default=0.6, help="share of the run in short windows")
     parser.add_argument("--chat-share", type=float, default=0.4, help="share of windows laid out as chat")
     parser.add_argument("--max-turn", type=int, default=160, help="tokens of the longest chat turn")
     parser.add_argument("--held-out", type=float, default=0.03, help="share of each text not trained on")

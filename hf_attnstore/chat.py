@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import jinja2
@@ -60,12 +60,15 @@ class ChatTurn:
 class ChatSession:
     """A conversation that goes on where it left off, also in another process.
 
-    Args: model: a causal language model of transformers. tokenizer: its tokenizer, with a chat template.
-        store: the `AttentionStore` that keeps keys, values and messages. session: the conversation's name in
-        the store. If it exists, `history` continues it. system: system message. Given for a session that has
-        another one, it takes its place (and the state that depends on it, all of it, is recomputed once).
-        template_kwargs: passed to the chat template, such as `{"enable_thinking": False}`. generate_defaults:
-        arguments for every `generate`, such as `max_new_tokens` (200 if not said) or `do_sample`.
+    Args:
+        model: a causal language model of transformers.
+        tokenizer: its tokenizer, with a chat template.
+        store: the `AttentionStore` that keeps keys, values and messages.
+        session: the conversation's name in the store. If it exists, `history` continues it.
+        system: system message. Given for a session that has another one, it takes its place, and the state, which
+            depends on it, is recomputed once.
+        template_kwargs: passed to the chat template, such as `{"enable_thinking": False}`.
+        generate_defaults: arguments for every `generate`, such as `do_sample` or `max_new_tokens` (200 if not said).
 
     Raises:
         ChatTemplateError: the tokenizer has no chat template.
@@ -293,7 +296,7 @@ def _turn(run: GenerateRun, cache: AttentionStoreCache, prompt_tokens: int, fini
         tokens_per_second=run.tokens_per_second,
         seconds=run.seconds,
         finish=finish,
-        cache=cache.stats,
+        cache=replace(cache.stats),
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -18,7 +17,7 @@ BENCH_NEEDS = ("matplotlib", "psutil")
 class _OneLineErrors(typer.core.TyperGroup):
     """Shows this package's own errors as one line and exit code 1: they say what to do, a traceback does not."""
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except AttentionStoreError as error:

@@ -58,9 +58,10 @@ def timed_generate(
     if generate_kwargs.get("num_beams", 1) == 1:
         kwargs["streamer"] = recorder
     run.ids.clear()
+    generate: Any = model.generate
     recorder.started = time.perf_counter()
     try:
-        output: Any = model.generate(input_ids=input_ids, **kwargs)
+        output = generate(input_ids=input_ids, **kwargs)
         sequences = getattr(output, "sequences", output)
         run.ids[:] = sequences[0, input_ids.shape[1] :].tolist()
     finally:

@@ -1,4 +1,4 @@
-"""A tiny tokenizer with a chat template and a tiny random model, for the tests of the chat, the command line and the demo."""
+"""A tiny tokenizer with a chat template and a tiny random model: for the tests of chat, command line and demo."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ APPEND_ONLY = (
     "{%- for m in messages -%}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '<|assistant|>' }}{%- endif -%}"
 )
-# Like templates that drop reasoning: an answer is shown to the model only up to its first half once a newer message follows it.
+# Like templates that drop reasoning: once a newer message follows, only the first half of an answer is shown.
 FORGETFUL = (
     "{%- for m in messages -%}"
     "{%- set text = m['content'][:(m['content'] | length) // 2] if m['role'] == 'assistant' else m['content'] -%}"
@@ -61,7 +61,7 @@ def tiny_tokenizer(
 def tiny_model(
     tokenizer: PreTrainedTokenizerFast, *, window: int = 512, seed: int = 0, **config: Any
 ) -> LlamaForCausalLM:
-    """A random Llama of two layers; float32, with an end-of-turn token that it hardly ever says."""
+    """A random Llama of two layers in float32, which never says a special token of itself."""
     torch.manual_seed(seed)
     model = LlamaForCausalLM(
         LlamaConfig(

@@ -43,7 +43,7 @@ def test_first_prompt_is_the_template_tokenised(tokenizer: PreTrainedTokenizerFa
 
 
 def test_answer_that_tokenises_otherwise_keeps_its_ids(tokenizer: PreTrainedTokenizerFast) -> None:
-    answer = spelled(tokenizer, "the other") + (tokenizer.eos_token_id,)
+    answer = (*spelled(tokenizer, "the other"), tokenizer.eos_token_id)
     transcript, first = say(tokenizer, Transcript(), "the letter", answer)
     rendered = render(tokenizer, transcript, "and then")
     following = transcript.prompt(rendered, tokenizer)
@@ -62,7 +62,7 @@ def test_answer_cut_before_its_end_is_closed_by_the_template(tokenizer: PreTrain
 def test_template_that_drops_part_of_an_answer_is_tokenised_anew() -> None:
     tokenizer = tiny_tokenizer(FORGETFUL)
     transcript, _ = say(
-        tokenizer, Transcript(), "the letter", spelled(tokenizer, "the other") + (tokenizer.eos_token_id,)
+        tokenizer, Transcript(), "the letter", (*spelled(tokenizer, "the other"), tokenizer.eos_token_id)
     )
     rendered = render(tokenizer, transcript, "and then")
     assert transcript.prompt(rendered, tokenizer).ids == encode(tokenizer, rendered)

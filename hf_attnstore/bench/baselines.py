@@ -5,36 +5,29 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, PreTrainedModel
 
 from hf_attnstore.bench.shapes import BenchError
+from hf_attnstore.bench.timing import timed_generate
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def kv_bytes(cache: DynamicCache) -> int:
     """Bytes of the keys and values that a cache holds."""
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    return sum(tensor.nbytes for tensor in tensors_of(cache).values())
 
 
 def filled_cache(model: PreTrainedModel, ids: torch.Tensor) -> DynamicCache:
     """A DynamicCache that holds exactly `ids` (`[1, tokens]`): the one new token is never fed."""
     cache = DynamicCache(config=model.config)
-    model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
-        max_new_tokens=1,
-        do_sample=False,
-    )
+    timed_generate(model, ids, 0, lambda: cache)
     if cache.get_seq_length() != ids.shape[1]:
-        raise BenchError(
-            f"The cache holds {cache.get_seq_length()} tokens, not the history's {ids.shape[1]}."
-        )
+        raise BenchError(f"The cache holds {cache.get_seq_length()} tokens, not the history's {ids.shape[1]}.")
     return cache
 
 
@@ -42,12 +35,11 @@ def tensors_of(cache: DynamicCache) -> dict[str, torch.Tensor]:
     """A cache's tensors by name, `layers.<i>.keys` and `layers.<i>.values`, in layer order."""
     named = {}
     for index, layer in enumerate(cache.layers):
-        if getattr(layer, "keys", None) is None or type(layer.keys) is not torch.Tensor:
-            raise BenchError(
-                f"Layer {index} keeps no keys and values; the bench measures attention layers only."
-            )
-        named[f"layers.{index}.keys"] = layer.keys.contiguous()
-        named[f"layers.{index}.values"] = layer.values.contiguous()
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if not isinstance(keys, torch.Tensor) or not isinstance(values, torch.Tensor):
+            raise BenchError(f"Layer {index} keeps no keys and values; the bench measures attention layers only.")
+        named[f"layers.{index}.keys"] = keys.contiguous()
+        named[f"layers.{index}.values"] = values.contiguous()
     return named
 
 
@@ -59,7 +51,8 @@ def cache_of(model: PreTrainedModel, named: dict[str, torch.Tensor], tokens: int
         tokens: how many tokens the cache has seen (a sliding layer holds fewer).
     """
     cache = DynamicCache(config=model.config)
-    for index, layer in enumerate(cache.layers):
+    layers: list[Any] = cache.layers
+    for index, layer in enumerate(layers):
         keys = named[f"layers.{index}.keys"].to(model.device)
         values = named[f"layers.{index}.values"].to(model.device)
         layer.lazy_initialization(keys, values)
@@ -99,9 +92,8 @@ def read_safetensors_lean(path: Path) -> dict[str, torch.Tensor]:
             if name == "__metadata__":
                 continue
             tensor = torch.empty(math.prod(entry["shape"]), dtype=_DTYPES[entry["dtype"]])
-            raw: np.ndarray = tensor.view(torch.uint8).numpy()
             file.seek(8 + length + entry["data_offsets"][0])
-            target, at = memoryview(raw), 0
+            target, at = memoryview(tensor.view(torch.uint8).numpy().data), 0
             while at < len(target) and (got := file.readinto(target[at:])):
                 at += got
             if at < len(target):

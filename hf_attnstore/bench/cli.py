@@ -36,9 +36,7 @@ def bench(
     new: Annotated[int, typer.Option(min=1, help="New prompt tokens on top of the history.")] = 32,
     decode: Annotated[int, typer.Option(min=1, help="Tokens decoded after the first new one.")] = 32,
     repeats: Annotated[int, typer.Option(min=1, help="Times everything is measured, after a warm-up.")] = 7,
-    output: Annotated[
-        Path | None, typer.Option(help="Folder for the report: JSON, PNG and Markdown.")
-    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for the report: JSON, PNG and Markdown.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     seed: Annotated[int, typer.Option(help="For weights, token ids and the order of measurements.")] = 0,
     store: Annotated[
@@ -50,9 +48,7 @@ def bench(
     ] = None,
     block_size: Annotated[int, typer.Option(min=1, help="Tokens per block.")] = 256,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    threads: Annotated[
-        int, typer.Option(min=0, help="Threads that torch computes with; 0: its default.")
-    ] = 0,
+    threads: Annotated[int, typer.Option(min=0, help="Threads that torch computes with; 0: its default.")] = 0,
     rss: Annotated[bool, typer.Option(help="Also measure peak memory, each in a process of its own.")] = True,
     check: Annotated[bool, typer.Option(help="Exit with 1 if a bar is missed.")] = False,
 ) -> None:
@@ -139,7 +135,7 @@ def _bench(
     """Run it all and report; returns whether a bar was missed."""
     import torch
 
-    from hf_attnstore.bench.machine import describe_machine, in_words, versions
+    from hf_attnstore.bench.machine import busy_share, describe_machine, in_words, versions
     from hf_attnstore.bench.measure import Workload
     from hf_attnstore.bench.report import FORMAT, as_record, print_result
     from hf_attnstore.bench.shapes import choose_model, load_model
@@ -159,6 +155,9 @@ def _bench(
                 "name a folder on a disk with --store.",
                 style="yellow",
             )
+        busy = busy_share()
+        if busy > 0.1:
+            console.print(f"Other processes use {busy:.0%} of the CPUs, so all figures will be noisy.", style="yellow")
         results = []
         with _progress(console) as progress:
             task = progress.add_task(f"loading {spec.label}", total=None)
@@ -179,6 +178,7 @@ def _bench(
         "model": spec.label,
         "versions": versions(),
         "machine": machine,
+        "busy_before": round(busy, 3),
         "block_size": block_size,
         "results": [as_record(result) for result in results],
     }
@@ -252,15 +252,11 @@ def _write(console: Console, output: Path, label: str, record: dict[str, Any], r
     try:
         from hf_attnstore.bench.plot import draw
     except ImportError:
-        console.print(
-            "No picture: matplotlib is not installed (pip install 'hf-attnstore[bench]').", style="yellow"
-        )
+        console.print("No picture: matplotlib is not installed (pip install 'hf-attnstore[bench]').", style="yellow")
     else:
         draw(label, results, output / f"{stem}.png")
         picture = f"\n![{label}]({stem}.png)\n"
-    (output / f"{stem}.md").write_text(
-        as_markdown(label, record["machine"], record["versions"], results) + picture
-    )
+    (output / f"{stem}.md").write_text(as_markdown(label, record["machine"], record["versions"], results) + picture)
     console.print(f"Report: {output / stem}.json, .md" + (", .png" if picture else ""), highlight=False)
 
 

@@ -69,9 +69,7 @@ BARS: tuple[Bar, ...] = (
     ),
     Bar("decode", "decode per token, against a DynamicCache", 1.0, "decode/memory", "decode/kept"),
     Bar("saving", "a turn with saving, against the same without", 1.03, "total/saving", "total/not_saving"),
-    Bar(
-        "first", "a first turn with the store, against plain generate", 1.02, "total/first", "total/recompute"
-    ),
+    Bar("first", "a first turn with the store, against plain generate", 1.02, "total/first", "total/recompute"),
     Bar(
         "rss_memory",
         "peak RSS of a resumed turn from memory, against a kept DynamicCache",
@@ -119,9 +117,7 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> Ratio:
     return Ratio(pairs.median, statistics.median(above) / statistics.median(below), pairs.low, pairs.high)
 
 
-def evaluate(
-    series: Mapping[str, Sequence[float]], history: int, bars: Sequence[Bar] = BARS
-) -> list[Verdict]:
+def evaluate(series: Mapping[str, Sequence[float]], history: int, bars: Sequence[Bar] = BARS) -> list[Verdict]:
     """Hold the series against the bars.
 
     Args:

@@ -26,6 +26,11 @@ def describe_machine(store: Path) -> dict[str, str | int]:
     return facts
 
 
+def busy_share() -> float:
+    """Share of the CPUs that other processes use right now, 0 to 1, looked at for a second."""
+    return float(psutil.cpu_percent(interval=1.0)) / 100
+
+
 def in_words(facts: dict[str, str | int]) -> str:
     """One line for a report."""
     gpu = f", {facts['gpu']}" if "gpu" in facts else ""

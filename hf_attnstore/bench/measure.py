@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, detach
 from hf_attnstore.bench import baselines, pagecache
-from hf_attnstore.bench.methods import METHODS, SESSION, Method, Setting, check_reuse, read_all, with_load
+from hf_attnstore.bench.methods import METHODS, SESSION, Method, Setting, check_reuse, with_load
 from hf_attnstore.bench.shapes import BenchError, random_ids
 from hf_attnstore.bench.timing import Sample, settle, timed_generate
 
@@ -100,9 +100,7 @@ def same_tokens(
     """
     if list(got) == list(plain):
         return None
-    at = next(
-        (i for i, (a, b) in enumerate(zip(got, plain, strict=False)) if a != b), min(len(got), len(plain))
-    )
+    at = next((i for i, (a, b) in enumerate(zip(got, plain, strict=False)) if a != b), min(len(got), len(plain)))
     if exact or (kept is not None and list(got) != list(kept)):
         raise BenchError(f"{title}: WRONG TOKENS. New token {at} is not what plain generate gives.")
     return (
@@ -138,9 +136,7 @@ def measure(
         kept = baselines.filled_cache(model, ids[:, : workload.history])
         bytes_ = baselines.kv_bytes(kept)
         result = Measured(workload, bytes_)
-        with AttentionStore(
-            folder / "store", memory=memory_cap(bytes_), disk="1TiB", block_size=block_size
-        ) as store:
+        with AttentionStore(folder / "store", memory=memory_cap(bytes_), disk="1TiB", block_size=block_size) as store:
             setting = Setting(
                 model=model,
                 ids=ids,
@@ -148,7 +144,6 @@ def measure(
                 decode=workload.decode,
                 folder=folder,
                 store=store,
-                blocks=[],
                 kept=kept,
                 kv_bytes=bytes_,
                 evictions=result.evictions,
@@ -213,11 +208,9 @@ class _Run:
         self.result.attach_seconds = time.perf_counter() - start
         timed_generate(setting.model, setting.ids[:, : setting.history], 0, lambda: cache)
         setting.store.flush()
-        setting.blocks[:] = sorted((setting.folder / "store" / "blocks").rglob("*.safetensors"))
         self.result.file_bytes = sum(path.stat().st_size for path in setting.blocks)
         self.source = torch.ones(setting.kv_bytes, dtype=torch.uint8)
         self.target = torch.zeros(setting.kv_bytes, dtype=torch.uint8, device=setting.model.device)
-        self.buffer = memoryview(bytearray(self.result.file_bytes + 1))
         if setting.model.device.type == "cuda":
             self.source = self.source.pin_memory()
 
@@ -252,9 +245,7 @@ class _Run:
                 with AttentionStore(
                     folder, memory=memory_cap(setting.kv_bytes), disk="1TiB", block_size=self.block_size
                 ) as store:
-                    AttentionStoreCache(
-                        setting.model, SESSION, store
-                    )  # attaches, outside of the timed region
+                    AttentionStoreCache(setting.model, SESSION, store)  # attaches, outside of the timed region
                     sample, cache = timed_generate(
                         setting.model,
                         setting.ids,
@@ -269,9 +260,7 @@ class _Run:
                 shutil.rmtree(folder)
                 # Prefilled in one go, like plain generate: equal to it in any dtype.
                 if self.plain is not None and sample.tokens != self.plain:
-                    raise BenchError(
-                        "A first turn with the store: WRONG TOKENS, not what plain generate gives."
-                    )
+                    raise BenchError("A first turn with the store: WRONG TOKENS, not what plain generate gives.")
                 self._keep("first", sample)
 
     def _method_plain(self) -> None:
@@ -279,9 +268,7 @@ class _Run:
         method.prepare()
         sample = method.run()
         if self.plain is not None and sample.tokens != self.plain:
-            raise BenchError(
-                "Plain generate gave other tokens than before: this model is not deterministic here."
-            )
+            raise BenchError("Plain generate gave other tokens than before: this model is not deterministic here.")
         self.plain = sample.tokens
         self._keep("recompute", sample)
 
@@ -293,9 +280,7 @@ class _Run:
         setting, workload = self.setting, self.workload
         arms = ["saving", "not_saving"]
         for number, arm in enumerate(arms if repeat % 2 else arms[::-1]):
-            fresh = random_ids(
-                setting.model, workload.new, (workload.seed, workload.history, repeat + 2, number)
-            )
+            fresh = random_ids(setting.model, workload.new, (workload.seed, workload.history, repeat + 2, number))
             ids = torch.cat([setting.ids[:, : setting.history], fresh], dim=1)
             name = f"{arm}-{repeat}"
             setting.store.fork(SESSION, name)
@@ -316,9 +301,7 @@ class _Run:
             del cache
             setting.store.delete(name)
             detach(setting.model)
-            expected, _ = timed_generate(
-                setting.model, ids, setting.decode, partial(copy.deepcopy, setting.kept)
-            )
+            expected, _ = timed_generate(setting.model, ids, setting.decode, partial(copy.deepcopy, setting.kept))
             if sample.tokens != expected.tokens:
                 raise BenchError(f"turn, {arm}: WRONG TOKENS, not what a kept DynamicCache gives.")
             self._keep(arm, sample)
@@ -339,8 +322,10 @@ class _Run:
                 torch.cuda.synchronize(target.device)
             seconds = time.perf_counter() - start
         else:
-            read_all(setting.blocks)
+            blocks = setting.blocks
+            buffer = memoryview(bytearray(sum(path.stat().st_size for path in blocks) + 1))
+            pagecache.read_into(blocks, buffer)
             if key == "read_cold":
-                pagecache.evict(setting.blocks)
-            seconds = pagecache.read_into(setting.blocks, self.buffer)
+                pagecache.evict(blocks)
+            seconds = pagecache.read_into(blocks, buffer)
         self.result.probes.setdefault(key, []).append(seconds)

@@ -33,7 +33,6 @@ class Setting:
         decode: tokens decoded after the first new one.
         folder: an empty folder of the bench's own.
         store: holds the history as session `SESSION`.
-        blocks: the history's block files, in no order.
         kept: a DynamicCache that holds the history; methods use copies of it.
         kv_bytes: bytes of the history's keys and values.
     """
@@ -44,10 +43,14 @@ class Setting:
     decode: int
     folder: Path
     store: AttentionStore
-    blocks: list[Path]
     kept: DynamicCache
     kv_bytes: int
     evictions: list[tuple[float | None, float | None]]
+
+    @property
+    def blocks(self) -> list[Path]:
+        """The store's block files. Looked up each time: a block that is not full is replaced when it grows."""
+        return sorted((self.folder / "store" / "blocks").rglob("*.safetensors"))
 
     @property
     def torch_file(self) -> Path:
@@ -120,12 +123,12 @@ class StoreMemory(Method):
         setting = self.setting
         cache = AttentionStoreCache(setting.model, SESSION, setting.store, save=False)
         timed_generate(setting.model, setting.ids, 0, lambda: cache)
+        setting.store.flush()  # blocks come into the tier behind the turn
 
     def run(self) -> Sample:
         setting = self.setting
-        sample, cache = self._turn(
-            lambda: AttentionStoreCache(setting.model, SESSION, setting.store, save=False)
-        )
+        sample, cache = self._turn(lambda: AttentionStoreCache(setting.model, SESSION, setting.store, save=False))
+        setting.store.flush()  # whatever goes on behind the turn must not go on in the next one
         check_reuse(cache, self.title, setting.history, setting.kv_bytes, self.tier)
         return with_load(sample, cache)
 

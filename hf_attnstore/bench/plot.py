@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from hf_attnstore.bench.figures import spread
 from hf_attnstore.bench.report import TITLES, Result, bandwidths
@@ -43,6 +44,9 @@ def _ttft(axis: matplotlib.axes.Axes, result: Result) -> None:
         capsize=3,
     )
     axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set_xlim(min(medians) / 2, max(medians) * 4)
     for index, found in enumerate(spreads):
         axis.annotate(

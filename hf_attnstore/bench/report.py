@@ -31,7 +31,7 @@ class TableRows:
 
     title: str
     columns: Row
-    rows: list[Row]
+    rows: Sequence[Row]
     notes: tuple[str, ...] = ()
 
 
@@ -65,9 +65,7 @@ def as_record(result: Result) -> dict[str, Any]:
     """Everything measured, raw samples included, and the figures made from it."""
     measured = result.measured
     samples = {
-        key: [
-            {name: value for name, value in asdict(sample).items() if name != "tokens"} for sample in samples
-        ]
+        key: [{name: value for name, value in asdict(sample).items() if name != "tokens"} for sample in samples]
         for key, samples in measured.samples.items()
     }
     return {
@@ -100,9 +98,7 @@ def as_record(result: Result) -> dict[str, Any]:
 
 def tables(result: Result) -> list[TableRows]:
     """The tables of one history length."""
-    return [
-        table for table in (_turns(result), _saving(result), _bandwidth(result), _rss(result)) if table.rows
-    ]
+    return [table for table in (_turns(result), _saving(result), _bandwidth(result), _rss(result)) if table.rows]
 
 
 def verdict_lines(verdicts: Sequence[Verdict]) -> list[tuple[str, str]]:
@@ -142,9 +138,7 @@ def print_result(console: Console, result: Result) -> None:
         console.print(f"  [{style}]{state:>4}[/{style}]  {line}", highlight=False)
 
 
-def as_markdown(
-    label: str, machine: dict[str, Any], versions: dict[str, str], results: Sequence[Result]
-) -> str:
+def as_markdown(label: str, machine: dict[str, Any], versions: dict[str, str], results: Sequence[Result]) -> str:
     """The report for docs/results/."""
     parts = [
         f"# attnstore bench: {label}",
@@ -282,9 +276,7 @@ def bandwidths(result: Result) -> list[tuple[str, int, list[float]]]:
             nbytes = measured.file_bytes if key.startswith("read") else measured.kv_bytes
             found.append((title, nbytes, seconds))
     for key, title in TITLES.items():
-        loads = [
-            (sample.loaded_bytes, sample.load) for sample in measured.samples.get(key, []) if sample.load
-        ]
+        loads = [(sample.loaded_bytes, sample.load) for sample in measured.samples.get(key, []) if sample.load]
         if loads:
             found.append((f"{title} (load)", loads[0][0], [seconds for _, seconds in loads if seconds]))
     return found

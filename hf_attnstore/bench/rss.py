@@ -93,9 +93,7 @@ def measure_rss(job: RssJob) -> Rss:
         )
         if done.returncode or not answer.exists():
             tail = "\n".join(done.stderr.strip().splitlines()[-8:])
-            raise BenchError(
-                f"The process that measures memory ({job.mode}) ended with {done.returncode}:\n{tail}"
-            )
+            raise BenchError(f"The process that measures memory ({job.mode}) ended with {done.returncode}:\n{tail}")
         return Rss(**json.loads(answer.read_text()))
 
 
@@ -136,6 +134,7 @@ def _child(job: RssJob) -> Rss:
 
                 if job.mode == "memory":
                     timed_generate(model, ids, 0, resumed)
+                    store.flush()  # the blocks come into the memory tier behind the turn
                 before = _reset_peak()
                 sample, turn = timed_generate(model, ids, job.decode, resumed)
                 peak = _status("VmHWM")
@@ -186,6 +185,4 @@ def _read_job(raw: dict[str, Any]) -> RssJob:
 
 
 if __name__ == "__main__":
-    Path(sys.argv[2]).write_text(
-        json.dumps(asdict(_child(_read_job(json.loads(Path(sys.argv[1]).read_text())))))
-    )
+    Path(sys.argv[2]).write_text(json.dumps(asdict(_child(_read_job(json.loads(Path(sys.argv[1]).read_text()))))))

@@ -119,6 +119,8 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
             torch.manual_seed(spec.seed)
             model = AutoModelForCausalLM.from_config(config, dtype=shape.dtype)
     else:
+        if spec.name is None:
+            raise BenchError("The model has neither a shape nor a name.")
         model = AutoModelForCausalLM.from_pretrained(spec.name, dtype="auto")
         model = model.to(torch.device(spec.device))  # type: ignore[arg-type]
         limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)

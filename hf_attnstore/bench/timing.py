@@ -82,11 +82,12 @@ def timed_generate(
         The sample, without load figures, and the cache that was used.
     """
     clock = TokenClock()
+    generate: Callable[..., torch.Tensor] = model.generate  # type: ignore[assignment]
     settle(model.device)
     start = time.perf_counter()
     cache = make_cache()
     made = time.perf_counter()
-    out = model.generate(
+    out = generate(
         ids,
         attention_mask=torch.ones_like(ids),
         past_key_values=cache,

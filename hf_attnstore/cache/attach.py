@@ -66,8 +66,9 @@ class Attachment:
 
     def original_generate(self, model: nn.Module) -> Callable[..., Any]:
         if self.generate is not None:
-            return self.generate  # type: ignore[no-any-return]
-        return types.MethodType(type(model).generate, model)
+            generate: Callable[..., Any] = self.generate
+            return generate
+        return types.MethodType(getattr(type(model), "generate"), model)  # noqa: B009
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Attachment":
         """A copy of an attached model is attached too (its hooks are copied with it), with a fingerprint of its own."""

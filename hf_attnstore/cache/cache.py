@@ -66,6 +66,8 @@ class AttentionStoreCache(Cache):
     the turn. One thread at a time uses an object.
     """
 
+    layers: list[StoreLayer]  # type: ignore[assignment]
+
     def __init__(
         self,
         model: nn.Module,
@@ -76,14 +78,15 @@ class AttentionStoreCache(Cache):
         wait: float = 0.0,
     ) -> None:
         self._model = owner_of(model)
-        kinds = layer_kinds(self._model.config)
+        config: Any = self._model.config
+        kinds = layer_kinds(config)
         super().__init__(layers=[make_layer(kind.window) for kind in kinds])
         self._attachment: Attachment = ensure_hooks(self._model)
         self._store: AttentionStore | None = store or self._attachment.store or _default_store()
         self.session = self._store.check_name(session) if session is not None else None
         self._saving = save
         self._wait = wait
-        self._limit = position_limit(self._model.config.get_text_config(decoder=True))
+        self._limit = position_limit(config.get_text_config(decoder=True))
         self._busy = threading.Lock()
         self._prepare_empty()
         self._store.register(self)
@@ -131,7 +134,7 @@ class AttentionStoreCache(Cache):
     @property
     def token_ids(self) -> list[int]:
         """The ids of the tokens held, as far as ids identify them."""
-        return self._chain.ids.tolist()  # type: ignore[no-any-return]
+        return self._chain.ids.tolist()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(session={self.session!r}, tokens={self._held}, layers={len(self.layers)})"
@@ -336,7 +339,9 @@ class AttentionStoreCache(Cache):
         self._held = len(ids)
         if self._saver is not None:
             last = spans[-1] if spans else None
-            tail = last.block if last is not None and last.whole and last.block_tokens < self._chain.block_size else None
+            tail = (
+                last.block if last is not None and last.whole and last.block_tokens < self._chain.block_size else None
+            )
             self._saver.begin_turn(min(total_tokens(spans), len(ids)), tail)
 
     def end_turn(self) -> None:
@@ -531,7 +536,7 @@ class AttentionStoreCache(Cache):
     @property
     def rows(self) -> int:
         """The batch size of what is held; 0 if nothing is."""
-        return self.layers[0].rows if self.layers else 0  # type: ignore[no-any-return]
+        return self.layers[0].rows if self.layers else 0
 
     def _finish_restore(self) -> None:
         restore, self._restore = self._restore, None

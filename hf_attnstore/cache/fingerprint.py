@@ -50,7 +50,7 @@ def _offloaded(module: nn.Module, name: str) -> torch.Tensor | None:
         weights = getattr(candidate, "weights_map", None)
         if weights is not None:
             try:
-                return weights[name]  # type: ignore[no-any-return]
+                return weights[name]
             except KeyError:
                 continue
     return None
@@ -73,16 +73,20 @@ def _tensors(model: nn.Module, *, fetch_offloaded: bool) -> Iterator[tuple[str, 
 
 def _adapter_state(model: nn.Module) -> list[Any]:
     """Which adapters are active, merged and disabled, in every layer that can have some (PEFT)."""
-    return [
-        [
-            sorted(map(str, module.active_adapters)),
-            sorted(map(str, module.merged_adapters)),
-            bool(module.disable_adapters),
-            sorted((str(name), float(scale)) for name, scale in getattr(module, "scaling", {}).items()),
-        ]
-        for module in model.modules()
-        if hasattr(type(module), "merged_adapters") or "merged_adapters" in module.__dict__
-    ]
+    states = []
+    for module in model.modules():
+        if hasattr(type(module), "merged_adapters") or "merged_adapters" in module.__dict__:
+            layer: Any = module
+            scales = getattr(layer, "scaling", {})
+            states.append(
+                [
+                    sorted(map(str, layer.active_adapters)),
+                    sorted(map(str, layer.merged_adapters)),
+                    bool(layer.disable_adapters),
+                    sorted((str(name), float(scale)) for name, scale in scales.items()),
+                ]
+            )
+    return states
 
 
 def _relevant(config: Any) -> Any:
@@ -139,7 +143,7 @@ class Fingerprint:
         return self._value
 
     def _settings(self) -> str:
-        config = self.model.config
+        config: Any = self.model.config
         device = next(self.model.parameters()).device.type
         autocast = str(torch.get_autocast_dtype(device)) if _autocast_enabled(device) else ""
         settings = {
@@ -153,7 +157,8 @@ class Fingerprint:
         return json.dumps(settings, sort_keys=True)
 
     def _wanted(self, *, fetch_offloaded: bool) -> Iterator[tuple[str, torch.Tensor]]:
-        varying = has_length_dependent_rope(self.model.config.get_text_config(decoder=True))
+        config: Any = self.model.config
+        varying = has_length_dependent_rope(config.get_text_config(decoder=True))
         for name, tensor in _tensors(self.model, fetch_offloaded=fetch_offloaded):
             if not (varying and name.endswith("inv_freq")):
                 yield name, tensor
@@ -193,5 +198,3 @@ def _autocast_enabled(device_type: str) -> bool:
         return torch.is_autocast_enabled(device_type)
     except RuntimeError:  # a device type without autocast
         return False
-
-

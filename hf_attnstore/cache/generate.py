@@ -144,9 +144,7 @@ def _begin(cache: AttentionStoreCache, model: nn.Module, prompt: Any, kwargs: di
     cache.begin_turn(ids, limit=len(ids) - 1, new_tokens=int(new_tokens), checked=True)
 
 
-def _with_history(
-    cache: AttentionStoreCache, prompt: Any, kwargs: dict[str, Any]
-) -> tuple[Any, dict[str, Any]]:
+def _with_history(cache: AttentionStoreCache, prompt: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Completes a prompt of new tokens alone, which a mask over the whole conversation gives away."""
     mask = kwargs.get("attention_mask")
     if not (isinstance(mask, torch.Tensor) and isinstance(prompt, torch.Tensor) and mask.ndim == prompt.ndim == 2):

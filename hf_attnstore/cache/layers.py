@@ -95,7 +95,7 @@ class StoreLayer(CacheLayerMixin):
 
     def piece(self, start: int, stop: int) -> dict[str, torch.Tensor]:
         """The first row's KV of positions `[start, stop)`, each tensor `[heads, tokens, dim]`. Views."""
-        return {name: target for name, target in zip(NAMES, self._row(start, stop), strict=True)}
+        return dict(zip(NAMES, self._row(start, stop), strict=True))
 
     def _row(self, start: int, stop: int) -> list[torch.Tensor]:
         rows = [b[0, ..., start - self.first : stop - self.first, :] for b in self._buffers]
@@ -289,7 +289,9 @@ class SlidingLayer(StoreLayer):
 
     def has_window(self, length: int) -> bool:
         """Whether the layer still holds what it would show if it were cropped to `length`."""
-        return length == 0 or (self.first <= self._window_from(length) and length <= self.length and self.is_initialized)
+        return length == 0 or (
+            self.first <= self._window_from(length) and length <= self.length and self.is_initialized
+        )
 
     def crop_to(self, length: int) -> None:
         super().crop_to(length)

@@ -1,8 +1,9 @@
 """Bringing KV back, layer by layer, while the model computes."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -61,7 +62,7 @@ class Restore:
         self._compute: list[float] = []
         self.exposed_seconds = 0.0
         for number, layer in enumerate(layers):
-            layer.pending = lambda number=number: self._wait(number)  # type: ignore[misc]
+            layer.pending = partial(self._wait, number)
 
     @property
     def load(self) -> Load:
@@ -158,9 +159,9 @@ def plan_restore(
     return Restore(layers, store.load(stages), pace)
 
 
-def _specs(described: object, number: int) -> tuple[TensorSpec, TensorSpec]:
+def _specs(described: Mapping[str, TensorSpec], number: int) -> tuple[TensorSpec, TensorSpec]:
     try:
-        keys, values = (described[tensor_name(number, name)] for name in NAMES)  # type: ignore[index]
+        keys, values = (described[tensor_name(number, name)] for name in NAMES)
     except KeyError:
         raise LoadError(f"a stored block has no KV of layer {number}") from None
     return keys, values

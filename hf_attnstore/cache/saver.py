@@ -31,7 +31,9 @@ class BlockSaver:
     What could not be handed over then, and the short block at the end, follow in `finish`.
     """
 
-    def __init__(self, layers: Sequence[StoreLayer], chain: TokenChain, store: AttentionStore, fingerprint: str) -> None:
+    def __init__(
+        self, layers: Sequence[StoreLayer], chain: TokenChain, store: AttentionStore, fingerprint: str
+    ) -> None:
         self._layers = layers
         self._chain = chain
         self._store = store

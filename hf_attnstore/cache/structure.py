@@ -65,7 +65,8 @@ def decoder_layers(model: nn.Module, count: int) -> list[nn.Module]:
 
 
 def _attention_number(layer: nn.Module) -> int | None:
-    return next((m.layer_idx for m in layer.modules() if isinstance(getattr(m, "layer_idx", None), int)), None)
+    numbers = (getattr(module, "layer_idx", None) for module in layer.modules())
+    return next((number for number in numbers if isinstance(number, int)), None)
 
 
 def compute_device(layer: nn.Module) -> torch.device | None:

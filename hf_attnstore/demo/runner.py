@@ -198,5 +198,5 @@ def _in_new_process(task: TurnTask, work: Path, index: int) -> TurnResult:
 
 def _line(index: int, turn: TurnResult) -> str:
     mark = "[green]same tokens ✓[/]" if turn.same_tokens else "[red]other tokens ✗[/]"
-    with_store, without = statistics.median(turn.ttft_with), statistics.median(turn.ttft_without)
-    return f"turn {index + 1:2}: first token after {with_store * 1e3:.1f} ms, without the store {without * 1e3:.1f} ms, {mark}"
+    with_store, without = (f"{statistics.median(times) * 1e3:.1f} ms" for times in (turn.ttft_with, turn.ttft_without))
+    return f"turn {index + 1:2}: first token after {with_store}, without the store {without}, {mark}"

@@ -17,8 +17,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ..cache import attach, detach
 from ..chat import ChatSession
 from ..chat_model import load_chat_model
@@ -103,7 +101,7 @@ def main(task_file: Path, result_file: Path) -> None:
 def run_turn(task: TurnTask) -> TurnResult:
     """The turn with the store and without, `task.repeats` times each, alternating."""
     model, tokenizer = load_chat_model(task.model, device=task.device, dtype=task.dtype)
-    _warm_up(model)
+    _warm_up(model, tokenizer)
     stores = [Path(task.store), *_copies(Path(task.store), Path(task.scratch), task.repeats)]
     spare = stores.pop()
     history, prompt = _prompt(model, tokenizer, spare, task)
@@ -118,7 +116,7 @@ def run_turn(task: TurnTask) -> TurnResult:
             chat = _chat(model, tokenizer, store, task)
             gc.collect()
             chat.send(task.message)
-            assert chat.stats is not None  # noqa: S101 - send() returned
+            assert chat.stats is not None
             with_store.add(chat.token_ids[len(prompt) :], chat.stats.ttft_seconds)
             turns.append(chat)
             store.flush()
@@ -149,7 +147,7 @@ def run_turn(task: TurnTask) -> TurnResult:
         shutil.rmtree(copy)
 
     turn = turns[0].stats
-    assert turn is not None  # noqa: S101 - run_with checked it
+    assert turn is not None
     difference = first_difference(without.answers[0], [*with_store.answers, *without.answers[1:]])
     return TurnResult(
         history_tokens=history,
@@ -226,16 +224,12 @@ def _copies(store: Path, scratch: Path, count: int) -> list[Path]:
     return copies
 
 
-def _warm_up(model: PreTrainedModel) -> None:
+def _warm_up(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Two short generations on tokens that have nothing to do with the conversation."""
-    ids = torch.arange(WARM_UP_TOKENS, device=model.device).flip(0)[None] % model.config.get_text_config().vocab_size
+    ids = [i % model.config.get_text_config().vocab_size for i in range(WARM_UP_TOKENS, 0, -1)]
     for _ in range(2):
-        model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=2,
-            do_sample=False,
-            pad_token_id=0,
+        timed_generate(
+            model, tokenizer, ids, GenerateRun(), max_new_tokens=2, do_sample=False, pad_token_id=_pad(tokenizer)
         )
 
 

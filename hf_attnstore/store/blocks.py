@@ -158,11 +158,11 @@ def as_bytes(tensor: torch.Tensor) -> np.ndarray:
     return tensor.view(torch.uint8).numpy()
 
 
-def checksum(chunks: Iterable[memoryview | np.ndarray]) -> str:
+def checksum(chunks: Iterable[np.ndarray]) -> str:
     """xxh3-64 (hex) over the chunks one after the other."""
     hasher = xxhash.xxh3_64()
     for chunk in chunks:
-        hasher.update(chunk)
+        hasher.update(chunk.data)
     return hasher.hexdigest()
 
 

@@ -108,7 +108,7 @@ class BlockFile:
     def _read_into(self, buffers: list[np.ndarray], offset: int) -> int:
         expected = sum(buffer.nbytes for buffer in buffers)
         done = 0
-        views = [memoryview(buffer) for buffer in buffers]
+        views = [buffer.data for buffer in buffers]
         while done < expected:
             try:
                 count = os.preadv(self._fd, views, offset + done)
@@ -173,7 +173,7 @@ class DiskTier:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             try:
-                total = self._write_all(fd, [memoryview(header), *(memoryview(chunk) for chunk in chunks)])
+                total = self._write_all(fd, [memoryview(header), *(chunk.data for chunk in chunks)])
             finally:
                 os.close(fd)
             os.rename(temporary, path)

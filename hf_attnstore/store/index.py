@@ -9,7 +9,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,10 +134,8 @@ class Index:
         names = (self.path, self.path.with_name(self.path.name + "-wal"), self.path.with_name(self.path.name + "-shm"))
         total = 0
         for name in names:
-            try:
+            with suppress(FileNotFoundError):
                 total += name.stat().st_size
-            except FileNotFoundError:
-                pass
         return total
 
     # blocks
@@ -160,8 +158,10 @@ class Index:
         now = time.time()
         with self._transaction() as db:
             db.execute(
-                "INSERT INTO blocks(key, parent, tokens, start, bytes, children, last_used, fingerprint, namespace, codec) "
-                "VALUES(?, ?, ?, ?, ?, (SELECT COUNT(*) FROM blocks WHERE parent = ?), ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+                "INSERT INTO blocks"
+                "(key, parent, tokens, start, bytes, children, last_used, fingerprint, namespace, codec) "
+                "VALUES(?, ?, ?, ?, ?, (SELECT COUNT(*) FROM blocks WHERE parent = ?), ?, ?, ?, ?) "
+                "ON CONFLICT DO NOTHING",
                 (
                     meta.key, meta.parent, meta.tokens, meta.start, file_bytes, meta.key, now,
                     meta.fingerprint, meta.namespace, meta.codec,
@@ -210,7 +210,8 @@ class Index:
         with self._transaction() as db:
             db.execute(
                 "INSERT INTO sessions(namespace, name, fingerprint, created, last_used) VALUES(?, ?, ?, ?, ?) "
-                "ON CONFLICT(namespace, name) DO UPDATE SET last_used = excluded.last_used, fingerprint = excluded.fingerprint",
+                "ON CONFLICT(namespace, name) DO UPDATE "
+                "SET last_used = excluded.last_used, fingerprint = excluded.fingerprint",
                 (namespace, name, fingerprint, now, now),
             )
             ((session,),) = db.execute("SELECT id FROM sessions WHERE namespace = ? AND name = ?", (namespace, name))
@@ -244,7 +245,7 @@ class Index:
         )
         if not rows:
             raise SessionNotFoundError(f"there is no session {name!r}; `sessions()` lists those there are")
-        return rows[0]  # type: ignore[no-any-return]
+        return rows[0]
 
     def fingerprint(self, namespace: str, name: str) -> str | None:
         """The fingerprint that a session was last used with; None where there is no such session."""
@@ -266,7 +267,8 @@ class Index:
         with self._transaction() as db:
             db.execute(
                 "INSERT INTO sessions(namespace, name, created, last_used, metadata) VALUES(?, ?, ?, ?, ?) "
-                "ON CONFLICT(namespace, name) DO UPDATE SET metadata = excluded.metadata, last_used = excluded.last_used",
+                "ON CONFLICT(namespace, name) DO UPDATE "
+                "SET metadata = excluded.metadata, last_used = excluded.last_used",
                 (namespace, name, now, now, json.dumps(metadata)),
             )
 

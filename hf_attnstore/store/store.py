@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +18,6 @@ from ..errors import (
     AttentionStoreError,
     LoadError,
     SessionNameError,
-    SessionNotFoundError,
     StoreClosedError,
     StoreFormatError,
 )
@@ -107,7 +107,11 @@ class AttentionStore:
                 if any(self.path.iterdir()):
                     raise StoreFormatError(f"{self.path} is not empty and not a store; choose another folder")
                 temporary = manifest.with_suffix(f".{os.getpid()}.tmp")
-                settings = {"format": FORMAT, "block_size": self.block_size, "created_by": f"hf-attnstore {__version__}"}
+                settings = {
+                    "format": FORMAT,
+                    "block_size": self.block_size,
+                    "created_by": f"hf-attnstore {__version__}",
+                }
                 temporary.write_text(json.dumps(settings))
                 temporary.chmod(0o600)
                 temporary.replace(manifest)
@@ -348,7 +352,7 @@ class AttentionStore:
             return
         self._count("saved_blocks")
         self._count("saved_bytes", block.nbytes)
-        self._writer.submit(lambda: self._write(block, supersedes))
+        self._writer.submit(partial(self._write, block, supersedes))
 
     def commit(self, session: str, fingerprint: str, spans: Sequence[SpanRow]) -> None:
         """Sets what a session consists of, after every block handed over before is on disk.
@@ -356,22 +360,23 @@ class AttentionStore:
         Blocks of earlier branches stay the session's own, so that `delete` removes them too.
         """
         self._check_open()
-        self._writer.submit(lambda: self._guarded(self._index.commit_session, self.namespace, session, fingerprint, spans))
+        change = partial(self._index.commit_session, self.namespace, session, fingerprint, spans)
+        self._writer.submit(partial(self._guarded, change))
 
     def touch(self, keys: Sequence[Key]) -> None:
         """Marks blocks as just used."""
         self._memory.touch(list(keys))
-        self._writer.submit(lambda: self._guarded(self._index.touch, list(keys)))
+        self._writer.submit(partial(self._guarded, partial(self._index.touch, list(keys))))
 
     def promote(self, keys: Sequence[Key]) -> None:
         """Copies blocks from disk into free or reclaimable memory, in the background and in order."""
         for key in keys:
-            self._writer.submit(lambda key=key: self._promote(key))  # type: ignore[misc]
+            self._writer.submit(partial(self._promote, key))
 
-    def _guarded(self, action: Callable[..., None], *args: Any) -> None:
+    def _guarded(self, change: Callable[[], None]) -> None:
         """Runs an index change in the writer thread, which must outlive whatever happens there."""
         try:
-            action(*args)
+            change()
         except Exception as error:
             self._count("write_errors")
             self._warn_once("index", f"the index could not be changed, some KV will not be found again: {error}")
@@ -395,7 +400,8 @@ class AttentionStore:
         if not self._make_disk_room(expected, keep={meta.parent}):
             self._count("not_saved_blocks")
             if self.disk_capacity:
-                self._warn_once("full", f"the store {self.path} is full, new KV is not kept on disk (cap {format_bytes(self.disk_capacity)})")
+                cap = format_bytes(self.disk_capacity)
+                self._warn_once("full", f"the store {self.path} is full, new KV is not kept on disk (cap {cap})")
             return
         written = self._disk.write(block)
         try:
@@ -499,8 +505,8 @@ class AttentionStore:
         disk_bytes, disk_blocks = self._index.usage()
         counts = Counter(self._counts)
         names = (
-            "turns", "turns_with_reuse", "prompt_tokens", "reused_tokens", "loaded_bytes", "saved_blocks", "saved_bytes",
-            "written_bytes", "evicted_blocks", "not_saved_blocks", "rejected", "write_errors",
+            "turns", "turns_with_reuse", "prompt_tokens", "reused_tokens", "loaded_bytes", "saved_blocks",
+            "saved_bytes", "written_bytes", "evicted_blocks", "not_saved_blocks", "rejected", "write_errors",
         )  # fmt: skip
         return {
             "memory_bytes": self._memory.used,

@@ -10,6 +10,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -125,7 +126,7 @@ class Load:
             for key in self._stages[number]:
                 with self._lock:
                     self._outstanding += 1
-                self._threads.submit(lambda number=number, key=key: self._run(number, key))  # type: ignore[misc]
+                self._threads.submit(partial(self._run, number, key))
 
     def wait(self, stage: int) -> float:
         """Waits until `stage` is in place. Returns the seconds waited.
@@ -165,7 +166,7 @@ class Load:
         try:
             if not self._cancelled and self.error is None:
                 segments = self._stages[stage][key]
-                tier, source = self._sources[key]
+                source = self._sources[key][1]
                 try:
                     read = self._devices.transfer(stage, source, segments)
                 except LoadError as error:

@@ -1,0 +1,377 @@
+"""ChatSession: what it feeds, what it keeps, and what is left after something went wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from chat_fixtures import (
+    APPEND_ONLY,
+    FORGETFUL,
+    NO_SYSTEM,
+    plain_answer,
+    tiny_model,
+    tiny_tokenizer,
+)
+from transformers import LlamaForCausalLM, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast, set_seed
+
+from hf_attnstore import AttentionStore, AttentionStoreError, ChatSession
+from hf_attnstore.chat import ChatTemplateError, ContextWindowError
+from hf_attnstore.transcript import encode
+
+GREEDY: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return tiny_tokenizer(APPEND_ONLY)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    return tiny_model(tokenizer)
+
+
+@pytest.fixture(scope="module")
+def plain(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """The same weights in a model that no store ever touches."""
+    return tiny_model(tokenizer)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[AttentionStore]:
+    with AttentionStore(tmp_path / "store", block_size=16) as opened:
+        yield opened
+
+
+@pytest.fixture
+def chat(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, store: AttentionStore) -> ChatSession:
+    return ChatSession(model, tokenizer, store, "alice", **GREEDY)
+
+
+def said(chat: ChatSession) -> list[tuple[str, str]]:
+    return [(message["role"], message["content"]) for message in chat.history]
+
+
+class Says(LogitsProcessor):
+    """Leaves the model one token to say at each step."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        self.tokens = list(tokens)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores = torch.full_like(scores, -torch.inf)
+        scores[:, self.tokens.pop(0)] = 0.0
+        return scores
+
+
+class FailsAtOnce(LogitsProcessor):
+    """Stands for whatever can go wrong before the first token."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("out of memory")
+
+
+# what is fed and what comes out
+
+
+def test_every_turn_prefills_only_what_is_new_and_answers_as_plain_generate(
+    chat: ChatSession, plain: LlamaForCausalLM
+) -> None:
+    for i, text in enumerate(["the old prince looked at the letter", "and then", "what did the mother say", "so"]):
+        before, prompt = chat.token_ids, chat.prompt_ids(text)
+        answer = chat.send(text)
+        turn = chat.stats
+        assert turn is not None
+        assert (turn.prompt_tokens, turn.generated_tokens) == (len(prompt), 12)
+        assert turn.reused_tokens == (len(before) - 1 if i else 0)  # the last token was never fed
+        assert turn.prefilled_tokens == len(prompt) - turn.reused_tokens
+        expected = plain_answer(plain, prompt, **GREEDY)
+        assert chat.token_ids == prompt + expected
+        assert answer == chat.tokenizer.decode(expected, skip_special_tokens=True)
+        assert said(chat)[-2:] == [("user", text), ("assistant", answer)]
+
+
+def test_conversation_goes_on_in_a_store_opened_anew(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    histories, tokens = [], []
+    for text in ("the letter", "and then", "nothing more"):
+        with AttentionStore(tmp_path / "store", block_size=16) as store:
+            chat = ChatSession(model, tokenizer, store, "alice", **GREEDY)
+            if histories:
+                assert (chat.history, chat.token_ids) == (histories[-1], tokens[-1])
+            chat.send(text)
+            assert chat.stats is not None
+            assert chat.stats.reused_tokens == (len(tokens[-1]) - 1 if tokens else 0)
+            assert (chat.stats.cache.loaded_bytes > 0) == bool(tokens)
+            histories.append(chat.history)
+            tokens.append(chat.token_ids)
+    assert len(histories[-1]) == 6
+
+
+def test_answer_that_tokenises_otherwise_is_reused_all_the_same(chat: ChatSession) -> None:
+    letters = [encode(chat.tokenizer, letter)[0] for letter in "theotherprince"]
+    chat.send("the letter", logits_processor=LogitsProcessorList([Says(letters)]), max_new_tokens=len(letters))
+    ids = chat.token_ids
+    assert chat.history[-1]["content"] == "theotherprince"
+    assert len(encode(chat.tokenizer, chat.tokenizer.decode(ids))) < len(ids)  # by itself, this text has other ids
+    chat.send("and then")
+    assert chat.stats is not None
+    assert chat.stats.reused_tokens == len(ids) - 1
+
+
+def test_template_that_rewrites_the_past_gives_the_right_tokens(
+    model: LlamaForCausalLM, plain: LlamaForCausalLM, store: AttentionStore
+) -> None:
+    tokenizer = tiny_tokenizer(FORGETFUL)
+    chat = ChatSession(model, tokenizer, store, "alice", **GREEDY)
+    chat.send("the old prince looked at the letter")
+    first = chat.token_ids
+    prompt = chat.prompt_ids("and then")
+    shared = next(i for i, (a, b) in enumerate(zip(first, prompt, strict=False)) if a != b)
+    assert shared < len(first)
+    chat.send("and then")
+    assert chat.stats is not None
+    assert 0 < chat.stats.reused_tokens <= shared
+    assert chat.stats.reused_tokens + chat.stats.prefilled_tokens == len(prompt)
+    assert chat.token_ids == prompt + plain_answer(plain, prompt, **GREEDY)
+
+
+def test_beam_search_answers_as_plain_generate(chat: ChatSession, plain: LlamaForCausalLM) -> None:
+    chat.send("the letter")
+    prompt = chat.prompt_ids("and then")
+    pieces: list[str] = []
+    answer = chat.send("and then", stream=pieces.append, num_beams=3)
+    assert chat.stats is not None
+    assert chat.stats.reused_tokens > 0
+    assert chat.stats.ttft_seconds is None
+    assert pieces == [answer]
+    assert chat.token_ids == prompt + plain_answer(plain, prompt, num_beams=3, **GREEDY)
+
+
+# streaming and numbers
+
+
+def test_streamed_pieces_are_the_answer(chat: ChatSession) -> None:
+    pieces: list[str] = []
+    answer = chat.send("the old prince", stream=pieces.append, max_new_tokens=60)
+    assert "".join(pieces) == answer
+    assert len(pieces) > 1
+
+
+def test_stream_true_writes_the_answer_to_standard_output(
+    chat: ChatSession, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer = chat.send("the old prince", stream=True)
+    assert capsys.readouterr().out == answer + "\n"
+
+
+def test_stats_say_how_long_and_why_it_ended(chat: ChatSession) -> None:
+    assert chat.stats is None
+    chat.send("the old prince")
+    turn = chat.stats
+    assert turn is not None
+    assert turn.ttft_seconds is not None
+    assert turn.tokens_per_second is not None
+    assert 0 < turn.ttft_seconds < turn.seconds
+    assert turn.tokens_per_second == pytest.approx(11 / (turn.seconds - turn.ttft_seconds))
+    assert turn.finish == "length"
+    any_token = list(range(5, len(chat.tokenizer)))
+    chat.send("and then", eos_token_id=any_token)
+    assert chat.stats is not None
+    assert (chat.stats.generated_tokens, chat.stats.finish) == (1, "stopped")
+    chat.send("and then", logits_processor=LogitsProcessorList([Says([chat.tokenizer.eos_token_id])]))
+    assert (chat.stats.generated_tokens, chat.stats.finish) == (1, "eos")
+    assert chat.history[-1] == {"role": "assistant", "content": ""}
+
+
+# interruptions
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, ValueError])
+def test_interrupted_answer_is_kept_as_far_as_it_came(
+    chat: ChatSession, plain: LlamaForCausalLM, interruption: type[BaseException]
+) -> None:
+    chat.send("the letter")
+    prompt = chat.prompt_ids("and then")
+    pieces: list[str] = []
+
+    def stop_after_two(text: str) -> None:
+        pieces.append(text)
+        if len(pieces) == 2:
+            raise interruption
+
+    with pytest.raises(interruption):
+        chat.send("and then", stream=stop_after_two, max_new_tokens=60)
+    assert chat.stats is not None
+    assert chat.stats.finish == "interrupted"
+    produced = chat.token_ids[len(prompt) :]
+    assert 0 < len(produced) < 60
+    assert produced == plain_answer(plain, prompt, max_new_tokens=60, do_sample=False)[: len(produced)]
+    assert said(chat)[-2:] == [("user", "and then"), ("assistant", chat.tokenizer.decode(produced))]
+
+    following = chat.prompt_ids("so")
+    assert following[: len(prompt) + len(produced)] == prompt + produced
+    chat.send("so")
+    assert chat.stats.reused_tokens >= len(prompt)
+    assert chat.token_ids == following + plain_answer(plain, following, **GREEDY)
+
+
+def test_message_without_any_answer_is_dropped(chat: ChatSession, store: AttentionStore) -> None:
+    chat.send("the letter")
+    history, ids, turn = chat.history, chat.token_ids, chat.stats
+    with pytest.raises(RuntimeError, match="out of memory"):
+        chat.send("and then", logits_processor=LogitsProcessorList([FailsAtOnce()]))
+    assert (chat.history, chat.token_ids, chat.stats) == (history, ids, turn)
+    assert ChatSession(chat.model, chat.tokenizer, store, "alice").history == history
+    chat.send("and then")
+    assert chat.stats is not None
+    assert chat.stats.reused_tokens >= len(ids) - 1
+
+
+def test_retry_that_fails_leaves_the_old_answer(chat: ChatSession) -> None:
+    chat.send("the letter")
+    history = chat.history
+    with pytest.raises(RuntimeError, match="out of memory"):
+        chat.retry(logits_processor=LogitsProcessorList([FailsAtOnce()]))
+    assert chat.history == history
+
+
+# the context window
+
+
+def test_answer_is_cut_where_the_context_window_ends(tokenizer: PreTrainedTokenizerFast, store: AttentionStore) -> None:
+    chat = ChatSession(tiny_model(tokenizer, window=64), tokenizer, store, "alice", max_new_tokens=500)
+    chat.send("the old prince looked at the letter")
+    assert chat.stats is not None
+    assert (len(chat.token_ids), chat.stats.finish) == (64, "window")
+
+
+def test_conversation_too_long_for_the_window_is_an_error_that_harms_nothing(
+    tokenizer: PreTrainedTokenizerFast, store: AttentionStore
+) -> None:
+    model = tiny_model(tokenizer, window=64)
+    chat = ChatSession(model, tokenizer, store, "alice", **GREEDY)
+    chat.send("the letter")
+    history, ids = chat.history, chat.token_ids
+    long = "nothing " * 60
+    count = len(chat.prompt_ids(long))
+    with pytest.raises(ContextWindowError, match=f"'alice'.* {count} tokens.* window of 64"):
+        chat.send(long)
+    assert (chat.history, chat.token_ids) == (history, ids)
+    chat.send("and then")
+    assert chat.stats is not None
+    assert chat.stats.reused_tokens == len(ids) - 1
+
+
+def test_max_length_is_an_answer_length_too(chat: ChatSession) -> None:
+    chat.generate_defaults = {"max_length": 40, "do_sample": False}
+    chat.send("the letter")
+    assert len(chat.token_ids) == 40
+
+
+# undo, retry, system
+
+
+def test_undo_takes_the_turn_back_in_the_store_as_well(chat: ChatSession, store: AttentionStore) -> None:
+    first = chat.send("the letter")
+    ids = chat.token_ids
+    second = chat.send("and then")
+    assert chat.undo() == "and then"
+    assert (chat.token_ids, said(chat)) == (ids, [("user", "the letter"), ("assistant", first)])
+    again = ChatSession(chat.model, chat.tokenizer, store, "alice", **GREEDY)
+    assert again.history == chat.history
+    assert again.send("and then") == second
+    assert again.stats is not None
+    assert again.stats.reused_tokens >= len(ids) - 1
+
+
+def test_retry_answers_the_same_message_again(chat: ChatSession) -> None:
+    answer = chat.send("the letter")
+    assert chat.retry() == answer  # greedy
+    set_seed(0)
+    other = chat.retry(do_sample=True)
+    assert other != answer
+    assert said(chat) == [("user", "the letter"), ("assistant", other)]
+    assert chat.stats is not None
+    assert chat.stats.prefilled_tokens == 1
+
+
+def test_undo_and_retry_without_a_turn_say_so(chat: ChatSession) -> None:
+    for method in (chat.undo, chat.retry):
+        with pytest.raises(ValueError, match="no turn to take back"):
+            method()
+
+
+def test_system_message_stays_and_is_replaced_when_another_is_given(
+    model: LlamaForCausalLM, plain: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, store: AttentionStore
+) -> None:
+    chat = ChatSession(model, tokenizer, store, "alice", "a prince", **GREEDY)
+    chat.send("the letter")
+    assert said(ChatSession(model, tokenizer, store, "alice"))[0] == ("system", "a prince")
+    other = ChatSession(model, tokenizer, store, "alice", "an officer", **GREEDY)
+    assert [role for role, _ in said(other)] == ["system", "user", "assistant"]
+    prompt = other.prompt_ids("and then")
+    assert "an officer" in tokenizer.decode(prompt)
+    other.send("and then")
+    assert other.token_ids == prompt + plain_answer(plain, prompt, **GREEDY)
+
+
+# what does not fit
+
+
+def test_tokenizer_without_chat_template_is_refused(model: LlamaForCausalLM, store: AttentionStore) -> None:
+    with pytest.raises(ChatTemplateError, match="no chat template"):
+        ChatSession(model, tiny_tokenizer(None), store, "alice")
+
+
+def test_template_that_refuses_the_messages_is_a_clear_error(model: LlamaForCausalLM, store: AttentionStore) -> None:
+    chat = ChatSession(model, tiny_tokenizer(NO_SYSTEM), store, "alice", "a prince")
+    with pytest.raises(ChatTemplateError, match="no system role here"):
+        chat.send("the letter")
+    assert said(chat) == [("system", "a prince")]
+
+
+def test_other_model_and_tokenizer_continue_the_messages_but_reuse_nothing(
+    chat: ChatSession, store: AttentionStore
+) -> None:
+    chat.send("the old prince looked at the letter")
+    tokenizer = tiny_tokenizer(all_bytes=True)
+    other = ChatSession(tiny_model(tokenizer, seed=1), tokenizer, store, "alice", **GREEDY)
+    assert other.history == chat.history
+    assert other.token_ids == []
+    other.send("and then")
+    assert other.stats is not None
+    assert other.stats.reused_tokens == 0
+    assert [role for role, _ in said(other)] == ["user", "assistant"] * 2
+
+
+def test_metadata_of_others_is_left_alone(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, store: AttentionStore
+) -> None:
+    store.set_metadata("alice", {"title": "letters"})
+    ChatSession(model, tokenizer, store, "alice", **GREEDY).send("the letter")
+    assert store.metadata("alice")["title"] == "letters"
+
+
+def test_messages_in_a_format_of_the_future_are_refused(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, store: AttentionStore
+) -> None:
+    store.set_metadata("alice", {"chat": {"format": 99}})
+    with pytest.raises(AttentionStoreError, match=r"'alice'.*format 99"):
+        ChatSession(model, tokenizer, store, "alice")
+
+
+def test_fork_carries_the_messages_and_the_state(chat: ChatSession, store: AttentionStore) -> None:
+    chat.send("the old prince looked at the letter")
+    ids = chat.token_ids
+    store.fork("alice", "bob")
+    fork = ChatSession(chat.model, chat.tokenizer, store, "bob", **GREEDY)
+    fork.send("and then")
+    assert fork.stats is not None
+    assert fork.stats.reused_tokens == len(ids) - 1
+    assert len(chat.history) == 2
