@@ -12,6 +12,9 @@ with every figure of the run, and a model card (``README.md``) that is rendered 
 
 With ``--minutes`` the learning-rate schedule follows the clock; with ``--steps`` it follows the step count,
 and the same command, seed and thread count give the same weights again on the same kind of machine.
+
+On a CPU that is busy with other work as well, set ``OMP_WAIT_POLICY=PASSIVE``: threads that spin while they wait
+for one another can make each step several times slower. The weights do not depend on it.
 """
 
 from __future__ import annotations
@@ -192,9 +195,7 @@ def encode(text: Text, blocks: list[str], tokenizer: PreTrainedTokenizerFast, ma
 class Windows:
     """Draws training windows, each beginning with ``<|bos|>`` and filled to the last position."""
 
-    def __init__(
-        self, parts: list[Encoded], tokenizer: PreTrainedTokenizerFast, chat_share: float, seed: int
-    ) -> None:
+    def __init__(self, parts: list[Encoded], tokenizer: PreTrainedTokenizerFast, chat_share: float, seed: int) -> None:
         self.parts = parts
         self.weights = [len(part.stream) for part in parts]
         self.chat_share = chat_share
@@ -216,9 +217,7 @@ class Windows:
             body = np.resize(part.stream, length - 1)
         return np.concatenate([[self.ids[BOS]], body])
 
-    def chat(
-        self, part: Encoded, length: int, start: int | None = None, system: bool | None = None
-    ) -> np.ndarray:
+    def chat(self, part: Encoded, length: int, start: int | None = None, system: bool | None = None) -> np.ndarray:
         """A conversation made of successive turns, cut at the end of the window."""
         start = self.random.randrange(len(part.turns)) if start is None else start
         system = self.random.random() < 0.5 if system is None else system
@@ -415,9 +414,7 @@ def train(
             if finished or (step and step % args.eval_every == 0):
                 sums = [plain_nats(model, part.stream, bos, args.context, 8) for part in held_out]
                 loss = sum(s for s, _ in sums) / sum(n for _, n in sums)
-                history.append(
-                    {"step": step, "train_loss": round(running, 4), "held_out_loss": round(loss, 4)}
-                )
+                history.append({"step": step, "train_loss": round(running, 4), "held_out_loss": round(loss, 4)})
                 progress.console.print(
                     f"step {step:5d}  {elapsed / 60:5.1f} min  train {running:.3f}  held-out {loss:.3f}"
                 )
@@ -625,9 +622,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Train the small chat model of the examples.")
     parser.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="UTF-8 texts: novels or plays")
-    parser.add_argument(
-        "--source", nargs="+", metavar="NAME", help="each text's name and licence, for the card"
-    )
+    parser.add_argument("--source", nargs="+", metavar="NAME", help="each text's name and licence, for the card")
     parser.add_argument("--output", type=Path, default=Path("examples/small-model"))
     parser.add_argument("--minutes", type=float, default=30.0, help="wall-clock budget of the training loop")
     parser.add_argument("--steps", type=int, help="number of steps, instead of --minutes; reproducible")

@@ -47,6 +47,13 @@ def load_chat_model(
         tokenizer: Any = AutoTokenizer.from_pretrained(source)
         loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelNotFoundError(f"the model {source!r} can't be loaded: {reason}") from error
-    return loaded.to(place).eval(), tokenizer
+        raise ModelNotFoundError(f"the model {source!r} can't be loaded: {first_line(error)}") from error
+    try:
+        return loaded.to(place).eval(), tokenizer
+    except RuntimeError as error:
+        raise AttentionStoreError(f"the model can't be put on {place!r}: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

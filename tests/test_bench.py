@@ -115,9 +115,6 @@ def test_memory_is_measured_in_a_process_of_its_own(measured, mode):
     rss = measure_rss(job)
     assert 50 * 2**20 < rss.loaded <= rss.peak
     assert rss.before <= rss.peak
-    if mode == "kept":
-        with pytest.raises(BenchError, match="WRONG TOKENS"):
-            measure_rss(replace(job, tokens=(0,) * (DECODE + 1)))
 
 
 # The report

@@ -72,9 +72,9 @@ def script() -> ModuleType:
 
 
 def rendered(tokenizer: Any, messages: list[dict[str, str]], answer_next: bool = False) -> list[int]:
-    ids: list[int] = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=answer_next, return_dict=True
-    )["input_ids"]
+    ids: list[int] = tokenizer.apply_chat_template(messages, add_generation_prompt=answer_next, return_dict=True)[
+        "input_ids"
+    ]
     return ids
 
 
@@ -168,9 +168,7 @@ def test_answers_come_to_an_end(model: Any, tokenizer: Any) -> None:
     ids = torch.tensor([prompt] * 4)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        out = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True, max_new_tokens=80
-        )
+        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True, max_new_tokens=80)
     answers = out[:, len(prompt) :]
     ended = (answers == tokenizer.eos_token_id).any(dim=1)
     assert ended.any()
@@ -193,9 +191,7 @@ def test_card_is_rendered_from_the_figures(script: ModuleType, run: dict[str, An
 def test_figures_agree_with_each_other(run: dict[str, Any]) -> None:
     held = run["held_out"]
     assert held["perplexity"] == pytest.approx(math.exp(held["loss"]), rel=1e-3)
-    assert held["bits_per_byte"] == pytest.approx(
-        held["loss"] * held["tokens"] / held["bytes"] / math.log(2), rel=1e-3
-    )
+    assert held["bits_per_byte"] == pytest.approx(held["loss"] * held["tokens"] / held["bytes"] / math.log(2), rel=1e-3)
     assert held["perplexity_per_byte"] == pytest.approx(2 ** held["bits_per_byte"], rel=1e-3)
     for figure in ("tokens", "bytes"):
         assert held[figure] == sum(text[figure] for text in run["per_text"])

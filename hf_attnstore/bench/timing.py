@@ -82,10 +82,11 @@ def timed_generate(
         The sample, without load figures, and the cache that was used.
     """
     clock = TokenClock()
-    generate: Callable[..., torch.Tensor] = model.generate  # type: ignore[assignment]
     settle(model.device)
     start = time.perf_counter()
     cache = make_cache()
+    # Looked up only now: making a cache may put a wrapper around it.
+    generate: Callable[..., torch.Tensor] = model.generate  # type: ignore[assignment]
     made = time.perf_counter()
     out = generate(
         ids,

@@ -1,7 +1,9 @@
 """Hooks on a model. They keep no state: the cache is found in the call, so threads and sessions never meet."""
 
+import copy
 import functools
 import inspect
+import threading
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,6 +18,7 @@ from .restore import Pace
 from .structure import compute_device, decoder_layers
 
 _ATTRIBUTE = "_attnstore_attachment"
+_attaching = threading.Lock()
 
 
 class Attachment:
@@ -34,22 +37,16 @@ class Attachment:
         layers = decoder_layers(model, count)
         self.sees_layers = bool(layers)
         self.devices: list[torch.device | None] = [compute_device(layer) for layer in layers] or [None] * count
-        self.removers: list[Callable[[], None]] = []
         self.generate: Any = None
         """An instance attribute `generate` that was there before, if any."""
         self._install(model, layers)
 
     def _install(self, model: nn.Module, layers: list[nn.Module]) -> None:
-        handles = [
-            model.register_forward_pre_hook(_before_model, with_kwargs=True),
-            model.register_forward_hook(_after_model, with_kwargs=True),
-        ]
+        model.register_forward_pre_hook(_before_model, with_kwargs=True)
+        model.register_forward_hook(_after_model, with_kwargs=True)
         for number, layer in enumerate(layers):
-            before = functools.partial(_before_layer, number)
-            after = functools.partial(_after_layer, number)
-            handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
-            handles.append(layer.register_forward_hook(after, with_kwargs=True))
-        self.removers = [handle.remove for handle in handles]
+            layer.register_forward_pre_hook(functools.partial(_before_layer, number), with_kwargs=True)
+            layer.register_forward_hook(functools.partial(_after_layer, number), with_kwargs=True)
         if callable(getattr(model, "generate", None)):
             from .generate import generate_with_store
 
@@ -57,9 +54,10 @@ class Attachment:
             model.__dict__["generate"] = types.MethodType(generate_with_store, model)
 
     def remove(self, model: nn.Module) -> None:
-        for remove in self.removers:
-            remove()
-        if "generate" in model.__dict__:
+        # by what they are, not by handle: in a deep copy of a model, the handles are still those of the original
+        for module in model.modules():
+            _remove_hooks(module)
+        if _is_wrapper(model.__dict__.get("generate")):
             del model.__dict__["generate"]
             if self.generate is not None:
                 model.__dict__["generate"] = self.generate
@@ -75,6 +73,7 @@ class Attachment:
         twin = object.__new__(type(self))
         memo[id(self)] = twin
         twin.__dict__.update(self.__dict__)
+        twin.generate = copy.deepcopy(self.generate, memo)
         original = self.fingerprint.model
         twin.fingerprint = Fingerprint(memo.get(id(original), original))
         twin.pace = Pace()
@@ -100,11 +99,12 @@ def attachment_of(model: nn.Module) -> Attachment | None:
 
 def ensure_hooks(model: nn.Module) -> Attachment:
     """Attaches the hooks, once."""
-    attachment = attachment_of(model)
-    if attachment is None:
-        attachment = Attachment(model)
-        model.__dict__[_ATTRIBUTE] = attachment
-    return attachment
+    with _attaching:
+        attachment = attachment_of(model)
+        if attachment is None:
+            attachment = Attachment(model)
+            model.__dict__[_ATTRIBUTE] = attachment
+        return attachment
 
 
 def attach(model: nn.Module, store: AttentionStore) -> None:
@@ -121,9 +121,28 @@ def attach(model: nn.Module, store: AttentionStore) -> None:
 def detach(model: nn.Module) -> None:
     """Takes everything off a model that `attach` or an `AttentionStoreCache` put on it. Harmless if nothing is."""
     model = owner_of(model)
-    attachment = model.__dict__.pop(_ATTRIBUTE, None)
-    if attachment is not None:
-        attachment.remove(model)
+    with _attaching:
+        attachment = model.__dict__.pop(_ATTRIBUTE, None)
+        if attachment is not None:
+            attachment.remove(model)
+
+
+def _is_wrapper(generate: Any) -> bool:
+    from .generate import generate_with_store
+
+    return getattr(generate, "__func__", None) is generate_with_store
+
+
+def _remove_hooks(module: nn.Module) -> None:
+    ours = (_before_model, _after_model, _before_layer, _after_layer)
+    for hooks, *marks in (
+        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+        (module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called),
+    ):
+        for number in [n for n, hook in hooks.items() if getattr(hook, "func", hook) in ours]:
+            del hooks[number]
+            for mark in marks:
+                mark.pop(number, None)
 
 
 def _cache_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import Cache
 
-from ..errors import CacheUseError, GradientError, LoadError, SessionBusyError
+from ..errors import CacheUseError, GradientError, LoadError, SessionBusyError, StoreClosedError
 from ..session.chain import TokenChain, common_prefix
 from ..session.matching import match_prefix
 from ..session.spans import Span, crop, total_tokens
@@ -33,6 +33,7 @@ logger = logging.getLogger("hf_attnstore")
 
 _UNKNOWN = "unknown"
 _MAX_EXPECTED_NEW = 4096
+_MAX_PLANS = 8
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class _Forward:
 
     count: int
     rows: int
+    thread: int
 
 
 class AttentionStoreCache(Cache):
@@ -87,11 +89,13 @@ class AttentionStoreCache(Cache):
         self._saving = save
         self._wait = wait
         self._limit = position_limit(config.get_text_config(decoder=True))
-        self._busy = threading.Lock()
         self._prepare_empty()
         self._store.register(self)
 
     def _prepare_empty(self) -> None:
+        self._busy = threading.Lock()
+        self._guard = threading.RLock()
+        """Held while the state changes: `store.flush()` in another thread must find it whole."""
         self._fingerprint = _UNKNOWN
         self._chain = TokenChain(chain_root(_UNKNOWN, ""), self._store.block_size if self._store else 256)
         self._saver: BlockSaver | None = None
@@ -101,6 +105,8 @@ class AttentionStoreCache(Cache):
         self._restore: Restore | None = None
         self._in_turn = False
         self._checked = False
+        self._changed = False
+        self._reopening = False
         self._lock: SessionLock | None = None
         self._stats = TurnStats()
 
@@ -172,23 +178,37 @@ class AttentionStoreCache(Cache):
         return torch.from_numpy(ids[:count].copy())[None]
 
     def _load_now(self, ids: np.ndarray, limit: int) -> int:
-        while True:
-            reused = self.begin_turn(ids, limit=limit)
-            try:
-                self._finish_restore()
-            except LoadError as error:
-                self.abandon(error)
-                continue
-            self._checked = False
-            return reused
+        # `checked` until everything is there, so that a `flush` in another thread leaves the turn alone
+        reused = self.begin_turn(ids, limit=limit, checked=True)
+        try:
+            for _ in range(_MAX_PLANS):
+                try:
+                    self._finish_restore()
+                    break
+                except LoadError as error:
+                    self.abandon(error)
+                    reused = self.begin_turn(ids, limit=limit, checked=True)
+            else:
+                self._clear()
+                reused = self._stats.reused_tokens = 0
+        except BaseException:
+            self.end_turn()
+            raise
+        self._checked = False
+        return reused
 
     def save(self) -> None:
         """Ends a turn of one's own loop: everything complete is handed to the store, the session updated.
 
         `generate` does this by itself, and so do `store.flush()` and `store.close()`.
         """
-        if self._in_turn and self._forward is None and not self._checked:
-            self.end_turn()
+        with self._guard:
+            if self._in_turn and not self._checked and not self._runs_elsewhere():
+                self.end_turn()
+
+    def _runs_elsewhere(self) -> bool:
+        """Whether a forward is running in another thread. One of this thread's own was left by an exception."""
+        return self._forward is not None and self._forward.thread != threading.get_ident()
 
     # turns
 
@@ -203,79 +223,98 @@ class AttentionStoreCache(Cache):
         Returns:
             The tokens reused; `get_seq_length()` says the same from now on, though the data may still be coming.
         """
-        self._open_turn()
-        self._checked = checked
-        try:
-            if self._limit is not None and len(ids) > self._limit:
-                self._clear()
-                self._untrack(f"positions beyond {self._limit} change the rotary frequencies of all")
-            for layer in self.layers:
-                if isinstance(layer, FullLayer):
-                    layer.expected = len(ids) + min(new_tokens, max(_MAX_EXPECTED_NEW, len(ids)))
-            reused, spans = self._take_up(ids, limit)
-            self._adopt(ids[:reused], spans)
-        except BaseException:
-            self._close_turn()
-            raise
-        self._stats.prompt_tokens = len(ids)
-        self._stats.reused_tokens = reused
+        self._acquire()
+        with self._guard:
+            try:
+                self._open()
+                self._checked = checked
+                if self._limit is not None and len(ids) > self._limit:
+                    self._untrack(f"positions beyond {self._limit} change the rotary frequencies of all")
+                for layer in self.layers:
+                    if isinstance(layer, FullLayer):
+                        layer.expected = len(ids) + min(new_tokens, max(_MAX_EXPECTED_NEW, len(ids)))
+                    elif isinstance(layer, SlidingLayer):
+                        layer.record_past = False  # of an earlier turn; who needs it asks again
+                reused, spans = self._take_up(ids, limit)
+                self._adopt(ids[:reused], spans)
+            except BaseException:
+                self._close_turn()
+                raise
+            self._stats.prompt_tokens = len(ids)
+            self._stats.reused_tokens = reused
         return reused
 
-    def begin_unidentified_turn(self, reason: str) -> None:
+    def begin_unidentified_turn(self, reason: str, prompt_tokens: int = 0) -> None:
         """Starts a turn whose content token ids do not identify: nothing is reused and nothing kept."""
-        self._open_turn()
-        self._checked = True
-        self._clear()
-        self._untrack(reason)
+        self._acquire()
+        with self._guard:
+            try:
+                self._open()
+                self._checked = True
+                self._clear()
+                self._untrack(reason)
+            except BaseException:
+                self._close_turn()
+                raise
+            self._stats.prompt_tokens = prompt_tokens
 
-    def _open_turn(self) -> None:
-        if self._in_turn and not self._checked and self._forward is None:
-            self.end_turn()
+    def _acquire(self) -> None:
+        """Makes this thread the only one that has a turn on this object, and this object the only one with a turn
+        on the session."""
+        if self._reopening:
+            return
+        self.save()
         if not self._busy.acquire(blocking=False):
             raise SessionBusyError("this cache object is in the middle of another turn; make one object per thread")
         try:
-            if self._store is not None and self.session is not None and self._saving:
-                self._lock = self._store.lock_session(self.session, self._wait)
-            self._in_turn = True
-            self._stats = TurnStats()
-            self._untracked = ""
-            self._settle()
-            self._identify()
+            if self._store is not None:
+                if self._store.closed:
+                    raise StoreClosedError(
+                        f"the store {self._store.path} of this cache is closed; make a new cache with an open store"
+                    )
+                if self.session is not None and self._saving:
+                    self._lock = self._store.lock_session(self.session, self._wait)
         except BaseException:
             self._close_turn()
             raise
+
+    def _open(self) -> None:
+        self._in_turn = True
+        self._stats = TurnStats(recomputed=self._stats.recomputed if self._reopening else "")
+        self._reopening = False
+        self._untracked = ""
+        self._changed = False
+        self._settle()
+        self._identify()
 
     def _close_turn(self) -> None:
         if self._lock is not None:
             self._lock.release()
             self._lock = None
-        self._in_turn = self._checked = False
+        self._in_turn = self._checked = self._reopening = False
         if self._busy.locked():
             self._busy.release()
 
     def _identify(self) -> None:
         """Makes sure that what is held, and the chain it goes by, belong to the model as it is now."""
-        if self._store is None:
-            return
+        if self._model.training:
+            self._untrack("the model is in training mode (model.eval() makes its KV reproducible)")
         try:
             fingerprint = self._attachment.fingerprint.current()
         except Exception as error:
-            self._clear()
-            self._fingerprint = _UNKNOWN
             self._untrack(f"the model's weights can't be identified ({error})")
             return
-        if self._model.training:
-            self._clear()
-            self._untrack("the model is in training mode (model.eval() makes its KV reproducible)")
         if fingerprint != self._fingerprint:
             if self._held:
                 self._note("the model's weights or settings changed: what the cache held is computed again")
             self._clear()
             self._fingerprint = fingerprint
-            root = chain_root(fingerprint, self._store.namespace)
-            self._chain = TokenChain(root, self._store.block_size)
-            self._saver = BlockSaver(self.layers, self._chain, self._store, fingerprint) if self._saving else None
-        if self.session is not None:
+            root = chain_root(fingerprint, self._store.namespace if self._store is not None else "")
+            self._chain = TokenChain(root, self._chain.block_size)
+            self._saver = None
+            if self._store is not None and self._saving:
+                self._saver = BlockSaver(self.layers, self._chain, self._store, fingerprint)
+        if self._store is not None and self.session is not None:
             before = self._store.session_fingerprint(self.session)
             if before not in (None, "", fingerprint):
                 self._note(
@@ -286,19 +325,20 @@ class AttentionStoreCache(Cache):
     def _take_up(self, ids: np.ndarray, limit: int) -> tuple[int, list[Span]]:
         """Gets as much of `ids` as possible into the layers: keeps what is there, loads what is known."""
         if self._untracked:
+            self._clear()
             return 0, []
         if self.rows > 1:
             self.batch_select_indices(torch.tensor([0]))
         own = min(common_prefix(self._chain.ids, ids), limit)
-        while True:
+        self._drop_from(own)
+        for _ in range(_MAX_PLANS):
             spans = crop(self._find(ids[:limit]), limit)
             known = total_tokens(spans)
             length = max(own, known)
             if own > known and not self._covers(own, spans):
                 length = known  # a sliding layer has let go of what it would need to stay at `own`
             if length == 0:
-                self._clear()
-                return 0, spans
+                break
             try:
                 self._held = length
                 self._restore = self._plan(spans, length)
@@ -309,6 +349,20 @@ class AttentionStoreCache(Cache):
                 self._note(f"a load failed, its tokens are computed again: {error}")
                 self._clear()
                 own = 0
+        self._clear()
+        return 0, []
+
+    def _drop_from(self, length: int) -> None:
+        """Lets go of what is held beyond `length`, though a sliding layer may then lack the window before it."""
+        for layer in self.layers:
+            if layer.first < length:
+                layer.crop_to(length)
+            else:
+                layer.reset()
+        self._held = min(self._held, length)
+        self._chain.crop(length)
+        if self._saver is not None:
+            self._saver.crop(length)
 
     def _find(self, ids: np.ndarray) -> list[Span]:
         if self._store is None or not len(ids):
@@ -317,7 +371,7 @@ class AttentionStoreCache(Cache):
 
     def _covers(self, length: int, spans: Sequence[Span]) -> bool:
         """Whether the layers hold, or the spans have, all that is needed to go on at `length`."""
-        size = self._chain.block_size
+        size = self._whole_blocks()
         return all(
             resident_from(layer, length, size) >= length or total_tokens(spans) >= length for layer in self.layers
         )
@@ -328,8 +382,12 @@ class AttentionStoreCache(Cache):
                 layer.crop_to(length)
             return None
         attachment = self._attachment
-        size = self._chain.block_size
+        size = self._whole_blocks()
         return plan_restore(self.layers, attachment.devices, spans, length, size, self._store, attachment.pace)
+
+    def _whole_blocks(self) -> int:
+        """The multiple of tokens from which layers need their KV: where nothing is saved, no block need be whole."""
+        return self._chain.block_size if self._saver is not None else 1
 
     def _adopt(self, ids: np.ndarray, spans: Sequence[Span]) -> None:
         """The layers hold `ids` now; `spans` say what of it the store has."""
@@ -346,24 +404,42 @@ class AttentionStoreCache(Cache):
 
     def end_turn(self) -> None:
         """Ends the turn: hands over what is complete and commits the session. Also after an exception."""
-        try:
-            self._settle()
-            stats = self._stats
-            if self._saver is not None and self._store is not None:
-                saved = self._saver.finish(len(self._chain))
+        with self._guard:
+            if not self._in_turn:
+                return
+            try:
+                self._settle()
+                try:
+                    self._hand_over()
+                except StoreClosedError:
+                    self._stop_saving()
+            finally:
+                self._close_turn()
+
+    def _hand_over(self) -> None:
+        if self._store is None:
+            return
+        stats = self._stats
+        if self._saver is not None:
+            saved = self._saver.finish(len(self._chain))
+            # a turn that computed nothing, or nothing that ids identify, leaves the session as it was
+            if self._changed and (len(self._chain) or not self._untracked):
                 self._commit(saved)
-                stats.saved_bytes = self._saver.saved_bytes
-                stats.save_seconds = self._saver.seconds
-            if self._store is not None:
-                self._store.count_turn(
-                    stats.reused_tokens,
-                    stats.prompt_tokens,
-                    stats.loaded_bytes,
-                    stats.load_seconds,
-                    stats.exposed_load_seconds,
-                )
-        finally:
-            self._close_turn()
+            stats.saved_bytes = self._saver.saved_bytes
+            stats.save_seconds = self._saver.seconds
+        self._store.count_turn(
+            stats.reused_tokens,
+            stats.prompt_tokens,
+            stats.loaded_bytes,
+            stats.load_seconds,
+            stats.exposed_load_seconds,
+        )
+
+    def _stop_saving(self) -> None:
+        if self._saver is not None:
+            self._saver.release()
+            self._saver = None
+        logger.warning("the store was closed in the middle of a turn: what the turn computed is not saved")
 
     def _commit(self, tokens: int) -> None:
         assert self._store is not None
@@ -378,11 +454,13 @@ class AttentionStoreCache(Cache):
             self._store.touch([row.block for row in rows])
 
     def abandon(self, error: LoadError) -> None:
-        """A load failed in the middle of a turn: ends the turn with nothing held, to be begun again."""
-        self._note(f"a load failed, its tokens are computed again: {error}")
-        self._forward = None
-        self._clear()
-        self._close_turn()
+        """A load failed in the middle of a turn: lets go of everything held. The turn, which still has the session
+        to itself, is to be begun again, or ended."""
+        with self._guard:
+            self._note(f"a load failed, its tokens are computed again: {error}")
+            self._forward = None
+            self._clear()
+            self._reopening = True
 
     def _note(self, reason: str) -> None:
         self._stats.recomputed = reason
@@ -405,8 +483,14 @@ class AttentionStoreCache(Cache):
                 "an AttentionStoreCache can't be part of a backward pass: run the model under torch.no_grad() "
                 "or torch.inference_mode(), or train without a cache"
             )
+        with self._guard:
+            return self._begin_forward(named)
+
+    def _begin_forward(self, named: Mapping[str, Any]) -> dict[str, Any] | None:
         if not self._in_turn:
             self._begin_own_turn()
+        if self._runs_elsewhere():
+            raise SessionBusyError("another thread runs a forward with this cache; make one object per thread")
         self._settle(keep_load=True)
         replaced = self._drop_reused(named)
         if replaced:
@@ -421,16 +505,29 @@ class AttentionStoreCache(Cache):
                 raise CacheUseError(f"the cache holds {self.rows} rows, the forward has {rows}")
             self.batch_repeat_interleave(rows)
         self._track(ids, rows, count, named)
-        self._forward = _Forward(count, rows)
+        self._forward = _Forward(count, rows, threading.get_ident())
         if self._saver is not None:
             self._saver.begin_forward(self._chain.full_blocks())
         return replaced
 
     def _begin_own_turn(self) -> None:
-        """The first forward of a loop of one's own."""
-        self._open_turn()
+        """The first forward of a loop of one's own, or since its last `save`."""
+        held = self._held
+        self._acquire()
+        try:
+            self._open()
+            if self._held < held:
+                raise CacheUseError(
+                    f"of the {held} tokens before these the cache holds {self._held} now ({self._stats.recomputed}): "
+                    "call match() with the whole conversation, then feed the model what is new"
+                )
+        except BaseException:
+            self._close_turn()
+            raise
+        if len(self._chain) < held:
+            self._untrack("what came before is not identified by token ids", expected=True)
         if self._saver is not None:
-            self._saver.begin_turn(0, None)
+            self._saver.continue_turn()
 
     def _drop_reused(self, named: Mapping[str, Any]) -> dict[str, Any] | None:
         """Assisted decoding feeds the whole prompt in its first forward, whatever the cache holds: leaves out
@@ -461,6 +558,7 @@ class AttentionStoreCache(Cache):
                 (f"{foreign} are not identified by token ids" if foreign else None)
                 or mask_problem(named.get("attention_mask"), self._held + count)
                 or position_problem(named.get("position_ids"), self._held, count)
+                or position_problem(named.get("cache_position"), self._held, count)
             )
             if problem:
                 self._untrack(problem)
@@ -484,7 +582,10 @@ class AttentionStoreCache(Cache):
     def after_layer(self, number: int) -> None:
         """A decoder layer has computed."""
         if self._saver is not None and self._saver.due and self._forward is not None:
-            self._saver.layer_done(number)
+            try:
+                self._saver.layer_done(number)
+            except StoreClosedError:
+                self._stop_saving()
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -513,9 +614,14 @@ class AttentionStoreCache(Cache):
 
     def end_forward(self) -> None:
         """A forward of the model has ended well."""
+        with self._guard:
+            self._end_forward()
+
+    def _end_forward(self) -> None:
         forward, self._forward = self._forward, None
         if forward is None:
             return
+        self._changed = True
         before, self._held = self._held, self._held + forward.count
         if any(layer.length != self._held for layer in self.layers):
             lengths = sorted({layer.length for layer in self.layers})
@@ -529,7 +635,10 @@ class AttentionStoreCache(Cache):
         if self._restore is not None:
             self._finish_restore()
         if self._saver is not None:
-            self._saver.end_forward()
+            try:
+                self._saver.end_forward()
+            except StoreClosedError:
+                self._stop_saving()
 
     # content
 
@@ -544,6 +653,9 @@ class AttentionStoreCache(Cache):
             return
         try:
             restore.finish()
+        except LoadError:
+            self._clear()
+            raise
         finally:
             load = restore.load.stats
             stats = self._stats
@@ -603,8 +715,12 @@ class AttentionStoreCache(Cache):
                 f"can't go back to {length} tokens: a sliding-window layer does not hold the window before it any "
                 "more and the store does not have it; call activate_past_recording() before, or reset()"
             )
-        self._restore = self._plan(spans, length)
-        self._finish_restore()
+        try:
+            self._restore = self._plan(spans, length)
+            self._finish_restore()
+        except LoadError:
+            self._clear()
+            raise
 
     # the rest of the Cache contract
 
@@ -614,16 +730,21 @@ class AttentionStoreCache(Cache):
         Raises:
             ValueError: the number is positive.
             CacheUseError: the window before that is neither in a sliding layer nor in the store.
+            LoadError: it was in the store, but can't be read any more; nothing is held then.
         """
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes the number of tokens to remove as a negative number, not {tokens_to_remove}")
-        self._finish_restore()
-        self._crop_to(max(0, self._held + tokens_to_remove))
+        with self._guard:
+            self._finish_restore()
+            self._crop_to(max(0, self._held + tokens_to_remove))
+            self._changed = True
 
     def reset(self) -> None:
-        """Lets go of everything held; session and store stay."""
-        self._forward = None
-        self._clear()
+        """Lets go of everything held; session and store stay. In a loop of one's own, `save` comes before that."""
+        with self._guard:
+            self.save()
+            self._forward = None
+            self._clear()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._finish_restore()
@@ -645,7 +766,6 @@ class AttentionStoreCache(Cache):
         twin._saving = False
         twin._wait = 0.0
         twin._limit = self._limit
-        twin._busy = threading.Lock()
         twin._prepare_empty()
         twin._fingerprint = self._fingerprint
         twin._chain = TokenChain(self._chain.root, self._chain.block_size, self._chain.ids)

@@ -39,6 +39,15 @@ def _sample(tensor: torch.Tensor, runs: int, length: int) -> torch.Tensor:
     return flat.as_strided((runs, length), (step, 1), flat.storage_offset()).reshape(-1)
 
 
+def _few_values(tensor: torch.Tensor) -> torch.Tensor:
+    """Some values of a tensor, spread over it, in one cheap step."""
+    if not tensor.is_contiguous():
+        return _sample(tensor, _QUICK_VALUES, 1)
+    count = min(tensor.numel(), _QUICK_VALUES)
+    step = (tensor.numel() - 1) // (count - 1) if count > 1 else 1
+    return tensor.as_strided((count,), (step,), tensor.storage_offset())
+
+
 def _raw_bytes(values: torch.Tensor) -> bytes:
     return values.cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
@@ -71,22 +80,18 @@ def _tensors(model: nn.Module, *, fetch_offloaded: bool) -> Iterator[tuple[str, 
             yield f"{prefix}.{name}", tensor
 
 
-def _adapter_state(model: nn.Module) -> list[Any]:
-    """Which adapters are active, merged and disabled, in every layer that can have some (PEFT)."""
-    states = []
-    for module in model.modules():
-        if hasattr(type(module), "merged_adapters") or "merged_adapters" in module.__dict__:
-            layer: Any = module
-            scales = getattr(layer, "scaling", {})
-            states.append(
-                [
-                    sorted(map(str, layer.active_adapters)),
-                    sorted(map(str, layer.merged_adapters)),
-                    bool(layer.disable_adapters),
-                    sorted((str(name), float(scale)) for name, scale in scales.items()),
-                ]
-            )
-    return states
+def _is_adapted(module: nn.Module) -> bool:
+    return hasattr(type(module), "merged_adapters") or "merged_adapters" in module.__dict__
+
+
+def _layer_adapters(layer: Any) -> list[Any]:
+    """Which adapters are active, merged and disabled in a layer that can have some (PEFT)."""
+    return [
+        sorted(map(str, layer.active_adapters)),
+        sorted(map(str, layer.merged_adapters)),
+        bool(layer.disable_adapters),
+        sorted((str(name), float(scale)) for name, scale in getattr(layer, "scaling", {}).items()),
+    ]
 
 
 def _relevant(config: Any) -> Any:
@@ -144,14 +149,12 @@ class Fingerprint:
 
     def _settings(self) -> str:
         config: Any = self.model.config
-        device = next(self.model.parameters()).device.type
-        autocast = str(torch.get_autocast_dtype(device)) if _autocast_enabled(device) else ""
         settings = {
             "class": type(self.model).__name__,
             "config": _relevant(config.to_dict()),
             "attention": str(getattr(config, "_attn_implementation", "")),
-            "autocast": autocast,
-            "adapters": _adapter_state(self.model),
+            "autocast": self._autocast(),
+            "adapters": [_layer_adapters(module) for module in self.model.modules() if _is_adapted(module)],
             "layout": LAYOUT_VERSION,
         }
         return json.dumps(settings, sort_keys=True)
@@ -163,18 +166,41 @@ class Fingerprint:
             if not (varying and name.endswith("inv_freq")):
                 yield name, tensor
 
+    @torch.no_grad()
     def _current_marks(self) -> tuple[Any, ...]:
-        versions = []
+        """What tells that something changed. Runs before every turn, so it does little and names nothing."""
+        config: Any = self.model.config
+        text = config.get_text_config(decoder=True)
+        varying = has_length_dependent_rope(text)
+        versions: list[Any] = []
+        adapters: list[Any] = []
         samples: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
-        for _, tensor in self._wanted(fetch_offloaded=False):
-            present = tensor.device.type != "meta"
-            # inference tensors have no version counter; nothing but the sample watches them
-            version = tensor._version if not tensor.is_inference() else -1
-            versions.append((id(tensor), version, tensor.data_ptr() if present else 0))
-            if present and tensor.numel():
-                samples.setdefault((tensor.device, tensor.dtype), []).append(_sample(tensor, _QUICK_VALUES, 1))
+        modules = [self.model]
+        while modules:
+            module = modules.pop()
+            modules.extend(child for child in module._modules.values() if child is not None)
+            if _is_adapted(module):
+                adapters.append(_layer_adapters(module))
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is None or (varying and name.endswith("inv_freq")):
+                        continue
+                    device = tensor.device
+                    if device.type == "meta":
+                        versions.append(id(tensor))
+                        continue
+                    # inference tensors have no version counter; nothing but the sample watches them
+                    version = -1 if tensor.is_inference() else tensor._version
+                    versions.append((id(tensor), version, tensor.data_ptr()))
+                    if tensor.numel():
+                        samples.setdefault((device, tensor.dtype), []).append(_few_values(tensor))
         quick = [_raw_bytes(torch.cat(values)) for values in samples.values()]
-        return self._settings(), versions, quick
+        settings = (str(config.__dict__), str(text.__dict__), self._autocast(), self.model.training)
+        return settings, adapters, versions, quick
+
+    def _autocast(self) -> str:
+        device = next(self.model.parameters()).device.type
+        return str(torch.get_autocast_dtype(device)) if _autocast_enabled(device) else ""
 
     def _compute(self) -> str:
         hasher = hashlib.blake2b(digest_size=20, person=b"attnstore-model")

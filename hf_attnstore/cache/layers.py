@@ -12,6 +12,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from ..store.blocks import TensorSpec
+from .buffers import empty
 
 _GROWTH = 1.5
 _GRANULE = 64
@@ -111,11 +112,7 @@ class StoreLayer(CacheLayerMixin):
 
     def _allocate(self, capacity: int, like: tuple[torch.Tensor, ...]) -> None:
         capacity = -(-capacity // _GRANULE) * _GRANULE
-        # a tensor made in inference mode could not be written to outside of it, by the next turn say
-        with torch.inference_mode(False):
-            self._buffers = [
-                torch.empty((*t.shape[:-2], capacity, t.shape[-1]), dtype=t.dtype, device=t.device) for t in like
-            ]
+        self._buffers = [empty((*t.shape[:-2], capacity, t.shape[-1]), t.dtype, t.device) for t in like]
 
     def _make_room(self, tokens: int, like: tuple[torch.Tensor, ...]) -> None:
         """Capacity for `tokens` more, letting go of what is not needed any more."""

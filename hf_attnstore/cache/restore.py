@@ -134,6 +134,7 @@ def plan_restore(
         return None
     earliest = min(start for _, start, _ in missing)
     described = store.describe(next(overlapping(spans, earliest, length)).block)
+    parts = {start: list(overlapping(spans, start, length)) for _, start, _ in missing}
     stages: list[list[Segment]] = []
     for number, start, first in missing:
         layer = layers[number]
@@ -143,17 +144,12 @@ def plan_restore(
             continue
         specs = _specs(described, number)
         targets = layer.restore(first if start == first else layer.first, start, length, specs, devices[number])
+        named = [(tensor_name(number, name), target) for name, target in zip(NAMES, targets, strict=True)]
         stages.append(
             [
-                Segment(
-                    span.block,
-                    tensor_name(number, name),
-                    span.start,
-                    span.stop,
-                    target[:, span.first - start : span.last - start],
-                )
-                for span in overlapping(spans, start, length)
-                for name, target in zip(NAMES, targets, strict=True)
+                Segment(span.block, name, span.start, span.stop, target[:, span.first - start : span.last - start])
+                for span in parts[start]
+                for name, target in named
             ]
         )
     return Restore(layers, store.load(stages), pace)

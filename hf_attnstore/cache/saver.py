@@ -63,6 +63,12 @@ class BlockSaver:
         self.seconds = 0.0
         self._mark_saved()
 
+    def continue_turn(self) -> None:
+        """Another turn on what the layers hold already; what the store still has of it shows block by block."""
+        tail = self._tail
+        self.begin_turn(0, None)
+        self._tail = tail
+
     def crop(self, tokens: int) -> None:
         """The cache went back to `tokens` tokens: blocks behind that are put together anew."""
         block = tokens // self._chain.block_size
@@ -70,6 +76,9 @@ class BlockSaver:
         for number in [number for number in self._open if number >= block]:
             self._store.release(self._open.pop(number).reserved)
         self._known = {number: known for number, known in self._known.items() if number < block}
+        for device in {layer.device for layer in self._layers if layer.is_initialized}:
+            if device.type == "cuda":  # what is on its way to the host must not be overwritten before it is there
+                torch.cuda.current_stream(device).wait_stream(_save_stream(device))
         self._mark_saved()
 
     def _mark_saved(self) -> None:
@@ -89,6 +98,11 @@ class BlockSaver:
             self._store.release(piecewise.reserved)
         self._open.clear()
         self._known.clear()
+
+    def __del__(self) -> None:
+        # a cache that is dropped in the middle of a forward must not leave memory reserved
+        for piecewise in self.__dict__.get("_open", {}).values():
+            self._store.release(piecewise.reserved)
 
     # during a forward
 
@@ -198,8 +212,7 @@ class BlockSaver:
             start, stop = self._chain.bounds(block)
             if not self._in_store(block):
                 if not all(self._copy(block, number, wait=True) for number in range(len(self._layers))):
-                    if block in self._open:
-                        self._store.release(self._open.pop(block).reserved)
+                    self._drop_open()
                     logger.debug("KV from token %d on is not saved: no room, or not in the cache any more", start)
                     break
                 self._put(block)

@@ -4,6 +4,7 @@
 process, `runner` starts those processes and budgets the context window, `report` shows the result.
 """
 
-from .runner import DemoError, run_demo
+from .runner import DemoError, DemoResult, run_demo
+from .turn import TurnResult
 
-__all__ = ["DemoError", "run_demo"]
+__all__ = ["DemoError", "DemoResult", "TurnResult", "run_demo"]

@@ -44,12 +44,10 @@ def show(result: DemoResult, console: Console) -> None:
             "[green]✓[/]" if turn.same_tokens else f"[red]✗ at {turn.first_difference}[/]",
         )
     console.print(table)
-    attach = statistics.median(turn.attach_seconds for turn in result.turns)
     console.print(
-        f"[dim]tokens in the first five columns; TTFT: median of {len(result.turns[0].ttft_with)}, from the "
-        "call of generate; loading the "
-        f"model is not in it, nor what a process pays once to identify the model's weights "
-        f"({attach * 1e3:.0f} ms)[/]"
+        f"[dim]History to prefilled are tokens. TTFT is the median of {len(result.turns[0].ttft_with)}, from the call "
+        "of generate to its first token; with the store it includes what a new process pays once to identify the model's "
+        "weights. Loading the model is not in it.[/]"
     )
     if not result.same_tokens:
         console.print(

@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..chat_model import ModelNotFoundError, small_model_path
+from ..chat_model import ModelNotFoundError, first_line, small_model_path
 from ..errors import AttentionStoreError
 from .script import MESSAGES, SYSTEM
 from .turn import TurnResult, TurnTask
@@ -118,9 +118,7 @@ class _Budget:
             tokenizer: Any = AutoTokenizer.from_pretrained(source)
             config: Any = AutoConfig.from_pretrained(source).get_text_config()
         except (OSError, ValueError) as error:
-            raise ModelNotFoundError(
-                f"the model {source!r} can't be loaded: {str(error).strip().splitlines()[0]}"
-            ) from error
+            raise ModelNotFoundError(f"the model {source!r} can't be loaded: {first_line(error)}") from error
         if not tokenizer.chat_template:
             raise DemoError(f"the tokenizer of {source!r} has no chat template: name an instruction-tuned model")
         messages: list[dict[str, str]] = [{"role": "system", "content": SYSTEM}]
@@ -165,8 +163,7 @@ def _locate(model: str | None) -> tuple[str, str]:
         return model, snapshot_download(model, allow_patterns=WEIGHTS_AND_TOKENIZER)
     except Exception as error:  # the hub client's own errors and those of several network libraries
         raise ModelNotFoundError(
-            f"{model!r} is neither a folder here nor a model that can be fetched from the hub: "
-            f"{str(error).strip().splitlines()[0]}"
+            f"{model!r} is neither a folder here nor a model that can be fetched from the hub: {first_line(error)}"
         ) from error
 
 

@@ -11,13 +11,12 @@ from __future__ import annotations
 import gc
 import json
 import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..cache import attach, detach
+from ..cache import detach
 from ..chat import ChatSession
 from ..chat_model import load_chat_model
 from ..errors import AttentionStoreError
@@ -66,7 +65,6 @@ class TurnResult:
     first_difference: int | None
     ttft_with: list[float]
     ttft_without: list[float]
-    attach_seconds: float
     parameters: int
     dtype: str
     device: str
@@ -106,7 +104,6 @@ def run_turn(task: TurnTask) -> TurnResult:
     spare = stores.pop()
     history, prompt = _prompt(model, tokenizer, spare, task)
     shutil.rmtree(spare)
-    attach_seconds = _attach_seconds(model, spare)
 
     with_store, without = _Runs(), _Runs()
     turns: list[ChatSession] = []
@@ -161,7 +158,6 @@ def run_turn(task: TurnTask) -> TurnResult:
         first_difference=difference,
         ttft_with=with_store.ttft,
         ttft_without=without.ttft,
-        attach_seconds=attach_seconds,
         parameters=sum(p.numel() for p in model.parameters()),
         dtype=str(model.dtype).removeprefix("torch."),
         device=str(model.device),
@@ -204,17 +200,6 @@ def _prompt(
     with AttentionStore(store_path) as store:
         chat = _chat(model, tokenizer, store, task)
         return len(chat.token_ids), chat.prompt_ids(task.message)
-
-
-def _attach_seconds(model: PreTrainedModel, scratch: Path) -> float:
-    """What a process pays once for a model: the fingerprint of its weights, and the hooks."""
-    with AttentionStore(scratch) as store:
-        started = time.perf_counter()
-        attach(model, store)
-        seconds = time.perf_counter() - started
-        detach(model)
-    shutil.rmtree(scratch)
-    return seconds
 
 
 def _copies(store: Path, scratch: Path, count: int) -> list[Path]:

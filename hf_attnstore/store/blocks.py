@@ -12,6 +12,7 @@ import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -90,7 +91,7 @@ class TensorSpec:
     dtype: torch.dtype
     shape: tuple[int, ...]
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
@@ -193,14 +194,14 @@ def encode_block(block: Block) -> tuple[bytes, list[np.ndarray]]:
     block.wait_ready()
     ids = torch.from_numpy(decode_tokens(block.meta.tokens))
     tensors = {**block.tensors, TOKEN_IDS: ids}
-    header: dict[str, object] = {}
+    described: dict[str, object] = {}
     sums: dict[str, str] = {}
     chunks: list[np.ndarray] = []
     offset = 0
     for name, tensor in tensors.items():
         data = as_bytes(tensor).reshape(-1)
         sums[name] = checksum([data])
-        header[name] = {
+        described[name] = {
             "dtype": _DTYPE_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [offset, offset + data.nbytes],
@@ -208,7 +209,7 @@ def encode_block(block: Block) -> tuple[bytes, list[np.ndarray]]:
         offset += data.nbytes
         chunks.append(data)
     meta = block.meta
-    header["__metadata__"] = {
+    metadata = {
         "format": FORMAT_VERSION,
         "key": meta.key.hex(),
         "parent": meta.parent.hex(),
@@ -219,7 +220,8 @@ def encode_block(block: Block) -> tuple[bytes, list[np.ndarray]]:
         "codec": meta.codec,
         "xxh3_64": json.dumps(sums, separators=(",", ":")),
     }
-    encoded = json.dumps(header, separators=(",", ":")).encode()
+    # metadata first: the rest is the same in every block of a model, which makes it cheap to parse
+    encoded = json.dumps({"__metadata__": metadata, **described}, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     return struct.pack("<Q", len(encoded)) + encoded, chunks
 
@@ -228,6 +230,35 @@ def encoded_size(block: Block) -> int:
     """An upper bound, in bytes, for the file that `encode_block` makes, without computing checksums."""
     header = 1024 + len(block.meta.fingerprint) + 6 * len(block.meta.namespace) + 256 * (len(block.tensors) + 1)
     return header + block.nbytes + 2 * len(block.meta.tokens)
+
+
+def _split_header(header: str) -> tuple[dict[str, str], str]:
+    """The metadata, which come first, and the description of the tensors (a JSON object)."""
+    opening = '{"__metadata__":'
+    if not header.startswith(opening):
+        raise LoadError("the header does not begin with its metadata")
+    metadata, end = json.JSONDecoder().raw_decode(header, len(opening))
+    if header[end] != ",":
+        raise LoadError("the header describes no tensors")
+    return metadata, "{" + header[end + 1 :]
+
+
+@lru_cache(maxsize=256)
+def _parse_specs(described: str) -> tuple[TensorSpec, ...]:
+    """The tensors of a block, from their JSON; they lie one after the other without gaps."""
+    specs = []
+    end = 0
+    for name, entry in json.loads(described).items():
+        begin, stop = entry["data_offsets"]
+        shape = tuple(entry["shape"])
+        if not all(type(size) is int and size >= 0 for size in (begin, stop, *shape)):
+            raise LoadError(f"tensor {name!r} has sizes that are none")
+        spec = TensorSpec(name, _DTYPES[entry["dtype"]], shape)
+        if begin != end or spec.nbytes != stop - begin:
+            raise LoadError(f"tensor {name!r} has impossible offsets")
+        specs.append(spec)
+        end = stop
+    return tuple(specs)
 
 
 def parse_header(encoded: bytes, file_bytes: int) -> Layout:
@@ -241,7 +272,7 @@ def parse_header(encoded: bytes, file_bytes: int) -> Layout:
         return _parse_header(encoded, file_bytes)
     except LoadError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise LoadError(f"the header is damaged ({error})") from error
 
 
@@ -249,20 +280,16 @@ def _parse_header(encoded: bytes, file_bytes: int) -> Layout:
     (header_bytes,) = struct.unpack_from("<Q", encoded)
     if header_bytes > MAX_HEADER_BYTES or 8 + header_bytes != len(encoded):
         raise LoadError(f"the header declares {header_bytes} bytes")
-    header = json.loads(encoded[8:])
-    metadata = header.pop("__metadata__")
+    metadata, described = _split_header(encoded[8:].decode())
     if metadata["format"] != FORMAT_VERSION:
         raise LoadError(f"block format {metadata['format']!r} is not {FORMAT_VERSION!r}")
     sums = json.loads(metadata["xxh3_64"])
+    specs = _parse_specs(described)
     tensors: dict[str, StoredTensor] = {}
     end = 0
-    for name, entry in header.items():
-        begin, stop = entry["data_offsets"]
-        spec = TensorSpec(name, _DTYPES[entry["dtype"]], tuple(int(size) for size in entry["shape"]))
-        if begin != end or any(size < 0 for size in spec.shape) or spec.nbytes != stop - begin:
-            raise LoadError(f"tensor {name!r} has impossible offsets")
-        tensors[name] = StoredTensor(spec, 8 + header_bytes + begin, str(sums[name]))
-        end = stop
+    for spec in specs:
+        tensors[spec.name] = StoredTensor(spec, 8 + header_bytes + end, str(sums[spec.name]))
+        end += spec.nbytes
     if file_bytes != 8 + header_bytes + end:
         raise LoadError(f"the file has {file_bytes} bytes, its header needs {8 + header_bytes + end}")
     count = int(metadata["token_count"])

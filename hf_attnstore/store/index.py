@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import SessionNotFoundError
+from ..errors import SessionNotFoundError, StoreClosedError
 from .blocks import BlockMeta, Key
 
 _SCHEMA = """
@@ -96,6 +96,7 @@ class Index:
         self.path = path
         self._write_lock = threading.Lock()
         self._read_lock = threading.Lock()
+        self._closed = False
         self._writer = self._connect()
         self._writer.executescript(_SCHEMA)
         self._reader = self._connect()
@@ -111,6 +112,7 @@ class Index:
 
     def close(self) -> None:
         with self._write_lock, self._read_lock:
+            self._closed = True
             self._reader.close()
             self._writer.close()
 
@@ -127,6 +129,8 @@ class Index:
 
     def _read(self, query: str, parameters: Sequence[Any] = ()) -> list[Any]:
         with self._read_lock:
+            if self._closed:
+                raise StoreClosedError(f"the store {self.path.parent} is closed; open it again with AttentionStore(...)")
             return self._reader.execute(query, parameters).fetchall()
 
     def file_bytes(self) -> int:

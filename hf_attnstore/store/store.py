@@ -91,7 +91,7 @@ class AttentionStore:
         self._locks = SessionLocks(self.path)
         self._disk.remove_partial()
         cores = os.cpu_count() or 1
-        self._readers = IOThreads(io_threads or max(1, min(4, cores // 2)), "read")
+        self._readers = IOThreads(io_threads or min(4, cores), "read")
         self._writer = IOThreads(1, "write")
         self._savers: weakref.WeakSet[Saver] = weakref.WeakSet()
         self._counts: Counter[str] = Counter()

@@ -2,6 +2,12 @@
 
 A load consists of stages (for a model: its layers, in order). The consumer asks for stages ahead of use and
 waits for one stage at a time; within a stage blocks may arrive in any order.
+
+Where the consumer computes on the CPU, reading ahead takes the very cores it computes with, and a reader that
+preempts one thread of a parallel region holds up all the others. Copies from memory into host memory are
+therefore made in a thread only until the consumer waits for its first stage, and from then on by the consumer
+itself, with all its cores, when it gets to a stage; and reads that turn out to need the CPU rather than the disk
+(files in the page cache) are let finish before the computing goes on.
 """
 
 import queue
@@ -22,7 +28,7 @@ from .disk import BlockFile
 Source = Block | BlockFile
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Segment:
     """Tokens `[start, stop)` of one tensor of a block, and where they go.
 
@@ -87,14 +93,27 @@ class Load:
     ) -> None:
         self._threads = threads
         self._stages: list[dict[Key, list[Segment]]] = []
+        self._own: list[list[tuple[Block, Segment]]] = []
         for segments in stages:
             by_block: dict[Key, list[Segment]] = defaultdict(list)
+            own = []
             for segment in segments:
-                by_block[segment.key].append(segment)
+                source = sources[segment.key][1]
+                if isinstance(source, Block) and segment.target.device.type == "cpu":
+                    own.append((source, segment))
+                else:
+                    by_block[segment.key].append(segment)
             self._stages.append(dict(by_block))
+            self._own.append(own)
         self._sources = sources
         self._from_disk = [key for key, (tier, _) in sources.items() if tier == "disk"]
         self._on_failure = on_failure
+        self._claimed = [not own for own in self._own]
+        self._copied = [threading.Event() for _ in self._own]
+        for event, claimed in zip(self._copied, self._claimed, strict=True):
+            if claimed:
+                event.set()
+        self._consuming = False
         self._lock = threading.Lock()
         self._remaining = [len(stage) for stage in self._stages]
         self._done = [threading.Event() for _ in self._stages]
@@ -106,6 +125,8 @@ class Load:
         self.error: LoadError | None = None
         self.stats = LoadStats()
         self.stage_seconds = [0.0] * len(self._stages)
+        self._cpu_seconds = 0.0
+        self._on_host = all(segment.target.device.type == "cpu" for stage in stages for segment in stage)
         for tier, _ in sources.values():
             self.stats.blocks_from[tier] += 1
         self._devices = _DeviceCopies(target.target for stage in stages for target in stage)
@@ -120,6 +141,10 @@ class Load:
 
     def request(self, stage: int) -> None:
         """Asks for every stage up to and including `stage`; returns at once."""
+        if self._requested == 0 and not all(self._claimed):
+            with self._lock:
+                self._outstanding += 1
+            self._threads.submit(self._copy_ahead)
         while self._requested <= min(stage, len(self._stages) - 1):
             number = self._requested
             self._requested += 1
@@ -129,21 +154,71 @@ class Load:
                 self._threads.submit(partial(self._run, number, key))
 
     def wait(self, stage: int) -> float:
-        """Waits until `stage` is in place. Returns the seconds waited.
+        """Returns when `stage` is in place, with the seconds that took.
 
         Raises:
             LoadError: a block could not be read; what was to be loaded is not usable.
         """
         self.request(stage)
-        waited = 0.0
-        if not self._done[stage].is_set():
-            began = time.perf_counter()
-            self._done[stage].wait()
-            waited = time.perf_counter() - began
+        began = time.perf_counter()
+        self._consuming = True
+        self._done[stage].wait()
+        if self._on_host and self._takes_cpu():
+            self.request(len(self._stages) - 1)
+            for event in self._done:
+                event.wait()
         if self.error is not None:
             raise self.error
+        self._copy_own(stage)
         self._devices.wait(stage)
-        return waited
+        return time.perf_counter() - began
+
+    def _takes_cpu(self) -> bool:
+        """Whether the reads so far were busy more than they waited for the disk."""
+        with self._lock:
+            return self._cpu_seconds > self.stats.seconds / 2
+
+    def _claim(self, stage: int) -> bool:
+        with self._lock:
+            mine = not self._claimed[stage]
+            self._claimed[stage] = True
+            return mine
+
+    def _copy_own(self, stage: int) -> None:
+        if self._claim(stage):
+            self._copy(stage, lambda target, part: target.copy_(part))
+        else:
+            self._copied[stage].wait()
+
+    def _copy_ahead(self) -> None:
+        """Copies stages while the consumer has not begun to wait for any: its cores are idle until then."""
+        try:
+            for stage in range(len(self._own)):
+                if self._consuming or self._cancelled:
+                    break
+                if self._claim(stage):
+                    # numpy copies in this thread alone and without the GIL; torch would start a second team of
+                    # compute threads beside the consumer's
+                    self._copy(stage, lambda target, part: np.copyto(as_bytes(target), as_bytes(part)))
+        finally:
+            with self._lock:
+                self._outstanding -= 1
+                self._idle.notify_all()
+
+    def _copy(self, stage: int, copy: Callable[[torch.Tensor, torch.Tensor], object]) -> None:
+        began = time.perf_counter()
+        copied = 0
+        for block, segment in self._own[stage]:
+            block.wait_ready()
+            copy(segment.target, block.tensors[segment.name][..., segment.start : segment.stop, :])
+            copied += segment.target.nbytes
+        seconds = time.perf_counter() - began
+        with self._lock:
+            self.stats.bytes += copied
+            self.stats.seconds += seconds
+            self.stage_seconds[stage] += seconds
+        self._own[stage] = []
+        self._copied[stage].set()
 
     def finish(self) -> None:
         """Ends the load: nothing is written into a target any more when this returns. Idempotent."""
@@ -160,9 +235,10 @@ class Load:
                 source.close()
         self._sources = {}
         self._stages = [{} for _ in self._stages]
+        self._own = [[] for _ in self._own]
 
     def _run(self, stage: int, key: Key) -> None:
-        began = time.perf_counter()
+        began, cpu_began = time.perf_counter(), time.thread_time()
         try:
             if not self._cancelled and self.error is None:
                 segments = self._stages[stage][key]
@@ -178,9 +254,10 @@ class Load:
                     with self._lock:
                         self.stats.bytes += read
         finally:
-            seconds = time.perf_counter() - began
+            seconds, cpu_seconds = time.perf_counter() - began, time.thread_time() - cpu_began
             with self._lock:
                 self.stats.seconds += seconds
+                self._cpu_seconds += cpu_seconds
                 self.stage_seconds[stage] += seconds
                 self._remaining[stage] -= 1
                 self._outstanding -= 1
@@ -207,7 +284,12 @@ class _DeviceCopies:
         """Puts the segments of one block in place. Returns the bytes."""
         host = [segment for segment in segments if segment.target.device.type == "cpu"]
         device = [segment for segment in segments if segment.target.device.type != "cpu"]
-        read = _to_host(source, host) if host else 0
+        read = 0
+        if host:
+            assert isinstance(source, BlockFile)  # from memory to memory the consumer copies
+            found = [(_stored(source, segment), segment) for segment in host]
+            _read_file(source, [(stored, _scatter(stored, segment)) for stored, segment in found])
+            read = sum(segment.target.nbytes for segment in host)
         if device:
             read += self._to_device(stage, source, device)
         return read
@@ -217,9 +299,10 @@ class _DeviceCopies:
             source.wait_ready()
             whole = [source.tensors[segment.name] for segment in segments]
         else:
-            specs = [_stored(source, segment).spec for segment in segments]
-            whole = [torch.empty(spec.shape, dtype=spec.dtype, pin_memory=bool(self._streams)) for spec in specs]
-            _read_file(source, segments, [[as_bytes(tensor).reshape(-1)] for tensor in whole])
+            stored = [_stored(source, segment) for segment in segments]
+            pinned = bool(self._streams)
+            whole = [torch.empty(s.spec.shape, dtype=s.spec.dtype, pin_memory=pinned) for s in stored]
+            _read_file(source, [(s, [as_bytes(t).reshape(-1)]) for s, t in zip(stored, whole, strict=True)])
         for segment, tensor in zip(segments, whole, strict=True):
             part = tensor[..., segment.start : segment.stop, :]
             stream = self._streams.get(segment.target.device)
@@ -257,12 +340,9 @@ def _stored(file: BlockFile, segment: Segment) -> StoredTensor:
     return stored
 
 
-def _read_file(file: BlockFile, segments: list[Segment], buffers: list[list[np.ndarray]]) -> None:
-    """Reads the segments' tensors whole (only then can they be checked), adjacent ones in one call."""
-    wanted = sorted(
-        ((_stored(file, segment), parts) for segment, parts in zip(segments, buffers, strict=True)),
-        key=lambda item: item[0].offset,
-    )
+def _read_file(file: BlockFile, wanted: list[tuple[StoredTensor, list[np.ndarray]]]) -> None:
+    """Reads tensors whole (only then can they be checked) into buffers, adjacent ones in one call."""
+    wanted.sort(key=lambda item: item[0].offset)
     run: list[tuple[StoredTensor, list[np.ndarray]]] = []
     for item in wanted:
         if run and run[-1][0].offset + run[-1][0].spec.nbytes != item[0].offset:
@@ -273,29 +353,18 @@ def _read_file(file: BlockFile, segments: list[Segment], buffers: list[list[np.n
         file.read(run)
 
 
-def _to_host(source: Source, segments: list[Segment]) -> int:
-    if isinstance(source, Block):
-        source.wait_ready()
-        for segment in segments:
-            # numpy copies in this thread only and without the GIL; torch's copy would start a second team of
-            # compute threads beside the model's own
-            part = source.tensors[segment.name][..., segment.start : segment.stop, :]
-            np.copyto(as_bytes(segment.target), as_bytes(part))
-    else:
-        _read_file(source, segments, [_scatter(_stored(source, segment), segment) for segment in segments])
-    return sum(segment.target.nbytes for segment in segments)
-
-
 def _scatter(stored: StoredTensor, segment: Segment) -> list[np.ndarray]:
     """The buffers, head by head, that take a stored tensor: the wanted tokens into the target, others aside."""
     heads, tokens, _ = stored.spec.shape
     target = as_bytes(segment.target)
     row_bytes = target.shape[-1]
+    if target.shape[1] > 1 and target.strides[1] != row_bytes:
+        raise ValueError("the tokens of a head must lie one after the other in the target")
+    if segment.start == 0 and segment.stop == tokens:
+        return [head.reshape(-1) for head in target]
     before, after = segment.start * row_bytes, (tokens - segment.stop) * row_bytes
     aside = np.empty((heads, before + after), dtype=np.uint8)
     buffers = []
     for head, spare in zip(target, aside, strict=True):
-        if not head.flags.c_contiguous:
-            raise ValueError("the tokens of a head must lie one after the other in the target")
         buffers += [spare[:before], head.reshape(-1), spare[before:]]
     return [buffer for buffer in buffers if buffer.nbytes]

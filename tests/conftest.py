@@ -1,0 +1,37 @@
+"""What every test needs: a store in a folder of its own, and GPU tests skipped where there is no GPU."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_attnstore import AttentionStore
+
+torch.set_num_threads(1)  # the models are tiny; two test runs side by side must not fight for cores
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[AttentionStore]:
+    """An open store with blocks of 16 tokens."""
+    with AttentionStore(tmp_path / "store", block_size=16) as opened:
+        yield opened
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """What the package logs, from its warnings up."""
+    with caplog.at_level(logging.WARNING, logger="hf_attnstore"):
+        yield caplog
