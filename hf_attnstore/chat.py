@@ -72,6 +72,7 @@ class ChatSession:
 
     Raises:
         ChatTemplateError: the tokenizer has no chat template.
+        SessionNameError: the name can't be used.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class ChatSession:
         self.model = model
         self.tokenizer = tokenizer
         self.store = store
-        self.session = session
+        self.session = store.check_name(session)
         self.template_kwargs = template_kwargs or {}
         self.generate_defaults = generate_defaults
         self._turn: ChatTurn | None = None

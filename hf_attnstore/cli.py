@@ -9,9 +9,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from .bench.cli import app as bench_app
 from .errors import AttentionStoreError
-
-BENCH_NEEDS = ("matplotlib", "psutil")
 
 
 class _OneLineErrors(typer.core.TyperGroup):
@@ -84,10 +83,13 @@ def chat(
     dtype: Dtype = "auto",
 ) -> None:
     """Chat in the terminal; /help shows the commands."""
+    from transformers.utils.logging import disable_progress_bar
+
     from .chat_model import load_chat_model
     from .store import AttentionStore
     from .terminal import TerminalChat
 
+    disable_progress_bar()  # a bar for the weights would stay between the prompt and the command
     console = Console(highlight=False)
     with console.status("loading the model"):
         loaded, tokenizer = load_chat_model(model, device=device, dtype=dtype)
@@ -109,24 +111,7 @@ def sessions(store: Store = None) -> None:
         console.print(sessions_table(found) if found else f"no sessions in {opened.path}")
 
 
-def _add_bench() -> None:
-    """`attnstore bench`, or in its place what to install for it."""
-    try:
-        from .bench.cli import app as bench_app
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] not in BENCH_NEEDS:
-            raise
-        missing = error.name
-
-        @app.command("bench")
-        def bench_is_not_installed() -> None:
-            """Measure your model on this machine (needs the extra `bench`)."""
-            raise AttentionStoreError(f"the benchmark needs {missing}: pip install 'hf-attnstore[bench]'")
-    else:
-        app.add_typer(bench_app, name="bench")
-
-
-_add_bench()
+app.add_typer(bench_app, name="bench")
 
 if __name__ == "__main__":
     app()

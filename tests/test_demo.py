@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,6 +21,12 @@ from hf_attnstore.demo.turn import TurnTask, first_difference, run_turn
 
 MESSAGES = ("the old prince looked at the letter and said nothing to the others", "and then", "what did the mother say")
 SMALL_MODEL = Path(__file__).parent.parent / "examples" / "small-model"
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processes compute next to nothing: they need not fight for cores."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +51,7 @@ def result_of(**changes: Any) -> TurnResult:
         first_difference=None,
         ttft_with=[0.01, 0.012, 0.011],
         ttft_without=[0.1, 0.12, 0.11],
+        identify_seconds=0.001,
         parameters=1000,
         dtype="float32",
         device="cpu",
@@ -55,7 +63,7 @@ def test_conversation_runs_by_turns_in_new_processes(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runner, "MESSAGES", MESSAGES)
-    console = Console(record=True, width=160)
+    console = Console(record=True, width=80, file=io.StringIO())
     result = run_demo(str(tiny), tmp_path / "out", repeats=2, console=console)
 
     assert [turn.same_tokens for turn in result.turns] == [True] * 3
@@ -69,7 +77,16 @@ def test_conversation_runs_by_turns_in_new_processes(
         assert min(*turn.ttft_with, *turn.ttft_without) > 0
 
     shown = console.export_text()
-    for column in ("history", "reused", "prefilled", "TTFT without", "TTFT with", "speed-up", "same tokens"):
+    for column in (
+        "history",
+        "reused",
+        "prefilled",
+        "KV loaded",
+        "TTFT without",
+        "TTFT with",
+        "speed-up",
+        "same tokens",
+    ):
         assert column in shown
     report = json.loads((tmp_path / "out" / "demo.json").read_text())
     assert report["same_tokens"] is True

@@ -5,9 +5,12 @@ positions or masks of the caller's own. Whatever is not known to be harmless cou
 """
 
 from collections.abc import Mapping
+from functools import cache
+from inspect import signature
 from typing import Any
 
 import torch
+from transformers import GenerationConfig, GenerationMixin
 
 _NEUTRAL = frozenset(
     "input_ids inputs past_key_values attention_mask position_ids cache_position logits_to_keep num_logits_to_keep "
@@ -16,16 +19,28 @@ _NEUTRAL = frozenset(
 _NEUTRAL_IF_ZERO = frozenset("token_type_ids mm_token_type_ids moe_mm_token_type_ids".split())
 
 
+_PLAIN = (bool, int, float, str, torch.dtype, torch.device)
+
+
+@cache
+def _settings() -> frozenset[str]:
+    """The names that `generate` itself understands: they say how tokens are chosen, not what the model sees."""
+    understood = {*signature(GenerationMixin.generate).parameters, *vars(GenerationConfig())}
+    return frozenset(understood | {"streamer", "tokenizer", "assistant_tokenizer", "custom_generate"})
+
+
 def _is_data(value: Any) -> bool:
-    if isinstance(value, torch.Tensor):
-        return True
-    return isinstance(value, (list, tuple)) and any(_is_data(item) for item in value)
+    if value is None or isinstance(value, _PLAIN):
+        return False
+    if isinstance(value, (list, tuple, Mapping)):
+        return bool(value)
+    return True
 
 
 def foreign_input(named: Mapping[str, Any]) -> str | None:
     """The name of an input that carries content which the token ids do not identify; None if there is none."""
     for name, value in named.items():
-        if name in _NEUTRAL or not _is_data(value):
+        if name in _NEUTRAL or not _is_data(value) or name in _settings():
             continue
         if name in _NEUTRAL_IF_ZERO and isinstance(value, torch.Tensor) and not value.any():
             continue

@@ -23,39 +23,37 @@ WITH, WITHOUT, QUIET = "#0b7a75", "#b8b8b8", "#555555"
 
 def show(result: DemoResult, console: Console) -> None:
     """Prints the table by turn and a sentence about what it says."""
-    table = Table(title="Time to first token, each turn in a new process", title_justify="left")
-    for column in ("turn", "history", "prompt", "reused", "prefilled", "KV loaded"):
-        table.add_column(column, justify="right")
-    for column in ("TTFT without", "TTFT with", "speed-up"):
-        table.add_column(column, justify="right", style="bold")
-    table.add_column("same tokens", justify="center")
+    table = Table(title="Time to first token (TTFT), each turn in a new process", title_justify="left")
+    for column in ("turn", "history\ntokens", "reused\ntokens", "prefilled\ntokens", "KV loaded\nMiB"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for column in ("TTFT without\nms", "TTFT with\nms", "speed-up"):
+        table.add_column(column, justify="right", style="bold", no_wrap=True)
+    table.add_column("same\ntokens", justify="center", no_wrap=True)
     for i, turn in enumerate(result.turns, 1):
         with_store, without = statistics.median(turn.ttft_with), statistics.median(turn.ttft_without)
         table.add_row(
             str(i),
             f"{turn.history_tokens:,}",
-            f"{turn.prompt_tokens:,}",
             f"{turn.reused_tokens:,}",
             f"{turn.prefilled_tokens:,}",
-            f"{turn.loaded_bytes / 2**20:.1f} MiB",
-            f"{without * 1e3:.1f} ms",
-            f"{with_store * 1e3:.1f} ms",
+            f"{turn.loaded_bytes / 2**20:.1f}",
+            f"{without * 1e3:.1f}",
+            f"{with_store * 1e3:.1f}",
             f"{without / with_store:.1f}×",
             "[green]✓[/]" if turn.same_tokens else f"[red]✗ at {turn.first_difference}[/]",
         )
     console.print(table)
+    identify = statistics.median(turn.identify_seconds for turn in result.turns)
     console.print(
-        f"[dim]History to prefilled are tokens. TTFT is the median of {len(result.turns[0].ttft_with)}, from the call "
-        "of generate to its first token; with the store it includes what a new process pays once to identify the model's "
-        "weights. Loading the model is not in it.[/]"
+        f"[dim]TTFT: median of {len(result.turns[0].ttft_with)}, from the call of generate; loading the model is not "
+        "in it. With the store it includes what a new process pays once to identify the model's weights, about "
+        f"{identify * 1e3:.0f} ms.[/]"
     )
     if not result.same_tokens:
         console.print(
-            f"[red]Some answers differ with the store and without.[/] In {result.turns[0].dtype}, rounding "
-            "alone can decide between two "
-            "nearly equal tokens, because prefilling fewer tokens takes another path through the "
-            "arithmetic: try --dtype float32. If "
-            "they differ there too, it is a bug: please report it."
+            f"[red]Some answers differ with the store and without.[/] In {result.turns[0].dtype}, rounding alone can decide "
+            "between two nearly equal tokens, because prefilling fewer tokens takes another path through the "
+            "arithmetic: try --dtype float32. If they differ there too, it is a bug: please report it."
         )
 
 

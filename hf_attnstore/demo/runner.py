@@ -68,6 +68,8 @@ def run_demo(
         f"[bold]{len(MESSAGES)} turns[/] with [bold]{name}[/], each in a new process, with the store and "
         f"without ({repeats} runs each)"
     )
+    if _busy():
+        console.print("[yellow]other programs keep this machine busy: the times will be noisy[/]")
     turns: list[TurnResult] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with (
@@ -165,6 +167,11 @@ def _locate(model: str | None) -> tuple[str, str]:
         raise ModelNotFoundError(
             f"{model!r} is neither a folder here nor a model that can be fetched from the hub: {first_line(error)}"
         ) from error
+
+
+def _busy() -> bool:
+    """Whether the processors already have most of what they can do."""
+    return hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.75 * (os.cpu_count() or 1)
 
 
 def _in_new_process(task: TurnTask, work: Path, index: int) -> TurnResult:

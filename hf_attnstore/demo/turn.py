@@ -11,12 +11,14 @@ from __future__ import annotations
 import gc
 import json
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..cache import detach
+from ..cache.fingerprint import Fingerprint
 from ..chat import ChatSession
 from ..chat_model import load_chat_model
 from ..errors import AttentionStoreError
@@ -65,6 +67,7 @@ class TurnResult:
     first_difference: int | None
     ttft_with: list[float]
     ttft_without: list[float]
+    identify_seconds: float
     parameters: int
     dtype: str
     device: str
@@ -158,6 +161,7 @@ def run_turn(task: TurnTask) -> TurnResult:
         first_difference=difference,
         ttft_with=with_store.ttft,
         ttft_without=without.ttft,
+        identify_seconds=_identify_seconds(model),
         parameters=sum(p.numel() for p in model.parameters()),
         dtype=str(model.dtype).removeprefix("torch."),
         device=str(model.device),
@@ -200,6 +204,13 @@ def _prompt(
     with AttentionStore(store_path) as store:
         chat = _chat(model, tokenizer, store, task)
         return len(chat.token_ids), chat.prompt_ids(task.message)
+
+
+def _identify_seconds(model: PreTrainedModel) -> float:
+    """What a process pays once for a model before it can reuse anything; it is part of each time with the store."""
+    started = time.perf_counter()
+    Fingerprint(model).current()
+    return time.perf_counter() - started
 
 
 def _copies(store: Path, scratch: Path, count: int) -> list[Path]:

@@ -130,7 +130,7 @@ class Index:
     def _read(self, query: str, parameters: Sequence[Any] = ()) -> list[Any]:
         with self._read_lock:
             if self._closed:
-                raise StoreClosedError(f"the store {self.path.parent} is closed; open it again with AttentionStore(...)")
+                raise StoreClosedError(f"the store {self.path.parent} is closed; open it again")
             return self._reader.execute(query, parameters).fetchall()
 
     def file_bytes(self) -> int:

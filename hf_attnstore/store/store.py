@@ -94,6 +94,7 @@ class AttentionStore:
         self._readers = IOThreads(io_threads or min(4, cores), "read")
         self._writer = IOThreads(1, "write")
         self._savers: weakref.WeakSet[Saver] = weakref.WeakSet()
+        self._saver_lock = threading.Lock()
         self._counts: Counter[str] = Counter()
         self._count_lock = threading.Lock()
         self._warned: set[str] = set()
@@ -147,7 +148,9 @@ class AttentionStore:
     def flush(self) -> None:
         """Returns when everything handed over is on disk, that of caches between two turns included."""
         self._check_open()
-        for saver in list(self._savers):
+        with self._saver_lock:
+            savers = list(self._savers)
+        for saver in savers:
             saver.save()
         self._drain()
 
@@ -168,7 +171,8 @@ class AttentionStore:
 
     def register(self, saver: Saver) -> None:
         """Makes `flush` and `close` call `saver.save()`, for as long as somebody else keeps it."""
-        self._savers.add(saver)
+        with self._saver_lock:
+            self._savers.add(saver)
 
     # sessions
 

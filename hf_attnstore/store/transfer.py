@@ -59,6 +59,8 @@ class IOThreads:
 
     def __init__(self, count: int, name: str) -> None:
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._submitting = threading.Lock()
+        self._closed = False
         self._threads = [
             threading.Thread(target=self._run, name=f"attnstore-{name}-{i}", daemon=True) for i in range(count)
         ]
@@ -66,7 +68,14 @@ class IOThreads:
             thread.start()
 
     def submit(self, task: Callable[[], None]) -> None:
-        self._tasks.put(task)
+        """Has a task run. After `close` there is no thread left for it: the caller runs it, rather than wait for
+        ever for a load that was under way when the store was closed."""
+        with self._submitting:
+            closed = self._closed
+            if not closed:
+                self._tasks.put(task)
+        if closed:
+            task()
 
     def _run(self) -> None:
         while (task := self._tasks.get()) is not None:
@@ -75,8 +84,10 @@ class IOThreads:
 
     def close(self) -> None:
         """Runs what was submitted, then ends the threads."""
-        for _ in self._threads:
-            self._tasks.put(None)
+        with self._submitting:
+            self._closed = True
+            for _ in self._threads:
+                self._tasks.put(None)
         for thread in self._threads:
             thread.join()
 
