@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from hf_attnstore.bench import baselines, cli, figures, pagecache
 from hf_attnstore.bench.cli import app, parse_histories
+from hf_attnstore.bench.machine import ForeignLoad
 from hf_attnstore.bench.measure import PROBES, Measured, Workload, measure, same_tokens, step_order
 from hf_attnstore.bench.methods import METHODS, check_reuse
 from hf_attnstore.bench.report import TITLES, Result, as_markdown, as_record, tables, verdict_lines
@@ -36,9 +37,7 @@ def measured(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     work = Workload(HISTORY, NEW, DECODE, repeats=2, seed=0)
     seen: list[tuple[str, int]] = []
-    result = measure(
-        model, work, folder, block_size=BLOCK, progress=lambda doing, total: seen.append((doing, total))
-    )
+    result = measure(model, work, folder, block_size=BLOCK, progress=lambda doing, total: seen.append((doing, total)))
     return result, folder, seen
 
 
@@ -88,9 +87,7 @@ def test_the_model_is_left_as_it_was(measured, model):
 
 def test_wrong_keys_and_values_stop_the_bench(model, tmp_path, monkeypatch):
     read = baselines.read_torch
-    monkeypatch.setattr(
-        baselines, "read_torch", lambda path: {name: tensor * 0 for name, tensor in read(path).items()}
-    )
+    monkeypatch.setattr(baselines, "read_torch", lambda path: {name: tensor * 0 for name, tensor in read(path).items()})
     work = Workload(HISTORY, NEW, DECODE, repeats=1, seed=0)
     with pytest.raises(BenchError, match=r"torch\.load.*WRONG TOKENS"):
         measure(model, work, tmp_path, block_size=BLOCK, steps=("first", "kept", "torch"))
@@ -311,9 +308,7 @@ def test_every_way_to_read_a_file_gives_the_kept_cache_back(model, tmp_path):
 
 
 def test_bfloat16_files_are_read_without_a_map(tmp_path):
-    cache = SimpleNamespace(
-        layers=[SimpleNamespace(keys=torch.randn(1, 2, 3, 4).bfloat16(), values=torch.ones(2))]
-    )
+    cache = SimpleNamespace(layers=[SimpleNamespace(keys=torch.randn(1, 2, 3, 4).bfloat16(), values=torch.ones(2))])
     baselines.write_safetensors(cache, tmp_path / "x.safetensors")
     read, expected = (
         baselines.read_safetensors_lean(tmp_path / "x.safetensors"),
@@ -357,3 +352,18 @@ def test_the_folder_of_a_report_is_made(tmp_path: Path, measured):
 
     draw("tiny", [Result(measured[0], {})], tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 10_000
+
+
+def test_other_processes_and_missing_parts_are_reported():
+    sample = Sample(1.0, 1.0, 2.0, 0.0, (1,))
+    busy = Measured(Workload(1, 1, 1, 1, 0), 10, samples={"kept": [sample]}, others=0.3)
+    found = as_record(Result(busy, {}, failure="no memory figures"))
+    assert any("30%" in note for note in found["notes"])
+    assert "no memory figures" in found["notes"]
+    assert as_record(Result(replace(busy, others=0.0), {}))["notes"] == []
+
+
+def test_the_load_of_others_is_a_share():
+    others = ForeignLoad()
+    sum(range(200_000))
+    assert 0.0 <= others.share() <= 1.0

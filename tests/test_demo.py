@@ -45,6 +45,7 @@ def result_of(**changes: Any) -> TurnResult:
         reused_tokens=99,
         prefilled_tokens=21,
         loaded_bytes=1 << 20,
+        recomputed="",
         answer="yes",
         answer_tokens=5,
         same_tokens=True,
@@ -63,8 +64,9 @@ def test_conversation_runs_by_turns_in_new_processes(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runner, "MESSAGES", MESSAGES)
+    monkeypatch.chdir(tmp_path)
     console = Console(record=True, width=80, file=io.StringIO())
-    result = run_demo(str(tiny), tmp_path / "out", repeats=2, console=console)
+    result = run_demo(str(tiny), Path("out"), repeats=2, console=console)
 
     assert [turn.same_tokens for turn in result.turns] == [True] * 3
     for before, turn in zip([None, *result.turns], result.turns, strict=False):
@@ -77,17 +79,11 @@ def test_conversation_runs_by_turns_in_new_processes(
         assert min(*turn.ttft_with, *turn.ttft_without) > 0
 
     shown = console.export_text()
-    for column in (
-        "history",
-        "reused",
-        "prefilled",
-        "KV loaded",
-        "TTFT without",
-        "TTFT with",
-        "speed-up",
-        "same tokens",
-    ):
+    for column in ("turn", "history", "reused", "prefilled", "loaded", "without", "with", "speed", "same"):
         assert column in shown
+    assert shown.count("✓") == 6  # a line while it runs, and one in the table
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "…" not in shown
     report = json.loads((tmp_path / "out" / "demo.json").read_text())
     assert report["same_tokens"] is True
     assert report["turns"] == [asdict(turn) for turn in result.turns]

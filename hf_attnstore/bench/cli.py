@@ -135,10 +135,10 @@ def _bench(
     """Run it all and report; returns whether a bar was missed."""
     import torch
 
-    from hf_attnstore.bench.machine import busy_share, describe_machine, in_words, versions
+    from hf_attnstore.bench.machine import describe_machine, in_words, versions
     from hf_attnstore.bench.measure import Workload
     from hf_attnstore.bench.report import FORMAT, as_record, print_result
-    from hf_attnstore.bench.shapes import choose_model, load_model
+    from hf_attnstore.bench.shapes import BenchError, choose_model, load_model
 
     if threads:
         torch.set_num_threads(threads)
@@ -155,9 +155,6 @@ def _bench(
                 "name a folder on a disk with --store.",
                 style="yellow",
             )
-        busy = busy_share()
-        if busy > 0.1:
-            console.print(f"Other processes use {busy:.0%} of the CPUs, so all figures will be noisy.", style="yellow")
         results = []
         with _progress(console) as progress:
             task = progress.add_task(f"loading {spec.label}", total=None)
@@ -178,7 +175,6 @@ def _bench(
         "model": spec.label,
         "versions": versions(),
         "machine": machine,
-        "busy_before": round(busy, 3),
         "block_size": block_size,
         "results": [as_record(result) for result in results],
     }
@@ -189,6 +185,9 @@ def _bench(
             print_result(console, result)
     if output is not None:
         _write(console, output, spec.label, record, results)
+    failures = [result.failure for result in results if result.failure]
+    if failures:
+        raise BenchError("\n".join(failures))
     return any(verdict.passed is False for result in results for verdict in result.verdicts)
 
 
@@ -204,9 +203,11 @@ def _measure_one(
 ) -> Result:
     import torch
 
+    from hf_attnstore.bench.machine import ForeignLoad
     from hf_attnstore.bench.measure import measure
     from hf_attnstore.bench.report import Result
-    from hf_attnstore.bench.rss import MODES, RssJob, measure_rss
+    from hf_attnstore.bench.rss import MODES, Rss, RssJob, measure_rss
+    from hf_attnstore.bench.shapes import BenchError
 
     def show(doing: str, total: int) -> None:
         known = progress.tasks[0].total
@@ -218,8 +219,10 @@ def _measure_one(
             advance=0 if known is None else 1,
         )
 
+    others = ForeignLoad()
     measured = measure(model, work, folder, block_size=block_size, progress=show)
-    rss = {}
+    measured.others = others.share()
+    rss: dict[str, list[Rss]] = {}
     if with_rss:
         for mode in MODES:
             progress.update(task, description=f"{work.history:,} tokens, memory: {mode}", advance=1)
@@ -237,7 +240,10 @@ def _measure_one(
                 threads=torch.get_num_threads(),
                 tokens=reference.tokens,
             )
-            rss[mode] = [measure_rss(job)]
+            try:
+                rss[mode] = [measure_rss(job)]
+            except BenchError as error:  # what was measured before is still worth reporting
+                return Result(measured, rss, failure=str(error))
     return Result(measured, rss)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from importlib import metadata
 from pathlib import Path
 
@@ -26,9 +27,24 @@ def describe_machine(store: Path) -> dict[str, str | int]:
     return facts
 
 
-def busy_share() -> float:
-    """Share of the CPUs that other processes use right now, 0 to 1, looked at for a second."""
-    return float(psutil.cpu_percent(interval=1.0)) / 100
+class ForeignLoad:
+    """What other processes use of the CPUs while this one measures."""
+
+    def __init__(self) -> None:
+        self._start = self._now()
+
+    def share(self) -> float:
+        """Share of all CPUs that others have used since this was made, 0 to 1. Child processes are not others."""
+        wall, busy, own = (now - then for now, then in zip(self._now(), self._start, strict=True))
+        return min(1.0, max(0.0, busy - own) / max(wall * (psutil.cpu_count() or 1), 1e-9))
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        times = psutil.cpu_times()
+        idle = times.idle + getattr(times, "iowait", 0.0)
+        guest = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)  # counted in user and nice
+        own = os.times()
+        return time.monotonic(), sum(times) - idle - guest, sum(own[:4])
 
 
 def in_words(facts: dict[str, str | int]) -> str:

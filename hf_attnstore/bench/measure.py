@@ -57,6 +57,7 @@ class Measured:
         saved_bytes: bytes that the `first` and the `saving` turn saved.
         probes: seconds that `PROBES` took for `kv_bytes` (copies) or `file_bytes` (reads).
         evictions: share of the block files in the page cache before and after it was dropped; None: unknown.
+        others: share of all CPUs that other processes used meanwhile, 0 to 1.
         notes: what a reader of the figures must know.
     """
 
@@ -69,6 +70,7 @@ class Measured:
     saved_bytes: dict[str, int] = field(default_factory=dict)
     probes: dict[str, list[float]] = field(default_factory=dict)
     evictions: list[tuple[float | None, float | None]] = field(default_factory=list)
+    others: float = 0.0
     notes: list[str] = field(default_factory=list)
 
 

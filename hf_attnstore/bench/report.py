@@ -37,10 +37,11 @@ class TableRows:
 
 @dataclass(frozen=True)
 class Result:
-    """All that one history length gave."""
+    """All that one history length gave; `failure` says why some of it is missing, if it is."""
 
     measured: Measured
     rss: dict[str, list[Rss]]
+    failure: str = ""
 
     @property
     def series(self) -> dict[str, list[float]]:
@@ -54,6 +55,19 @@ class Result:
                 found[f"decode/{key}"] = decode
         for mode, peaks in self.rss.items():
             found[f"rss/{mode}"] = [float(rss.peak) for rss in peaks]
+        return found
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of the figures must know."""
+        found = list(self.measured.notes)
+        if self.measured.others > 0.03:
+            found.append(
+                f"Other processes used {self.measured.others:.0%} of the CPUs meanwhile, so figures are noisy and "
+                "small differences mean nothing."
+            )
+        if self.failure:
+            found.append(self.failure)
         return found
 
     @property
@@ -75,7 +89,8 @@ def as_record(result: Result) -> dict[str, Any]:
         "attach_seconds": measured.attach_seconds,
         "saved_bytes": measured.saved_bytes,
         "same_tokens": sorted(measured.samples),
-        "notes": measured.notes,
+        "others_share_of_cpus": measured.others,
+        "notes": result.notes,
         "samples": samples,
         "flush_seconds": measured.flush,
         "probe_seconds": measured.probes,
@@ -130,7 +145,7 @@ def print_result(console: Console, result: Result) -> None:
         console.print(drawn)
         for note in table.notes:
             console.print(f"  {note}", style="dim")
-    for note in result.measured.notes:
+    for note in result.notes:
         console.print(f"Note: {note}", style="yellow")
     console.print("[bold]Bars[/bold] (median of the ratios within each repeat)")
     for state, line in verdict_lines(result.verdicts):
@@ -159,7 +174,7 @@ def as_markdown(label: str, machine: dict[str, Any], versions: dict[str, str], r
             parts.append("| " + " | ".join("---:" if i else "---" for i in range(len(table.columns))) + " |")
             parts += ["| " + " | ".join(row) + " |" for row in table.rows]
             parts += [f"\n{note}" for note in table.notes]
-        parts += [f"\nNote: {note}" for note in result.measured.notes]
+        parts += [f"\nNote: {note}" for note in result.notes]
         parts += ["", "**Bars** (median of the ratios within each repeat)", ""]
         parts += [f"- {state}: {line}" for state, line in verdict_lines(result.verdicts)]
     return "\n".join(parts) + "\n"
@@ -264,7 +279,8 @@ def _bandwidth(result: Result) -> TableRows:
                 _bytes(nbytes),
             )
         )
-    return TableRows("Bandwidth", ("", "GiB/s", "ms", "bytes"), rows)
+    note = ("safetensors is not listed: load_file maps the file, and the reading falls into the turn.",)
+    return TableRows("Bandwidth", ("", "GiB/s", "ms", "bytes"), rows, note)
 
 
 def bandwidths(result: Result) -> list[tuple[str, int, list[float]]]:
@@ -276,6 +292,8 @@ def bandwidths(result: Result) -> list[tuple[str, int, list[float]]]:
             nbytes = measured.file_bytes if key.startswith("read") else measured.kv_bytes
             found.append((title, nbytes, seconds))
     for key, title in TITLES.items():
+        if key == "safetensors":  # a mapped file is read when it is used
+            continue
         loads = [(sample.loaded_bytes, sample.load) for sample in measured.samples.get(key, []) if sample.load]
         if loads:
             found.append((f"{title} (load)", loads[0][0], [seconds for _, seconds in loads if seconds]))

@@ -7,7 +7,9 @@ tensor that are compared before every turn.
 
 import hashlib
 import json
-from collections.abc import Iterator
+import secrets
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,15 +30,13 @@ _IRRELEVANT = frozenset(
 def _sample(tensor: torch.Tensor, runs: int, length: int) -> torch.Tensor:
     """Up to `runs` evenly spread runs of `length` neighbouring values of `tensor`, as one dimension."""
     tensor = tensor.detach()
-    if not tensor.is_contiguous():
-        size = min(tensor.numel(), runs * length)
-        places = torch.linspace(0, max(tensor.numel() - 1, 0), size, dtype=torch.float64).long()
-        return tensor[tuple(index.to(tensor.device) for index in torch.unravel_index(places, tensor.shape))]
-    flat = tensor.view(-1)
-    if flat.numel() <= runs * length:
-        return flat
-    step = (flat.numel() - length) // (runs - 1)
-    return flat.as_strided((runs, length), (step, 1), flat.storage_offset()).reshape(-1)
+    if tensor.numel() <= runs * length:
+        return tensor.reshape(-1)
+    step = (tensor.numel() - length) // (runs - 1)
+    if tensor.is_contiguous():
+        return tensor.as_strided((runs, length), (step, 1), tensor.storage_offset()).reshape(-1)
+    places = (torch.arange(runs)[:, None] * step + torch.arange(length)).reshape(-1).to(tensor.device)
+    return tensor[torch.unravel_index(places, tensor.shape)]
 
 
 def _few_values(tensor: torch.Tensor) -> torch.Tensor:
@@ -62,6 +62,19 @@ def _offloaded(module: nn.Module, name: str) -> torch.Tensor | None:
                 return weights[name]
             except KeyError:
                 continue
+    return None
+
+
+def _offloaded_in_memory(module: nn.Module, name: str) -> torch.Tensor | None:
+    """The content of a parameter that accelerate keeps in host memory; None for one on disk, or not offloaded."""
+    hook = getattr(module, "_hf_hook", None)
+    for candidate in getattr(hook, "hooks", (hook,)):
+        weights = getattr(candidate, "weights_map", None)
+        dataset, prefix = getattr(weights, "dataset", weights), getattr(weights, "prefix", "")
+        held = getattr(dataset, "state_dict", dataset)
+        if isinstance(held, Mapping) and isinstance(held.get(prefix + name), torch.Tensor):
+            tensor: torch.Tensor = held[prefix + name]
+            return tensor
     return None
 
 
@@ -91,6 +104,8 @@ def _layer_adapters(layer: Any) -> list[Any]:
         sorted(map(str, layer.merged_adapters)),
         bool(layer.disable_adapters),
         sorted((str(name), float(scale)) for name, scale in getattr(layer, "scaling", {}).items()),
+        # adapters chosen for one call (`adapter_names=`) come as a hook for as long as it lasts
+        [str(hook.keywords) for hook in layer._forward_pre_hooks.values() if isinstance(hook, partial)],
     ]
 
 
@@ -127,13 +142,16 @@ class Fingerprint:
     """The fingerprint of one model, kept up to date cheaply.
 
     `current()` costs a pass over the tensors' version counters and a few of their values; only when those have
-    changed is the sample of all weights taken again.
+    changed is the sample of all weights taken again. Where parameters were written to and the sample does not show
+    it (a few rows of an embedding were trained, say), the fingerprint becomes one that no other model has.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._marks: Any = None
-        self._value: str = ""
+        self._parameters: list[tuple[int, int]] = []
+        self._content = ""
+        self._salt = ""
 
     def current(self) -> str:
         """The fingerprint (40 hex digits) of the model as it is now.
@@ -141,11 +159,15 @@ class Fingerprint:
         Raises:
             ValueError, RuntimeError: the weights can't be read.
         """
-        marks = self._current_marks()
+        marks, parameters = self._current_marks()
         if marks != self._marks:
-            self._value = self._compute()
-            self._marks = marks
-        return self._value
+            content = self._compute()
+            if content != self._content:
+                self._salt = ""
+            elif parameters != self._parameters and _same_tensors(parameters, self._parameters):
+                self._salt = secrets.token_hex(20)
+            self._content, self._marks, self._parameters = content, marks, parameters
+        return self._salt or self._content
 
     def _settings(self) -> str:
         config: Any = self.model.config
@@ -167,12 +189,14 @@ class Fingerprint:
                 yield name, tensor
 
     @torch.no_grad()
-    def _current_marks(self) -> tuple[Any, ...]:
-        """What tells that something changed. Runs before every turn, so it does little and names nothing."""
+    def _current_marks(self) -> tuple[tuple[Any, ...], list[tuple[int, int]]]:
+        """What tells that something changed, and the version counter of each parameter. Runs before every turn, so
+        it does little and names nothing."""
         config: Any = self.model.config
         text = config.get_text_config(decoder=True)
         varying = has_length_dependent_rope(text)
         versions: list[Any] = []
+        parameters: list[tuple[int, int]] = []
         adapters: list[Any] = []
         samples: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
         modules = [self.model]
@@ -185,18 +209,23 @@ class Fingerprint:
                 for name, tensor in tensors.items():
                     if tensor is None or (varying and name.endswith("inv_freq")):
                         continue
+                    if tensor.device.type == "meta":
+                        held = _offloaded_in_memory(module, name)
+                        if held is None:
+                            versions.append(name)
+                            continue
+                        tensor = held
                     device = tensor.device
-                    if device.type == "meta":
-                        versions.append(id(tensor))
-                        continue
                     # inference tensors have no version counter; nothing but the sample watches them
                     version = -1 if tensor.is_inference() else tensor._version
                     versions.append((id(tensor), version, tensor.data_ptr()))
+                    if tensors is module._parameters:
+                        parameters.append((id(tensor), version))
                     if tensor.numel():
                         samples.setdefault((device, tensor.dtype), []).append(_few_values(tensor))
         quick = [_raw_bytes(torch.cat(values)) for values in samples.values()]
         settings = (str(config.__dict__), str(text.__dict__), self._autocast(), self.model.training)
-        return settings, adapters, versions, quick
+        return (settings, adapters, versions, quick), parameters
 
     def _autocast(self) -> str:
         device = next(self.model.parameters()).device.type
@@ -210,13 +239,18 @@ class Fingerprint:
         for name, tensor in sorted(self._wanted(fetch_offloaded=True), key=lambda item: item[0]):
             described.append(f"{name} {tensor.dtype} {tuple(tensor.shape)}")
             if tensor.numel():
-                part = _sample(tensor, _RUNS, _RUN_LENGTH)
+                # the few values that are watched between turns count too: a change of them must be one of the digest
+                part = torch.cat([_sample(tensor, _RUNS, _RUN_LENGTH), _few_values(tensor.detach())])
                 # where a weight lies must not matter, so samples are put in order by dtype alone
                 samples.setdefault((torch.device("cpu"), tensor.dtype), []).append(part.cpu())
         hasher.update("\n".join(described).encode())
         for key in sorted(samples, key=str):
             hasher.update(_raw_bytes(torch.cat(samples[key])))
         return hasher.hexdigest()
+
+
+def _same_tensors(a: list[tuple[int, int]], b: list[tuple[int, int]]) -> bool:
+    return [tensor for tensor, _ in a] == [tensor for tensor, _ in b]
 
 
 def _autocast_enabled(device_type: str) -> bool:

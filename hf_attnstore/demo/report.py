@@ -10,7 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .turn import TurnResult
@@ -23,10 +25,16 @@ WITH, WITHOUT, QUIET = "#0b7a75", "#b8b8b8", "#555555"
 
 def show(result: DemoResult, console: Console) -> None:
     """Prints the table by turn and a sentence about what it says."""
-    table = Table(title="Time to first token (TTFT), each turn in a new process", title_justify="left")
-    for column in ("turn", "history\ntokens", "reused\ntokens", "prefilled\ntokens", "KV loaded\nMiB"):
+    table = Table(
+        title="Time to first token (TTFT), each turn in a new process",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    for column in ("turn", "history\ntokens", "reused\ntokens", "prefilled\ntokens", "KV\nloaded"):
         table.add_column(column, justify="right", no_wrap=True)
-    for column in ("TTFT without\nms", "TTFT with\nms", "speed-up"):
+    for column in ("TTFT\nwithout", "TTFT\nwith", "speed\nup"):
         table.add_column(column, justify="right", style="bold", no_wrap=True)
     table.add_column("same\ntokens", justify="center", no_wrap=True)
     for i, turn in enumerate(result.turns, 1):
@@ -36,9 +44,9 @@ def show(result: DemoResult, console: Console) -> None:
             f"{turn.history_tokens:,}",
             f"{turn.reused_tokens:,}",
             f"{turn.prefilled_tokens:,}",
-            f"{turn.loaded_bytes / 2**20:.1f}",
-            f"{without * 1e3:.1f}",
-            f"{with_store * 1e3:.1f}",
+            f"{turn.loaded_bytes / 2**20:.1f} MiB",
+            f"{without * 1e3:.1f} ms",
+            f"{with_store * 1e3:.1f} ms",
             f"{without / with_store:.1f}×",
             "[green]✓[/]" if turn.same_tokens else f"[red]✗ at {turn.first_difference}[/]",
         )
@@ -49,10 +57,13 @@ def show(result: DemoResult, console: Console) -> None:
         "in it. With the store it includes what a new process pays once to identify the model's weights, about "
         f"{identify * 1e3:.0f} ms.[/]"
     )
+    for i, turn in enumerate(result.turns, 1):
+        if turn.recomputed:
+            console.print(f"[yellow]turn {i} did not reuse all it could:[/] {escape(turn.recomputed)}")
     if not result.same_tokens:
         console.print(
-            f"[red]Some answers differ with the store and without.[/] In {result.turns[0].dtype}, rounding alone can decide "
-            "between two nearly equal tokens, because prefilling fewer tokens takes another path through the "
+            f"[red]Some answers differ with the store and without.[/] In {result.turns[0].dtype}, rounding alone can "
+            "decide between two nearly equal tokens, because prefilling fewer tokens takes another path through the "
             "arithmetic: try --dtype float32. If they differ there too, it is a bug: please report it."
         )
 

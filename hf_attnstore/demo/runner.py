@@ -24,6 +24,11 @@ MOST_ANSWER_TOKENS = 48
 LEAST_ANSWER_TOKENS = 4
 WEIGHTS_AND_TOKENIZER = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
+QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
+# Compute threads that wait by spinning keep a processor from other programs, and a busy machine makes such a wait
+# a hundred times longer. Where the user has not chosen, they sleep: with the store and without alike.
+CALM = {"OMP_WAIT_POLICY": "PASSIVE"}
+
 
 class DemoError(AttentionStoreError):
     """The demonstration could not be run to its end."""
@@ -178,14 +183,9 @@ def _in_new_process(task: TurnTask, work: Path, index: int) -> TurnResult:
     Path(task.store).mkdir(mode=0o700, exist_ok=True)
     task_file, result_file = work / f"task-{index}.json", work / f"result-{index}.json"
     task_file.write_text(json.dumps(asdict(task)))
-    quiet = {
-        "TRANSFORMERS_VERBOSITY": "error",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
     done = subprocess.run(  # noqa: S603 - this interpreter, this package
         [sys.executable, "-m", "hf_attnstore.demo", str(task_file), str(result_file)],
-        env={**os.environ, **quiet},
+        env={**CALM, **os.environ, **QUIET},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

@@ -61,6 +61,7 @@ class TurnResult:
     reused_tokens: int
     prefilled_tokens: int
     loaded_bytes: int
+    recomputed: str
     answer: str
     answer_tokens: int
     same_tokens: bool
@@ -155,6 +156,7 @@ def run_turn(task: TurnTask) -> TurnResult:
         reused_tokens=turn.reused_tokens,
         prefilled_tokens=turn.prefilled_tokens,
         loaded_bytes=turn.cache.loaded_bytes,
+        recomputed=turn.cache.recomputed,
         answer=turns[0].history[-1]["content"],
         answer_tokens=turn.generated_tokens,
         same_tokens=difference is None,

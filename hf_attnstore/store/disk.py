@@ -33,8 +33,12 @@ _TEMPORARY = ".partial"
 
 
 def make_private_directory(path: Path) -> None:
-    """Creates a folder (and its parents) that only the user can enter."""
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    """Creates a folder that only the user can enter, and missing ones above it likewise."""
+    missing = [path]
+    while not missing[-1].parent.exists():
+        missing.append(missing[-1].parent)
+    for folder in reversed(missing):
+        folder.mkdir(mode=0o700, exist_ok=True)
 
 
 class BlockFile:

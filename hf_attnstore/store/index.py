@@ -5,6 +5,7 @@ complete. Reads use a connection of their own and do not wait for writes.
 """
 
 import json
+import os
 import sqlite3
 import threading
 import time
@@ -94,6 +95,7 @@ class Index:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))  # SQLite gives its log the mode of the database
         self._write_lock = threading.Lock()
         self._read_lock = threading.Lock()
         self._closed = False
@@ -106,7 +108,7 @@ class Index:
         connection = sqlite3.connect(self.path, timeout=30, isolation_level=None, check_same_thread=False)
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = NORMAL")
-        connection.execute("PRAGMA wal_autocheckpoint = 128")  # pages; the log counts towards the disk cap
+        connection.execute("PRAGMA wal_autocheckpoint = 32")  # pages; the log counts towards the disk cap
         connection.execute("PRAGMA journal_size_limit = 524288")
         return connection
 
@@ -132,6 +134,11 @@ class Index:
             if self._closed:
                 raise StoreClosedError(f"the store {self.path.parent} is closed; open it again")
             return self._reader.execute(query, parameters).fetchall()
+
+    def truncate_log(self) -> None:
+        """Moves the log's content into the database, so that its file takes no room."""
+        with self._write_lock:
+            self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def file_bytes(self) -> int:
         """Bytes of the index's own files on disk."""

@@ -95,6 +95,8 @@ class AttentionStore:
         self._writer = IOThreads(1, "write")
         self._savers: weakref.WeakSet[Saver] = weakref.WeakSet()
         self._saver_lock = threading.Lock()
+        self._committing: dict[str, str] = {}
+        """Fingerprints of sessions whose commit waits for the writer."""
         self._counts: Counter[str] = Counter()
         self._count_lock = threading.Lock()
         self._warned: set[str] = set()
@@ -248,7 +250,8 @@ class AttentionStore:
 
     def session_fingerprint(self, name: str) -> str | None:
         """The model fingerprint that a session was last saved with; None if there is no such session."""
-        return self._index.fingerprint(self.namespace, name)
+        pending = self._committing.get(name)
+        return pending if pending is not None else self._index.fingerprint(self.namespace, name)
 
     def lock_session(self, name: str, wait: float) -> SessionLock:
         """Takes the lock of a session, which need not exist; `wait` in seconds.
@@ -364,7 +367,14 @@ class AttentionStore:
         Blocks of earlier branches stay the session's own, so that `delete` removes them too.
         """
         self._check_open()
-        change = partial(self._index.commit_session, self.namespace, session, fingerprint, spans)
+        self._committing[session] = fingerprint
+
+        def change() -> None:
+            try:
+                self._index.commit_session(self.namespace, session, fingerprint, spans)
+            finally:
+                self._committing.pop(session, None)
+
         self._writer.submit(partial(self._guarded, change))
 
     def touch(self, keys: Sequence[Key]) -> None:
@@ -419,7 +429,8 @@ class AttentionStore:
 
     def _make_disk_room(self, nbytes: int, keep: set[Key]) -> bool:
         """Evicts until `nbytes` more fit under the disk cap. Keys in `keep` stay."""
-        margin = 1 << 20 if self.disk_capacity > 64 << 20 else 1 << 16  # growth of the index while committing
+        # what the index may grow by before this is asked again: by a commit, mostly in its log
+        margin = min(max(self.disk_capacity // 64, 192 << 10), 16 << 20)
 
         def excess() -> int:
             used = self._index.usage()[0] + self._index.file_bytes() + self._disk.quarantine_bytes()
@@ -428,6 +439,7 @@ class AttentionStore:
         if nbytes + margin > self.disk_capacity:
             return False
         if excess() > 0:
+            self._index.truncate_log()
             self._disk.drop_quarantine()
         while (over := excess()) > 0:
             victims = [row for row in self._index.eviction_candidates(16) if row.key not in keep]

@@ -33,7 +33,7 @@ _COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 48,
     "intermediate_size": 64,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
@@ -53,14 +53,14 @@ _BUILDERS: dict[str, Any] = {
     "llama-mqa": lambda: LlamaForCausalLM(_llama(num_key_value_heads=1)),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**_COMMON, sliding_window=WINDOW)),
     "gemma2": lambda: Gemma2ForCausalLM(
-        Gemma2Config(**{**_COMMON, "num_hidden_layers": 4}, head_dim=12, sliding_window=WINDOW)
+        Gemma2Config(**{**_COMMON, "num_hidden_layers": 2}, head_dim=12, sliding_window=WINDOW)
     ),
     "gemma3": lambda: Gemma3ForCausalLM(
         Gemma3TextConfig(
-            **{**_COMMON, "num_hidden_layers": 4},
+            **{**_COMMON, "num_hidden_layers": 3},
             head_dim=12,
             sliding_window=WINDOW,
-            layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
         )
     ),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_COMMON)),
@@ -73,7 +73,7 @@ _BUILDERS: dict[str, Any] = {
             num_experts_per_tok=2,
             n_group=1,
             topk_group=1,
-            first_k_dense_replace=2,
+            first_k_dense_replace=1,
             kv_lora_rank=16,
             q_lora_rank=24,
             qk_rope_head_dim=8,
@@ -86,7 +86,7 @@ _BUILDERS: dict[str, Any] = {
             vocab_size=VOCABULARY,
             n_positions=512,
             n_embd=48,
-            n_layer=3,
+            n_layer=2,
             n_head=4,
             bos_token_id=None,
             eos_token_id=None,

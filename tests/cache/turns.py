@@ -13,7 +13,7 @@ from transformers import Cache, DynamicCache
 from hf_attnstore import AttentionStoreCache
 from hf_attnstore.cache.layers import SlidingLayer
 
-GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
+GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
 
 
 def turn(model: Any, ids: torch.Tensor, cache: Cache | None, **settings: Any) -> Any:
