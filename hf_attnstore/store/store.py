@@ -410,6 +410,9 @@ class AttentionStore:
 
     def _write_new(self, block: Block, supersedes: Key | None) -> None:
         meta = block.meta
+        if meta.start > 0 and self._index.block(meta.parent) is None:
+            self._count("not_saved_blocks")  # its beginning did not make it to disk: alone it is worth nothing
+            return
         expected = encoded_size(block)
         if not self._make_disk_room(expected, keep={meta.parent}):
             self._count("not_saved_blocks")
