@@ -60,6 +60,9 @@ class ChatTurn:
 class ChatSession:
     """A conversation that goes on where it left off, also in another process.
 
+    Let one object at a time go on with a session: of two that were opened on the same history, the last to speak
+    decides which messages are kept.
+
     Args:
         model: a causal language model of transformers.
         tokenizer: its tokenizer, with a chat template.

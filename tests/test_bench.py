@@ -204,6 +204,7 @@ def test_a_ratio_pairs_the_figures_of_a_repeat():
     assert found.paired == 1.5
     assert found.medians == 1.5
     assert (found.low, found.high) == (1.25, 1.75)
+    assert figures.ratio([3.0, 2.0, 8.0], [1.0, 1.0, 4.0]).smallest == 2.0
     with pytest.raises(ValueError, match="nothing"):
         figures.ratio([], [])
     with pytest.raises(ValueError, match=r"shorter|longer"):

@@ -28,12 +28,14 @@ class Ratio:
         paired: median of the ratios within each repeat; what the bars look at.
         medians: ratio of the two medians.
         low, high: middle half of the ratios within each repeat.
+        smallest: ratio of the smallest of each; on a busy machine the one least disturbed.
     """
 
     paired: float
     medians: float
     low: float
     high: float
+    smallest: float
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,8 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> Ratio:
     if not above:
         raise ValueError("There is nothing to compare.")
     pairs = spread([a / b for a, b in zip(above, below, strict=True)])
-    return Ratio(pairs.median, statistics.median(above) / statistics.median(below), pairs.low, pairs.high)
+    medians = statistics.median(above) / statistics.median(below)
+    return Ratio(pairs.median, medians, pairs.low, pairs.high, min(above) / min(below))
 
 
 def evaluate(series: Mapping[str, Sequence[float]], history: int, bars: Sequence[Bar] = BARS) -> list[Verdict]:

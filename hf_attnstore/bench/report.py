@@ -126,7 +126,7 @@ def verdict_lines(verdicts: Sequence[Verdict]) -> list[tuple[str, str]]:
             text += (
                 f"{_times(verdict.ratio.paired)} "
                 f"(middle half {_times(verdict.ratio.low)} to {_times(verdict.ratio.high)}, "
-                f"of medians {_times(verdict.ratio.medians)}), "
+                f"of medians {_times(verdict.ratio.medians)}, of smallest {_times(verdict.ratio.smallest)}), "
             )
         text += f"bar ≤ {verdict.bar.limit:g} ×"
         lines.append((state, f"{text} ({verdict.why_not})" if verdict.why_not else text))

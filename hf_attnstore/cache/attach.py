@@ -13,7 +13,7 @@ from torch import nn
 
 from ..errors import CacheUseError
 from ..store.store import AttentionStore
-from .fingerprint import Fingerprint
+from .fingerprint import fingerprint_of
 from .restore import Pace
 from .structure import compute_device, decoder_layers
 
@@ -26,7 +26,7 @@ class Attachment:
 
     def __init__(self, model: nn.Module) -> None:
         self.store: AttentionStore | None = None
-        self.fingerprint = Fingerprint(model)
+        self.fingerprint = fingerprint_of(model)
         self.pace = Pace()
         self.parameter_names = [
             name
@@ -75,7 +75,7 @@ class Attachment:
         twin.__dict__.update(self.__dict__)
         twin.generate = copy.deepcopy(self.generate, memo)
         original = self.fingerprint.model
-        twin.fingerprint = Fingerprint(memo.get(id(original), original))
+        twin.fingerprint = fingerprint_of(memo.get(id(original), original))
         twin.pace = Pace()
         return twin
 

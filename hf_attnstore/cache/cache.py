@@ -16,7 +16,7 @@ from ..errors import CacheUseError, GradientError, LoadError, SessionBusyError, 
 from ..session.chain import TokenChain, common_prefix
 from ..session.matching import match_prefix
 from ..session.spans import Span, crop, total_tokens
-from ..store.blocks import chain_root
+from ..store.blocks import Key, chain_root
 from ..store.index import SpanRow
 from ..store.locks import SessionLock
 from ..store.store import AttentionStore
@@ -103,9 +103,12 @@ class AttentionStoreCache(Cache):
         self._untracked = ""
         self._forward: _Forward | None = None
         self._restore: Restore | None = None
+        self._from_disk: list[Key] = []
         self._in_turn = False
         self._checked = False
         self._changed = False
+        self._speculating = False
+        self._confirmed = 0
         self._reopening = False
         self._lock: SessionLock | None = None
         self._stats = TurnStats()
@@ -284,6 +287,7 @@ class AttentionStoreCache(Cache):
         self._reopening = False
         self._untracked = ""
         self._changed = False
+        self._speculating = False
         self._settle()
         self._identify()
 
@@ -409,6 +413,8 @@ class AttentionStoreCache(Cache):
                 return
             try:
                 self._settle()
+                if self._speculating and self._confirmed < self._held:
+                    self._crop_to(self._confirmed)
                 try:
                     self._hand_over()
                 except StoreClosedError:
@@ -434,6 +440,9 @@ class AttentionStoreCache(Cache):
             stats.load_seconds,
             stats.exposed_load_seconds,
         )
+        # not earlier: the copying would take cores from the turn itself
+        from_disk, self._from_disk = self._from_disk, []
+        self._store.promote(from_disk)
 
     def _stop_saving(self) -> None:
         if self._saver is not None:
@@ -632,6 +641,8 @@ class AttentionStoreCache(Cache):
         self._stats.generated_tokens += forward.count - prefilled
         if not self._checked:
             self._stats.prompt_tokens = self._held
+        # of the tokens fed when drafts are checked only the first is sure, until `crop` removes the wrong ones
+        self._confirmed = max(before + 1, min(self._held, prompt))
         if self._restore is not None:
             self._finish_restore()
         if self._saver is not None:
@@ -663,8 +674,7 @@ class AttentionStoreCache(Cache):
             stats.load_seconds += load.seconds
             stats.exposed_load_seconds += restore.exposed_seconds
             stats.blocks_from = dict(load.blocks_from)
-        if self._store is not None and restore.load.from_disk:
-            self._store.promote(restore.load.from_disk)
+        self._from_disk = restore.load.from_disk
 
     def _settle(self, *, keep_load: bool = False) -> None:
         """Puts the cache into a consistent state whatever happened: every layer holds the tokens of all complete
@@ -738,6 +748,7 @@ class AttentionStoreCache(Cache):
             self._finish_restore()
             self._crop_to(max(0, self._held + tokens_to_remove))
             self._changed = True
+            self._confirmed = self._held
 
     def reset(self) -> None:
         """Lets go of everything held; session and store stay. In a loop of one's own, `save` comes before that."""
@@ -745,6 +756,11 @@ class AttentionStoreCache(Cache):
             self.save()
             self._forward = None
             self._clear()
+
+    def activate_past_recording(self) -> None:
+        """From now on the cache can go back by `crop` however far: what comes may be drafts to be checked."""
+        self._speculating = self._checked
+        super().activate_past_recording()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._finish_restore()

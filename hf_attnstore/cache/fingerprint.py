@@ -7,6 +7,7 @@ tensor that are compared before every turn.
 
 import hashlib
 import json
+import weakref
 import secrets
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -79,13 +80,12 @@ def _offloaded_in_memory(module: nn.Module, name: str) -> torch.Tensor | None:
 
 
 def _tensors(model: nn.Module, *, fetch_offloaded: bool) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every parameter and buffer by name; offloaded ones with their content if asked."""
-    seen: set[int] = set()
+    """Every parameter and buffer by name, shared ones by each of their names (once they are offloaded, nobody can
+    tell any more); offloaded ones with their content if asked."""
     for prefix, module in model.named_modules():
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is None or id(tensor) in seen:
+            if tensor is None:
                 continue
-            seen.add(id(tensor))
             if tensor.device.type == "meta" and fetch_offloaded:
                 tensor = _offloaded(module, name)
                 if tensor is None:
@@ -147,11 +147,17 @@ class Fingerprint:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
+        self._model = weakref.ref(model)
         self._marks: Any = None
         self._parameters: list[tuple[int, int]] = []
         self._content = ""
         self._salt = ""
+
+    @property
+    def model(self) -> nn.Module:
+        model = self._model()
+        assert model is not None, "the model is gone, and nothing but the model should ask for its fingerprint"
+        return model
 
     def current(self) -> str:
         """The fingerprint (40 hex digits) of the model as it is now.
@@ -258,3 +264,14 @@ def _autocast_enabled(device_type: str) -> bool:
         return torch.is_autocast_enabled(device_type)
     except RuntimeError:  # a device type without autocast
         return False
+
+
+_fingerprints: "weakref.WeakKeyDictionary[nn.Module, Fingerprint]" = weakref.WeakKeyDictionary()
+
+
+def fingerprint_of(model: nn.Module) -> Fingerprint:
+    """The fingerprint of a model, the same object as long as the model lives: what it knows outlasts `detach`."""
+    found = _fingerprints.get(model)
+    if found is None:
+        found = _fingerprints[model] = Fingerprint(model)
+    return found

@@ -3,11 +3,11 @@
 A load consists of stages (for a model: its layers, in order). The consumer asks for stages ahead of use and
 waits for one stage at a time; within a stage blocks may arrive in any order.
 
-Where the consumer computes on the CPU, reading ahead takes the very cores it computes with, and a reader that
-preempts one thread of a parallel region holds up all the others. Copies from memory into host memory are
-therefore made in a thread only until the consumer waits for its first stage, and from then on by the consumer
-itself, with all its cores, when it gets to a stage; and reads that turn out to need the CPU rather than the disk
-(files in the page cache) are let finish before the computing goes on.
+Where the targets lie in host memory the consumer computes on the CPU, and threads that read ahead take the very
+cores it computes with: one that preempts a thread of a parallel region holds up all the others, and the
+interpreter's lock is handed to and fro (measured on two cores: half as long again for a resumed turn). Asking for
+a stage then only makes the kernel read its files into the page cache, and the consumer itself reads or copies
+them into place when it gets there. For targets on a device the I/O threads do everything.
 """
 
 import queue
@@ -119,12 +119,6 @@ class Load:
         self._sources = sources
         self._from_disk = [key for key, (tier, _) in sources.items() if tier == "disk"]
         self._on_failure = on_failure
-        self._claimed = [not own for own in self._own]
-        self._copied = [threading.Event() for _ in self._own]
-        for event, claimed in zip(self._copied, self._claimed, strict=True):
-            if claimed:
-                event.set()
-        self._consuming = False
         self._lock = threading.Lock()
         self._remaining = [len(stage) for stage in self._stages]
         self._done = [threading.Event() for _ in self._stages]
@@ -136,7 +130,6 @@ class Load:
         self.error: LoadError | None = None
         self.stats = LoadStats()
         self.stage_seconds = [0.0] * len(self._stages)
-        self._cpu_seconds = 0.0
         self._on_host = all(segment.target.device.type == "cpu" for stage in stages for segment in stage)
         for tier, _ in sources.values():
             self.stats.blocks_from[tier] += 1
@@ -152,17 +145,21 @@ class Load:
 
     def request(self, stage: int) -> None:
         """Asks for every stage up to and including `stage`; returns at once."""
-        if self._requested == 0 and not all(self._claimed):
-            with self._lock:
-                self._outstanding += 1
-            self._threads.submit(self._copy_ahead)
         while self._requested <= min(stage, len(self._stages) - 1):
             number = self._requested
             self._requested += 1
             for key in self._stages[number]:
+                if self._on_host:
+                    self._advise(number, key)
+                    continue
                 with self._lock:
                     self._outstanding += 1
                 self._threads.submit(partial(self._run, number, key))
+
+    def _advise(self, stage: int, key: Key) -> None:
+        source = self._sources[key][1]
+        assert isinstance(source, BlockFile)  # what is in host memory already is not read
+        source.will_need([segment.name for segment in self._stages[stage][key]])
 
     def wait(self, stage: int) -> float:
         """Returns when `stage` is in place, with the seconds that took.
@@ -172,64 +169,31 @@ class Load:
         """
         self.request(stage)
         began = time.perf_counter()
-        self._consuming = True
+        if self._on_host and not self._done[stage].is_set():
+            for key in self._stages[stage]:
+                self._run(stage, key)
         self._done[stage].wait()
-        if self._on_host and self._takes_cpu():
-            self.request(len(self._stages) - 1)
-            for event in self._done:
-                event.wait()
         if self.error is not None:
             raise self.error
         self._copy_own(stage)
         self._devices.wait(stage)
         return time.perf_counter() - began
 
-    def _takes_cpu(self) -> bool:
-        """Whether the reads so far were busy more than they waited for the disk."""
-        with self._lock:
-            return self._cpu_seconds > self.stats.seconds / 2
-
-    def _claim(self, stage: int) -> bool:
-        with self._lock:
-            mine = not self._claimed[stage]
-            self._claimed[stage] = True
-            return mine
-
     def _copy_own(self, stage: int) -> None:
-        if self._claim(stage):
-            self._copy(stage, lambda target, part: target.copy_(part))
-        else:
-            self._copied[stage].wait()
-
-    def _copy_ahead(self) -> None:
-        """Copies stages while the consumer has not begun to wait for any: its cores are idle until then."""
-        try:
-            for stage in range(len(self._own)):
-                if self._consuming or self._cancelled:
-                    break
-                if self._claim(stage):
-                    # numpy copies in this thread alone and without the GIL; torch would start a second team of
-                    # compute threads beside the consumer's
-                    self._copy(stage, lambda target, part: np.copyto(as_bytes(target), as_bytes(part)))
-        finally:
-            with self._lock:
-                self._outstanding -= 1
-                self._idle.notify_all()
-
-    def _copy(self, stage: int, copy: Callable[[torch.Tensor, torch.Tensor], object]) -> None:
+        own, self._own[stage] = self._own[stage], []
+        if not own:
+            return
         began = time.perf_counter()
-        copied = 0
-        for block, segment in self._own[stage]:
+        for block, _ in own:
             block.wait_ready()
-            copy(segment.target, block.tensors[segment.name][..., segment.start : segment.stop, :])
-            copied += segment.target.nbytes
+        targets = [segment.target for _, segment in own]
+        sources = [block.tensors[s.name][..., s.start : s.stop, :] for block, s in own]
+        torch._foreach_copy_(targets, sources)
         seconds = time.perf_counter() - began
         with self._lock:
-            self.stats.bytes += copied
+            self.stats.bytes += sum(target.nbytes for target in targets)
             self.stats.seconds += seconds
             self.stage_seconds[stage] += seconds
-        self._own[stage] = []
-        self._copied[stage].set()
 
     def finish(self) -> None:
         """Ends the load: nothing is written into a target any more when this returns. Idempotent."""
@@ -249,7 +213,7 @@ class Load:
         self._own = [[] for _ in self._own]
 
     def _run(self, stage: int, key: Key) -> None:
-        began, cpu_began = time.perf_counter(), time.thread_time()
+        began = time.perf_counter()
         try:
             if not self._cancelled and self.error is None:
                 segments = self._stages[stage][key]
@@ -265,13 +229,12 @@ class Load:
                     with self._lock:
                         self.stats.bytes += read
         finally:
-            seconds, cpu_seconds = time.perf_counter() - began, time.thread_time() - cpu_began
+            seconds = time.perf_counter() - began
             with self._lock:
                 self.stats.seconds += seconds
-                self._cpu_seconds += cpu_seconds
                 self.stage_seconds[stage] += seconds
                 self._remaining[stage] -= 1
-                self._outstanding -= 1
+                self._outstanding -= not self._on_host
                 if self._remaining[stage] == 0 or self.error is not None:
                     self._done[stage].set()
                 if self.error is not None:

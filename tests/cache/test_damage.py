@@ -1,0 +1,182 @@
+"""Block files that are missing or damaged: the same tokens, a warning, the file aside; also in mid-prefill."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import BLOCK, make_model, tokens
+from turns import assert_reused, follow_up, turn
+
+from hf_attnstore import AttentionStore, AttentionStoreCache
+from hf_attnstore.store.disk import BlockFile
+
+
+def flip(path: Path, where: float) -> None:
+    data = bytearray(path.read_bytes())
+    data[int(len(data) * where)] ^= 16
+    path.write_bytes(bytes(data))
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "missing": Path.unlink,
+    "empty": lambda path: path.write_bytes(b""),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-100]),
+    "bit flipped in the data of the first layer": lambda path: flip(path, 0.5),
+    "bit flipped in the data of the last layer": lambda path: flip(path, 0.96),
+    "bit flipped in the header": lambda path: flip(path, 0.05),
+    "another block": lambda path: path.write_bytes(
+        next(p for p in sorted(path.parents[1].rglob("*.safetensors")) if p != path).read_bytes()
+    ),
+}
+
+
+def files_in_order(store: AttentionStore, session: str) -> list[Path]:
+    spans = store.spans(session)
+    return [next(store.path.glob(f"blocks/*/*/{span.block.hex()}.safetensors")) for span in spans]
+
+
+@pytest.mark.parametrize("keep_lock", [None, "alice"], ids=["by content", "session"])
+@pytest.mark.parametrize("which", [0, 2, -1], ids=["first", "middle", "last"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_block_is_recomputed_with_a_warning_and_put_aside(
+    damage: str, which: int, keep_lock: str | None, store: AttentionStore, log: pytest.LogCaptureFixture
+) -> None:
+    model, other = make_model(), make_model()
+    sequence = turn(model, tokens(70), AttentionStoreCache(model, "alice", store)).sequences
+    store.drop_memory()
+    path = files_in_order(store, "alice")[which]
+    DAMAGES[damage](path)
+    prompt = follow_up(sequence, 5, 2)
+    cache = AttentionStoreCache(model, keep_lock, store)
+    assert torch.equal(turn(model, prompt, cache).sequences, turn(other, prompt, None).sequences)
+    assert_reused(cache, prompt, [0, 16, 32, 48, 64][which])
+    assert "recomputed" in log.text
+    assert cache.stats.recomputed
+    store.flush()
+    aside = [p.name for p in (store.path / "quarantine").iterdir()]
+    assert aside == ([] if damage == "missing" else [path.name])
+    assert store.stats()["rejected"] == 1
+    again = AttentionStoreCache(model, "alice", store)
+    log.clear()
+    assert torch.equal(turn(model, prompt, again).sequences, turn(other, prompt, None).sequences)
+    assert_reused(again, prompt, prompt.shape[1] - 1)
+    assert not log.records
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "mistral", "gemma3"])
+def test_damage_found_in_the_middle_of_a_prefill_is_recomputed(
+    family: str, store: AttentionStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, other = make_model(family), make_model(family)
+    sequence = turn(model, tokens(70), AttentionStoreCache(model, "alice", store)).sequences
+    store.drop_memory()
+    flip(files_in_order(store, "alice")[3], 0.9)
+    read = BlockFile.read
+    reads = []
+
+    def slowly(self: BlockFile, wanted: Any) -> int:
+        reads.append(1)
+        time.sleep(0.02 if len(reads) < 8 else 0)
+        return read(self, wanted)
+
+    monkeypatch.setattr(BlockFile, "read", slowly)
+    heard: list[list[int]] = []
+
+    class Streamer:
+        def put(self, value: torch.Tensor) -> None:
+            heard.append(value.flatten().tolist())
+
+        def end(self) -> None:
+            heard.append([])
+
+    prompt = follow_up(sequence, 5, 2)
+    cache = AttentionStoreCache(model, "alice", store)
+    started = []
+    handle = model.model.layers[0].register_forward_hook(lambda *_: started.append(1))
+    ours = turn(model, prompt, cache, streamer=Streamer()).sequences
+    handle.remove()
+    assert torch.equal(ours, turn(other, prompt, None).sequences)
+    assert_reused(cache, prompt, 48)
+    assert reads
+    assert heard[0] == prompt[0].tolist()
+    assert heard[1:] == [*([token] for token in ours[0, prompt.shape[1] :].tolist()), []]
+
+
+def test_another_thread_can_not_take_the_session_between_a_failed_load_and_the_next_try(
+    store: AttentionStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model()
+    sequence = turn(model, tokens(70), AttentionStoreCache(model, "alice", store)).sequences
+    store.drop_memory()
+    flip(files_in_order(store, "alice")[1], 0.9)
+    releases = []
+    cache = AttentionStoreCache(model, "alice", store)
+    close = cache._close_turn
+    monkeypatch.setattr(cache, "_close_turn", lambda: (releases.append(1), close())[1])
+    turn(model, follow_up(sequence, 5, 2), cache)
+    assert_reused(cache, follow_up(sequence, 5, 2), 16)
+    assert len(releases) == 1
+
+
+def test_every_block_damaged_still_gives_the_right_tokens(store: AttentionStore) -> None:
+    model, other = make_model(), make_model()
+    sequence = turn(model, tokens(15 * BLOCK), AttentionStoreCache(model, "alice", store)).sequences
+    store.drop_memory()
+    for path in reversed(files_in_order(store, "alice")):
+        flip(path, 0.9)
+    prompt = follow_up(sequence, 5, 2)
+    cache = AttentionStoreCache(model, "alice", store)
+    assert torch.equal(turn(model, prompt, cache).sequences, turn(other, prompt, None).sequences)
+    assert cache.reused_tokens < prompt.shape[1] - 5
+    assert cache.prefilled_tokens == prompt.shape[1] - cache.reused_tokens
+
+
+def test_reads_that_always_fail_end_in_a_plain_prefill(store: AttentionStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, other = make_model("gemma3"), make_model("gemma3")
+    sequence = turn(model, tokens(15 * BLOCK), AttentionStoreCache(model, "alice", store)).sequences
+    store.drop_memory()
+
+    def fails(self: BlockFile, wanted: Any) -> int:
+        raise RuntimeError("a driver that gives up")
+
+    monkeypatch.setattr(BlockFile, "read", fails)
+    prompt = follow_up(sequence, 5, 2)
+    cache = AttentionStoreCache(model, "alice", store)
+    assert torch.equal(turn(model, prompt, cache).sequences, turn(other, prompt, None).sequences)
+    assert_reused(cache, prompt, 0)
+    assert "failed" in cache.stats.recomputed
+    manual = AttentionStoreCache(model, "bob", store)
+    assert manual.match(prompt) == 0
+
+
+@pytest.mark.parametrize("which", [0, 2, -1])
+def test_a_manual_match_counts_only_what_can_be_read(which: int, store: AttentionStore) -> None:
+    model = make_model()
+    turn(model, tokens(70), AttentionStoreCache(model, "alice", store))
+    store.drop_memory()
+    flip(files_in_order(store, "alice")[which], 0.9)
+    cache = AttentionStoreCache(model, "alice", store)
+    count = cache.match(tokens(70))
+    assert count == [0, 16, 32, 48, 64][which]
+    with torch.no_grad():
+        ours = model(input_ids=tokens(70)[:, count:], past_key_values=cache).logits[:, -1]
+        theirs = model(input_ids=tokens(70)).logits[:, -1]
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_sliding_window_that_can_not_be_got_back_is_computed_again(store: AttentionStore) -> None:
+    model, other = make_model("mistral"), make_model("mistral")
+    cache = AttentionStoreCache(model, "alice", store)
+    turn(model, tokens(60), cache, max_new_tokens=150)
+    assert cache.layers[0].first > 60  # type: ignore[attr-defined]
+    store.drop_memory()
+    for path in files_in_order(store, "alice"):
+        path.unlink()
+    prompt = tokens(60)
+    assert torch.equal(turn(model, prompt, cache).sequences, turn(other, prompt, None).sequences)
+    assert_reused(cache, prompt, 0)
