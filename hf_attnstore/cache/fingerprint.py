@@ -19,7 +19,7 @@ from torch import nn
 LAYOUT_VERSION = 1
 
 _RUNS, _RUN_LENGTH = 16, 64
-_QUICK_VALUES = 8
+_QUICK_VALUES = 4
 
 _IRRELEVANT = frozenset(
     "_name_or_path _commit_hash transformers_version architectures dtype torch_dtype use_cache return_dict "

@@ -144,12 +144,13 @@ def plan_restore(
             continue
         specs = _specs(described, number)
         targets = layer.restore(first if start == first else layer.first, start, length, specs, devices[number])
-        named = [(tensor_name(number, name), target) for name, target in zip(NAMES, targets, strict=True)]
+        sizes = [span.last - span.first for span in parts[start]]
+        pieces = [target.split(sizes, dim=1) for target in targets]
         stages.append(
             [
-                Segment(span.block, name, span.start, span.stop, target[:, span.first - start : span.last - start])
-                for span in parts[start]
-                for name, target in named
+                Segment(span.block, tensor_name(number, name), span.start, span.stop, piece[place])
+                for place, span in enumerate(parts[start])
+                for name, piece in zip(NAMES, pieces, strict=True)
             ]
         )
     return Restore(layers, store.load(stages), pace)

@@ -170,13 +170,14 @@ def test_a_text_generation_pipeline_reuses(passed: bool, store: AttentionStore) 
         attach(model, store)
     for number, known in enumerate((0, 35)):
         extra: dict[str, Any] = {"past_key_values": AttentionStoreCache(model, "alice", store)} if passed else {}
-        said = ours(text, max_new_tokens=6, do_sample=False, **extra)[0]["generated_text"]
-        assert said == theirs(text, max_new_tokens=6, do_sample=False)[0]["generated_text"]
+        call: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "return_full_text": False}
+        said = ours(text, **call, **extra)[0]["generated_text"]
+        assert said == theirs(text, **call)[0]["generated_text"]
         if passed:
             assert extra["past_key_values"].reused_tokens == known
         else:
             assert store.stats()["reused_tokens"] == known
-        text = said + " " + " ".join(f"w{token}" for token in tokens(4, number + 2)[0].tolist())
+        text = " ".join([text, said, *(f"w{token}" for token in tokens(4, number + 2)[0].tolist())])
 
 
 # attaching and detaching

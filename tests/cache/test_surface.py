@@ -202,6 +202,7 @@ def test_reset_empties_the_cache_and_leaves_it_usable(pair: Pair, store: Attenti
 def test_a_deep_copy_is_independent_of_the_original_and_of_the_store(pair: Pair, store: AttentionStore) -> None:
     pair.feed(40)
     pair.ours.save()
+    store.flush()
     files = sorted(store.path.glob("blocks/*/*/*"))
     twin = copy.deepcopy(pair.ours)
     other = copy.deepcopy(pair.theirs)
