@@ -7,8 +7,8 @@ tensor that are compared before every turn.
 
 import hashlib
 import json
-import weakref
 import secrets
+import weakref
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any

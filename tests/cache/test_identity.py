@@ -284,7 +284,8 @@ def test_the_fingerprint_reads_a_bounded_sample_of_each_parameter(monkeypatch: p
     counts = []
     for size in (10_000, 4_000_000):
         read.clear()
-        fingerprint = Fingerprint(Big(size))
+        model = Big(size)
+        fingerprint = Fingerprint(model)
         fingerprint.current()
         first = sum(read)
         read.clear()

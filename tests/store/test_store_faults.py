@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -40,10 +41,8 @@ def folder_bytes(root: Path) -> int:
     total = 0
     for folder, _, names in os.walk(root):
         for name in names:
-            try:
+            with suppress(FileNotFoundError):
                 total += os.stat(os.path.join(folder, name)).st_size
-            except FileNotFoundError:
-                pass
     return total
 
 
@@ -428,7 +427,10 @@ def test_namespaces_never_meet(tmp_path: Path) -> None:
         two.lock_session("a", 0).release()
 
 
-@pytest.mark.parametrize("name", ["../../etc/passwd", "a/b\\c", "..", "日本語 🎏", "it's \"quoted\"; --", "a\0b", "x" * 1024])
+NAMES = ["../../etc/passwd", "a/b\\c", "..", "日本語 🎏", 'it\'s "quoted"; --', "a\0b", "x" * 1024]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_any_text_can_name_a_session_and_never_becomes_a_path(tmp_path: Path, name: str) -> None:
     root = tmp_path / "store"
     with AttentionStore(root, block_size=16) as store:
