@@ -28,7 +28,8 @@ def test_the_examples_of_a_page_run(page: Path, tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     script = tmp_path / "page.py"
     script.write_text("\n".join(python_blocks(page)))
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    home = {"HOME": str(tmp_path), "HF_HOME": str(tmp_path / "home")}  # pages name folders below them
+    environment = {**os.environ, **home, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -109,6 +109,7 @@ class AttentionStoreCache(Cache):
         self._changed = False
         self._speculating = False
         self._confirmed = 0
+        self._prompt: np.ndarray | None = None
         self._reopening = False
         self._lock: SessionLock | None = None
         self._stats = TurnStats()
@@ -197,7 +198,7 @@ class AttentionStoreCache(Cache):
         except BaseException:
             self.end_turn()
             raise
-        self._checked = False
+        self._checked, self._prompt = False, None
         return reused
 
     def save(self) -> None:
@@ -243,6 +244,7 @@ class AttentionStoreCache(Cache):
             except BaseException:
                 self._close_turn()
                 raise
+            self._prompt = ids if checked else None
             self._stats.prompt_tokens = len(ids)
             self._stats.reused_tokens = reused
         return reused
@@ -288,6 +290,7 @@ class AttentionStoreCache(Cache):
         self._untracked = ""
         self._changed = False
         self._speculating = False
+        self._prompt = None
         self._settle()
         self._identify()
 
@@ -509,6 +512,11 @@ class AttentionStoreCache(Cache):
         if data is None:
             raise CacheUseError("the forward has neither input_ids nor inputs_embeds")
         rows, count = data.shape[0], data.shape[1]
+        if self._starts_elsewhere(ids, named):
+            # transformers before 5.20 prefills in chunks from the beginning, whatever the cache holds
+            self._note("generate does not go on where the cache does: what the cache held is computed again")
+            self._clear()
+            self._stats.reused_tokens = 0
         if self.rows not in (0, rows):
             if self.rows != 1:
                 raise CacheUseError(f"the cache holds {self.rows} rows, the forward has {rows}")
@@ -543,8 +551,9 @@ class AttentionStoreCache(Cache):
         what is held. (Its logits processors and candidates need the whole ids, so they can't be shortened before.)"""
         ids = named.get("input_ids")
         prompt = self._stats.prompt_tokens
-        first = self._stats.prefilled_tokens == 0 and self._stats.generated_tokens == 0
-        if not (self._checked and first and self._held and ids is not None and prompt and ids.shape[1] >= prompt):
+        if not (
+            self._checked and self._is_first() and self._held and ids is not None and prompt and ids.shape[1] >= prompt
+        ):
             return None
         width = ids.shape[1]
         return {
@@ -556,6 +565,18 @@ class AttentionStoreCache(Cache):
             and value.shape[-1] == width
             and name in ("input_ids", "position_ids", "cache_position", "token_type_ids", "mm_token_type_ids")
         }
+
+    def _starts_elsewhere(self, ids: torch.Tensor | None, named: Mapping[str, Any]) -> bool:
+        """Whether the first forward of a `generate` feeds other tokens than those that come after what is held."""
+        if self._prompt is None or ids is None or not self._held or not self._is_first():
+            return False
+        expected = self._prompt[self._held : self._held + ids.shape[1]]
+        fed = ids[0, : len(expected)].detach().cpu().numpy()
+        positions = position_problem(named.get("position_ids"), self._held, ids.shape[1])
+        return bool(positions) or not np.array_equal(fed, expected)
+
+    def _is_first(self) -> bool:
+        return self._stats.prefilled_tokens == 0 and self._stats.generated_tokens == 0
 
     def _track(self, ids: torch.Tensor | None, rows: int, count: int, named: Mapping[str, Any]) -> None:
         """Takes down which tokens a forward adds, as long as ids identify them."""
@@ -742,6 +763,7 @@ class AttentionStoreCache(Cache):
             CacheUseError: the window before that is neither in a sliding layer nor in the store.
             LoadError: it was in the store, but can't be read any more; nothing is held then.
         """
+        tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 passes a tensor
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes the number of tokens to remove as a negative number, not {tokens_to_remove}")
         with self._guard:

@@ -188,6 +188,7 @@ class StoreLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last `-tokens_to_remove` tokens; 0 removes none."""
+        tokens_to_remove = int(tokens_to_remove)
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes the number of tokens to remove as a negative number, not {tokens_to_remove}")
         self.settle()

@@ -4,7 +4,7 @@ Room is reserved before bytes are allocated, so blocks that are being filled or 
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from .blocks import Block, Key
 from .policy import LeafLRU
@@ -110,7 +110,3 @@ class MemoryTier:
         with self._changed:
             found = [self._blocks[key] for key in self._order.children(parent) if key in self._blocks]
         return iter(found)
-
-    def keys_where(self, condition: Callable[[Block], bool]) -> list[Key]:
-        with self._changed:
-            return [key for key, block in self._blocks.items() if condition(block)]

@@ -11,7 +11,7 @@ import torch
 from tiny_models import VOCABULARY, make_model, tokens
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, set_seed
 from transformers.generation.streamers import BaseStreamer
-from turns import assert_reused, follow_up, turn
+from turns import CHUNKS_CONTINUE, assert_reused, follow_up, turn
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, attach
 
@@ -54,8 +54,8 @@ def both(model: Any, store: AttentionStore, **settings: Any) -> tuple[Any, Any, 
     ours = model.generate(prompt, past_key_values=cache, **call)
     set_seed(5)
     theirs = other.generate(prompt, **call)
-    assert_reused(cache, prompt, 45)
-    assert cache.stats.loaded_bytes > 0
+    assert_reused(cache, prompt, 45 if CHUNKS_CONTINUE or "prefill_chunk_size" not in settings else 0)
+    assert (cache.stats.loaded_bytes > 0) == (cache.reused_tokens > 0)
     return ours, theirs, cache
 
 
@@ -165,7 +165,7 @@ def test_a_streamer_gets_the_same_pieces(settings: dict[str, Any], store: Attent
         turn(model, prompt, cache, streamer=streamer, **settings)
         heard.append(list(streamer))
         if cache is not None:
-            assert_reused(cache, prompt, 45)
+            assert_reused(cache, prompt, 45 if CHUNKS_CONTINUE or "prefill_chunk_size" not in settings else 0)
     assert heard[0] == heard[1]
     assert heard[0][0] == prompt[0].tolist()
     assert heard[0][-1] is None

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
 import torch
 from tiny_models import BLOCK, tokens
 from torch import nn
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, GenerationMixin
 
 from hf_attnstore import AttentionStoreCache
 from hf_attnstore.cache.layers import SlidingLayer
+
+CHUNKS_CONTINUE = "past_length = 0" not in inspect.getsource(GenerationMixin._prefill)
+"""Whether this transformers prefills in chunks from where the cache ends; older ones begin at the beginning."""
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
 
