@@ -513,7 +513,7 @@ class AttentionStoreCache(Cache):
             raise CacheUseError("the forward has neither input_ids nor inputs_embeds")
         rows, count = data.shape[0], data.shape[1]
         if self._starts_elsewhere(ids, named):
-            # transformers before 5.20 prefills in chunks from the beginning, whatever the cache holds
+            # older transformers (5.17) prefill in chunks from the beginning, whatever the cache holds
             self._note("generate does not go on where the cache does: what the cache held is computed again")
             self._clear()
             self._stats.reused_tokens = 0
