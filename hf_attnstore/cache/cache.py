@@ -242,6 +242,7 @@ class AttentionStoreCache(Cache):
                 reused, spans = self._take_up(ids, limit)
                 self._adopt(ids[:reused], spans)
             except BaseException:
+                self._clear()  # half of what was planned may be in place
                 self._close_turn()
                 raise
             self._prompt = ids if checked else None
@@ -685,7 +686,7 @@ class AttentionStoreCache(Cache):
             return
         try:
             restore.finish()
-        except LoadError:
+        except BaseException:
             self._clear()
             raise
         finally:
@@ -749,7 +750,7 @@ class AttentionStoreCache(Cache):
         try:
             self._restore = self._plan(spans, length)
             self._finish_restore()
-        except LoadError:
+        except BaseException:
             self._clear()
             raise
 

@@ -87,8 +87,8 @@ class StoreLayer(CacheLayerMixin):
             LoadError: it will not come.
         """
         if self.pending is not None:
-            wait, self.pending = self.pending, None
-            wait()
+            self.pending()
+            self.pending = None  # not before: what an interrupt leaves half done is not to be taken for complete
 
     def nbytes_per_token(self) -> int:
         """Bytes of one token's KV in one row."""
@@ -108,16 +108,16 @@ class StoreLayer(CacheLayerMixin):
     # growing
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self._allocate(max(key_states.shape[-2], self.expected), (key_states, value_states))
+        self._buffers = self._allocate(max(key_states.shape[-2], self.expected), (key_states, value_states))
 
-    def _allocate(self, capacity: int, like: tuple[torch.Tensor, ...]) -> None:
+    def _allocate(self, capacity: int, like: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
         capacity = -(-capacity // _GRANULE) * _GRANULE
-        self._buffers = [empty((*t.shape[:-2], capacity, t.shape[-1]), t.dtype, t.device) for t in like]
+        return [empty((*t.shape[:-2], capacity, t.shape[-1]), t.dtype, t.device) for t in like]
 
     def _make_room(self, tokens: int, like: tuple[torch.Tensor, ...]) -> None:
         """Capacity for `tokens` more, letting go of what is not needed any more."""
         if not self._buffers:
-            self._allocate(max(tokens, self.expected - self.first), like)
+            self._buffers = self._allocate(max(tokens, self.expected - self.first), like)
             return
         if like[0].ndim != self._buffers[0].ndim:  # restored with a heads dimension that the model does not have
             self._buffers = [buffer.squeeze(1) for buffer in self._buffers]
@@ -130,10 +130,10 @@ class StoreLayer(CacheLayerMixin):
         held = self.length - keep
         old = self._buffers
         wanted = max(held + tokens, min(self.expected - keep, 2 * capacity), int(held * _GROWTH))
-        self._allocate(wanted, tuple(old))
-        for source, target in zip(old, self._buffers, strict=True):
+        grown = self._allocate(wanted, tuple(old))
+        for source, target in zip(old, grown, strict=True):
             target[..., :held, :].copy_(source[..., keep - self.first : self.length - self.first, :])
-        self.first = keep
+        self._buffers, self.first = grown, keep
 
     def _keep_from(self) -> int:
         """Position of the first token that is still needed."""

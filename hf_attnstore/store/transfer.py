@@ -180,7 +180,7 @@ class Load:
         return time.perf_counter() - began
 
     def _copy_own(self, stage: int) -> None:
-        own, self._own[stage] = self._own[stage], []
+        own = self._own[stage]
         if not own:
             return
         began = time.perf_counter()
@@ -189,6 +189,7 @@ class Load:
         targets = [segment.target for _, segment in own]
         sources = [block.tensors[s.name][..., s.start : s.stop, :] for block, s in own]
         torch._foreach_copy_(targets, sources)
+        self._own[stage] = []  # not before: an interrupted copy is made again
         seconds = time.perf_counter() - began
         with self._lock:
             self.stats.bytes += sum(target.nbytes for target in targets)
@@ -225,6 +226,9 @@ class Load:
                     self._on_failure(key, error)
                 except Exception as error:  # a thread that dies would leave the model waiting for ever
                     self.error = LoadError(f"reading block {key.hex()} failed: {error!r}")
+                except BaseException:  # an interrupt of the thread that computes, which reads for itself
+                    self.error = LoadError(f"reading block {key.hex()} was interrupted")
+                    raise
                 else:
                     with self._lock:
                         self.stats.bytes += read

@@ -57,6 +57,24 @@ def test_sliding_layers_load_less_than_the_history(family: str, store: Attention
     assert 0 < cache.stats.loaded_bytes < (0.5 if family == "mistral" else 0.85) * everything
 
 
+@pytest.mark.parametrize("family", SLIDING_FAMILIES)
+def test_blocks_longer_than_the_window_are_saved_whole(family: str, tmp_path: Path) -> None:
+    model, reference = make_model(family), Reference(make_model(family))
+    with AttentionStore(tmp_path / "store", block_size=80) as store:
+        sequence = tokens(0)
+        for number, count in enumerate((50, 60, 30, 40)):
+            store.drop_memory()
+            prompt = follow_up(sequence, count, seed=number)
+            cache = AttentionStoreCache(model, "alice", store)
+            ours = turn(model, prompt, cache)
+            known = max(sequence.shape[1] - 1, 0)
+            assert_same(ours, reference.turn(prompt))
+            assert_reused(cache, prompt, known)
+            assert cache.stats.loaded_bytes == expected_load(cache, reference.cache, known, block=80)
+            sequence = ours.sequences
+            assert store.tokens("alice") == sequence[0, :-1].tolist()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_cache_object_serves_all_turns_and_loads_nothing(family: str, store: AttentionStore) -> None:
     model, reference = make_model(family), Reference(make_model(family))

@@ -123,6 +123,47 @@ def test_another_thread_can_not_take_the_session_between_a_failed_load_and_the_n
     assert len(releases) == 1
 
 
+@pytest.mark.parametrize("keep", [True, False], ids=["same object", "new object"])
+@pytest.mark.parametrize("nth", [1, 2, 4])
+@pytest.mark.parametrize("tier", ["memory", "disk"])
+@pytest.mark.parametrize("family", ["llama-gqa", "gemma3"])
+def test_an_interrupt_while_kv_is_put_in_place_leaves_nothing_half_done(
+    family: str, tier: str, nth: int, keep: bool, store: AttentionStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, other = make_model(family), make_model(family)
+    sequence = turn(model, tokens(70), AttentionStoreCache(model, "alice", store)).sequences
+    owner: Any = torch if tier == "memory" else BlockFile
+    name = "_foreach_copy_" if tier == "memory" else "read"
+    if tier == "disk":
+        store.drop_memory()
+    original = getattr(owner, name)
+    calls = []
+
+    def interrupted(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == nth:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    prompt = follow_up(sequence, 20, 2)
+    cache = AttentionStoreCache(model, "alice", store)
+    monkeypatch.setattr(owner, name, interrupted)
+    if tier == "memory" and nth > model.config.num_hidden_layers:
+        pytest.skip("one copy for each layer")
+    with pytest.raises(KeyboardInterrupt):
+        turn(model, prompt, cache)
+    monkeypatch.undo()
+    assert store.tokens("alice") == sequence[0, :-1].tolist()
+    if not keep:
+        cache = AttentionStoreCache(model, "alice", store)
+    ours = turn(model, prompt, cache).sequences
+    assert torch.equal(ours, turn(other, prompt, None).sequences)
+    assert cache.reused_tokens == 75
+    again = AttentionStoreCache(model, "bob", store)
+    longer = follow_up(ours, 5, 3)
+    assert torch.equal(turn(model, longer, again).sequences, turn(other, longer, None).sequences)
+
+
 def test_every_block_damaged_still_gives_the_right_tokens(store: AttentionStore) -> None:
     model, other = make_model(), make_model()
     sequence = turn(model, tokens(15 * BLOCK), AttentionStoreCache(model, "alice", store)).sequences

@@ -21,6 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 from turns import assert_reused, follow_up, turn
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, SessionBusyError, StoreClosedError, attach, detach
+from hf_attnstore.cache.attach import Attachment
 from hf_attnstore.store.disk import BlockFile, DiskTier
 
 
@@ -69,8 +70,15 @@ def test_two_threads_with_one_model_and_two_sessions_do_not_meet(family: str, st
         assert store.tokens(name) == alone[name][-1][0, :-1].tolist()
 
 
-def test_threads_that_attach_at_once_attach_once(store: AttentionStore) -> None:
-    for _ in range(20):
+def test_threads_that_attach_at_once_attach_once(store: AttentionStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    install = Attachment._install
+
+    def slowly(self: Attachment, *arguments: Any) -> None:
+        time.sleep(0.02)
+        install(self, *arguments)
+
+    monkeypatch.setattr(Attachment, "_install", slowly)
+    for _ in range(3):
         model = make_model()
         barrier = threading.Barrier(4)
 
@@ -398,6 +406,27 @@ def test_a_dropped_cache_leaves_neither_a_lock_nor_reserved_memory(store: Attent
     assert store.stats()["memory_bytes"] == 0
     again = AttentionStoreCache(model, "alice", store)
     assert torch.equal(turn(model, tokens(40), again).sequences, turn(make_model(), tokens(40), None).sequences)
+
+
+def test_what_a_failed_forward_had_handed_over_is_not_mixed_with_the_next_one(store: AttentionStore) -> None:
+    model = make_model()
+    cache, plain = AttentionStoreCache(model, "alice", store), DynamicCache(config=model.config)
+
+    def fails(*_: Any) -> None:
+        raise MemoryError("no memory")
+
+    with torch.no_grad():
+        for past in (cache, plain):
+            model(input_ids=tokens(20), past_key_values=past)
+        handle = model.model.layers[1].register_forward_hook(fails)
+        with pytest.raises(MemoryError):
+            model(input_ids=tokens(40, 2), past_key_values=cache)
+        handle.remove()
+        for past in (cache, plain):
+            model(input_ids=tokens(40, 3), past_key_values=past)
+    store.flush()
+    assert store.tokens("alice") == [*tokens(20)[0].tolist(), *tokens(40, 3)[0].tolist()]
+    assert_files_equal(store, "alice", plain)
 
 
 def test_a_manual_turn_left_by_an_exception_is_saved_by_flush_up_to_there(store: AttentionStore) -> None:
