@@ -37,6 +37,7 @@ class Attachment:
         layers = decoder_layers(model, count)
         self.sees_layers = bool(layers)
         self.devices: list[torch.device | None] = [compute_device(layer) for layer in layers] or [None] * count
+        self.computes_on_cpu = all(device is None or device.type == "cpu" for device in self.devices)
         self.generate: Any = None
         """An instance attribute `generate` that was there before, if any."""
         self._install(model, layers)

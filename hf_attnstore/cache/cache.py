@@ -286,6 +286,8 @@ class AttentionStoreCache(Cache):
 
     def _open(self) -> None:
         self._in_turn = True
+        if self._store is not None and self._attachment.computes_on_cpu:
+            self._store.begin_computing(id(self))
         self._stats = TurnStats(recomputed=self._stats.recomputed if self._reopening else "")
         self._reopening = False
         self._untracked = ""
@@ -296,6 +298,8 @@ class AttentionStoreCache(Cache):
         self._identify()
 
     def _close_turn(self) -> None:
+        if self._store is not None:
+            self._store.end_computing(id(self))
         if self._lock is not None:
             self._lock.release()
             self._lock = None

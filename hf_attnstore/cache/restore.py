@@ -12,7 +12,7 @@ from ..session.spans import Span, overlapping
 from ..store.blocks import TensorSpec
 from ..store.policy import lookahead_depth
 from ..store.store import AttentionStore
-from ..store.transfer import Load, Segment
+from ..store.transfer import Load, Piece, Stage
 from .layers import NAMES, SlidingLayer, StoreLayer
 
 
@@ -134,25 +134,21 @@ def plan_restore(
         return None
     earliest = min(start for _, start, _ in missing)
     described = store.describe(next(overlapping(spans, earliest, length)).block)
-    parts = {start: list(overlapping(spans, start, length)) for _, start, _ in missing}
-    stages: list[list[Segment]] = []
+    pieces = {
+        start: [Piece(span.block, span.start, span.stop) for span in overlapping(spans, start, length)]
+        for start in {start for _, start, _ in missing}
+    }
+    stages: list[Stage] = []
     for number, start, first in missing:
         layer = layers[number]
         if start >= length:
             layer.crop_to(length)
-            stages.append([])
+            stages.append(Stage())
             continue
         specs = _specs(described, number)
         targets = layer.restore(first if start == first else layer.first, start, length, specs, devices[number])
-        sizes = [span.last - span.first for span in parts[start]]
-        pieces = [target.split(sizes, dim=1) for target in targets]
-        stages.append(
-            [
-                Segment(span.block, tensor_name(number, name), span.start, span.stop, piece[place])
-                for place, span in enumerate(parts[start])
-                for name, piece in zip(NAMES, pieces, strict=True)
-            ]
-        )
+        names = [spec.name for spec in specs]
+        stages.append(Stage(pieces[start], dict(zip(names, targets, strict=True))))
     return Restore(layers, store.load(stages), pace)
 
 

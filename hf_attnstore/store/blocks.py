@@ -13,6 +13,7 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -163,12 +164,11 @@ def checksum(chunks: Iterable[np.ndarray]) -> str:
     """xxh3-64 (hex) over the chunks one after the other."""
     hasher = xxhash.xxh3_64()
     for chunk in chunks:
-        hasher.update(chunk.data)
+        hasher.update(chunk)  # type: ignore[arg-type]
     return hasher.hexdigest()
 
 
-@dataclass(frozen=True)
-class StoredTensor:
+class StoredTensor(NamedTuple):
     """Where a tensor lies in a block file: `offset` is from the beginning of the file, in bytes."""
 
     spec: TensorSpec
@@ -243,10 +243,22 @@ def _split_header(header: str) -> tuple[dict[str, str], str]:
     return metadata, "{" + header[end + 1 :]
 
 
+class _Described(NamedTuple):
+    """What a header says of its tensors. The same in every full block of a model, so it is parsed once."""
+
+    specs: tuple[TensorSpec, ...]
+    offsets: tuple[int, ...]
+    """From the end of the header, in bytes."""
+    nbytes: int
+    token_counts: frozenset[int]
+    """Tokens of the tensors; one number, if all is well."""
+
+
 @lru_cache(maxsize=256)
-def _parse_specs(described: str) -> tuple[TensorSpec, ...]:
+def _parse_described(described: str) -> _Described:
     """The tensors of a block, from their JSON; they lie one after the other without gaps."""
     specs = []
+    offsets = []
     end = 0
     for name, entry in json.loads(described).items():
         begin, stop = entry["data_offsets"]
@@ -257,8 +269,10 @@ def _parse_specs(described: str) -> tuple[TensorSpec, ...]:
         if begin != end or spec.nbytes != stop - begin:
             raise LoadError(f"tensor {name!r} has impossible offsets")
         specs.append(spec)
+        offsets.append(begin)
         end = stop
-    return tuple(specs)
+    counts = frozenset(spec.shape[-1 if spec.name == TOKEN_IDS else -2] for spec in specs)
+    return _Described(tuple(specs), tuple(offsets), end, counts)
 
 
 def parse_header(encoded: bytes, file_bytes: int) -> Layout:
@@ -284,18 +298,18 @@ def _parse_header(encoded: bytes, file_bytes: int) -> Layout:
     if metadata["format"] != FORMAT_VERSION:
         raise LoadError(f"block format {metadata['format']!r} is not {FORMAT_VERSION!r}")
     sums = json.loads(metadata["xxh3_64"])
-    specs = _parse_specs(described)
-    tensors: dict[str, StoredTensor] = {}
-    end = 0
-    for spec in specs:
-        tensors[spec.name] = StoredTensor(spec, 8 + header_bytes + end, str(sums[spec.name]))
-        end += spec.nbytes
-    if file_bytes != 8 + header_bytes + end:
-        raise LoadError(f"the file has {file_bytes} bytes, its header needs {8 + header_bytes + end}")
+    found = _parse_described(described)
+    begin = 8 + header_bytes
+    if file_bytes != begin + found.nbytes:
+        raise LoadError(f"the file has {file_bytes} bytes, its header needs {begin + found.nbytes}")
+    tensors = {
+        spec.name: StoredTensor(spec, begin + offset, sums[spec.name])
+        for spec, offset in zip(found.specs, found.offsets, strict=True)
+    }
     count = int(metadata["token_count"])
     if tensors[TOKEN_IDS].spec != TensorSpec(TOKEN_IDS, torch.int64, (count,)):
         raise LoadError("the token ids are not as the header says")
-    if any(name != TOKEN_IDS and t.spec.shape[-2] != count for name, t in tensors.items()):
+    if found.token_counts != {count}:
         raise LoadError("a tensor does not have one row per token")
     meta = BlockMeta(
         key=bytes.fromhex(metadata["key"]),

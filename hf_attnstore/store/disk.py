@@ -6,7 +6,7 @@ Files are private to the user (0600 in 0700 folders): they contain conversations
 import os
 import secrets
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -73,10 +73,22 @@ class BlockFile:
                 head += more
         except OSError as error:
             raise LoadError(f"{self.path}: {error.strerror}") from error
+        self._in_page_cache = self._seems_cached(size)
         try:
             return parse_header(head[:end], size)
         except LoadError as error:
             raise LoadError(f"{self.path}: {error}") from error
+
+    def _seems_cached(self, size: int) -> bool:
+        """Whether the kernel has a few places, spread over the file, in its page cache: then asking it to read
+        ahead costs more than it brings."""
+        if not hasattr(os, "RWF_NOWAIT"):
+            return False
+        place = bytearray(1)
+        try:
+            return all(os.preadv(self._fd, [place], size * n // 4 - 1, os.RWF_NOWAIT) == 1 for n in range(1, 5))
+        except OSError:  # EAGAIN: it would have to be read; others: the file system can't tell
+            return False
 
     def close(self) -> None:
         os.close(self._fd)
@@ -112,28 +124,39 @@ class BlockFile:
     def _read_into(self, buffers: list[np.ndarray], offset: int) -> int:
         expected = sum(buffer.nbytes for buffer in buffers)
         done = 0
-        views = [buffer.data for buffer in buffers]
         while done < expected:
             try:
-                count = os.preadv(self._fd, views, offset + done)
+                count = os.preadv(self._fd, buffers, offset + done)  # type: ignore[arg-type]
             except OSError as error:
                 raise LoadError(f"{self.path}: {error.strerror}") from error
             if count == 0:
                 raise LoadError(f"{self.path}: the file ends {expected - done} bytes early")
             done += count
-            while views and count >= views[0].nbytes:
-                count -= views.pop(0).nbytes
-            if views and count:
-                views[0] = views[0][count:]
+            if done < expected:  # seldom: a read comes in parts
+                while count >= buffers[0].nbytes:
+                    count -= buffers.pop(0).nbytes
+                buffers[0] = buffers[0][count:]
         return done
 
-    def will_need(self, names: Sequence[str]) -> None:
-        """Makes the kernel read the named tensors into its page cache, in the background; returns at once."""
-        wanted = [self.layout.tensors[name] for name in names if name in self.layout.tensors]
-        if wanted and hasattr(os, "posix_fadvise"):
-            first = min(stored.offset for stored in wanted)
-            last = max(stored.offset + stored.spec.nbytes for stored in wanted)
-            os.posix_fadvise(self._fd, first, last - first, os.POSIX_FADV_WILLNEED)
+    def tensor(self, name: str) -> StoredTensor:
+        """Where a tensor lies.
+
+        Raises:
+            LoadError: there is none of that name.
+        """
+        try:
+            return self.layout.tensors[name]
+        except KeyError:
+            raise LoadError(f"{self.path}: there is no tensor {name}") from None
+
+    def will_need(self, names: Iterable[str]) -> None:
+        """Makes the kernel read tensors into its page cache, in the background; returns at once."""
+        if self._in_page_cache or not hasattr(os, "posix_fadvise"):
+            return
+        for name in names:
+            stored = self.layout.tensors.get(name)
+            if stored is not None:
+                os.posix_fadvise(self._fd, stored.offset, stored.spec.nbytes, os.POSIX_FADV_WILLNEED)
 
     def read_meta(self) -> BlockMeta:
         """The block's identity with its token ids, checked against its key."""
@@ -157,7 +180,7 @@ class DiskTier:
 
     def path(self, fingerprint: str, key: Key) -> Path:
         name = key.hex()
-        return self._blocks / fingerprint / name[:2] / f"{name}.safetensors"
+        return Path(f"{self._blocks}/{fingerprint}/{name[:2]}/{name}.safetensors")
 
     def open(self, fingerprint: str, key: Key) -> BlockFile:
         """Opens a block for reading; checks that the file is the block it should be.

@@ -27,7 +27,8 @@ from .index import BlockRow, Index, SessionInfo, SpanRow
 from .locks import SessionLock, SessionLocks
 from .memory import MemoryTier
 from .sizes import format_bytes, parse_bytes
-from .transfer import IOThreads, Load, Segment, Source
+from .threads import IOThreads, RightOfWay
+from .transfer import Load, Source, Stage
 
 logger = logging.getLogger("hf_attnstore")
 
@@ -92,7 +93,8 @@ class AttentionStore:
         self._disk.remove_partial()
         cores = os.cpu_count() or 1
         self._readers = IOThreads(io_threads or min(4, cores), "read")
-        self._writer = IOThreads(1, "write")
+        self._right_of_way = RightOfWay()
+        self._writer = IOThreads(1, "write", self._right_of_way)
         self._savers: weakref.WeakSet[Saver] = weakref.WeakSet()
         self._saver_lock = threading.Lock()
         self._committing: dict[str, str] = {}
@@ -154,12 +156,7 @@ class AttentionStore:
             savers = list(self._savers)
         for saver in savers:
             saver.save()
-        self._drain()
-
-    def _drain(self) -> None:
-        done = threading.Event()
-        self._writer.submit(done.set)
-        done.wait()
+        self._writer.drain()
 
     def close(self) -> None:
         """Flushes and closes. Idempotent."""
@@ -168,7 +165,8 @@ class AttentionStore:
         self.flush()
         self._closed = True
         self._readers.close()
-        self._writer.close()
+        with self._right_of_way.hurry():
+            self._writer.close()
         self._index.close()
 
     def register(self, saver: Saver) -> None:
@@ -200,7 +198,7 @@ class AttentionStore:
     def sessions(self) -> list[SessionInfo]:
         """The sessions of this namespace, last used first."""
         self._check_open()
-        self._drain()
+        self._writer.drain()
         return self._index.sessions(self.namespace)
 
     def delete(self, name: str) -> None:
@@ -213,7 +211,7 @@ class AttentionStore:
         self._check_open()
         lock = self.lock_session(name, wait=0)
         try:
-            self._drain()
+            self._writer.drain()
             gone = self._index.delete_session(self.namespace, name)
             for row in gone:
                 self._forget(row)
@@ -229,7 +227,7 @@ class AttentionStore:
         """
         self._check_open()
         self.check_name(dst)
-        self._drain()
+        self._writer.drain()
         if not self._index.fork_session(self.namespace, src, dst):
             raise AttentionStoreError(f"session {dst!r} exists already; delete it first or choose another name")
 
@@ -240,7 +238,7 @@ class AttentionStore:
             SessionNotFoundError: there is no such session.
         """
         self._check_open()
-        self._drain()
+        self._writer.drain()
         return self._index.metadata(self.namespace, name)
 
     def set_metadata(self, name: str, metadata: dict[str, Any]) -> None:
@@ -305,8 +303,8 @@ class AttentionStore:
             self._reject(key, error)
             raise
 
-    def load(self, stages: Sequence[Sequence[Segment]]) -> Load:
-        """Opens the blocks of all segments and returns a load, of which nothing is requested yet.
+    def load(self, stages: Sequence[Stage]) -> Load:
+        """Opens the blocks of all stages and returns a load, of which nothing is requested yet.
 
         Raises:
             LoadError: a block is missing or damaged.
@@ -314,10 +312,8 @@ class AttentionStore:
         self._check_open()
         sources: dict[Key, tuple[str, Source]] = {}
         try:
-            for stage in stages:
-                for segment in stage:
-                    if segment.key not in sources:
-                        sources[segment.key] = self._open(segment.key)
+            for key in dict.fromkeys(piece.key for stage in stages for piece in stage.pieces):
+                sources[key] = self._open(key)
         except BaseException:
             for _, source in sources.values():
                 if not isinstance(source, Block):
@@ -340,9 +336,20 @@ class AttentionStore:
 
     # saving blocks
 
+    def begin_computing(self, owner: object) -> None:
+        """`owner` (hashable) computes on the CPU from now on: writing stands back, for a few seconds at most."""
+        self._right_of_way.take(owner)
+
+    def end_computing(self, owner: object) -> None:
+        """Ends what `begin_computing` began. Harmless if nothing did."""
+        self._right_of_way.give(owner)
+
     def reserve(self, nbytes: int, *, wait: bool = False) -> bool:
         """Reserves host memory for a block that is being filled; False where the cap leaves no room for it."""
-        return self._memory.reserve(nbytes, wait=wait)
+        if not self._memory.reserve(nbytes):
+            self._right_of_way.overrule()  # what waits to be written is what fills the memory
+            return wait and self._memory.reserve(nbytes, wait=True)
+        return True
 
     def release(self, nbytes: int) -> None:
         """Gives back what `reserve` took, for a block that will not be handed over."""
@@ -547,7 +554,7 @@ class AttentionStore:
             SessionNotFoundError: there is no such session.
         """
         self._check_open()
-        self._drain()
+        self._writer.drain()
         return self._index.spans(self.namespace, session)
 
     def tokens(self, session: str) -> list[int]:

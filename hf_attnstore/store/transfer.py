@@ -1,20 +1,19 @@
-"""Moving blocks into place: I/O threads, stage by stage, with device streams where there is a device.
+"""Moving blocks into place, stage by stage.
 
-A load consists of stages (for a model: its layers, in order). The consumer asks for stages ahead of use and
-waits for one stage at a time; within a stage blocks may arrive in any order.
+A load consists of stages (for a model: its layers, in order). The consumer asks for stages ahead of use and waits
+for one stage at a time.
 
-Where the targets lie in host memory the consumer computes on the CPU, and threads that read ahead take the very
-cores it computes with: one that preempts a thread of a parallel region holds up all the others, and the
+Where a stage's targets lie in host memory the consumer computes on the CPU, and threads that read ahead take the
+very cores it computes with: one that preempts a thread of a parallel region holds up all the others, and the
 interpreter's lock is handed to and fro (measured on two cores: half as long again for a resumed turn). Asking for
-a stage then only makes the kernel read its files into the page cache, and the consumer itself reads or copies
+such a stage only makes the kernel read its files into the page cache, and the consumer itself reads or copies
 them into place when it gets there. For targets on a device the I/O threads do everything.
 """
 
-import queue
 import threading
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -23,23 +22,50 @@ import torch
 
 from ..errors import LoadError
 from .blocks import Block, Key, StoredTensor, as_bytes
+from .devices import DeviceCopies, host_tensors
 from .disk import BlockFile
+from .threads import IOThreads
 
 Source = Block | BlockFile
 
 
-@dataclass(slots=True)
-class Segment:
-    """Tokens `[start, stop)` of one tensor of a block, and where they go.
-
-    `target` is `[heads, stop - start, dim]`, of the stored dtype, on any device; within a head it is contiguous.
-    """
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Tokens `[start, stop)` of a block."""
 
     key: Key
-    name: str
     start: int
     stop: int
-    target: torch.Tensor
+
+    @property
+    def tokens(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(slots=True)
+class Stage:
+    """What arrives together: the same pieces of several tensors.
+
+    A target is `[heads, tokens, dim]`, of the stored dtype, with the tokens of all pieces one after the other;
+    within a head it is contiguous. All targets of a stage lie on one device.
+    """
+
+    pieces: Sequence[Piece] = ()
+    targets: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    arrived: Callable[[int, Mapping[str, torch.Tensor]], None] | None = None
+    """Called with a piece's number and its part of every target once it is there, to finish it in place; on the
+    stream that brought it."""
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the targets lie; None for a stage that brings nothing."""
+        return next((target.device for target in self.targets.values()), None)
+
+    def parts(self) -> list[dict[str, torch.Tensor]]:
+        """The targets, cut into pieces."""
+        sizes = [piece.tokens for piece in self.pieces]
+        cut = {name: target.split(sizes, dim=1) for name, target in self.targets.items()}
+        return [{name: parts[number] for name, parts in cut.items()} for number in range(len(sizes))]
 
 
 @dataclass
@@ -54,89 +80,34 @@ class LoadStats:
     """Number of blocks by tier."""
 
 
-class IOThreads:
-    """A few daemon threads that run tasks in the order given."""
-
-    def __init__(self, count: int, name: str) -> None:
-        self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._submitting = threading.Lock()
-        self._closed = False
-        self._threads = [
-            threading.Thread(target=self._run, name=f"attnstore-{name}-{i}", daemon=True) for i in range(count)
-        ]
-        for thread in self._threads:
-            thread.start()
-
-    def submit(self, task: Callable[[], None]) -> None:
-        """Has a task run. After `close` there is no thread left for it: the caller runs it, rather than wait for
-        ever for a load that was under way when the store was closed."""
-        with self._submitting:
-            closed = self._closed
-            if not closed:
-                self._tasks.put(task)
-        if closed:
-            task()
-
-    def _run(self) -> None:
-        while (task := self._tasks.get()) is not None:
-            task()
-            del task  # do not keep a finished load's buffers alive while waiting for the next
-
-    def close(self) -> None:
-        """Runs what was submitted, then ends the threads."""
-        with self._submitting:
-            self._closed = True
-            for _ in self._threads:
-                self._tasks.put(None)
-        for thread in self._threads:
-            thread.join()
-
-
 class Load:
-    """A running load. Made by `AttentionStore.load`; used by one thread, filled by the I/O threads."""
+    """A running load. Made by `AttentionStore.load`; used by one thread."""
 
     def __init__(
         self,
         threads: IOThreads,
-        stages: Sequence[Sequence[Segment]],
+        stages: Sequence[Stage],
         sources: dict[Key, tuple[str, Source]],
         on_failure: Callable[[Key, LoadError], None],
     ) -> None:
         self._threads = threads
-        self._stages: list[dict[Key, list[Segment]]] = []
-        self._own: list[list[tuple[Block, Segment]]] = []
-        for segments in stages:
-            by_block: dict[Key, list[Segment]] = defaultdict(list)
-            own = []
-            for segment in segments:
-                source = sources[segment.key][1]
-                if isinstance(source, Block) and segment.target.device.type == "cpu":
-                    own.append((source, segment))
-                else:
-                    by_block[segment.key].append(segment)
-            self._stages.append(dict(by_block))
-            self._own.append(own)
+        self._stages = list(stages)
         self._sources = sources
         self._from_disk = [key for key, (tier, _) in sources.items() if tier == "disk"]
         self._on_failure = on_failure
         self._lock = threading.Lock()
-        self._remaining = [len(stage) for stage in self._stages]
-        self._done = [threading.Event() for _ in self._stages]
+        self._idle = threading.Condition(self._lock)
+        self._here = [stage.device is None or stage.device.type == "cpu" for stage in self._stages]
+        self._in_place = [not stage.pieces for stage in self._stages]
+        self._remaining = [len(stage.pieces) for stage in self._stages]
+        self._devices = DeviceCopies(t for stage in self._stages for t in stage.targets.values())
         self._requested = 0
         self._outstanding = 0
-        self._idle = threading.Condition(self._lock)
         self._cancelled = False
         self._closed = False
         self.error: LoadError | None = None
-        self.stats = LoadStats()
+        self.stats = LoadStats(blocks_from=Counter(tier for tier, _ in sources.values()))
         self.stage_seconds = [0.0] * len(self._stages)
-        self._on_host = all(segment.target.device.type == "cpu" for stage in stages for segment in stage)
-        for tier, _ in sources.values():
-            self.stats.blocks_from[tier] += 1
-        self._devices = _DeviceCopies(target.target for stage in stages for target in stage)
-        for event, stage in zip(self._done, self._stages, strict=True):
-            if not stage:
-                event.set()
 
     @property
     def from_disk(self) -> list[Key]:
@@ -148,18 +119,18 @@ class Load:
         while self._requested <= min(stage, len(self._stages) - 1):
             number = self._requested
             self._requested += 1
-            for key in self._stages[number]:
-                if self._on_host:
-                    self._advise(number, key)
-                    continue
+            wanted = self._stages[number]
+            if self._here[number]:
+                for piece in wanted.pieces:
+                    source = self._sources[piece.key][1]
+                    if isinstance(source, BlockFile):
+                        source.will_need(wanted.targets)
+                continue
+            parts = wanted.parts()
+            for place in range(len(wanted.pieces)):
                 with self._lock:
                     self._outstanding += 1
-                self._threads.submit(partial(self._run, number, key))
-
-    def _advise(self, stage: int, key: Key) -> None:
-        source = self._sources[key][1]
-        assert isinstance(source, BlockFile)  # what is in host memory already is not read
-        source.will_need([segment.name for segment in self._stages[stage][key]])
+                self._threads.submit(partial(self._bring, number, place, parts[place]))
 
     def wait(self, stage: int) -> float:
         """Returns when `stage` is in place, with the seconds that took.
@@ -169,39 +140,22 @@ class Load:
         """
         self.request(stage)
         began = time.perf_counter()
-        if self._on_host and not self._done[stage].is_set():
-            for key in self._stages[stage]:
-                self._run(stage, key)
-        self._done[stage].wait()
+        if self._here[stage]:
+            if self.error is None and not self._in_place[stage]:
+                self._fetch(stage)
+        else:
+            with self._idle:
+                self._idle.wait_for(lambda: self._remaining[stage] == 0 or self.error is not None)
         if self.error is not None:
             raise self.error
-        self._copy_own(stage)
         self._devices.wait(stage)
         return time.perf_counter() - began
 
-    def _copy_own(self, stage: int) -> None:
-        own = self._own[stage]
-        if not own:
-            return
-        began = time.perf_counter()
-        for block, _ in own:
-            block.wait_ready()
-        targets = [segment.target for _, segment in own]
-        sources = [block.tensors[s.name][..., s.start : s.stop, :] for block, s in own]
-        torch._foreach_copy_(targets, sources)
-        self._own[stage] = []  # not before: an interrupted copy is made again
-        seconds = time.perf_counter() - began
-        with self._lock:
-            self.stats.bytes += sum(target.nbytes for target in targets)
-            self.stats.seconds += seconds
-            self.stage_seconds[stage] += seconds
-
     def finish(self) -> None:
         """Ends the load: nothing is written into a target any more when this returns. Idempotent."""
-        with self._lock:
+        with self._idle:
             self._cancelled = True
-            while self._outstanding:
-                self._idle.wait()
+            self._idle.wait_for(lambda: not self._outstanding)
             if self._closed:
                 return
             self._closed = True
@@ -210,116 +164,120 @@ class Load:
             if isinstance(source, BlockFile):
                 source.close()
         self._sources = {}
-        self._stages = [{} for _ in self._stages]
-        self._own = [[] for _ in self._own]
+        self._stages = [Stage() for _ in self._stages]
 
-    def _run(self, stage: int, key: Key) -> None:
+    # on the consumer's thread
+
+    def _fetch(self, number: int) -> None:
+        """Puts a stage in place in host memory. Interrupted, it counts as not done and starts again."""
         began = time.perf_counter()
-        try:
-            if not self._cancelled and self.error is None:
-                segments = self._stages[stage][key]
-                source = self._sources[key][1]
+        stage = self._stages[number]
+        rows = [(name, _flat(target)) for name, target in stage.targets.items()]
+        parts = stage.parts() if stage.arrived is not None or len(self._from_disk) < len(self._sources) else []
+        copies: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        first = 0
+        for place, piece in enumerate(stage.pieces):
+            source = self._sources[piece.key][1]
+            if isinstance(source, Block):
+                source.wait_ready()
+                for name, target in parts[place].items():
+                    copies[0].append(target)
+                    copies[1].append(source.tensors[name][:, piece.start : piece.stop])
+            else:
                 try:
-                    read = self._devices.transfer(stage, source, segments)
+                    _read_into_rows(source, piece, stage.targets, rows, first)
                 except LoadError as error:
                     self.error = error
-                    self._on_failure(key, error)
-                except Exception as error:  # a thread that dies would leave the model waiting for ever
-                    self.error = LoadError(f"reading block {key.hex()} failed: {error!r}")
-                except BaseException:  # an interrupt of the thread that computes, which reads for itself
-                    self.error = LoadError(f"reading block {key.hex()} was interrupted")
-                    raise
-                else:
-                    with self._lock:
-                        self.stats.bytes += read
+                    self._on_failure(piece.key, error)
+                    return
+                except Exception as error:
+                    self.error = LoadError(f"reading block {piece.key.hex()} failed: {error!r}")
+                    return
+            first += piece.tokens
+        if copies[0]:
+            torch._foreach_copy_(*copies)
+        if stage.arrived is not None:
+            for place, part in enumerate(parts):
+                stage.arrived(place, part)
+        self._in_place[number] = True
+        self._account(number, sum(target.nbytes for target in stage.targets.values()), time.perf_counter() - began)
+
+    def _account(self, number: int, nbytes: int, seconds: float) -> None:
+        with self._lock:
+            self.stats.bytes += nbytes
+            self.stats.seconds += seconds
+            self.stage_seconds[number] += seconds
+
+    # on the I/O threads
+
+    def _bring(self, number: int, place: int, targets: Mapping[str, torch.Tensor]) -> None:
+        """Brings one piece of a stage to a device."""
+        began = time.perf_counter()
+        stage = self._stages[number]
+        piece = stage.pieces[place]
+        try:
+            if not self._cancelled and self.error is None:
+                whole = host_tensors(self._sources[piece.key][1], targets, _read_adjacent, pinned=self._devices.pinned)
+                sources = {name: whole[name][:, piece.start : piece.stop] for name in targets}
+                arrived = partial(stage.arrived, place) if stage.arrived is not None else None
+                self._devices.copy(number, sources, targets, arrived)
+                nbytes = sum(target.nbytes for target in targets.values())
+                self._account(number, nbytes, time.perf_counter() - began)
+        except LoadError as error:
+            self.error = error
+            self._on_failure(piece.key, error)
+        except Exception as error:  # a thread that dies would leave the model waiting for ever
+            self.error = LoadError(f"reading block {piece.key.hex()} failed: {error!r}")
         finally:
-            seconds = time.perf_counter() - began
-            with self._lock:
-                self.stats.seconds += seconds
-                self.stage_seconds[stage] += seconds
-                self._remaining[stage] -= 1
-                self._outstanding -= not self._on_host
-                if self._remaining[stage] == 0 or self.error is not None:
-                    self._done[stage].set()
-                if self.error is not None:
-                    for event in self._done:
-                        event.set()
+            with self._idle:
+                self._remaining[number] -= 1
+                self._outstanding -= 1
                 self._idle.notify_all()
 
 
-class _DeviceCopies:
-    """The last step of a load. For targets in host memory it is the only step; for a device, blocks go through
-    pinned memory on a copy stream, and a stage is an event that the computing stream waits for."""
-
-    def __init__(self, targets: Iterable[torch.Tensor]) -> None:
-        devices = {target.device for target in targets if target.device.type == "cuda"}
-        self._streams = {device: torch.cuda.Stream(device) for device in devices}
-        self._events: dict[int, list[torch.cuda.Event]] = defaultdict(list)
-        for device, stream in self._streams.items():  # targets may lie in memory that queued kernels still read
-            stream.wait_stream(torch.cuda.current_stream(device))
-
-    def transfer(self, stage: int, source: Source, segments: list[Segment]) -> int:
-        """Puts the segments of one block in place. Returns the bytes."""
-        host = [segment for segment in segments if segment.target.device.type == "cpu"]
-        device = [segment for segment in segments if segment.target.device.type != "cpu"]
-        read = 0
-        if host:
-            assert isinstance(source, BlockFile)  # from memory to memory the consumer copies
-            found = [(_stored(source, segment), segment) for segment in host]
-            _read_file(source, [(stored, _scatter(stored, segment)) for stored, segment in found])
-            read = sum(segment.target.nbytes for segment in host)
-        if device:
-            read += self._to_device(stage, source, device)
-        return read
-
-    def _to_device(self, stage: int, source: Source, segments: list[Segment]) -> int:
-        if isinstance(source, Block):
-            source.wait_ready()
-            whole = [source.tensors[segment.name] for segment in segments]
-        else:
-            stored = [_stored(source, segment) for segment in segments]
-            pinned = bool(self._streams)
-            whole = [torch.empty(s.spec.shape, dtype=s.spec.dtype, pin_memory=pinned) for s in stored]
-            _read_file(source, [(s, [as_bytes(t).reshape(-1)]) for s, t in zip(stored, whole, strict=True)])
-        for segment, tensor in zip(segments, whole, strict=True):
-            part = tensor[..., segment.start : segment.stop, :]
-            stream = self._streams.get(segment.target.device)
-            if stream is None:  # a device without streams of its own to copy on
-                segment.target.copy_(part)
-                continue
-            with torch.cuda.stream(stream):
-                segment.target.copy_(part, non_blocking=True)
-                segment.target.record_stream(stream)
-                event = torch.cuda.Event()
-                event.record(stream)
-            self._events[stage].append(event)
-        return sum(segment.target.nbytes for segment in segments)
-
-    def wait(self, stage: int) -> None:
-        for event in self._events.get(stage, ()):
-            event.wait()
-
-    def drain(self) -> None:
-        for stream in self._streams.values():
-            stream.synchronize()
+def _flat(target: torch.Tensor) -> np.ndarray:
+    """The bytes of a target by head, `[heads, bytes]`. A view."""
+    return as_bytes(target.view(target.shape[0], -1))
 
 
-def _stored(file: BlockFile, segment: Segment) -> StoredTensor:
-    try:
-        stored = file.layout.tensors[segment.name]
-    except KeyError:
-        raise LoadError(f"{file.path}: there is no tensor {segment.name}") from None
-    heads, _, dim = stored.spec.shape
-    target = segment.target
+def _read_into_rows(
+    file: BlockFile,
+    piece: Piece,
+    targets: Mapping[str, torch.Tensor],
+    rows: Sequence[tuple[str, np.ndarray]],
+    first: int,
+) -> None:
+    """Reads a piece of every tensor into the targets' rows, behind `first` tokens of other pieces."""
+    wanted = []
+    for name, by_head in rows:
+        stored = _fitting(file, name, targets[name], piece)
+        heads, tokens, dim = stored.spec.shape
+        size = dim * stored.spec.dtype.itemsize
+        low, high = first * size, (first + piece.tokens) * size
+        if piece.tokens == tokens:
+            wanted.append((stored, [row[low:high] for row in by_head]))
+            continue
+        # a tensor is read whole (only then can it be checked), what is not wanted of it aside
+        before, after = piece.start * size, (tokens - piece.stop) * size
+        aside = np.empty((heads, before + after), dtype=np.uint8)
+        cut = zip(by_head, aside, strict=True)
+        buffers = [part for row, spare in cut for part in (spare[:before], row[low:high], spare[before:])]
+        wanted.append((stored, [buffer for buffer in buffers if buffer.nbytes]))
+    _read_adjacent(file, wanted)
+
+
+def _fitting(file: BlockFile, name: str, target: torch.Tensor, piece: Piece) -> StoredTensor:
+    stored = file.tensor(name)
+    heads, tokens, dim = stored.spec.shape
     if (heads, dim, stored.spec.dtype) != (target.shape[0], target.shape[-1], target.dtype):
-        raise LoadError(f"{file.path}: {segment.name} is {stored.spec}, which does not fit {tuple(target.shape)}")
-    if not 0 <= segment.start <= segment.stop <= stored.spec.shape[1]:
-        raise LoadError(f"{file.path}: {segment.name} has no tokens {segment.start} to {segment.stop}")
+        raise LoadError(f"{file.path}: {name} is {stored.spec}, which does not fit {tuple(target.shape)}")
+    if not 0 <= piece.start <= piece.stop <= tokens:
+        raise LoadError(f"{file.path}: {name} has no tokens {piece.start} to {piece.stop}")
     return stored
 
 
-def _read_file(file: BlockFile, wanted: list[tuple[StoredTensor, list[np.ndarray]]]) -> None:
-    """Reads tensors whole (only then can they be checked) into buffers, adjacent ones in one call."""
+def _read_adjacent(file: BlockFile, wanted: list[tuple[StoredTensor, list[np.ndarray]]]) -> None:
+    """Reads tensors into buffers, those that lie one after the other in one call."""
     wanted.sort(key=lambda item: item[0].offset)
     run: list[tuple[StoredTensor, list[np.ndarray]]] = []
     for item in wanted:
@@ -329,20 +287,3 @@ def _read_file(file: BlockFile, wanted: list[tuple[StoredTensor, list[np.ndarray
         run.append(item)
     if run:
         file.read(run)
-
-
-def _scatter(stored: StoredTensor, segment: Segment) -> list[np.ndarray]:
-    """The buffers, head by head, that take a stored tensor: the wanted tokens into the target, others aside."""
-    heads, tokens, _ = stored.spec.shape
-    target = as_bytes(segment.target)
-    row_bytes = target.shape[-1]
-    if target.shape[1] > 1 and target.strides[1] != row_bytes:
-        raise ValueError("the tokens of a head must lie one after the other in the target")
-    if segment.start == 0 and segment.stop == tokens:
-        return [head.reshape(-1) for head in target]
-    before, after = segment.start * row_bytes, (tokens - segment.stop) * row_bytes
-    aside = np.empty((heads, before + after), dtype=np.uint8)
-    buffers = []
-    for head, spare in zip(target, aside, strict=True):
-        buffers += [spare[:before], head.reshape(-1), spare[before:]]
-    return [buffer for buffer in buffers if buffer.nbytes]

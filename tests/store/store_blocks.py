@@ -6,7 +6,7 @@ import torch
 from hf_attnstore.store import AttentionStore
 from hf_attnstore.store.blocks import Block, BlockMeta, Key, block_key, chain_root, encode_tokens
 from hf_attnstore.store.index import SpanRow
-from hf_attnstore.store.transfer import Segment
+from hf_attnstore.store.transfer import Piece, Stage
 
 FINGERPRINT = "f" * 40
 LAYERS = 2
@@ -48,15 +48,14 @@ def save(store: AttentionStore, chain: list[Block], session: str | None = None) 
 
 def load(store: AttentionStore, chain: list[Block]) -> list[dict[str, torch.Tensor]]:
     """Loads whole blocks, one stage for each layer; raises what the load raises."""
-    targets = [{name: torch.empty_like(tensor) for name, tensor in block.tensors.items()} for block in chain]
+    pieces = [Piece(block.meta.key, 0, block.meta.token_count) for block in chain]
+    names = [[f"layers.{layer}.{name}" for name in ("keys", "values")] for layer in range(LAYERS)]
     stages = [
-        [
-            Segment(block.meta.key, name, 0, block.meta.token_count, target[name])
-            for block, target in zip(chain, targets, strict=True)
-            for name in (f"layers.{layer}.keys", f"layers.{layer}.values")
-        ]
-        for layer in range(LAYERS)
+        Stage(pieces, {name: torch.cat([block.tensors[name] for block in chain], dim=1).zero_() for name in layer})
+        for layer in names
     ]
+    parts = [stage.parts() for stage in stages]
+    targets = [{name: t for part in parts for name, t in part[place].items()} for place in range(len(chain))]
     running = store.load(stages)
     try:
         for stage in range(LAYERS):

@@ -29,6 +29,7 @@ from hf_attnstore import (
     StoreFormatError,
 )
 from hf_attnstore.store.disk import DiskTier
+from hf_attnstore.store.transfer import Piece, Stage
 
 HERE = Path(__file__).parent
 
@@ -487,11 +488,10 @@ def test_a_file_deleted_while_it_is_being_read_is_still_read_right(tmp_path: Pat
     with AttentionStore(tmp_path, block_size=16) as store:
         save(store, chain)
         store.drop_memory()
-        from hf_attnstore.store.transfer import Segment
-
         block = chain[1]
         targets = {name: tensor.clone().zero_() for name, tensor in block.tensors.items()}
-        running = store.load([[Segment(block.meta.key, name, 0, 16, target)] for name, target in targets.items()])
+        piece = Piece(block.meta.key, 0, 16)
+        running = store.load([Stage([piece], {name: target}) for name, target in targets.items()])
         running.wait(0)
         for path in block_files(tmp_path):
             path.unlink()

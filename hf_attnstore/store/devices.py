@@ -1,0 +1,74 @@
+"""The way of KV from host memory to a device: pinned staging, a copy stream for each device, events per stage."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+
+from .blocks import Block, as_bytes
+from .disk import BlockFile
+
+
+def host_tensors(
+    source: Block | BlockFile, names: Iterable[str], read: Callable[..., None], *, pinned: bool
+) -> dict[str, torch.Tensor]:
+    """Whole tensors of a block in host memory, `[heads, tokens, dim]` each."""
+    if isinstance(source, Block):
+        source.wait_ready()
+        return {name: source.tensors[name] for name in names}
+    stored = [source.tensor(name) for name in names]
+    whole = {s.spec.name: torch.empty(s.spec.shape, dtype=s.spec.dtype, pin_memory=pinned) for s in stored}
+    read(source, [(s, [as_bytes(whole[s.spec.name]).reshape(-1)]) for s in stored])
+    return whole
+
+
+class DeviceCopies:
+    """Copies to devices, beside what they compute. A stage is in place for a stream that has waited for its events."""
+
+    def __init__(self, targets: Iterable[torch.Tensor]) -> None:
+        devices = {target.device for target in targets if target.device.type == "cuda"}
+        self._streams = {device: torch.cuda.Stream(device) for device in devices}
+        self._events: dict[int, list[torch.cuda.Event]] = defaultdict(list)
+        for device, stream in self._streams.items():  # targets may lie in memory that queued kernels still read
+            stream.wait_stream(torch.cuda.current_stream(device))
+
+    @property
+    def pinned(self) -> bool:
+        """Whether sources should lie in pinned memory."""
+        return bool(self._streams)
+
+    def copy(
+        self,
+        stage: int,
+        sources: Mapping[str, torch.Tensor],
+        targets: Mapping[str, torch.Tensor],
+        arrived: Callable[[Mapping[str, torch.Tensor]], None] | None,
+    ) -> None:
+        """Copies tensors by name, then has `arrived` finish the targets, all on the copy stream."""
+        device = next(iter(targets.values())).device
+        stream = self._streams.get(device)
+        if stream is None:  # a device without streams of its own to copy on
+            for name, target in targets.items():
+                target.copy_(sources[name])
+            if arrived is not None:
+                arrived(targets)
+            return
+        with torch.cuda.stream(stream):
+            for name, target in targets.items():
+                target.copy_(sources[name], non_blocking=True)
+                target.record_stream(stream)
+            if arrived is not None:
+                arrived(targets)
+            event = torch.cuda.Event()
+            event.record(stream)
+        self._events[stage].append(event)
+
+    def wait(self, stage: int) -> None:
+        """Makes the current streams wait for what the stage has copied."""
+        for event in self._events.get(stage, ()):
+            event.wait()
+
+    def drain(self) -> None:
+        """Returns when nothing is being copied any more."""
+        for stream in self._streams.values():
+            stream.synchronize()
