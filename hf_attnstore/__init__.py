@@ -8,6 +8,7 @@ from .chat import ChatSession
 from .errors import (
     AttentionStoreError,
     CacheUseError,
+    ContextWindowError,
     GradientError,
     LoadError,
     SessionBusyError,
@@ -26,6 +27,7 @@ __all__ = [
     "AttentionStoreError",
     "CacheUseError",
     "ChatSession",
+    "ContextWindowError",
     "GradientError",
     "LoadError",
     "SessionBusyError",

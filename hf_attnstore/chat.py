@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import jinja2
 
 from .cache import AttentionStoreCache, TurnStats
-from .errors import AttentionStoreError, SessionNotFoundError
+from .errors import AttentionStoreError, ContextWindowError, SessionNotFoundError
 from .store import AttentionStore
 from .timing import GenerateRun, timed_generate
-from .transcript import Message, Prompt, Transcript
+from .transcript import Message, Prompt, Transcript, encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,10 +31,6 @@ Finish = Literal["eos", "length", "window", "stopped", "interrupted"]
 
 class ChatTemplateError(AttentionStoreError):
     """The tokenizer has no chat template, or its template refuses these messages."""
-
-
-class ContextWindowError(AttentionStoreError):
-    """The conversation leaves no room for an answer in the model's context window."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +66,11 @@ class ChatSession:
         session: the conversation's name in the store. If it exists, `history` continues it.
         system: system message. Given for a session that has another one, it takes its place, and the state, which
             depends on it, is recomputed once.
+        window: tokens that the model sees at once, its answer included; by default as many as it has positions for.
+            A conversation that outgrows it loses its oldest tokens; `history` keeps all messages.
+        keep_first: leading tokens that are never dropped, or "system" for those of the system message.
+        drop: the share of the other tokens that goes when there is no room; 0 drops nothing, and a conversation
+            that has filled the window is at its end.
         template_kwargs: passed to the chat template, such as `{"enable_thinking": False}`.
         generate_defaults: arguments for every `generate`, such as `do_sample` or `max_new_tokens` (200 if not said).
 
@@ -86,6 +87,9 @@ class ChatSession:
         session: str,
         system: str | None = None,
         *,
+        window: int | None = None,
+        keep_first: int | Literal["system"] = 0,
+        drop: float = 0.5,
         template_kwargs: dict[str, Any] | None = None,
         **generate_defaults: Any,
     ) -> None:
@@ -100,6 +104,9 @@ class ChatSession:
         self.tokenizer = tokenizer
         self.store = store
         self.session = store.check_name(session)
+        self.window = window
+        self.keep_first = keep_first
+        self.drop = drop
         self.template_kwargs = template_kwargs or {}
         self.generate_defaults = generate_defaults
         self._turn: ChatTurn | None = None
@@ -132,8 +139,9 @@ class ChatSession:
         """Says `text` to the model and returns its answer.
 
         `stream` gets the answer's text piece by piece while it is generated; `True` writes it to standard
-        output. `generate_kwargs` go to `model.generate`, over the session's defaults. The answer never
-        outgrows the context window: near its end it is cut, and `stats.finish` is "window".
+        output. `generate_kwargs` go to `model.generate`, over the session's defaults. Message and answer never
+        outgrow the context window: where no older tokens can make room, the answer is cut, and `stats.finish` is
+        "window".
 
         If generating is interrupted (KeyboardInterrupt, an exception in `stream` or anywhere else), what was
         produced so far becomes the answer and stays in `history`; if nothing was, the message is dropped, as
@@ -170,9 +178,15 @@ class ChatSession:
             **generate_kwargs,
         }
         wanted = _wanted_tokens(kwargs, len(prompt.ids))
-        kwargs["max_new_tokens"] = self._fitting_tokens(wanted, len(prompt.ids))
-
-        cache = self._cache or AttentionStoreCache(self.model, session=self.session, store=self.store)
+        cache = self._cache or AttentionStoreCache(
+            self.model,
+            session=self.session,
+            store=self.store,
+            window=self.window,
+            keep_first=self._kept_first(prompt),
+            drop=self.drop,
+        )
+        kwargs["max_new_tokens"] = self._fitting_tokens(wanted, cache, prompt, len(before.ids))
         self._cache = None  # an interrupted turn's cache is not used again
         run = GenerateRun()
         finished = False
@@ -207,19 +221,39 @@ class ChatSession:
             raise ChatTemplateError(f"the model's chat template refuses the conversation: {error}") from error
         return transcript.prompt(str(rendered), self.tokenizer)
 
-    def _fitting_tokens(self, wanted: int, prompt_tokens: int) -> int:
-        window = context_window(self.model)
+    def _kept_first(self, prompt: Prompt) -> int:
+        """How many leading tokens are never dropped."""
+        if self.keep_first != "system":
+            return self.keep_first
+        system = [message for message in self._transcript.messages[:1] if message["role"] == "system"]
+        if not system:
+            return 0
+        try:
+            rendered = self.tokenizer.apply_chat_template(system, tokenize=False, **self.template_kwargs)
+        except jinja2.TemplateError:  # a template that wants a user's message too
+            return 0
+        ids = encode(self.tokenizer, str(rendered))
+        agree = [a == b for a, b in zip(ids, prompt.ids, strict=False)]
+        return agree.index(False) if False in agree else len(agree)
+
+    def _fitting_tokens(self, wanted: int, cache: AttentionStoreCache, prompt: Prompt, known: int) -> int:
+        """How long the answer may be: as long as it fits into the window beside what can't be dropped."""
+        count = len(prompt.ids)
+        window = cache.window or context_window(self.model)
         if window is None:
             return wanted
-        if prompt_tokens >= window:
+        fixed = count
+        if cache.window is not None and known:  # older tokens can make room, all but those kept first
+            new = max(count - known, 1)
+            fixed = min(count, self._kept_first(prompt) + new + 1)
+        if fixed >= window:
+            said = f", {count - known:,} of them new" if known else ""
             raise ContextWindowError(
-                f"session {self.session!r}: with this message the conversation has {prompt_tokens:,} "
-                "tokens, which leaves no room for an "
-                f"answer in the model's context window of {window:,}. The session is unchanged: send a "
-                "shorter message, take turns back "
-                "with undo(), or begin another session"
+                f"session {self.session!r}: with this message the conversation has {count:,} tokens{said}, which "
+                f"leaves no room for an answer in the context window of {window:,}. The session is unchanged: send a "
+                "shorter message, take turns back with undo(), or begin another session"
             )
-        return min(wanted, window - prompt_tokens)
+        return min(wanted, window - fixed)
 
     def _finish(self, run: GenerateRun, wanted: int, allowed: int) -> Finish:
         if run.ids[-1] in _end_ids(self.model, self.tokenizer):

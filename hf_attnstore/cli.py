@@ -78,6 +78,10 @@ def chat(
     store: Store = None,
     system: Annotated[str | None, typer.Option(help="System message of the conversation.", show_default=False)] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 200,
+    window: Annotated[
+        int | None,
+        typer.Option(min=2, help="Tokens the model sees at once; by default all it can.", show_default=False),
+    ] = None,
     sample: Annotated[bool, typer.Option(help="Sample answers instead of taking the likeliest token.")] = False,
     device: Device = None,
     dtype: Dtype = "auto",
@@ -95,6 +99,7 @@ def chat(
         loaded, tokenizer = load_chat_model(model, device=device, dtype=dtype)
     with AttentionStore(store) as opened:
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": sample}
+        options |= {"window": window, "keep_first": "system"}
         TerminalChat(loaded, tokenizer, opened, session, system, console, options).run()
 
 
@@ -109,6 +114,18 @@ def sessions(store: Store = None) -> None:
     with AttentionStore(store) as opened:
         found = opened.sessions()
         console.print(sessions_table(found) if found else f"no sessions in {opened.path}")
+
+
+@app.command()
+def inspect(model: Model = None, device: Device = None, dtype: Dtype = "auto") -> None:
+    """What the store makes of a model: its layers, its window, and how positions are in its keys."""
+    from .cache.inspection import describe
+    from .chat_model import load_chat_model
+
+    console = Console(highlight=False, soft_wrap=True)
+    with console.status("loading the model"):
+        loaded, _ = load_chat_model(model, device=device, dtype=dtype)
+    console.print(escape(describe(loaded)))
 
 
 app.add_typer(bench_app, name="bench")

@@ -43,5 +43,9 @@ class GradientError(AttentionStoreError):
     """A forward with gradients enabled was given a store-backed cache."""
 
 
+class ContextWindowError(AttentionStoreError):
+    """Something does not fit into the window: a message, or the room for an answer."""
+
+
 class CacheUseError(AttentionStoreError):
     """The cache was used in a way that would give wrong tokens."""

@@ -178,6 +178,9 @@ def turn_in_words(turn: ChatTurn) -> str:
         parts.insert(0, f"first token after {turn.ttft_seconds * 1e3:.0f} ms")
     if turn.tokens_per_second is not None:
         parts.append(f"{turn.tokens_per_second:.1f} tokens/s")
+    if turn.cache.dropped_tokens:
+        how = "moved" if turn.cache.truncation == "rotated" else "computed again"
+        parts.append(f"the oldest {turn.cache.dropped_tokens:,} tokens are out of the window, the others {how}")
     if turn.finish == "window":
         parts.append("cut: the context window is full")
     elif turn.finish == "length":

@@ -14,11 +14,16 @@ from torch import nn
 from ..errors import CacheUseError
 from ..store.store import AttentionStore
 from .fingerprint import fingerprint_of
+from .positions import Geometry
+from .probing import probe
 from .restore import Pace
 from .structure import compute_device, decoder_layers
 
 _ATTRIBUTE = "_attnstore_attachment"
 _attaching = threading.Lock()
+_probing = threading.Lock()
+_geometries: dict[str, Geometry] = {}
+"""By fingerprint: models that compute the same share it."""
 
 
 class Attachment:
@@ -53,6 +58,13 @@ class Attachment:
 
             self.generate = model.__dict__.get("generate")
             model.__dict__["generate"] = types.MethodType(generate_with_store, model)
+
+    def geometry(self, model: nn.Module, fingerprint: str) -> Geometry:
+        """How positions are in the model's KV. Found out once for each fingerprint, by a few forwards."""
+        with _probing:
+            if fingerprint not in _geometries:
+                _geometries[fingerprint] = probe(model)
+            return _geometries[fingerprint]
 
     def remove(self, model: nn.Module) -> None:
         # by what they are, not by handle: in a deep copy of a model, the handles are still those of the original

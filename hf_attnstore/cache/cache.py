@@ -5,6 +5,8 @@ import logging
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -12,12 +14,13 @@ import torch
 from torch import nn
 from transformers import Cache
 
-from ..errors import CacheUseError, GradientError, LoadError, SessionBusyError, StoreClosedError
+from ..errors import CacheUseError, ContextWindowError, GradientError, LoadError, SessionBusyError, StoreClosedError
 from ..session.chain import TokenChain, common_prefix
+from ..session.manifests import read_manifest, write_manifest
 from ..session.matching import match_prefix
 from ..session.spans import Span, crop, total_tokens
+from ..session.view import View
 from ..store.blocks import Key, chain_root
-from ..store.index import SpanRow
 from ..store.locks import SessionLock
 from ..store.store import AttentionStore
 from .attach import Attachment, ensure_hooks, owner_of
@@ -28,6 +31,7 @@ from .restore import Restore, plan_restore, resident_from
 from .saver import BlockSaver
 from .stats import TurnStats
 from .structure import layer_kinds
+from .truncation import choose_view, window_of
 
 logger = logging.getLogger("hf_attnstore")
 
@@ -56,12 +60,19 @@ class AttentionStoreCache(Cache):
         model: the model; its hooks are attached by this (see `attach`).
         session: the name to keep the conversation under; None keeps its blocks only, found again by content.
         store: the store; default is the one given to `attach`, else one at the default path.
+        window: tokens that the model is to see at once, those still to be generated included; by default as many
+            as it has positions for. A conversation that outgrows it loses its oldest tokens.
+        keep_first: leading tokens that are never dropped, such as a system prompt.
+        drop: the share of the other tokens that goes when there is no room. 0 drops nothing, ever: past the
+            window the model then does what it does without this cache.
         save: whether to keep what is computed. False reads only.
         wait: seconds to wait where another turn is running on the session, instead of failing at once.
 
     Raises:
         UnsupportedModelError: the model has layers that this version can't keep; the message names the kind.
         SessionNameError: the name can't be used.
+        CacheUseError: a window, `keep_first` or `drop` that makes no sense.
+        ContextWindowError: `keep_first` fills the window.
 
     An object may serve one turn or many; between turns it holds the KV, so that nothing is loaded twice. In a
     loop of one's own (`model(input_ids=new, past_key_values=cache)`), `match` or `resume` load, and `save` ends
@@ -76,6 +87,9 @@ class AttentionStoreCache(Cache):
         session: str | None = None,
         store: AttentionStore | None = None,
         *,
+        window: int | None = None,
+        keep_first: int = 0,
+        drop: float = 0.5,
         save: bool = True,
         wait: float = 0.0,
     ) -> None:
@@ -89,6 +103,7 @@ class AttentionStoreCache(Cache):
         self._saving = save
         self._wait = wait
         self._limit = position_limit(config.get_text_config(decoder=True))
+        self._window = window_of(config, window, keep_first, drop)
         self._prepare_empty()
         self._store.register(self)
 
@@ -97,7 +112,8 @@ class AttentionStoreCache(Cache):
         self._guard = threading.RLock()
         """Held while the state changes: `store.flush()` in another thread must find it whole."""
         self._fingerprint = _UNKNOWN
-        self._chain = TokenChain(chain_root(_UNKNOWN, ""), self._store.block_size if self._store else 256)
+        self._view = View.plain(chain_root(_UNKNOWN, ""))
+        self._chain = TokenChain(self._view.root, self._store.block_size if self._store else 256)
         self._saver: BlockSaver | None = None
         self._held = 0
         self._untracked = ""
@@ -110,6 +126,8 @@ class AttentionStoreCache(Cache):
         self._speculating = False
         self._confirmed = 0
         self._prompt: np.ndarray | None = None
+        """The tokens of the prompt that are in view, where the caller vouches for what will be fed."""
+        self._prompt_tokens = 0
         self._reopening = False
         self._lock: SessionLock | None = None
         self._stats = TurnStats()
@@ -146,44 +164,59 @@ class AttentionStoreCache(Cache):
         """The ids of the tokens held, as far as ids identify them."""
         return self._chain.ids.tolist()
 
+    @property
+    def conversation_ids(self) -> list[int]:
+        """The ids of the whole conversation up to the last token held, those dropped from the window included."""
+        return self._view.whole(self._chain.ids).tolist()
+
+    @property
+    def window(self) -> int | None:
+        """Tokens that the model is to see at once; None where nothing is ever dropped."""
+        return self._window.size if self._window is not None else None
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}(session={self.session!r}, tokens={self._held}, layers={len(self.layers)})"
 
     # loops of one's own
 
-    def match(self, input_ids: torch.Tensor) -> int:
+    def match(self, input_ids: torch.Tensor, new_tokens: int = 0) -> int:
         """Loads what is known of a conversation, for a loop of one's own.
 
         Args:
             input_ids: `[1, tokens]`, the whole conversation so far.
+            new_tokens: how many more are to be generated: the window keeps room for them.
 
         Returns:
-            The number of leading tokens now in the cache, at most `tokens - 1`: feed the model the rest.
+            The number of leading tokens that are done with, at most `tokens - 1`: they are in the cache, or were
+            dropped from the window. Feed the model the rest.
 
         Raises:
             SessionBusyError: another turn is running on the session.
+            ContextWindowError: what is new does not fit into the window.
         """
         ids = _one_row(input_ids)
-        return self._load_now(ids, len(ids) - 1)
+        return self._load_now(ids, len(ids) - 1, new_tokens)
 
     def resume(self) -> torch.Tensor:
         """Loads all that the store has of the session, for a loop of one's own.
 
         Returns:
-            The ids `[1, tokens]` of what is now in the cache: feed the model what comes after.
+            The ids `[1, tokens]` of what is now in the cache, without those dropped from the window: feed the
+            model what comes after.
 
         Raises:
             SessionNotFoundError: there is no such session.
         """
         if self._store is None or self.session is None:
             raise CacheUseError("resume() needs a cache with a session and a store")
-        ids = np.asarray(self._store.tokens(self.session), dtype=np.int64)
-        count = self._load_now(ids, len(ids))
-        return torch.from_numpy(ids[:count].copy())[None]
+        ids = np.asarray(self._store.tokens(self.session, dropped=True), dtype=np.int64)
+        self._load_now(ids, len(ids), 0)
+        return torch.from_numpy(self._chain.ids.copy())[None]
 
-    def _load_now(self, ids: np.ndarray, limit: int) -> int:
+    def _load_now(self, ids: np.ndarray, limit: int, new_tokens: int) -> int:
         # `checked` until everything is there, so that a `flush` in another thread leaves the turn alone
-        reused = self.begin_turn(ids, limit=limit, checked=True)
+        begin = partial(self.begin_turn, ids, limit=limit, new_tokens=new_tokens, checked=True)
+        reused = begin()
         try:
             for _ in range(_MAX_PLANS):
                 try:
@@ -191,15 +224,19 @@ class AttentionStoreCache(Cache):
                     break
                 except LoadError as error:
                     self.abandon(error)
-                    reused = self.begin_turn(ids, limit=limit, checked=True)
+                    reused = begin()
             else:
                 self._clear()
                 reused = self._stats.reused_tokens = 0
+            if reused < self._view.settled:  # dropped tokens come after these: only together can they be left out
+                missing = self._view.in_view(ids)[None, reused : self._view.settled]
+                with torch.no_grad():
+                    self._model(input_ids=torch.from_numpy(missing).to(_device_of(self._model)), past_key_values=self)
         except BaseException:
             self.end_turn()
             raise
         self._checked, self._prompt = False, None
-        return reused
+        return self._view.logical(self._held)
 
     def save(self) -> None:
         """Ends a turn of one's own loop: everything complete is handed to the store, the session updated.
@@ -216,39 +253,103 @@ class AttentionStoreCache(Cache):
 
     # turns
 
-    def begin_turn(self, ids: np.ndarray, *, limit: int, new_tokens: int = 0, checked: bool = False) -> int:
+    def begin_turn(
+        self, ids: np.ndarray, *, limit: int, new_tokens: int = 0, checked: bool = False, unreadable: str = ""
+    ) -> int:
         """Starts a turn on the conversation `ids` `[tokens]`: finds and begins to load what is known of it.
 
         Args:
-            limit: reuse at most so many tokens.
-            new_tokens: how many tokens are expected on top, for the capacity of the layers.
+            limit: reuse at most so many of its leading tokens.
+            new_tokens: how many tokens are expected on top: for the capacity of the layers, and for the window.
             checked: the caller vouches for masks and positions, so that forwards need not look at them.
+            unreadable: why nothing is to be loaded, if so; nothing is saved then.
 
         Returns:
             The tokens reused; `get_seq_length()` says the same from now on, though the data may still be coming.
+            What is to be fed is `prompt_in_view(ids)`, without these.
+
+        Raises:
+            ContextWindowError: what is new, or `new_tokens`, does not fit into the window.
         """
         self._acquire()
         with self._guard:
             try:
                 self._open()
                 self._checked = checked
-                if self._limit is not None and len(ids) > self._limit:
+                if unreadable:
+                    self._untrack(unreadable)
+                self._see_through(self._choose_view(ids, limit, new_tokens))
+                shown, limit = self._view.in_view(ids), limit - self._view.dropped
+                if self._limit is not None and len(shown) > self._limit:
                     self._untrack(f"positions beyond {self._limit} change the rotary frequencies of all")
                 for layer in self.layers:
                     if isinstance(layer, FullLayer):
-                        layer.expected = len(ids) + min(new_tokens, max(_MAX_EXPECTED_NEW, len(ids)))
+                        layer.expected = len(shown) + min(new_tokens, max(_MAX_EXPECTED_NEW, len(shown)))
                     elif isinstance(layer, SlidingLayer):
                         layer.record_past = False  # of an earlier turn; who needs it asks again
-                reused, spans = self._take_up(ids, limit)
-                self._adopt(ids[:reused], spans)
+                reused, spans = self._take_up(shown, limit)
+                self._adopt(shown[:reused], spans)
+            except ContextWindowError:
+                self._close_turn()
+                raise
             except BaseException:
                 self._clear()  # half of what was planned may be in place
                 self._close_turn()
                 raise
-            self._prompt = ids if checked else None
-            self._stats.prompt_tokens = len(ids)
-            self._stats.reused_tokens = reused
+            self._prompt = shown if checked else None
+            self._prompt_tokens = len(shown)
+            stats = self._stats
+            stats.prompt_tokens = len(ids)
+            stats.reused_tokens = reused
+            stats.dropped_tokens = self._view.dropped
+            if self._view.dropped:
+                stats.truncation = "rotated" if self._view.base else "recomputed"
         return reused
+
+    def prompt_in_view(self, ids: np.ndarray) -> np.ndarray:
+        """Of the conversation `ids` that a turn was begun on, the tokens that the model is to see."""
+        return self._view.in_view(ids)
+
+    def _choose_view(self, ids: np.ndarray, limit: int, new_tokens: int) -> View:
+        plain = View.plain(self._view.model_root)
+        if self._window is None or not self._window.overflows(len(ids), new_tokens):
+            return plain
+        manifest = None
+        if self._store is not None and self.session is not None:
+            manifest = self._store.latest_manifest(self.session)
+        views = [self._view]
+        if self._store is not None and manifest is not None:
+            describe = partial(self._store.describe_block, fingerprint=self._fingerprint)
+            views.append(read_manifest(manifest, plain.root, describe))
+        own = common_prefix(self._view.whole(self._chain.ids), ids)
+        history = max(own, manifest.length if manifest is not None else 0)
+        find = self._find if not self._untracked else lambda view, ids: []
+        return choose_view(ids, limit, new_tokens, self._window, plain, views, find, history, self._can_move_keys)
+
+    def _can_move_keys(self) -> bool:
+        geometry = self._attachment.geometry(self._model, self._fingerprint)
+        if not geometry.movable:
+            self._note(f"kept keys can't be moved, so their tokens are computed again: {geometry.refused}")
+        return geometry.movable
+
+    def _see_through(self, view: View) -> None:
+        """From now on the cache holds what is in `view`; KV that belongs to another is let go."""
+        if not view.same(self._view):
+            for layer in self.layers:
+                layer.reset()
+            self._held = 0
+            self._change_view(view, np.empty(0, dtype=np.int64))
+
+    def _change_view(self, view: View, ids: np.ndarray) -> None:
+        """Sets the view, where the layers hold the tokens `ids` of it."""
+        self._view = view
+        self._chain = TokenChain(view.root, self._chain.block_size, ids, view.base)
+        if self._saver is not None:
+            self._saver.release()
+        self._saver = None
+        if self._store is not None and self._saving:
+            continues = view.prefix[-1].block if view.prefix else b""
+            self._saver = BlockSaver(self.layers, self._chain, self._store, self._fingerprint, continues)
 
     def begin_unidentified_turn(self, reason: str, prompt_tokens: int = 0) -> None:
         """Starts a turn whose content token ids do not identify: nothing is reused and nothing kept."""
@@ -258,11 +359,12 @@ class AttentionStoreCache(Cache):
                 self._open()
                 self._checked = True
                 self._clear()
+                self._see_through(View.plain(self._view.model_root))
                 self._untrack(reason)
             except BaseException:
                 self._close_turn()
                 raise
-            self._stats.prompt_tokens = prompt_tokens
+            self._stats.prompt_tokens = self._prompt_tokens = prompt_tokens
 
     def _acquire(self) -> None:
         """Makes this thread the only one that has a turn on this object, and this object the only one with a turn
@@ -322,10 +424,7 @@ class AttentionStoreCache(Cache):
             self._clear()
             self._fingerprint = fingerprint
             root = chain_root(fingerprint, self._store.namespace if self._store is not None else "")
-            self._chain = TokenChain(root, self._chain.block_size)
-            self._saver = None
-            if self._store is not None and self._saving:
-                self._saver = BlockSaver(self.layers, self._chain, self._store, fingerprint)
+            self._change_view(View.plain(root), np.empty(0, dtype=np.int64))
         if self._store is not None and self.session is not None:
             before = self._store.session_fingerprint(self.session)
             if before not in (None, "", fingerprint):
@@ -344,7 +443,7 @@ class AttentionStoreCache(Cache):
         own = min(common_prefix(self._chain.ids, ids), limit)
         self._drop_from(own)
         for _ in range(_MAX_PLANS):
-            spans = crop(self._find(ids[:limit]), limit)
+            spans = crop(self._find(self._view, ids[:limit]), limit)
             known = total_tokens(spans)
             length = max(own, known)
             if own > known and not self._covers(own, spans):
@@ -376,16 +475,21 @@ class AttentionStoreCache(Cache):
         if self._saver is not None:
             self._saver.crop(length)
 
-    def _find(self, ids: np.ndarray) -> list[Span]:
+    def _find(self, view: View, ids: np.ndarray) -> list[Span]:
+        """Where the KV of the first tokens is, of those in `view`."""
         if self._store is None or not len(ids):
             return []
-        return match_prefix(ids, self._chain.root, self._chain.block_size, self._store)
+        there = takewhile(lambda span: self._store is not None and self._store.has(span.block), view.prefix)
+        spans = crop(there, len(ids))
+        if total_tokens(spans) == view.base < len(ids):
+            spans += match_prefix(ids, view.root, self._chain.block_size, self._store, view.base)
+        return spans
 
     def _covers(self, length: int, spans: Sequence[Span]) -> bool:
         """Whether the layers hold, or the spans have, all that is needed to go on at `length`."""
-        size = self._whole_blocks()
+        whole_from = self._whole_from(length)
         return all(
-            resident_from(layer, length, size) >= length or total_tokens(spans) >= length for layer in self.layers
+            resident_from(layer, length, whole_from) >= length or total_tokens(spans) >= length for layer in self.layers
         )
 
     def _plan(self, spans: Sequence[Span], length: int) -> Restore | None:
@@ -394,24 +498,33 @@ class AttentionStoreCache(Cache):
                 layer.crop_to(length)
             return None
         attachment = self._attachment
-        size = self._whole_blocks()
-        return plan_restore(self.layers, attachment.devices, spans, length, size, self._store, attachment.pace)
+        geometry = None
+        if any(span.shift for span in crop(spans, length)):
+            geometry = attachment.geometry(self._model, self._fingerprint)
+        whole_from = self._whole_from(length)
+        restore = plan_restore(
+            self.layers, attachment.devices, spans, length, whole_from, self._store, attachment.pace, geometry
+        )
+        self._stats.rotated_tokens = restore.rotated_tokens if restore is not None else 0
+        return restore
 
-    def _whole_blocks(self) -> int:
-        """The multiple of tokens from which layers need their KV: where nothing is saved, no block need be whole."""
-        return self._chain.block_size if self._saver is not None else 1
+    def _whole_from(self, length: int) -> int:
+        """Position from which layers need their KV so that what follows `length` can be saved in whole blocks; where
+        nothing is saved, no block need be whole."""
+        return self._chain.bounds(self._chain.block_at(length))[0] if self._saver is not None else length
 
     def _adopt(self, ids: np.ndarray, spans: Sequence[Span]) -> None:
         """The layers hold `ids` now; `spans` say what of it the store has."""
+        if len(ids) < self._view.base:  # what comes after depends on KV that was put together otherwise
+            self._change_view(self._view.rebased(len(ids)), ids)
         agreed = common_prefix(self._chain.ids, ids)
         self._chain.crop(agreed)
         self._chain.append(ids[agreed:])
         self._held = len(ids)
         if self._saver is not None:
             last = spans[-1] if spans else None
-            tail = (
-                last.block if last is not None and last.whole and last.block_tokens < self._chain.block_size else None
-            )
+            short = last is not None and last.whole and last.block_tokens < self._chain.block_size
+            tail = last.block if last is not None and short and last.first >= self._chain.base else None
             self._saver.begin_turn(min(total_tokens(spans), len(ids)), tail)
 
     def end_turn(self) -> None:
@@ -460,15 +573,17 @@ class AttentionStoreCache(Cache):
 
     def _commit(self, tokens: int) -> None:
         assert self._store is not None
-        size = self._chain.block_size
-        rows = []
-        for block in range(-(-tokens // size)):
-            start, stop = self._chain.bounds(block)
-            rows.append(SpanRow(self._chain.key(block), 0, min(stop, tokens) - start))
+        chain = self._chain
+        spans = crop(self._view.prefix, tokens)
+        for block in range(-(-max(tokens - chain.base, 0) // chain.block_size)):
+            start, stop = chain.bounds(block)
+            stop = min(stop, tokens)
+            spans.append(Span(chain.key(block), 0, stop - start, start, stop - start))
         if self.session is not None:
-            self._store.commit(self.session, self._fingerprint, rows)
-        elif rows:
-            self._store.touch([row.block for row in rows])
+            manifest = write_manifest(self._view, spans, self._view.logical(len(chain)))
+            self._store.commit(self.session, self._fingerprint, manifest)
+        elif spans:
+            self._store.touch([span.block for span in spans])
 
     def abandon(self, error: LoadError) -> None:
         """A load failed in the middle of a turn: lets go of everything held. The turn, which still has the session
@@ -555,7 +670,7 @@ class AttentionStoreCache(Cache):
         """Assisted decoding feeds the whole prompt in its first forward, whatever the cache holds: leaves out
         what is held. (Its logits processors and candidates need the whole ids, so they can't be shortened before.)"""
         ids = named.get("input_ids")
-        prompt = self._stats.prompt_tokens
+        prompt = self._prompt_tokens
         if not (
             self._checked and self._is_first() and self._held and ids is not None and prompt and ids.shape[1] >= prompt
         ):
@@ -661,7 +776,7 @@ class AttentionStoreCache(Cache):
         if any(layer.length != self._held for layer in self.layers):
             lengths = sorted({layer.length for layer in self.layers})
             raise CacheUseError(f"after {self._held} tokens the layers hold {lengths}: this model can't be kept")
-        prompt = self._stats.prompt_tokens if self._checked else self._held
+        prompt = self._prompt_tokens if self._checked else self._held
         prefilled = max(0, min(self._held, prompt) - before)
         self._stats.prefilled_tokens += prefilled
         self._stats.generated_tokens += forward.count - prefilled
@@ -728,6 +843,8 @@ class AttentionStoreCache(Cache):
         for layer in self.layers:
             layer.reset()
         self._held = 0
+        if self._view.base:
+            self._change_view(self._view.rebased(0), np.empty(0, dtype=np.int64))
         self._chain.crop(0)
         if self._saver is not None:
             self._saver.crop(0)
@@ -739,13 +856,15 @@ class AttentionStoreCache(Cache):
         else:
             self._reload_windows(length)
         self._held = length
+        if length < self._view.settled:
+            self._change_view(self._view.cropped(self._view.logical(length)), self._chain.ids[:length])
         self._chain.crop(length)
         if self._saver is not None:
             self._saver.crop(length)
 
     def _reload_windows(self, length: int) -> None:
         """A sliding layer has let go of the window before `length`: gets it back from the store."""
-        spans = crop(self._find(self._chain.ids[:length]), length)
+        spans = crop(self._find(self._view, self._chain.ids[:length]), length)
         if total_tokens(spans) < length:
             raise CacheUseError(
                 f"can't go back to {length} tokens: a sliding-window layer does not hold the window before it any "
@@ -783,6 +902,7 @@ class AttentionStoreCache(Cache):
             self.save()
             self._forward = None
             self._clear()
+            self._change_view(View.plain(self._view.model_root), np.empty(0, dtype=np.int64))
 
     def activate_past_recording(self) -> None:
         """From now on the cache can go back by `crop` however far: what comes may be drafts to be checked."""
@@ -809,9 +929,10 @@ class AttentionStoreCache(Cache):
         twin._saving = False
         twin._wait = 0.0
         twin._limit = self._limit
+        twin._window = self._window
         twin._prepare_empty()
         twin._fingerprint = self._fingerprint
-        twin._chain = TokenChain(self._chain.root, self._chain.block_size, self._chain.ids)
+        twin._change_view(self._view, self._chain.ids)
         twin._held = self._held
         twin._stats = replace(self._stats)
         return twin
@@ -820,6 +941,16 @@ class AttentionStoreCache(Cache):
 def resident_from_window(layer: StoreLayer, length: int) -> bool:
     """Whether a layer can be cropped to `length` with what it holds."""
     return not isinstance(layer, SlidingLayer) or layer.has_window(length)
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    """Where a model wants its input."""
+    embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)()
+    weight = getattr(embeddings, "weight", None)
+    if weight is None or weight.device.type == "meta":
+        device: torch.device = getattr(model, "device", torch.device("cpu"))
+        return device
+    return torch.device(weight.device)
 
 
 def _one_row(input_ids: torch.Tensor) -> np.ndarray:

@@ -1,7 +1,7 @@
 """The wrapper around `generate`: matches the prompt, runs the model's own `generate`, keeps the result."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,17 +18,20 @@ logger = logging.getLogger("hf_attnstore")
 _MAX_RETRIES = 8
 
 
-class _RestOfStream:
-    """A streamer that has been given the prompt already."""
+class _Stream:
+    """A streamer that is given the whole prompt, or none where it had it already, instead of what the model is fed."""
 
-    def __init__(self, streamer: Any) -> None:
+    def __init__(self, streamer: Any, prompt: torch.Tensor | None) -> None:
         self._streamer = streamer
-        self._skipped = False
+        self._prompt = prompt
+        self._begun = False
 
     def put(self, value: Any) -> None:
-        if self._skipped:
+        if self._begun:
             self._streamer.put(value)
-        self._skipped = True
+        elif self._prompt is not None:
+            self._streamer.put(self._prompt)
+        self._begun = True
 
     def end(self) -> None:
         self._streamer.end()
@@ -44,7 +47,8 @@ def generate_with_store(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if cache is None:
         if attachment.store is None or not _can_be_kept(model, prompt, kwargs):
             return original(*args, **kwargs)
-        cache = AttentionStoreCache(model, store=attachment.store)
+        # nobody asked for a window, so nothing is dropped: the result is that of plain `generate`
+        cache = AttentionStoreCache(model, store=attachment.store, drop=0)
         kwargs["past_key_values"] = cache
     elif not isinstance(cache, AttentionStoreCache):
         return original(*args, **kwargs)
@@ -61,12 +65,10 @@ def generate_with_store(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
                 if missing is not None:
                     with torch.no_grad():
                         model(input_ids=missing, past_key_values=cache, use_cache=True)
-                return original(*args, **kwargs)
+                return turn.run(original, args, kwargs, streamed=attempt > 0)
             except LoadError as error:
                 # the load belongs to the first forward: no token has been made yet, only the prompt was streamed
                 cache.abandon(error)
-                if kwargs.get("streamer") is not None and not isinstance(kwargs["streamer"], _RestOfStream):
-                    kwargs["streamer"] = _RestOfStream(kwargs["streamer"])
                 missing = turn.begin(load=attempt + 1 < _MAX_RETRIES)
         raise AssertionError("a turn without loading can't fail to load")
     finally:
@@ -156,6 +158,7 @@ class _Turn:
         self._cache = cache
         self._history = _history(cache, prompt, kwargs)
         self._problem = _problem(model, prompt, kwargs, self._history)
+        self._model = model
         self._length = _length(prompt, kwargs)
         if self._problem is not None:
             if self._history:
@@ -165,9 +168,9 @@ class _Turn:
                 )
             return
         self._ids: np.ndarray = prompt[0].detach().cpu().numpy()
-        self._device = prompt.device
+        self._prompt: torch.Tensor = prompt
         if self._history:
-            self._ids = np.concatenate([np.asarray(cache.token_ids), self._ids])
+            self._ids = np.concatenate([np.asarray(cache.conversation_ids), self._ids])
         new_tokens = _setting(model, kwargs, "max_new_tokens")
         if new_tokens is None:
             longest = _setting(model, kwargs, "max_length")
@@ -182,13 +185,73 @@ class _Turn:
             return None
         if load:
             limit = self._history or len(self._ids) - 1
-            reused = self._cache.begin_turn(self._ids, limit=limit, new_tokens=self._new_tokens, checked=True)
+            unreadable = ""
         else:
-            self._cache.begin_unidentified_turn(f"{_MAX_RETRIES} loads failed one after the other", len(self._ids))
-            reused = 0
-        if reused >= self._history:
+            limit, unreadable = 0, f"{_MAX_RETRIES} loads failed one after the other"
+        reused = self._cache.begin_turn(
+            self._ids, limit=limit, new_tokens=self._new_tokens, checked=True, unreadable=unreadable
+        )
+        self._shown = self._cache.prompt_in_view(self._ids)
+        held = len(self._shown) - self._prompt.shape[1] if self._history else 0
+        if reused >= held:
             return None
-        return torch.from_numpy(self._ids[None, reused : self._history]).to(self._device)
+        return torch.from_numpy(self._shown[None, reused:held]).to(self._prompt.device)
+
+    @property
+    def _dropped(self) -> int:
+        """Tokens of the conversation that the model is not shown."""
+        return len(self._ids) - len(self._shown) if self._problem is None else 0
+
+    def run(
+        self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], *, streamed: bool
+    ) -> Any:
+        """Calls the model's own `generate` with the tokens in view; its result is of the whole conversation.
+
+        Args:
+            streamed: whether a streamer has been given the prompt already.
+        """
+        changed = dict(kwargs)
+        if changed.get("streamer") is not None and (streamed or self._dropped):
+            changed["streamer"] = _Stream(changed["streamer"], None if streamed else self._prompt.cpu())
+        if not self._dropped:
+            return original(*args, **changed)
+        shown = self._prompt
+        if not self._history:
+            shown = torch.from_numpy(self._shown[None]).to(self._prompt)
+            name = "input_ids" if changed.get("input_ids") is not None else "inputs"
+            if changed.get(name) is not None:
+                changed[name] = shown
+            else:
+                args = (shown, *args[1:])
+        mask = changed.get("attention_mask")
+        if mask is not None:
+            changed["attention_mask"] = torch.ones_like(mask[:, : len(self._shown)])
+        for name in ("position_ids", "cache_position"):  # those of the whole conversation; `generate` makes its own
+            changed.pop(name, None)
+        if _setting(self._model, kwargs, "max_new_tokens") is None:
+            self._shorten(changed, kwargs, "max_length")
+        if _setting(self._model, kwargs, "min_new_tokens") is None:
+            self._shorten(changed, kwargs, "min_length")
+        output = original(*args, **changed)
+        return output if self._history else self._made_whole(output)
+
+    def _shorten(self, changed: dict[str, Any], kwargs: Mapping[str, Any], name: str) -> None:
+        """A limit on the whole conversation, as one on what is in view."""
+        length = _setting(self._model, kwargs, name)
+        if length:
+            changed[name] = max(int(length) - self._dropped, 0)
+
+    def _made_whole(self, output: Any) -> Any:
+        """Puts what was dropped back into the sequences of a result."""
+        sequences = output if isinstance(output, torch.Tensor) else getattr(output, "sequences", None)
+        if sequences is None:
+            return output
+        begin = self._prompt.to(sequences.device).expand(len(sequences), -1)
+        whole = torch.cat([begin, sequences[:, len(self._shown) :]], dim=1)
+        if output is sequences:
+            return whole
+        output["sequences"] = whole
+        return output
 
 
 def _history(cache: AttentionStoreCache, prompt: Any, kwargs: Mapping[str, Any]) -> int:
@@ -200,8 +263,8 @@ def _history(cache: AttentionStoreCache, prompt: Any, kwargs: Mapping[str, Any])
     history = mask.shape[1] - prompt.shape[1]
     if history <= 0:
         return 0
-    held = len(cache.token_ids)
-    if held != history or cache.get_seq_length() != history:
+    held = len(cache.conversation_ids)
+    if held != history or len(cache.token_ids) != cache.get_seq_length():
         raise CacheUseError(
             f"the attention mask speaks of {history} tokens before these input_ids, but the cache holds {held}; "
             "pass the ids of the whole conversation, the cache finds out what is new"

@@ -14,6 +14,7 @@ from ..store.policy import lookahead_depth
 from ..store.store import AttentionStore
 from ..store.transfer import Load, Piece, Stage
 from .layers import NAMES, SlidingLayer, StoreLayer
+from .positions import Geometry, Rotation
 
 
 def tensor_name(layer: int, name: str) -> str:
@@ -34,16 +35,16 @@ class Pace:
         self.compute = compute if not self.compute else (self.compute + compute) / 2
 
 
-def first_needed(layer: StoreLayer, length: int, block_size: int) -> int:
-    """Position from which a layer needs KV to go on at `length`, and to save what follows in whole blocks."""
+def first_needed(layer: StoreLayer, length: int, whole_from: int) -> int:
+    """Position from which a layer needs KV to go on at `length`, and to save the block that begins at `whole_from`."""
     if not isinstance(layer, SlidingLayer):
         return 0
-    return min(layer._window_from(length), length - length % block_size)
+    return min(layer._window_from(length), whole_from)
 
 
-def resident_from(layer: StoreLayer, length: int, block_size: int) -> int:
+def resident_from(layer: StoreLayer, length: int, whole_from: int) -> int:
     """Position from which KV must be loaded for the layer to go on at `length`; `length` if nothing must be."""
-    need = first_needed(layer, length, block_size)
+    need = first_needed(layer, length, whole_from)
     if layer.is_initialized and layer.first <= need and layer.length > need:
         return min(layer.length, length)
     return need
@@ -52,8 +53,10 @@ def resident_from(layer: StoreLayer, length: int, block_size: int) -> int:
 class Restore:
     """A load into the layers of a cache. Made with nothing moved yet; `start` and the layers' hooks drive it."""
 
-    def __init__(self, layers: Sequence[StoreLayer], load: Load, pace: Pace) -> None:
+    def __init__(self, layers: Sequence[StoreLayer], load: Load, pace: Pace, rotated_tokens: int = 0) -> None:
         self._layers = layers
+        self.rotated_tokens = rotated_tokens
+        """Tokens whose keys are rotated as they arrive, in the layer with the most of them."""
         self._load = load
         self._pace = pace
         self._depth = lookahead_depth(pace.load, pace.compute, len(layers))
@@ -112,11 +115,16 @@ def plan_restore(
     devices: Sequence[torch.device | None],
     spans: Sequence[Span],
     length: int,
-    block_size: int,
+    whole_from: int,
     store: AttentionStore,
     pace: Pace,
+    geometry: Geometry | None = None,
 ) -> Restore | None:
     """Makes every layer hold what it needs at `length` tokens; what is missing is loaded from `spans`.
+
+    Args:
+        whole_from: position from which all layers need their KV, for the sake of saving.
+        geometry: how keys are moved, for spans that are not where they were made.
 
     Returns:
         The load that brings it, not started; None where nothing is missing.
@@ -125,7 +133,7 @@ def plan_restore(
         LoadError: a block is missing or damaged, or its tensors are not what the layers need.
     """
     missing = [
-        (number, resident_from(layer, length, block_size), first_needed(layer, length, block_size))
+        (number, resident_from(layer, length, whole_from), first_needed(layer, length, whole_from))
         for number, layer in enumerate(layers)
     ]
     if all(start >= length for _, start, _ in missing):
@@ -134,10 +142,11 @@ def plan_restore(
         return None
     earliest = min(start for _, start, _ in missing)
     described = store.describe(next(overlapping(spans, earliest, length)).block)
-    pieces = {
-        start: [Piece(span.block, span.start, span.stop) for span in overlapping(spans, start, length)]
-        for start in {start for _, start, _ in missing}
-    }
+    parts = {start: list(overlapping(spans, start, length)) for start in {start for _, start, _ in missing}}
+    pieces = {start: [Piece(span.block, span.start, span.stop) for span in part] for start, part in parts.items()}
+    rotated = sum(span.last - span.first for span in parts[earliest] if span.shift)
+    if rotated and (geometry is None or not geometry.movable):
+        raise LoadError("the stored keys belong to other positions, and this model's can't be moved")
     stages: list[Stage] = []
     for number, start, first in missing:
         layer = layers[number]
@@ -148,8 +157,21 @@ def plan_restore(
         specs = _specs(described, number)
         targets = layer.restore(first if start == first else layer.first, start, length, specs, devices[number])
         names = [spec.name for spec in specs]
-        stages.append(Stage(pieces[start], dict(zip(names, targets, strict=True))))
-    return Restore(layers, store.load(stages), pace)
+        stage = Stage(pieces[start], dict(zip(names, targets, strict=True)))
+        if geometry is not None and any(span.shift for span in parts[start]):
+            shifts = [span.shift for span in parts[start]]
+            rotations = zip(names, (geometry.layers[number].keys, geometry.layers[number].values), strict=True)
+            stage.arrived = partial(_rotate, {n: r for n, r in rotations if r is not None}, shifts)
+        stages.append(stage)
+    return Restore(layers, store.load(stages), pace, rotated)
+
+
+def _rotate(
+    rotations: Mapping[str, Rotation], shifts: Sequence[int], place: int, tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Turns keys, each `[heads, tokens, dim]`, that have arrived as they were made, to where they are now."""
+    for name, rotation in rotations.items():
+        rotation.rotate_(tensors[name], shifts[place])
 
 
 def _specs(described: Mapping[str, TensorSpec], number: int) -> tuple[TensorSpec, TensorSpec]:

@@ -9,6 +9,7 @@ import torch
 from ..session.chain import TokenChain
 from ..store.blocks import Block, BlockMeta, Key
 from ..store.store import AttentionStore
+from .buffers import empty
 from .layers import SlidingLayer, StoreLayer
 from .restore import tensor_name
 
@@ -18,10 +19,27 @@ logger = logging.getLogger("hf_attnstore")
 class _Piecewise:
     """A block that is being put together, layer by layer."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: int) -> None:
         self.layers: dict[int, dict[str, torch.Tensor]] = {}
         self.reserved = 0
         self.arriving: list[torch.cuda.Event] = []
+        self._layers = layers
+        self._room: torch.Tensor | None = None
+        self._used = 0
+
+    def take(self, like: torch.Tensor) -> torch.Tensor:
+        """Host memory for a tensor of the block. All layers' lies together: one large piece of memory is much
+        cheaper to get than many small ones."""
+        if self._room is None:
+            self._room = empty((2 * self._layers * _padded(like.nbytes),), torch.uint8, torch.device("cpu"))
+        start, self._used = self._used, self._used + _padded(like.nbytes)
+        if self._used > len(self._room):  # layers of different sizes
+            return torch.empty(like.shape, dtype=like.dtype)
+        return self._room[start : start + like.nbytes].view(like.dtype).view(like.shape)
+
+
+def _padded(nbytes: int) -> int:
+    return -(-nbytes // 64) * 64
 
 
 class BlockSaver:
@@ -32,12 +50,18 @@ class BlockSaver:
     """
 
     def __init__(
-        self, layers: Sequence[StoreLayer], chain: TokenChain, store: AttentionStore, fingerprint: str
+        self,
+        layers: Sequence[StoreLayer],
+        chain: TokenChain,
+        store: AttentionStore,
+        fingerprint: str,
+        continues: Key = b"",
     ) -> None:
         self._layers = layers
         self._chain = chain
         self._store = store
         self._fingerprint = fingerprint
+        self._continues = continues
         self._next = 0
         self._open: dict[int, _Piecewise] = {}
         self._known: dict[int, bool] = {}
@@ -56,7 +80,7 @@ class BlockSaver:
             tail: the short block that ends them, which the next block at its place will supersede.
         """
         self._drop_open()
-        self._next = in_store // self._chain.block_size
+        self._next = self._chain.block_at(in_store)
         self._tail = (self._next, tail) if tail is not None else None
         self._stalled = False
         self.saved_bytes = 0
@@ -71,7 +95,7 @@ class BlockSaver:
 
     def crop(self, tokens: int) -> None:
         """The cache went back to `tokens` tokens: blocks behind that are put together anew."""
-        block = tokens // self._chain.block_size
+        block = self._chain.block_at(tokens)
         self._next = min(self._next, block)
         for number in [number for number in self._open if number >= block]:
             self._store.release(self._open.pop(number).reserved)
@@ -84,7 +108,7 @@ class BlockSaver:
     def _mark_saved(self) -> None:
         for layer in self._layers:
             if isinstance(layer, SlidingLayer):
-                layer.saved_to = self._next * self._chain.block_size
+                layer.saved_to = self._chain.bounds(self._next)[0]
 
     def release(self) -> None:
         """Saving has ended: layers need not keep tokens for it."""
@@ -144,7 +168,7 @@ class BlockSaver:
         """Copies one layer's part of a block to host memory; False if there is no room for it."""
         if self._stalled:
             return False
-        piecewise = self._open.setdefault(block, _Piecewise())
+        piecewise = self._open.setdefault(block, _Piecewise(len(self._layers)))
         if number in piecewise.layers:
             return True
         layer = self._layers[number]
@@ -168,8 +192,7 @@ class BlockSaver:
     def _to_host(tensor: torch.Tensor, piecewise: _Piecewise) -> torch.Tensor:
         with torch.inference_mode(False):
             if tensor.device.type != "cuda":
-                copy = torch.empty(tensor.shape, dtype=tensor.dtype)
-                return copy.copy_(tensor)
+                return piecewise.take(tensor).copy_(tensor)
             copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         stream = _save_stream(tensor.device)
         stream.wait_stream(torch.cuda.current_stream(tensor.device))
@@ -191,6 +214,7 @@ class BlockSaver:
             namespace=self._store.namespace,
             start=self._chain.bounds(block)[0],
             tokens=self._chain.tokens(block),
+            continues=self._continues if block == 0 else b"",
         )
         supersedes = self._tail[1] if self._tail is not None and self._tail[0] == block else None
         self._store.put(Block(meta, tensors, piecewise.arriving), supersedes)
@@ -207,7 +231,7 @@ class BlockSaver:
         began = time.perf_counter()
         self._stalled = False
         size = self._chain.block_size
-        while self._next * size < tokens:
+        while self._chain.bounds(self._next)[0] < tokens:
             block = self._next
             start, stop = self._chain.bounds(block)
             if not self._in_store(block):
@@ -224,7 +248,7 @@ class BlockSaver:
             self._next += 1
         self._mark_saved()
         self.seconds += time.perf_counter() - began
-        return min(self._next * size, tokens)
+        return min(self._chain.bounds(self._next)[0], tokens)
 
 
 _streams: dict[torch.device, torch.cuda.Stream] = {}

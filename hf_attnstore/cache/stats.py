@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 @dataclass
@@ -9,6 +10,7 @@ class TurnStats:
     """One turn of a cache: one `generate`, or the manual forwards since the last `save`."""
 
     prompt_tokens: int = 0
+    """Tokens of the whole prompt: those reused, prefilled and dropped."""
     reused_tokens: int = 0
     """Tokens of the prompt whose KV was there already: in this cache, or from the store."""
     prefilled_tokens: int = 0
@@ -27,5 +29,11 @@ class TurnStats:
     """Time the model had to wait for saving: handing over."""
     blocks_from: Mapping[str, int] = field(default_factory=dict)
     """Number of blocks loaded, by tier."""
+    dropped_tokens: int = 0
+    """Tokens of the prompt that are not in the window."""
+    rotated_tokens: int = 0
+    """Reused tokens whose keys were rotated to other positions as they were loaded."""
+    truncation: Literal["", "rotated", "recomputed"] = ""
+    """How the kept tokens came to their places, where some were dropped: by rotation, or computed again."""
     recomputed: str = ""
     """Why something that could have been reused was not; empty if nothing was."""

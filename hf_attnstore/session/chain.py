@@ -10,12 +10,14 @@ from ..store.blocks import Key, block_key, encode_tokens
 class TokenChain:
     """A growing and croppable sequence of token ids, cut into blocks of `block_size`.
 
-    Keys are computed once per full block; `root` is the parent of the first.
+    Keys are computed once per full block; `root` is the parent of the first. Blocks begin at position `base`;
+    the tokens before that have their KV elsewhere, and `root` names it.
     """
 
-    def __init__(self, root: Key, block_size: int, ids: Sequence[int] | np.ndarray = ()) -> None:
+    def __init__(self, root: Key, block_size: int, ids: Sequence[int] | np.ndarray = (), base: int = 0) -> None:
         self.root = root
         self.block_size = block_size
+        self.base = base
         self._ids = np.empty(max(64, len(ids)), dtype=np.int64)
         self._length = 0
         self._keys: list[Key] = []
@@ -41,14 +43,18 @@ class TokenChain:
     def crop(self, length: int) -> None:
         """Keeps the first `length` tokens."""
         self._length = min(self._length, max(length, 0))
-        del self._keys[self._length // self.block_size :]
+        del self._keys[self.full_blocks() :]
+
+    def block_at(self, position: int) -> int:
+        """The number of the block that a token at `position` is in."""
+        return max(position - self.base, 0) // self.block_size
 
     def full_blocks(self) -> int:
-        return self._length // self.block_size
+        return self.block_at(self._length)
 
     def bounds(self, block: int) -> tuple[int, int]:
         """Positions `[start, stop)` of a block; the last one may be short."""
-        start = block * self.block_size
+        start = self.base + block * self.block_size
         return start, min(start + self.block_size, self._length)
 
     def tokens(self, block: int) -> bytes:

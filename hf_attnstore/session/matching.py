@@ -18,20 +18,20 @@ class Directory(Protocol):
     def nearest(self, parent: Key, ids: Sequence[int]) -> Match | None: ...
 
 
-def match_prefix(ids: np.ndarray, root: Key, block_size: int, directory: Directory) -> list[Span]:
+def match_prefix(ids: np.ndarray, root: Key, block_size: int, directory: Directory, base: int = 0) -> list[Span]:
     """The longest beginning of `ids` `[tokens]` that the directory's blocks hold, of whichever session.
 
     Whole blocks are found by key; where the chain ends, the block that agrees longest with the rest gives its
-    first tokens. Spans follow each other without gaps, from position 0.
+    first tokens. Spans follow each other without gaps, from position `base`, where the chain below `root` begins.
     """
-    chain = TokenChain(root, block_size, ids)
+    chain = TokenChain(root, block_size, ids, base)
     spans: list[Span] = []
     for block in range(chain.full_blocks()):
         key = chain.key(block)
         if not directory.has(key):
             break
-        spans.append(Span(key, 0, block_size, block * block_size, block_size))
-    position = len(spans) * block_size
+        spans.append(Span(key, 0, block_size, chain.bounds(block)[0], block_size))
+    position = base + len(spans) * block_size
     if position < len(ids):
         nearest = directory.nearest(chain.parent(len(spans)), ids[position : position + block_size].tolist())
         if nearest is not None:

@@ -16,6 +16,8 @@ class Span:
     first: int
     block_tokens: int
     """Number of tokens in the whole block."""
+    shift: int = 0
+    """`first` minus the position for which the span's keys were made."""
 
     @property
     def last(self) -> int:

@@ -79,6 +79,13 @@ def chain_root(fingerprint: str, namespace: str, codec: str = RAW) -> Key:
     return _digest(b"attnstore-root", fingerprint.encode(), namespace.encode(), codec.encode())
 
 
+def cut_root(root: Key, parts: Iterable[tuple[Key, int, int]]) -> Key:
+    """The parent of the first block after KV that was put together from `parts` (block, start, stop) of chains
+    below `root`. It is no block's key, and no plain chain's root."""
+    encoded = [key + struct.pack("<QQ", start, stop) for key, start, stop in parts]
+    return _digest(b"attnstore-cut", root, *encoded)
+
+
 def block_key(parent: Key, tokens: bytes) -> Key:
     """The key of the block that follows `parent` and holds `tokens` (as from `encode_tokens`)."""
     return _digest(b"attnstore-block", parent, tokens)
@@ -110,6 +117,13 @@ class BlockMeta:
     tokens: bytes
     """As from `encode_tokens`."""
     codec: str = RAW
+    continues: Key = b""
+    """The block before this one, where `parent` does not name it: in the first block after a truncation."""
+
+    @property
+    def predecessor(self) -> Key:
+        """The block without which this one is worth nothing; for the first of a chain, its root."""
+        return self.continues or self.parent
 
     @property
     def token_count(self) -> int:
@@ -220,6 +234,8 @@ def encode_block(block: Block) -> tuple[bytes, list[np.ndarray]]:
         "codec": meta.codec,
         "xxh3_64": json.dumps(sums, separators=(",", ":")),
     }
+    if meta.continues:
+        metadata["continues"] = meta.continues.hex()
     # metadata first: the rest is the same in every block of a model, which makes it cheap to parse
     encoded = json.dumps({"__metadata__": metadata, **described}, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
@@ -319,5 +335,6 @@ def _parse_header(encoded: bytes, file_bytes: int) -> Layout:
         start=int(metadata["first_position"]),
         tokens=b"\0\0\0\0" * count,  # placeholder of the right length until the reader has the ids
         codec=metadata["codec"],
+        continues=bytes.fromhex(metadata.get("continues", "")),
     )
     return Layout(meta, tensors, file_bytes)

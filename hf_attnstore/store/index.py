@@ -20,17 +20,21 @@ from .blocks import BlockMeta, Key
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS blocks(
-  key BLOB PRIMARY KEY, parent BLOB NOT NULL, tokens BLOB NOT NULL, start INTEGER NOT NULL,
+  key BLOB PRIMARY KEY, parent BLOB NOT NULL, continues BLOB NOT NULL, tokens BLOB NOT NULL, start INTEGER NOT NULL,
   bytes INTEGER NOT NULL, children INTEGER NOT NULL DEFAULT 0, last_used REAL NOT NULL,
   fingerprint TEXT NOT NULL, namespace TEXT NOT NULL, codec TEXT NOT NULL) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS blocks_by_content ON blocks(parent, tokens);
+CREATE INDEX IF NOT EXISTS blocks_by_predecessor ON blocks(continues);
 CREATE INDEX IF NOT EXISTS blocks_by_age ON blocks(last_used, start DESC) WHERE children = 0;
 CREATE TABLE IF NOT EXISTS sessions(
   id INTEGER PRIMARY KEY, namespace TEXT NOT NULL, name TEXT NOT NULL, fingerprint TEXT NOT NULL DEFAULT '',
-  created REAL NOT NULL, last_used REAL NOT NULL, metadata TEXT NOT NULL DEFAULT '{}', UNIQUE(namespace, name));
+  created REAL NOT NULL, last_used REAL NOT NULL, metadata TEXT NOT NULL DEFAULT '{}',
+  root BLOB NOT NULL DEFAULT x'', base INTEGER NOT NULL DEFAULT 0, length INTEGER NOT NULL DEFAULT 0,
+  UNIQUE(namespace, name));
 CREATE TABLE IF NOT EXISTS spans(
   session INTEGER NOT NULL, seq INTEGER NOT NULL, block BLOB NOT NULL, start INTEGER NOT NULL,
-  stop INTEGER NOT NULL, shift INTEGER NOT NULL DEFAULT 0, PRIMARY KEY(session, seq)) WITHOUT ROWID;
+  stop INTEGER NOT NULL, shift INTEGER NOT NULL DEFAULT 0, dropped BLOB NOT NULL DEFAULT x'',
+  PRIMARY KEY(session, seq)) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS spans_by_block ON spans(block);
 CREATE TABLE IF NOT EXISTS owners(
   session INTEGER NOT NULL, block BLOB NOT NULL, PRIMARY KEY(session, block)) WITHOUT ROWID;
@@ -39,11 +43,11 @@ CREATE TABLE IF NOT EXISTS usage(id INTEGER PRIMARY KEY CHECK(id = 0), bytes INT
 INSERT OR IGNORE INTO usage VALUES(0, 0, 0);
 CREATE TRIGGER IF NOT EXISTS block_added AFTER INSERT ON blocks BEGIN
   UPDATE usage SET bytes = bytes + NEW.bytes, blocks = blocks + 1;
-  UPDATE blocks SET children = children + 1 WHERE key = NEW.parent;
+  UPDATE blocks SET children = children + 1 WHERE key = NEW.continues;
 END;
 CREATE TRIGGER IF NOT EXISTS block_removed AFTER DELETE ON blocks BEGIN
   UPDATE usage SET bytes = bytes - OLD.bytes, blocks = blocks - 1;
-  UPDATE blocks SET children = children - 1 WHERE key = OLD.parent;
+  UPDATE blocks SET children = children - 1 WHERE key = OLD.continues;
   DELETE FROM spans WHERE block = OLD.key;
   DELETE FROM owners WHERE block = OLD.key;
 END;
@@ -67,12 +71,30 @@ class SessionInfo:
 
 @dataclass(frozen=True)
 class SpanRow:
-    """Tokens `[start, stop)` of a block, as a session's manifest lists them."""
+    """Tokens `[start, stop)` of a block, or tokens that were dropped, as a session's manifest lists them."""
 
     block: Key
+    """Empty for dropped tokens."""
     start: int
     stop: int
     shift: int = 0
+    """How far from where its keys were made the span is now, in tokens."""
+    dropped: bytes = b""
+    """The ids of dropped tokens, as from `encode_tokens`."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a session consists of, in the order of the conversation."""
+
+    spans: tuple[SpanRow, ...]
+    """Up to the first that is not there any more."""
+    root: Key = b""
+    """The root of the chain that goes on after a truncation; empty for one that was never truncated."""
+    base: int = 0
+    """Tokens in the window before that chain begins."""
+    length: int = 0
+    """Tokens of the conversation, those included that were dropped or are not there any more."""
 
 
 @dataclass(frozen=True)
@@ -170,11 +192,11 @@ class Index:
         with self._transaction() as db:
             db.execute(
                 "INSERT INTO blocks"
-                "(key, parent, tokens, start, bytes, children, last_used, fingerprint, namespace, codec) "
-                "VALUES(?, ?, ?, ?, ?, (SELECT COUNT(*) FROM blocks WHERE parent = ?), ?, ?, ?, ?) "
+                "(key, parent, continues, tokens, start, bytes, children, last_used, fingerprint, namespace, codec) "
+                "VALUES(?, ?, ?, ?, ?, ?, (SELECT COUNT(*) FROM blocks WHERE continues = ?), ?, ?, ?, ?) "
                 "ON CONFLICT DO NOTHING",
                 (
-                    meta.key, meta.parent, meta.tokens, meta.start, file_bytes, meta.key, now,
+                    meta.key, meta.parent, meta.predecessor, meta.tokens, meta.start, file_bytes, meta.key, now,
                     meta.fingerprint, meta.namespace, meta.codec,
                 ),
             )  # fmt: skip
@@ -187,6 +209,8 @@ class Index:
             if old.parent != meta.parent or old.key == meta.key or not meta.tokens.startswith(old.tokens):
                 return None
             db.execute("UPDATE spans SET block = ? WHERE block = ?", (meta.key, old.key))
+            moved = db.execute("UPDATE blocks SET continues = ? WHERE continues = ?", (meta.key, old.key)).rowcount
+            db.execute("UPDATE blocks SET children = children + ? WHERE key = ?", (moved, meta.key))
             db.execute("UPDATE OR IGNORE owners SET block = ? WHERE block = ?", (meta.key, old.key))
             db.execute("DELETE FROM blocks WHERE key = ?", (old.key,))
             return old
@@ -214,25 +238,27 @@ class Index:
 
     # sessions
 
-    def commit_session(self, namespace: str, name: str, fingerprint: str, spans: Sequence[SpanRow]) -> None:
-        """Replaces a session's manifest by `spans`, up to the first whose block is not on disk. The session goes
-        on owning the blocks of earlier manifests, for `delete_session`."""
+    def commit_session(self, namespace: str, name: str, fingerprint: str, manifest: Manifest) -> None:
+        """Replaces a session's manifest, up to the first span whose block is not on disk. The session goes on
+        owning the blocks of earlier manifests, for `delete_session`."""
+        spans = manifest.spans
         now = time.time()
         with self._transaction() as db:
             db.execute(
-                "INSERT INTO sessions(namespace, name, fingerprint, created, last_used) VALUES(?, ?, ?, ?, ?) "
-                "ON CONFLICT(namespace, name) DO UPDATE "
-                "SET last_used = excluded.last_used, fingerprint = excluded.fingerprint",
-                (namespace, name, fingerprint, now, now),
+                "INSERT INTO sessions(namespace, name, fingerprint, created, last_used, root, base, length) "
+                "VALUES(?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT(namespace, name) DO UPDATE "
+                "SET last_used = excluded.last_used, fingerprint = excluded.fingerprint, root = excluded.root, "
+                "base = excluded.base, length = excluded.length",
+                (namespace, name, fingerprint, now, now, manifest.root, manifest.base, manifest.length),
             )
             ((session,),) = db.execute("SELECT id FROM sessions WHERE namespace = ? AND name = ?", (namespace, name))
             db.execute("DELETE FROM spans WHERE session = ?", (session,))
             for seq, span in enumerate(spans):
-                if not db.execute("SELECT 1 FROM blocks WHERE key = ?", (span.block,)).fetchall():
+                if span.block and not db.execute("SELECT 1 FROM blocks WHERE key = ?", (span.block,)).fetchall():
                     break
                 db.execute(
-                    "INSERT INTO spans VALUES(?, ?, ?, ?, ?, ?)",
-                    (session, seq, span.block, span.start, span.stop, span.shift),
+                    "INSERT INTO spans VALUES(?, ?, ?, ?, ?, ?, ?)",
+                    (session, seq, span.block, span.start, span.stop, span.shift, span.dropped),
                 )
             db.executemany(
                 "INSERT OR IGNORE INTO owners SELECT ?, key FROM blocks WHERE key = ?",
@@ -265,10 +291,15 @@ class Index:
         except SessionNotFoundError:
             return None
 
-    def spans(self, namespace: str, name: str) -> list[SpanRow]:
+    def manifest(self, namespace: str, name: str) -> Manifest:
         session = self._session_id(namespace, name)[0]
-        rows = self._read("SELECT block, start, stop, shift FROM spans WHERE session = ? ORDER BY seq", (session,))
-        return [SpanRow(*row) for row in rows]
+        rows = self._read(
+            "SELECT seq, block, start, stop, shift, dropped FROM spans WHERE session = ? ORDER BY seq", (session,)
+        )
+        # a block that is gone took its spans with it: what comes after that is of no use
+        spans = tuple(SpanRow(*row[1:]) for place, row in enumerate(rows) if row[0] == place)
+        ((root, base, length),) = self._read("SELECT root, base, length FROM sessions WHERE id = ?", (session,))
+        return Manifest(spans, root, base, length)
 
     def metadata(self, namespace: str, name: str) -> dict[str, Any]:
         return dict(json.loads(self._session_id(namespace, name)[2]))
@@ -289,15 +320,16 @@ class Index:
         now = time.time()
         with self._transaction() as db:
             cursor = db.execute(
-                "INSERT OR IGNORE INTO sessions(namespace, name, fingerprint, created, last_used, metadata) "
-                "SELECT namespace, ?, fingerprint, ?, ?, metadata FROM sessions WHERE id = ?",
+                "INSERT OR IGNORE INTO sessions"
+                "(namespace, name, fingerprint, created, last_used, metadata, root, base, length) "
+                "SELECT namespace, ?, fingerprint, ?, ?, metadata, root, base, length FROM sessions WHERE id = ?",
                 (target, now, now, session),
             )
             if cursor.rowcount == 0:
                 return False
             copy = cursor.lastrowid
             db.execute(
-                "INSERT INTO spans SELECT ?, seq, block, start, stop, shift FROM spans WHERE session = ?",
+                "INSERT INTO spans SELECT ?, seq, block, start, stop, shift, dropped FROM spans WHERE session = ?",
                 (copy, session),
             )
             db.execute("INSERT INTO owners SELECT ?, block FROM owners WHERE session = ?", (copy, session))
@@ -311,7 +343,7 @@ class Index:
                 "WITH RECURSIVE gone(key) AS ("
                 " SELECT block FROM owners WHERE session = ?1"
                 "  AND block NOT IN (SELECT block FROM owners WHERE session <> ?1)"
-                " UNION SELECT b.key FROM blocks b JOIN gone ON b.parent = gone.key) "
+                " UNION SELECT b.key FROM blocks b JOIN gone ON b.continues = gone.key) "
                 f"SELECT {_BLOCK_COLUMNS} FROM blocks WHERE key IN gone ORDER BY start DESC",
                 (session,),
             ).fetchall()

@@ -4,6 +4,7 @@ Room is reserved before bytes are allocated, so blocks that are being filled or 
 """
 
 import threading
+from collections import defaultdict
 from collections.abc import Iterator
 
 from .blocks import Block, Key
@@ -18,6 +19,7 @@ class MemoryTier:
         self._blocks: dict[Key, Block] = {}
         self._dirty: set[Key] = set()
         self._order = LeafLRU()
+        self._by_parent: defaultdict[Key, set[Key]] = defaultdict(set)
         self._used = 0
         self._changed = threading.Condition(threading.RLock())
         self.evicted = 0
@@ -62,6 +64,10 @@ class MemoryTier:
         block = self._blocks.pop(key, None)
         if block is not None:
             self._order.remove(key)
+            siblings = self._by_parent[block.meta.parent]
+            siblings.discard(key)
+            if not siblings:
+                del self._by_parent[block.meta.parent]
             self._dirty.discard(key)
             self._used -= block.nbytes
 
@@ -75,7 +81,8 @@ class MemoryTier:
                 self._changed.notify_all()
                 return False
             self._blocks[key] = block
-            self._order.add(key, block.meta.parent, block.meta.start)
+            self._order.add(key, block.meta.predecessor, block.meta.start)
+            self._by_parent[block.meta.parent].add(key)
             if dirty:
                 self._dirty.add(key)
             return True
@@ -108,5 +115,5 @@ class MemoryTier:
     def followers(self, parent: Key) -> Iterator[Block]:
         """The blocks here that follow `parent`."""
         with self._changed:
-            found = [self._blocks[key] for key in self._order.children(parent) if key in self._blocks]
+            found = [self._blocks[key] for key in self._by_parent.get(parent, ())]
         return iter(found)

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from .._version import __version__
@@ -18,12 +19,13 @@ from ..errors import (
     AttentionStoreError,
     LoadError,
     SessionNameError,
+    SessionNotFoundError,
     StoreClosedError,
     StoreFormatError,
 )
 from .blocks import TOKEN_IDS, Block, Key, Match, TensorSpec, common_prefix, decode_tokens, encode_tokens, encoded_size
 from .disk import DiskTier, make_private_directory
-from .index import BlockRow, Index, SessionInfo, SpanRow
+from .index import BlockRow, Index, Manifest, SessionInfo
 from .locks import SessionLock, SessionLocks
 from .memory import MemoryTier
 from .sizes import format_bytes, parse_bytes
@@ -32,7 +34,7 @@ from .transfer import Load, Source, Stage
 
 logger = logging.getLogger("hf_attnstore")
 
-FORMAT = 1
+FORMAT = 2
 MAX_NAME_BYTES = 1024
 
 
@@ -97,8 +99,8 @@ class AttentionStore:
         self._writer = IOThreads(1, "write", self._right_of_way)
         self._savers: weakref.WeakSet[Saver] = weakref.WeakSet()
         self._saver_lock = threading.Lock()
-        self._committing: dict[str, str] = {}
-        """Fingerprints of sessions whose commit waits for the writer."""
+        self._committing: dict[str, tuple[str, Manifest]] = {}
+        """Fingerprint and manifest of sessions whose commit waits for the writer."""
         self._counts: Counter[str] = Counter()
         self._count_lock = threading.Lock()
         self._warned: set[str] = set()
@@ -249,7 +251,7 @@ class AttentionStore:
     def session_fingerprint(self, name: str) -> str | None:
         """The model fingerprint that a session was last saved with; None if there is no such session."""
         pending = self._committing.get(name)
-        return pending if pending is not None else self._index.fingerprint(self.namespace, name)
+        return pending[0] if pending is not None else self._index.fingerprint(self.namespace, name)
 
     def lock_session(self, name: str, wait: float) -> SessionLock:
         """Takes the lock of a session, which need not exist; `wait` in seconds.
@@ -368,19 +370,20 @@ class AttentionStore:
         self._count("saved_bytes", block.nbytes)
         self._writer.submit(partial(self._write, block, supersedes))
 
-    def commit(self, session: str, fingerprint: str, spans: Sequence[SpanRow]) -> None:
+    def commit(self, session: str, fingerprint: str, manifest: Manifest) -> None:
         """Sets what a session consists of, after every block handed over before is on disk.
 
         Blocks of earlier branches stay the session's own, so that `delete` removes them too.
         """
         self._check_open()
-        self._committing[session] = fingerprint
+        pending = self._committing[session] = (fingerprint, manifest)
 
         def change() -> None:
             try:
-                self._index.commit_session(self.namespace, session, fingerprint, spans)
+                self._index.commit_session(self.namespace, session, fingerprint, manifest)
             finally:
-                self._committing.pop(session, None)
+                if self._committing.get(session) is pending:
+                    del self._committing[session]
 
         self._writer.submit(partial(self._guarded, change))
 
@@ -417,11 +420,11 @@ class AttentionStore:
 
     def _write_new(self, block: Block, supersedes: Key | None) -> None:
         meta = block.meta
-        if meta.start > 0 and self._index.block(meta.parent) is None:
+        if meta.start > 0 and self._index.block(meta.predecessor) is None:
             self._count("not_saved_blocks")  # its beginning did not make it to disk: alone it is worth nothing
             return
         expected = encoded_size(block)
-        if not self._make_disk_room(expected, keep={meta.parent}):
+        if not self._make_disk_room(expected, keep={meta.predecessor}):
             self._count("not_saved_blocks")
             if self.disk_capacity:
                 cap = format_bytes(self.disk_capacity)
@@ -547,26 +550,54 @@ class AttentionStore:
             **{name: counts[name] for name in names},
         }
 
-    def spans(self, session: str) -> list[SpanRow]:
-        """A session's manifest.
+    def manifest(self, session: str) -> Manifest:
+        """What a session consists of.
 
         Raises:
             SessionNotFoundError: there is no such session.
         """
         self._check_open()
         self._writer.drain()
-        return self._index.spans(self.namespace, session)
+        return self._index.manifest(self.namespace, session)
 
-    def tokens(self, session: str) -> list[int]:
+    def latest_manifest(self, session: str) -> Manifest | None:
+        """What a session consists of, or will when what was handed over is on disk; None if there is none."""
+        pending = self._committing.get(session)
+        if pending is not None:
+            return pending[1]
+        try:
+            return self._index.manifest(self.namespace, session)
+        except SessionNotFoundError:
+            return None
+
+    def describe_block(self, key: Key, fingerprint: str = "") -> tuple[int, np.ndarray] | None:
+        """The position for which a block's first keys were made, and its ids `[tokens]`.
+
+        Returns:
+            None if it is in no tier, or of another model than that of `fingerprint`.
+        """
+        held = self._memory.get(key)
+        found = held.meta if held is not None else self._index.block(key)
+        if found is None or (fingerprint and found.fingerprint != fingerprint):
+            return None
+        return found.start, decode_tokens(found.tokens)
+
+    def tokens(self, session: str, *, dropped: bool = False) -> list[int]:
         """The token ids of a session whose KV is in the store.
+
+        Args:
+            dropped: with those that were dropped from the window, in their place.
 
         Raises:
             SessionNotFoundError: there is no such session.
         """
         ids: list[int] = []
-        for span in self.spans(session):
-            row = self._index.block(span.block)
-            if row is None:
+        for span in self.manifest(session).spans:
+            if not span.block:
+                ids += decode_tokens(span.dropped).tolist() if dropped else []
+                continue
+            found = self.describe_block(span.block)
+            if found is None:
                 break
-            ids += decode_tokens(row.tokens)[span.start : span.stop].tolist()
+            ids += found[1][span.start : span.stop].tolist()
         return ids

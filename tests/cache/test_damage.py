@@ -36,7 +36,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 
 def files_in_order(store: AttentionStore, session: str) -> list[Path]:
-    spans = store.spans(session)
+    spans = store.manifest(session).spans
     return [next(store.path.glob(f"blocks/*/*/{span.block.hex()}.safetensors")) for span in spans]
 
 

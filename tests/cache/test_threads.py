@@ -191,7 +191,7 @@ def test_flush_from_other_threads_does_not_disturb_manual_loops(store: Attention
 def assert_files_equal(store: AttentionStore, session: str, reference: DynamicCache) -> None:
     """Every block file of the session has, bit for bit, the KV that a DynamicCache has for its tokens."""
     position = 0
-    for span in store.spans(session):
+    for span in store.manifest(session).spans:
         (path,) = store.path.glob(f"blocks/*/*/{span.block.hex()}.safetensors")
         held = load_file(path)
         count = span.stop - span.start

@@ -5,7 +5,7 @@ import torch
 
 from hf_attnstore.store import AttentionStore
 from hf_attnstore.store.blocks import Block, BlockMeta, Key, block_key, chain_root, encode_tokens
-from hf_attnstore.store.index import SpanRow
+from hf_attnstore.store.index import Manifest, SpanRow
 from hf_attnstore.store.transfer import Piece, Stage
 
 FINGERPRINT = "f" * 40
@@ -42,8 +42,8 @@ def save(store: AttentionStore, chain: list[Block], session: str | None = None) 
         assert store.reserve(block.nbytes, wait=True)
         store.put(block)
     if session is not None:
-        rows = [SpanRow(block.meta.key, 0, block.meta.token_count) for block in chain]
-        store.commit(session, FINGERPRINT, rows)
+        rows = tuple(SpanRow(block.meta.key, 0, block.meta.token_count) for block in chain)
+        store.commit(session, FINGERPRINT, Manifest(rows, length=sum(row.stop for row in rows)))
 
 
 def load(store: AttentionStore, chain: list[Block]) -> list[dict[str, torch.Tensor]]:

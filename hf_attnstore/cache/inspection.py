@@ -1,0 +1,40 @@
+"""What the package makes of a model, in words."""
+
+from itertools import groupby
+from typing import Any
+
+from torch import nn
+
+from ..errors import UnsupportedModelError
+from ..store.sizes import format_bytes
+from .attach import owner_of
+from .fingerprint import fingerprint_of
+from .probing import probe
+from .structure import layer_kinds
+from .truncation import window_of
+
+
+def describe(model: nn.Module) -> str:
+    """A few lines about a model: identity, size, kinds of layers, window, and whether its keys can be moved.
+
+    Runs a few short forwards, and leaves the model as it is.
+    """
+    model = owner_of(model)
+    config: Any = model.config
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    lines = [f"{type(model).__name__}, {format_bytes(size)}", f"fingerprint  {fingerprint_of(model).current()}"]
+    try:
+        kinds = [
+            f"{len(list(group))} × {name}" + (f" (window {window:,})" if window else "")
+            for (name, window), group in groupby(layer_kinds(config), key=lambda kind: (kind.name, kind.window))
+        ]
+        lines.append(f"layers       {', '.join(kinds)}")
+    except UnsupportedModelError as error:
+        lines.append(f"layers       can't be kept: {error}")
+    window = window_of(config, None, 0, 1.0)
+    lines.append(f"window       {f'{window.size:,} tokens' if window else 'no limit stated'}")
+    geometry = probe(model)
+    verdict = "kept keys are rotated to their new places" if geometry.movable else "kept tokens are computed again"
+    lines.append(f"truncation   {verdict}")
+    lines += [f"             {line}" for line in geometry.describe().splitlines()]
+    return "\n".join(lines)

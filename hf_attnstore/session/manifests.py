@@ -1,0 +1,74 @@
+"""Views and manifests: what of a session's bookkeeping outlives the process."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from ..store.blocks import Key, decode_tokens, encode_tokens
+from ..store.index import Manifest, SpanRow
+from .spans import Span, overlapping, total_tokens
+from .view import View
+
+Describe = Callable[[Key], tuple[int, np.ndarray] | None]
+"""The position for which a block's first keys were made, and its ids; None if it is not there."""
+
+
+def write_manifest(view: View, spans: Sequence[Span], length: int) -> Manifest:
+    """The manifest of a session that is seen through `view`.
+
+    Args:
+        spans: where the KV of the tokens in view is, from the first on.
+        length: tokens of the whole conversation.
+    """
+    rows: list[SpanRow] = []
+    position = 0
+    known = total_tokens(spans)
+    for start, stop, kept in view.runs():
+        if not kept:
+            rows.append(SpanRow(b"", 0, 0, 0, encode_tokens(view.ids[start:stop])))
+            continue
+        rows += _rows(spans, position, position + stop - start)
+        position += stop - start
+        if position > known:  # what comes after a hole could not be placed
+            return Manifest(tuple(rows), view.root if view.base else b"", view.base, length)
+    rows += _rows(spans, position, known)
+    return Manifest(tuple(rows), view.root if view.base else b"", view.base, length)
+
+
+def _rows(spans: Sequence[Span], first: int, last: int) -> list[SpanRow]:
+    return [SpanRow(s.block, s.start, s.stop, s.shift) for s in overlapping(spans, first, last)]
+
+
+def read_manifest(manifest: Manifest, model_root: Key, describe: Describe) -> View:
+    """The view through which a session was seen when its manifest was written, as far as its blocks are there."""
+    rows = manifest.spans
+    ends = [number + 1 for number, row in enumerate(rows) if not row.block]
+    if not ends:
+        return View.plain(model_root)
+    ids: list[np.ndarray] = []
+    kept: list[np.ndarray] = []
+    prefix: list[Span] = []
+    position = 0
+    for number, row in enumerate(rows):
+        if not row.block:
+            ids.append(decode_tokens(row.dropped))
+            kept.append(np.zeros(len(ids[-1]), dtype=bool))
+            continue
+        if number >= ends[-1] and position >= manifest.base:
+            break
+        found = describe(row.block)
+        if found is None:
+            break
+        made_for, tokens = found
+        span = Span(row.block, row.start, row.stop, position, len(tokens), row.shift)
+        if made_for + row.start + row.shift != position or not 0 <= row.start < row.stop <= len(tokens):
+            break  # not as this was written; what can't be explained is computed again
+        ids.append(tokens[row.start : row.stop])
+        kept.append(np.ones(len(ids[-1]), dtype=bool))
+        if position < manifest.base:
+            prefix.append(span)
+        position = span.last
+    if not ids:
+        return View.plain(model_root)
+    view = View(model_root, manifest.root or model_root, tuple(prefix), np.concatenate(ids), np.concatenate(kept))
+    return view if view.base == manifest.base else view.put_together(prefix)
