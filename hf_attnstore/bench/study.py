@@ -288,7 +288,9 @@ def _check(cache: AttentionStoreCache, name: str, history: int, tier: str) -> No
     stats = cache.stats
     rotated = history if name == "truncated" else 0
     if (stats.reused_tokens, stats.rotated_tokens) != (history, rotated) or not stats.blocks_from.get(tier):
-        raise BenchError(f"A resumed turn ({name}, from {tier}) reused {stats.reused_tokens} of {history} tokens: {stats}")
+        raise BenchError(
+            f"A resumed turn ({name}, from {tier}) reused {stats.reused_tokens} of {history} tokens: {stats}"
+        )
 
 
 def medians(result: Resumed) -> dict[str, float]:

@@ -138,6 +138,17 @@ def position_limit(config: Any) -> int | None:
     return min(int(limit) for limit in limits if limit)
 
 
+def positions_of(config: Any) -> int | None:
+    """How many positions a model is made for, in tokens; None if it does not say."""
+    stated = getattr(config, "max_position_embeddings", None)
+    if not isinstance(stated, int) or stated <= 0:
+        return None
+    kinds = [rope for rope in _ropes(config) if rope.get("rope_type", rope.get("type")) == "dynamic"]
+    return int(
+        stated * max((float(rope.get("factor") or 1) for rope in kinds), default=1.0)
+    )  # dynamic NTK reaches beyond
+
+
 class Fingerprint:
     """The fingerprint of one model, kept up to date cheaply.
 

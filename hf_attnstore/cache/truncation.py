@@ -9,6 +9,7 @@ import numpy as np
 from ..session.spans import Span, total_tokens
 from ..session.view import View
 from ..session.window import Window
+from .fingerprint import positions_of
 
 logger = logging.getLogger("hf_attnstore")
 
@@ -24,7 +25,7 @@ def window_of(config: Any, size: int | None, keep_first: int, drop: float) -> Wi
         ContextWindowError: `keep_first` leaves no room.
     """
     if size is None:
-        size = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+        size = positions_of(config.get_text_config(decoder=True))
     if drop == 0 or not size or (isinstance(size, int) and size < 0):
         return None
     return Window(int(size), keep_first, drop)
