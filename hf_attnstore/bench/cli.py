@@ -14,6 +14,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from hf_attnstore.bench.study_cli import truncation
+
 if TYPE_CHECKING:
     from hf_attnstore.bench.report import Result
     from hf_attnstore.bench.shapes import ModelSpec
@@ -95,6 +97,9 @@ def bench(
         raise typer.Exit(2) from error
     if check and missed:
         raise typer.Exit(1)
+
+
+app.command("truncation")(truncation)
 
 
 def parse_histories(values: list[str]) -> list[int]:

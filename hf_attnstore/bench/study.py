@@ -71,25 +71,25 @@ def stream(
             "smaller --window."
         )
     result = Stream(method, keep_first)
-    with tempfile.TemporaryDirectory(prefix="attnstore-study-") as folder:
-        with AttentionStore(folder, memory="4GiB", disk=0) as store:
-            walk = _WALKS[method](model, store, window, keep_first)
-            for start in range(0, ids.shape[1] - 1, chunk):
-                stop = min(start + chunk, ids.shape[1] - 1)
-                began = time.perf_counter()
-                logits, truncated = walk.step(ids[:, :stop], start)
-                seconds = time.perf_counter() - began
-                if truncated:
-                    result.truncations += 1
-                    result.truncation_seconds.append(seconds)
-                if result.truncations:
-                    losses = torch.nn.functional.cross_entropy(
-                        logits[0].float(), ids[0, start + 1 : stop + 1], reduction="sum"
-                    )
-                    result.nats.append(float(losses))
-                    result.tokens.append(stop - start)
-            result.prefilled = walk.computed - (ids.shape[1] - 1)
-            walk.close()
+    folders = tempfile.TemporaryDirectory(prefix="attnstore-study-")
+    with folders as folder, AttentionStore(folder, memory="4GiB", disk=0) as store:
+        walk = _WALKS[method](model, store, window, keep_first)
+        for start in range(0, ids.shape[1] - 1, chunk):
+            stop = min(start + chunk, ids.shape[1] - 1)
+            began = time.perf_counter()
+            logits, truncated = walk.step(ids[:, :stop], start)
+            seconds = time.perf_counter() - began
+            if truncated:
+                result.truncations += 1
+                result.truncation_seconds.append(seconds)
+            if result.truncations:
+                losses = torch.nn.functional.cross_entropy(
+                    logits[0].float(), ids[0, start + 1 : stop + 1], reduction="sum"
+                )
+                result.nats.append(float(losses))
+                result.tokens.append(stop - start)
+        result.prefilled = walk.computed - (ids.shape[1] - 1)
+        walk.close()
     return result
 
 
@@ -155,7 +155,9 @@ class _TokenTruncation(_ByHand):
 class _NaiveTruncation(_ByHand):
     def _drop(self, low: int, count: int) -> None:
         for layer in self.cache.layers:
-            assert isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None
+            assert isinstance(layer, DynamicLayer)
+            assert layer.keys is not None
+            assert layer.values is not None
             layer.keys, layer.values = (
                 torch.cat([t[:, :, :low], t[:, :, low + count :]], dim=2) for t in (layer.keys, layer.values)
             )
@@ -238,40 +240,40 @@ def resume(model: PreTrainedModel, history: int, new: int, repeats: int, seed: i
     """
     window = 2 * history
     result = Resumed(history + new)
-    with tempfile.TemporaryDirectory(prefix="attnstore-study-") as folder:
-        with AttentionStore(folder, memory="8GiB") as store:
-            long, short = random_ids(model, window + new, (seed, 1)), random_ids(model, history + new, (seed, 2))
-            settings = {"window": window, "drop": 0.5}
-            progress("saving two conversations")
-            with torch.no_grad():
-                for name, ids in (("truncated", long), ("whole", short)):
-                    cache = AttentionStoreCache(model, name, store)
-                    for start in range(0, ids.shape[1] - new, 512):
-                        model(input_ids=ids[:, start : min(start + 512, ids.shape[1] - new)], past_key_values=cache)
-                    cache.save()
-                    del cache
-            store.flush()
-            for number in range(repeats + 1):
-                for tier in ("memory", "disk"):
-                    progress(f"repeat {number} of {repeats}, from {tier}")
-                    order = [("whole", short), ("truncated", long)]
-                    for name, ids in order if number % 2 else reversed(order):
-                        if tier == "disk":
-                            store.drop_memory()
+    folders = tempfile.TemporaryDirectory(prefix="attnstore-study-")
+    with folders as folder, AttentionStore(folder, memory="8GiB") as store:
+        long, short = random_ids(model, window + new, (seed, 1)), random_ids(model, history + new, (seed, 2))
+        settings: dict[str, Any] = {"window": window, "drop": 0.5}
+        progress("saving two conversations")
+        with torch.no_grad():
+            for name, ids in (("truncated", long), ("whole", short)):
+                cache = AttentionStoreCache(model, name, store)
+                for start in range(0, ids.shape[1] - new, 512):
+                    model(input_ids=ids[:, start : min(start + 512, ids.shape[1] - new)], past_key_values=cache)
+                cache.save()
+                del cache
+        store.flush()
+        for number in range(repeats + 1):
+            for tier in ("memory", "disk"):
+                progress(f"repeat {number} of {repeats}, from {tier}")
+                if tier == "disk":
+                    store.drop_memory()
+                order = [("whole", short), ("truncated", long)]
+                for name, ids in order if number % 2 else reversed(order):
+                    began = time.perf_counter()
+                    cache = AttentionStoreCache(model, name, store, save=False, **settings)
+                    _first_token(model, ids, cache)
+                    seconds = time.perf_counter() - began
+                    _check(cache, name, history, tier)
+                    store.flush()
+                    if number:
+                        result.seconds.setdefault(f"{name}/{tier}", []).append(seconds)
+                    if name == "truncated" and number and tier == "memory":
                         began = time.perf_counter()
-                        cache = AttentionStoreCache(model, name, store, save=False, **settings)
-                        _first_token(model, ids, cache)
-                        seconds = time.perf_counter() - began
-                        _check(cache, name, history, tier)
-                        store.flush()
-                        if number:
-                            result.seconds.setdefault(f"{name}/{tier}", []).append(seconds)
-                        if name == "truncated" and number and tier == "memory":
-                            began = time.perf_counter()
-                            shown = ids[:, -(history + new) :]
-                            _first_token(model, shown, DynamicCache(config=model.config))
-                            result.seconds.setdefault("recompute", []).append(time.perf_counter() - began)
-                        del cache
+                        shown = ids[:, -(history + new) :]
+                        _first_token(model, shown, DynamicCache(config=model.config))
+                        result.seconds.setdefault("recompute", []).append(time.perf_counter() - began)
+                    del cache
     return result
 
 

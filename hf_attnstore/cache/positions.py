@@ -72,10 +72,9 @@ class Rotation:
         else:
             cos, sin = self.tables(shift, states.device)
         if states.dtype in (torch.float32, torch.float64):
-            turned = first * cos
-            turned.addcmul_(second, sin, value=-1)
-            second.mul_(cos).addcmul_(first, sin)
-            first.copy_(turned)
+            before = first.clone()
+            first.mul_(cos).addcmul_(second, sin, value=-1)
+            second.mul_(cos).addcmul_(before, sin)
             return
         a, b = first.float(), second.float()
         first.copy_((a * cos).addcmul_(b, sin, value=-1))

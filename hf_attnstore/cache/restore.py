@@ -143,7 +143,7 @@ def plan_restore(
     earliest = min(start for _, start, _ in missing)
     described = store.describe(next(overlapping(spans, earliest, length)).block)
     parts = {start: list(overlapping(spans, start, length)) for start in {start for _, start, _ in missing}}
-    pieces = {start: [Piece(span.block, span.start, span.stop) for span in part] for start, part in parts.items()}
+    pieces = {start: [Piece(s.block, s.start, s.stop, s.shift) for s in part] for start, part in parts.items()}
     rotated = sum(span.last - span.first for span in parts[earliest] if span.shift)
     if rotated and (geometry is None or not geometry.movable):
         raise LoadError("the stored keys belong to other positions, and this model's can't be moved")
@@ -159,19 +159,16 @@ def plan_restore(
         names = [spec.name for spec in specs]
         stage = Stage(pieces[start], dict(zip(names, targets, strict=True)))
         if geometry is not None and any(span.shift for span in parts[start]):
-            shifts = [span.shift for span in parts[start]]
             rotations = zip(names, (geometry.layers[number].keys, geometry.layers[number].values), strict=True)
-            stage.arrived = partial(_rotate, {n: r for n, r in rotations if r is not None}, shifts)
+            stage.arrived = partial(_rotate, {n: r for n, r in rotations if r is not None})
         stages.append(stage)
     return Restore(layers, store.load(stages), pace, rotated)
 
 
-def _rotate(
-    rotations: Mapping[str, Rotation], shifts: Sequence[int], place: int, tensors: Mapping[str, torch.Tensor]
-) -> None:
+def _rotate(rotations: Mapping[str, Rotation], shift: int, tensors: Mapping[str, torch.Tensor]) -> None:
     """Turns keys, each `[heads, tokens, dim]`, that have arrived as they were made, to where they are now."""
     for name, rotation in rotations.items():
-        rotation.rotate_(tensors[name], shifts[place])
+        rotation.rotate_(tensors[name], shift)
 
 
 def _specs(described: Mapping[str, TensorSpec], number: int) -> tuple[TensorSpec, TensorSpec]:

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -36,6 +37,8 @@ class Piece:
     key: Key
     start: int
     stop: int
+    shift: int = 0
+    """How far its keys are to be moved, for the stage's `arrived`."""
 
     @property
     def tokens(self) -> int:
@@ -53,8 +56,8 @@ class Stage:
     pieces: Sequence[Piece] = ()
     targets: Mapping[str, torch.Tensor] = field(default_factory=dict)
     arrived: Callable[[int, Mapping[str, torch.Tensor]], None] | None = None
-    """Called with a piece's number and its part of every target once it is there, to finish it in place; on the
-    stream that brought it."""
+    """Called with a shift and the part of every target that is to be moved by it, `[heads, tokens, dim]`, once that
+    is there, to move it in place; on the stream that brought it."""
 
     @property
     def device(self) -> torch.device | None:
@@ -63,7 +66,17 @@ class Stage:
 
     def parts(self) -> list[dict[str, torch.Tensor]]:
         """The targets, cut into pieces."""
-        sizes = [piece.tokens for piece in self.pieces]
+        return self._cut([piece.tokens for piece in self.pieces])
+
+    def finish(self) -> None:
+        """Moves what is to be moved, all pieces being there: neighbours that go equally far in one go."""
+        if self.arrived is not None:
+            runs = [(shift, sum(p.tokens for p in run)) for shift, run in groupby(self.pieces, lambda p: p.shift)]
+            for (shift, _), part in zip(runs, self._cut([tokens for _, tokens in runs]), strict=True):
+                if shift:
+                    self.arrived(shift, part)
+
+    def _cut(self, sizes: list[int]) -> list[dict[str, torch.Tensor]]:
         cut = {name: target.split(sizes, dim=1) for name, target in self.targets.items()}
         return [{name: parts[number] for name, parts in cut.items()} for number in range(len(sizes))]
 
@@ -173,7 +186,7 @@ class Load:
         began = time.perf_counter()
         stage = self._stages[number]
         rows = [(name, _flat(target)) for name, target in stage.targets.items()]
-        parts = stage.parts() if stage.arrived is not None or len(self._from_disk) < len(self._sources) else []
+        parts = stage.parts() if len(self._from_disk) < len(self._sources) else []
         copies: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
         first = 0
         for place, piece in enumerate(stage.pieces):
@@ -196,9 +209,7 @@ class Load:
             first += piece.tokens
         if copies[0]:
             torch._foreach_copy_(*copies)
-        if stage.arrived is not None:
-            for place, part in enumerate(parts):
-                stage.arrived(place, part)
+        stage.finish()
         self._in_place[number] = True
         self._account(number, sum(target.nbytes for target in stage.targets.values()), time.perf_counter() - began)
 
@@ -219,7 +230,7 @@ class Load:
             if not self._cancelled and self.error is None:
                 whole = host_tensors(self._sources[piece.key][1], targets, _read_adjacent, pinned=self._devices.pinned)
                 sources = {name: whole[name][:, piece.start : piece.stop] for name in targets}
-                arrived = partial(stage.arrived, place) if stage.arrived is not None else None
+                arrived = partial(stage.arrived, piece.shift) if stage.arrived is not None and piece.shift else None
                 self._devices.copy(number, sources, targets, arrived)
                 nbytes = sum(target.nbytes for target in targets.values())
                 self._account(number, nbytes, time.perf_counter() - began)
