@@ -268,6 +268,48 @@ def test_conversation_too_long_for_the_window_is_an_error_that_harms_nothing(
     assert chat.stats.reused_tokens == len(ids) - 1
 
 
+def test_a_chat_outlives_its_window(tokenizer: PreTrainedTokenizerFast, store: AttentionStore) -> None:
+    model = tiny_model(tokenizer, window=96)
+    chat = ChatSession(model, tokenizer, store, "alice", system="the prince", keep_first="system", **GREEDY)
+    first = chat.prompt_ids("")
+    dropped = 0
+    for number in range(14):
+        if number % 4 == 3:
+            chat = ChatSession(model, tokenizer, store, "alice", keep_first="system", **GREEDY)
+        known = len(chat.token_ids)
+        chat.send("the letter and then")
+        assert chat.stats is not None
+        cache = chat.stats.cache
+        assert chat.stats.prompt_tokens == cache.reused_tokens + cache.prefilled_tokens + cache.dropped_tokens
+        assert chat.stats.finish == "length"
+        if number:
+            assert cache.prefilled_tokens == chat.stats.prompt_tokens - known + 1  # the last token was never fed
+        assert cache.dropped_tokens >= dropped
+        dropped = cache.dropped_tokens
+    assert len(chat.history) == 29
+    assert dropped > 96
+    assert chat.token_ids[: len(first) // 2] == first[: len(first) // 2]
+    held = store.tokens("alice")
+    assert len(held) < 96
+    system = tokenizer.apply_chat_template([{"role": "system", "content": "the prince"}], tokenize=False)
+    ids = tokenizer.encode(system, add_special_tokens=False)
+    assert held[: len(ids)] == ids
+    answer = chat.history[-1]["content"]
+    assert chat.retry() == answer
+    assert chat.stats is not None
+    assert chat.stats.prefilled_tokens == 1
+
+
+def test_with_drop_0_a_chat_ends_at_its_window(tokenizer: PreTrainedTokenizerFast, store: AttentionStore) -> None:
+    chat = ChatSession(tiny_model(tokenizer, window=64), tokenizer, store, "alice", drop=0, **GREEDY)
+    while len(chat.prompt_ids("the letter and then")) < 64:
+        chat.send("the letter and then")
+    with pytest.raises(ContextWindowError, match="undo"):
+        chat.send("the letter and then")
+    assert 40 < len(chat.token_ids) <= 64
+    assert len(store.tokens("alice")) == len(chat.token_ids) - 1
+
+
 def test_max_length_is_an_answer_length_too(chat: ChatSession) -> None:
     chat.generate_defaults = {"max_length": 40, "do_sample": False}
     chat.send("the letter")

@@ -199,3 +199,19 @@ def test_installed_command_starts() -> None:
     )
     for command in ("demo", "chat", "sessions", "bench"):
         assert command in done.stdout
+
+
+# inspect
+
+
+def test_inspect_says_what_happens_to_a_model(model: Path) -> None:
+    result = attnstore("inspect", "--model", model)
+    assert result.exit_code == 0, result.output
+    assert "2 × full_attention" in result.output
+    assert "rotated to their new places" in result.output
+    assert "RoPE, half-split" in result.output
+
+
+def test_a_chat_with_a_small_window_says_what_was_dropped(model: Path, folder: Path) -> None:
+    output = chat(model, folder, "the old prince\n" * 8 + "/quit\n", "--window", "64")
+    assert "tokens are out of the window, the others moved" in output

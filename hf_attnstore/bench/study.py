@@ -13,11 +13,13 @@ The names are those of the CachedAttention paper (USENIX ATC'24), section 4.3.
 from __future__ import annotations
 
 import math
+import re
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -190,6 +192,22 @@ class _Moved(_Walk):
 
 
 _WALKS: dict[str, type[_Walk]] = {"TT": _TokenTruncation, "CA": _Moved, "NKVT": _NaiveTruncation}
+
+
+def tokenised(tokenizer: Any, path: Path, *, by_paragraph: bool) -> torch.Tensor:
+    """The ids `[1, tokens]` of a text, begun as the tokenizer begins a text.
+
+    Raises:
+        BenchError: the file can't be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BenchError(f"{path} can't be read as a text ({error}).") from error
+    parts = re.split(r"(?<=\n\n)(?=\S)", text) if by_paragraph else [text]
+    begin = tokenizer("").input_ids[:1] if tokenizer.bos_token_id in tokenizer("").input_ids[:1] else []
+    ids = [number for part in parts for number in tokenizer(part, add_special_tokens=False, verbose=False).input_ids]
+    return torch.tensor([[*begin, *ids]])
 
 
 def own_text(model: PreTrainedModel, tokens: int, seed: int, begin: int | None = None) -> torch.Tensor:

@@ -75,7 +75,7 @@ def _truncation(
 ) -> bool:
     from hf_attnstore.bench.machine import describe_machine, in_words, versions
     from hf_attnstore.bench.shapes import BenchError, choose_model, load_model
-    from hf_attnstore.bench.study import METHODS, Resumed, Stream, own_text, resume, stream
+    from hf_attnstore.bench.study import METHODS, Resumed, Stream, own_text, resume, stream, tokenised
     from hf_attnstore.bench.study_report import RESUME_BAR, as_markdown, draw, print_study
     from hf_attnstore.cache.fingerprint import positions_of
     from hf_attnstore.chat_model import load_chat_model
@@ -86,10 +86,8 @@ def _truncation(
         raise BenchError("This model states no number of positions: give a --window.")
     with console.status("preparing the text") as status:
         if texts:
-            sources = [
-                (path.name, tokenizer(path.read_text(encoding="utf-8"), return_tensors="pt").input_ids)
-                for path in texts
-            ]
+            # the small model was trained on texts that were tokenised paragraph by paragraph
+            sources = [(path.name, tokenised(tokenizer, path, by_paragraph=name is None)) for path in texts]
         else:
             sources = [("text sampled by the model", own_text(loaded, tokens, seed, tokenizer.bos_token_id))]
         ids = [(label, found[:, :tokens].to(loaded.device)) for label, found in sources]

@@ -1,6 +1,7 @@
 """Views and manifests: what of a session's bookkeeping outlives the process."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -66,7 +67,11 @@ def read_manifest(manifest: Manifest, model_root: Key, describe: Describe) -> Vi
         ids.append(tokens[row.start : row.stop])
         kept.append(np.ones(len(ids[-1]), dtype=bool))
         if position < manifest.base:
-            prefix.append(span)
+            last = prefix[-1] if prefix else None
+            if last is not None and (last.block, last.stop, last.shift) == (span.block, span.start, span.shift):
+                prefix[-1] = replace(last, stop=span.stop)  # it was written in two: tokens were dropped between
+            else:
+                prefix.append(span)
         position = span.last
     if not ids:
         return View.plain(model_root)
