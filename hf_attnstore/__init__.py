@@ -3,6 +3,7 @@
 from ._version import __version__
 from .cache.attach import attach, detach
 from .cache.cache import AttentionStoreCache
+from .cache.inspection import describe
 from .cache.stats import TurnStats
 from .chat import ChatSession
 from .errors import (
@@ -40,5 +41,6 @@ __all__ = [
     "UnsupportedModelError",
     "__version__",
     "attach",
+    "describe",
     "detach",
 ]

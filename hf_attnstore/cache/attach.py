@@ -15,7 +15,7 @@ from ..errors import CacheUseError
 from ..store.store import AttentionStore
 from .fingerprint import fingerprint_of
 from .positions import Geometry
-from .probing import probe
+from .probing import PROBE_VERSION, probe
 from .restore import Pace
 from .structure import compute_device, decoder_layers
 
@@ -59,11 +59,17 @@ class Attachment:
             self.generate = model.__dict__.get("generate")
             model.__dict__["generate"] = types.MethodType(generate_with_store, model)
 
-    def geometry(self, model: nn.Module, fingerprint: str) -> Geometry:
-        """How positions are in the model's KV. Found out once for each fingerprint, by a few forwards."""
+    def geometry(self, model: nn.Module, fingerprint: str, store: AttentionStore | None) -> Geometry:
+        """How positions are in the model's KV. Found out once for each fingerprint, by a few forwards; the store
+        remembers it beyond the process."""
         with _probing:
             if fingerprint not in _geometries:
-                _geometries[fingerprint] = probe(model)
+                found = _noted(store, fingerprint)
+                if found is None:
+                    found = probe(model)
+                    if store is not None:
+                        store.set_note(fingerprint, {"probe": PROBE_VERSION, **found.to_json()})
+                _geometries[fingerprint] = found
             return _geometries[fingerprint]
 
     def remove(self, model: nn.Module) -> None:
@@ -91,6 +97,16 @@ class Attachment:
         twin.fingerprint = fingerprint_of(memo.get(id(original), original))
         twin.pace = Pace()
         return twin
+
+
+def _noted(store: AttentionStore | None, fingerprint: str) -> Geometry | None:
+    note = store.note(fingerprint) if store is not None else None
+    if note is None or note.get("probe") != PROBE_VERSION:
+        return None
+    try:
+        return Geometry.from_json(note)
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def _layer_count(model: nn.Module) -> int:

@@ -21,8 +21,13 @@ from .positions import Geometry, LayerGeometry, Rotation
 
 logger = logging.getLogger("hf_attnstore")
 
+PROBE_VERSION = 1
+"""To be raised when verdicts may change: those of other versions are not believed."""
+
 _TOKENS = 4
 _FARTHEST = 2048
+_CONFIRMING = 12
+"""Tokens of a sequence that only confirms what single tokens showed."""
 _SEQUENCE = 132
 """Tokens fed where a model takes no positions; they must reach as far as precision needs."""
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
@@ -65,9 +70,10 @@ def _probe(model: nn.Module) -> Iterator[LayerGeometry]:
         raise _Refused("its forward takes no past_key_values")
     ids = _ordinary_ids(config, text)
     # in a sequence of one and the same token, attention averages equal values: no position but by rotation either
-    count = min(_SEQUENCE, _positions(text))
+    takes_positions = "position_ids" in parameters
+    count = min(_CONFIRMING if takes_positions else _SEQUENCE, _positions(text))
     sequence = _run(model, parameters, ids[:, None].expand(-1, count))
-    if "position_ids" in parameters:
+    if takes_positions:
         places = _places(_positions(text))
         rows = ids.repeat(len(places))
         position_ids = torch.tensor(places).repeat_interleave(len(ids))

@@ -36,6 +36,7 @@ CREATE TABLE IF NOT EXISTS spans(
   stop INTEGER NOT NULL, shift INTEGER NOT NULL DEFAULT 0, dropped BLOB NOT NULL DEFAULT x'',
   PRIMARY KEY(session, seq)) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS spans_by_block ON spans(block);
+CREATE TABLE IF NOT EXISTS models(fingerprint TEXT PRIMARY KEY, note TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS owners(
   session INTEGER NOT NULL, block BLOB NOT NULL, PRIMARY KEY(session, block)) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS owners_by_block ON owners(block);
@@ -235,6 +236,19 @@ class Index:
         """Bytes and number of the blocks on disk."""
         ((total, blocks),) = self._read("SELECT bytes, blocks FROM usage")
         return total, blocks
+
+    # models
+
+    def note(self, fingerprint: str) -> str | None:
+        rows = self._read("SELECT note FROM models WHERE fingerprint = ?", (fingerprint,))
+        return str(rows[0][0]) if rows else None
+
+    def set_note(self, fingerprint: str, note: str) -> None:
+        with self._transaction() as db:
+            db.execute(
+                "INSERT INTO models VALUES(?, ?) ON CONFLICT(fingerprint) DO UPDATE SET note = excluded.note",
+                (fingerprint, note),
+            )
 
     # sessions
 

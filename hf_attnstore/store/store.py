@@ -248,6 +248,20 @@ class AttentionStore:
         self._check_open()
         self._index.set_metadata(self.namespace, self.check_name(name), metadata)
 
+    def note(self, fingerprint: str) -> dict[str, Any] | None:
+        """What `set_note` kept of a model; None if nothing, or nothing that can be read."""
+        self._check_open()
+        try:
+            found = json.loads(self._index.note(fingerprint) or "null")
+        except ValueError:
+            return None
+        return found if isinstance(found, dict) else None
+
+    def set_note(self, fingerprint: str, note: dict[str, Any]) -> None:
+        """Keeps a JSON-able dict of what was found out about a model, in the background."""
+        self._check_open()
+        self._writer.submit(partial(self._guarded, partial(self._index.set_note, fingerprint, json.dumps(note))))
+
     def session_fingerprint(self, name: str) -> str | None:
         """The model fingerprint that a session was last saved with; None if there is no such session."""
         pending = self._committing.get(name)

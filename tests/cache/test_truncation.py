@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from hf_attnstore import (
     ContextWindowError,
     attach,
 )
+from hf_attnstore.cache.probing import probe
+
+attachment_module: Any = importlib.import_module("hf_attnstore.cache.attach")
 
 MOVABLE = ("llama-gqa", "qwen3", "mistral", "gemma3")
 ROOM = 6
@@ -454,3 +458,31 @@ def test_blocks_of_a_truncated_conversation_outlive_what_comes_after_them(tmp_pa
             assert stats.dropped_tokens + stats.reused_tokens + stats.prefilled_tokens == prompt.shape[1]
             for row in store.manifest("alice").spans:
                 assert not row.block or store.has(row.block)
+
+
+def test_a_model_is_probed_once_and_never_again_for_the_same_store(
+    store: AttentionStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probed: list[str] = []
+
+    def counted(model: Any) -> Any:
+        probed.append(type(model).__name__)
+        return probe(model)
+
+    monkeypatch.setattr(attachment_module, "probe", counted)
+    monkeypatch.setattr(attachment_module, "_geometries", {})
+    sequence = grown(make_model(seed=7), store, **WINDOW)
+    assert probed == ["LlamaForCausalLM"]
+    store.flush()
+    attachment_module._geometries.clear()  # as in another process
+    cache = AttentionStoreCache(make_model(seed=7), "alice", store, **WINDOW)
+    turn(make_model(seed=7), sequence[:, :40], None)
+    turn(cache.model, follow_up(sequence, 5, 3), cache)
+    assert cache.stats.rotated_tokens > 0
+    assert probed == ["LlamaForCausalLM"]
+    store.set_note(cache.model.__dict__["_attnstore_attachment"].fingerprint.current(), {"probe": "damaged"})
+    store.flush()
+    attachment_module._geometries.clear()
+    again = AttentionStoreCache(make_model(seed=7), "alice", store, **WINDOW)
+    turn(again.model, follow_up(sequence, 5, 3), again)
+    assert probed == ["LlamaForCausalLM"] * 2

@@ -1,0 +1,321 @@
+"""What a cache holds: tokens in its layers, where their KV comes from, and how it changes."""
+
+import logging
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import takewhile
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import Cache
+
+from ..errors import CacheUseError, LoadError
+from ..session.chain import TokenChain, common_prefix
+from ..session.manifests import read_manifest
+from ..session.matching import match_prefix
+from ..session.spans import Span, crop, total_tokens
+from ..session.view import View
+from ..session.window import Window
+from ..store.blocks import Key, chain_root
+from ..store.locks import SessionLock
+from ..store.store import AttentionStore
+from .attach import Attachment
+from .layers import SlidingLayer, StoreLayer
+from .restore import Restore, plan_restore, resident_from
+from .saver import BlockSaver
+from .stats import TurnStats
+from .truncation import choose_view
+
+logger = logging.getLogger("hf_attnstore")
+
+_UNKNOWN = "unknown"
+_MAX_PLANS = 8
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A forward that is running: so many new tokens in so many rows."""
+
+    count: int
+    rows: int
+    thread: int
+
+
+class CacheContent(Cache):
+    """A cache that holds tokens of a conversation, seen through a view, and can load more of them.
+
+    What it counts as held, its layers, the chain of ids and what is being saved agree after every method.
+    """
+
+    layers: list[StoreLayer]  # type: ignore[assignment]
+    session: str | None
+    _model: nn.Module
+    _attachment: Attachment
+    _store: AttentionStore | None
+    _saving: bool
+    _wait: float
+    _limit: int | None
+    _window: Window | None
+
+    def _prepare_empty(self) -> None:
+        self._busy = threading.Lock()
+        self._guard = threading.RLock()
+        """Held while the state changes: `store.flush()` in another thread must find it whole."""
+        self._fingerprint = _UNKNOWN
+        self._view = View.plain(chain_root(_UNKNOWN, ""))
+        self._chain = TokenChain(self._view.root, self._store.block_size if self._store else 256)
+        self._saver: BlockSaver | None = None
+        self._held = 0
+        self._untracked = ""
+        self._forward: Forward | None = None
+        self._restore: Restore | None = None
+        self._from_disk: list[Key] = []
+        self._in_turn = False
+        self._checked = False
+        self._changed = False
+        self._speculating = False
+        self._confirmed = 0
+        self._prompt: np.ndarray | None = None
+        """The tokens of the prompt that are in view, where the caller vouches for what will be fed."""
+        self._prompt_tokens = 0
+        self._reopening = False
+        self._lock: SessionLock | None = None
+        self._stats = TurnStats()
+
+    @property
+    def rows(self) -> int:
+        """The batch size of what is held; 0 if nothing is."""
+        return self.layers[0].rows if self.layers else 0
+
+    def _choose_view(self, ids: np.ndarray, limit: int, new_tokens: int) -> View:
+        plain = View.plain(self._view.model_root)
+        if self._window is None or not self._window.overflows(len(ids), new_tokens):
+            return plain
+        manifest = None
+        if self._store is not None and self.session is not None:
+            manifest = self._store.latest_manifest(self.session)
+        views = [self._view]
+        if self._store is not None and manifest is not None:
+            describe = partial(self._store.describe_block, fingerprint=self._fingerprint)
+            views.append(read_manifest(manifest, plain.root, describe))
+        own = common_prefix(self._view.whole(self._chain.ids), ids)
+        history = max(own, manifest.length if manifest is not None else 0)
+        find = self._find if not self._untracked else lambda view, ids: []
+        return choose_view(ids, limit, new_tokens, self._window, plain, views, find, history, self._can_move_keys)
+
+    def _can_move_keys(self) -> bool:
+        geometry = self._attachment.geometry(self._model, self._fingerprint, self._store)
+        if not geometry.movable:
+            self._note(f"kept keys can't be moved, so their tokens are computed again: {geometry.refused}")
+        return geometry.movable
+
+    def _see_through(self, view: View) -> None:
+        """From now on the cache holds what is in `view`; KV that belongs to another is let go."""
+        if not view.same(self._view):
+            for layer in self.layers:
+                layer.reset()
+            self._held = 0
+            self._change_view(view, np.empty(0, dtype=np.int64))
+
+    def _change_view(self, view: View, ids: np.ndarray) -> None:
+        """Sets the view, where the layers hold the tokens `ids` of it."""
+        self._view = view
+        self._chain = TokenChain(view.root, self._chain.block_size, ids, view.base)
+        if self._saver is not None:
+            self._saver.release()
+        self._saver = None
+        if self._store is not None and self._saving:
+            continues = view.prefix[-1].block if view.prefix else b""
+            self._saver = BlockSaver(self.layers, self._chain, self._store, self._fingerprint, continues)
+
+    def _take_up(self, ids: np.ndarray, limit: int) -> tuple[int, list[Span]]:
+        """Gets as much of `ids` as possible into the layers: keeps what is there, loads what is known."""
+        if self._untracked:
+            self._clear()
+            return 0, []
+        if self.rows > 1:
+            self.batch_select_indices(torch.tensor([0]))
+        own = min(common_prefix(self._chain.ids, ids), limit)
+        self._drop_from(own)
+        for _ in range(_MAX_PLANS):
+            spans = crop(self._find(self._view, ids[:limit]), limit)
+            known = total_tokens(spans)
+            length = max(own, known)
+            if own > known and not self._covers(own, spans):
+                length = known  # a sliding layer has let go of what it would need to stay at `own`
+            if length == 0:
+                break
+            try:
+                self._held = length
+                self._restore = self._plan(spans, length)
+                if self._restore is not None:
+                    self._restore.start()
+                return length, spans
+            except LoadError as error:
+                self._note(f"a load failed, its tokens are computed again: {error}")
+                self._clear()
+                own = 0
+        self._clear()
+        return 0, []
+
+    def _drop_from(self, length: int) -> None:
+        """Lets go of what is held beyond `length`, though a sliding layer may then lack the window before it."""
+        for layer in self.layers:
+            if layer.first < length:
+                layer.crop_to(length)
+            else:
+                layer.reset()
+        self._held = min(self._held, length)
+        self._chain.crop(length)
+        if self._saver is not None:
+            self._saver.crop(length)
+
+    def _find(self, view: View, ids: np.ndarray) -> list[Span]:
+        """Where the KV of the first tokens is, of those in `view`."""
+        if self._store is None or not len(ids):
+            return []
+        there = takewhile(lambda span: self._store is not None and self._store.has(span.block), view.prefix)
+        spans = crop(there, len(ids))
+        if total_tokens(spans) == view.base < len(ids):
+            spans += match_prefix(ids, view.root, self._chain.block_size, self._store, view.base)
+        return spans
+
+    def _covers(self, length: int, spans: Sequence[Span]) -> bool:
+        """Whether the layers hold, or the spans have, all that is needed to go on at `length`."""
+        whole_from = self._whole_from(length)
+        return all(
+            resident_from(layer, length, whole_from) >= length or total_tokens(spans) >= length for layer in self.layers
+        )
+
+    def _plan(self, spans: Sequence[Span], length: int) -> Restore | None:
+        if self._store is None:
+            for layer in self.layers:
+                layer.crop_to(length)
+            return None
+        attachment = self._attachment
+        geometry = None
+        if any(span.shift for span in crop(spans, length)):
+            geometry = attachment.geometry(self._model, self._fingerprint, self._store)
+        whole_from = self._whole_from(length)
+        restore = plan_restore(
+            self.layers, attachment.devices, spans, length, whole_from, self._store, attachment.pace, geometry
+        )
+        self._stats.rotated_tokens = restore.rotated_tokens if restore is not None else 0
+        return restore
+
+    def _whole_from(self, length: int) -> int:
+        """Position from which layers need their KV so that what follows `length` can be saved in whole blocks; where
+        nothing is saved, no block need be whole."""
+        return self._chain.bounds(self._chain.block_at(length))[0] if self._saver is not None else length
+
+    def _adopt(self, ids: np.ndarray, spans: Sequence[Span]) -> None:
+        """The layers hold `ids` now; `spans` say what of it the store has."""
+        if len(ids) < self._view.base:  # what comes after depends on KV that was put together otherwise
+            self._change_view(self._view.rebased(len(ids)), ids)
+        agreed = common_prefix(self._chain.ids, ids)
+        self._chain.crop(agreed)
+        self._chain.append(ids[agreed:])
+        self._held = len(ids)
+        if self._saver is not None:
+            last = spans[-1] if spans else None
+            short = last is not None and last.whole and last.block_tokens < self._chain.block_size
+            tail = last.block if last is not None and short and last.first >= self._chain.base else None
+            self._saver.begin_turn(min(total_tokens(spans), len(ids)), tail)
+
+    def _finish_restore(self) -> None:
+        restore, self._restore = self._restore, None
+        if restore is None:
+            return
+        try:
+            restore.finish()
+        except BaseException:
+            self._clear()
+            raise
+        finally:
+            load = restore.load.stats
+            stats = self._stats
+            stats.loaded_bytes += load.bytes
+            stats.load_seconds += load.seconds
+            stats.exposed_load_seconds += restore.exposed_seconds
+            stats.blocks_from = dict(load.blocks_from)
+        self._from_disk = restore.load.from_disk
+
+    def _settle(self, *, keep_load: bool = False) -> None:
+        """Puts the cache into a consistent state whatever happened: every layer holds the tokens of all complete
+        forwards and nothing else."""
+        self._forward = None
+        if self._restore is not None and not keep_load:
+            try:
+                self._finish_restore()
+            except LoadError as error:
+                self._note(f"a load failed, its tokens are computed again: {error}")
+                self._clear()
+                return
+        if any(layer.length != self._held for layer in self.layers):
+            self._crop_to(min(self._held, *(layer.length for layer in self.layers)))
+        elif len(self._chain) > self._held:
+            self._chain.crop(self._held)
+            if self._saver is not None:
+                self._saver.crop(self._held)
+
+    def _clear(self) -> None:
+        """Lets go of everything held."""
+        if self._restore is not None:
+            self._restore.abandon()
+            self._restore = None
+        for layer in self.layers:
+            layer.reset()
+        self._held = 0
+        if self._view.base:
+            self._change_view(self._view.rebased(0), np.empty(0, dtype=np.int64))
+        self._chain.crop(0)
+        if self._saver is not None:
+            self._saver.crop(0)
+
+    def _crop_to(self, length: int) -> None:
+        if all(resident_from_window(layer, length) for layer in self.layers):
+            for layer in self.layers:
+                layer.crop_to(length)
+        else:
+            self._reload_windows(length)
+        self._held = length
+        if length < self._view.settled:
+            self._change_view(self._view.cropped(self._view.logical(length)), self._chain.ids[:length])
+        self._chain.crop(length)
+        if self._saver is not None:
+            self._saver.crop(length)
+
+    def _reload_windows(self, length: int) -> None:
+        """A sliding layer has let go of the window before `length`: gets it back from the store."""
+        spans = crop(self._find(self._view, self._chain.ids[:length]), length)
+        if total_tokens(spans) < length:
+            raise CacheUseError(
+                f"can't go back to {length} tokens: a sliding-window layer does not hold the window before it any "
+                "more and the store does not have it; call activate_past_recording() before, or reset()"
+            )
+        try:
+            self._restore = self._plan(spans, length)
+            self._finish_restore()
+        except BaseException:
+            self._clear()
+            raise
+
+    def _note(self, reason: str) -> None:
+        self._stats.recomputed = reason
+        logger.warning(reason)
+
+    def _untrack(self, reason: str, *, expected: bool = False) -> None:
+        """From here on the cache holds tokens that ids do not identify: they serve this turn and are not kept."""
+        if not self._untracked:
+            self._untracked = reason
+            if not expected:
+                self._stats.recomputed = reason
+                logger.warning("not reused and not saved from token %d on: %s", len(self._chain), reason)
+
+
+def resident_from_window(layer: StoreLayer, length: int) -> bool:
+    """Whether a layer can be cropped to `length` with what it holds."""
+    return not isinstance(layer, SlidingLayer) or layer.has_window(length)

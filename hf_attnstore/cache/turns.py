@@ -1,0 +1,242 @@
+"""Turns of a cache: from finding what is known of a conversation to handing over what is new."""
+
+import logging
+import threading
+
+import numpy as np
+
+from ..errors import ContextWindowError, LoadError, SessionBusyError, StoreClosedError
+from ..session.manifests import write_manifest
+from ..session.spans import Span, crop
+from ..session.view import View
+from ..store.blocks import chain_root
+from .content import CacheContent
+from .layers import FullLayer, SlidingLayer
+from .stats import TurnStats
+
+logger = logging.getLogger("hf_attnstore")
+
+_MAX_EXPECTED_NEW = 4096
+
+
+class CacheTurns(CacheContent):
+    """A cache that has turns: one `generate` each, or the forwards of a loop of one's own up to `save`."""
+
+    def save(self) -> None:
+        """Ends a turn of one's own loop: everything complete is handed to the store, the session updated.
+
+        `generate` does this by itself, and so do `store.flush()` and `store.close()`.
+        """
+        with self._guard:
+            if self._in_turn and not self._checked and not self._runs_elsewhere():
+                self.end_turn()
+
+    def _runs_elsewhere(self) -> bool:
+        """Whether a forward is running in another thread. One of this thread's own was left by an exception."""
+        return self._forward is not None and self._forward.thread != threading.get_ident()
+
+    def begin_turn(
+        self, ids: np.ndarray, *, limit: int, new_tokens: int = 0, checked: bool = False, unreadable: str = ""
+    ) -> int:
+        """Starts a turn on the conversation `ids` `[tokens]`: finds and begins to load what is known of it.
+
+        Args:
+            limit: reuse at most so many of its leading tokens.
+            new_tokens: how many tokens are expected on top: for the capacity of the layers, and for the window.
+            checked: the caller vouches for masks and positions, so that forwards need not look at them.
+            unreadable: why nothing is to be loaded, if so; nothing is saved then.
+
+        Returns:
+            The tokens reused; `get_seq_length()` says the same from now on, though the data may still be coming.
+            What is to be fed is `prompt_in_view(ids)`, without these.
+
+        Raises:
+            ContextWindowError: what is new, or `new_tokens`, does not fit into the window.
+        """
+        self._acquire()
+        with self._guard:
+            try:
+                self._open()
+                self._checked = checked
+                if unreadable:
+                    self._untrack(unreadable)
+                self._see_through(self._choose_view(ids, limit, new_tokens))
+                shown, limit = self._view.in_view(ids), limit - self._view.dropped
+                if self._limit is not None and len(shown) > self._limit:
+                    self._untrack(f"positions beyond {self._limit} change the rotary frequencies of all")
+                for layer in self.layers:
+                    if isinstance(layer, FullLayer):
+                        layer.expected = len(shown) + min(new_tokens, max(_MAX_EXPECTED_NEW, len(shown)))
+                    elif isinstance(layer, SlidingLayer):
+                        layer.record_past = False  # of an earlier turn; who needs it asks again
+                reused, spans = self._take_up(shown, limit)
+                self._adopt(shown[:reused], spans)
+            except ContextWindowError:
+                self._close_turn()
+                raise
+            except BaseException:
+                self._clear()  # half of what was planned may be in place
+                self._close_turn()
+                raise
+            self._prompt = shown if checked else None
+            self._prompt_tokens = len(shown)
+            stats = self._stats
+            stats.prompt_tokens = len(ids)
+            stats.reused_tokens = reused
+            stats.dropped_tokens = self._view.dropped
+            if self._view.dropped:
+                stats.truncation = "rotated" if self._view.base else "recomputed"
+        return reused
+
+    def prompt_in_view(self, ids: np.ndarray) -> np.ndarray:
+        """Of the conversation `ids` that a turn was begun on, the tokens that the model is to see."""
+        return self._view.in_view(ids)
+
+    def begin_unidentified_turn(self, reason: str, prompt_tokens: int = 0) -> None:
+        """Starts a turn whose content token ids do not identify: nothing is reused and nothing kept."""
+        self._acquire()
+        with self._guard:
+            try:
+                self._open()
+                self._checked = True
+                self._clear()
+                self._see_through(View.plain(self._view.model_root))
+                self._untrack(reason)
+            except BaseException:
+                self._close_turn()
+                raise
+            self._stats.prompt_tokens = self._prompt_tokens = prompt_tokens
+
+    def abandon(self, error: LoadError) -> None:
+        """A load failed in the middle of a turn: lets go of everything held. The turn, which still has the session
+        to itself, is to be begun again, or ended."""
+        with self._guard:
+            self._note(f"a load failed, its tokens are computed again: {error}")
+            self._forward = None
+            self._clear()
+            self._reopening = True
+
+    def end_turn(self) -> None:
+        """Ends the turn: hands over what is complete and commits the session. Also after an exception."""
+        with self._guard:
+            if not self._in_turn:
+                return
+            try:
+                self._settle()
+                if self._speculating and self._confirmed < self._held:
+                    self._crop_to(self._confirmed)
+                try:
+                    self._hand_over()
+                except StoreClosedError:
+                    self._stop_saving()
+            finally:
+                self._close_turn()
+
+    def _acquire(self) -> None:
+        """Makes this thread the only one that has a turn on this object, and this object the only one with a turn
+        on the session."""
+        if self._reopening:
+            return
+        self.save()
+        if not self._busy.acquire(blocking=False):
+            raise SessionBusyError("this cache object is in the middle of another turn; make one object per thread")
+        try:
+            if self._store is not None:
+                if self._store.closed:
+                    raise StoreClosedError(
+                        f"the store {self._store.path} of this cache is closed; make a new cache with an open store"
+                    )
+                if self.session is not None and self._saving:
+                    self._lock = self._store.lock_session(self.session, self._wait)
+        except BaseException:
+            self._close_turn()
+            raise
+
+    def _open(self) -> None:
+        self._in_turn = True
+        if self._store is not None and self._attachment.computes_on_cpu:
+            self._store.begin_computing(id(self))
+        self._stats = TurnStats(recomputed=self._stats.recomputed if self._reopening else "")
+        self._reopening = False
+        self._untracked = ""
+        self._changed = False
+        self._speculating = False
+        self._prompt = None
+        self._settle()
+        self._identify()
+
+    def _close_turn(self) -> None:
+        if self._store is not None:
+            self._store.end_computing(id(self))
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+        self._in_turn = self._checked = self._reopening = False
+        if self._busy.locked():
+            self._busy.release()
+
+    def _identify(self) -> None:
+        """Makes sure that what is held, and the chain it goes by, belong to the model as it is now."""
+        if self._model.training:
+            self._untrack("the model is in training mode (model.eval() makes its KV reproducible)")
+        try:
+            fingerprint = self._attachment.fingerprint.current()
+        except Exception as error:
+            self._untrack(f"the model's weights can't be identified ({error})")
+            return
+        if fingerprint != self._fingerprint:
+            if self._held:
+                self._note("the model's weights or settings changed: what the cache held is computed again")
+            self._clear()
+            self._fingerprint = fingerprint
+            root = chain_root(fingerprint, self._store.namespace if self._store is not None else "")
+            self._change_view(View.plain(root), np.empty(0, dtype=np.int64))
+        if self._store is not None and self.session is not None:
+            before = self._store.session_fingerprint(self.session)
+            if before not in (None, "", fingerprint):
+                self._note(
+                    f"session {self.session!r} was computed by a model with other weights or settings "
+                    f"({before[:12]}, now {fingerprint[:12]}): that KV is not reused"
+                )
+
+    def _hand_over(self) -> None:
+        if self._store is None:
+            return
+        stats = self._stats
+        if self._saver is not None:
+            saved = self._saver.finish(len(self._chain))
+            # a turn that computed nothing, or nothing that ids identify, leaves the session as it was
+            if self._changed and (len(self._chain) or not self._untracked):
+                self._commit(saved)
+            stats.saved_bytes = self._saver.saved_bytes
+            stats.save_seconds = self._saver.seconds
+        self._store.count_turn(
+            stats.reused_tokens,
+            stats.prompt_tokens,
+            stats.loaded_bytes,
+            stats.load_seconds,
+            stats.exposed_load_seconds,
+        )
+        # not earlier: the copying would take cores from the turn itself
+        from_disk, self._from_disk = self._from_disk, []
+        self._store.promote(from_disk)
+
+    def _stop_saving(self) -> None:
+        if self._saver is not None:
+            self._saver.release()
+            self._saver = None
+        logger.warning("the store was closed in the middle of a turn: what the turn computed is not saved")
+
+    def _commit(self, tokens: int) -> None:
+        assert self._store is not None
+        chain = self._chain
+        spans = crop(self._view.prefix, tokens)
+        for block in range(-(-max(tokens - chain.base, 0) // chain.block_size)):
+            start, stop = chain.bounds(block)
+            stop = min(stop, tokens)
+            spans.append(Span(chain.key(block), 0, stop - start, start, stop - start))
+        if self.session is not None:
+            manifest = write_manifest(self._view, spans, self._view.logical(len(chain)))
+            self._store.commit(self.session, self._fingerprint, manifest)
+        elif spans:
+            self._store.touch([span.block for span in spans])
