@@ -48,9 +48,14 @@ class Rotation:
             with torch.inference_mode(False):
                 angles = self.frequencies * shift
                 found = angles.cos().float().to(device), angles.sin().float().to(device)
+            if found[0].is_cuda:  # the next to use them may be on another stream
+                torch.cuda.current_stream(found[0].device).synchronize()
             if len(self._tables) >= _MAX_TABLES:
                 self._tables.clear()
             self._tables[wanted] = found
+        if found[0].is_cuda:
+            for table in found:  # not to be used again for something else before this stream is done with it
+                table.record_stream(torch.cuda.current_stream(table.device))
         return found
 
     @torch.no_grad()

@@ -1,5 +1,6 @@
 """AttentionStore: blocks by key in memory and on disk, and the sessions made of them."""
 
+import atexit
 import json
 import logging
 import os
@@ -45,6 +46,19 @@ class Saver(Protocol):
         """Hands over everything that is complete."""
 
 
+_open_stores: "weakref.WeakSet[AttentionStore]" = weakref.WeakSet()
+
+
+@atexit.register
+def _close_open_stores() -> None:
+    """What was handed over to a store that nobody closed is written before the process ends."""
+    for store in list(_open_stores):
+        try:
+            store.close()
+        except Exception:
+            logger.warning("the store %s could not be closed at exit", store.path, exc_info=True)
+
+
 def default_path() -> Path:
     """`$HF_HOME/attnstore`, where `HF_HOME` defaults as in huggingface_hub."""
     from huggingface_hub.constants import HF_HOME
@@ -68,7 +82,7 @@ class AttentionStore:
         StoreFormatError: the folder holds something else, or a store of another format or block size.
 
     Safe to use from several threads, and several processes may share a folder. Use it as a context manager, or
-    `close()` it; what was handed over is then on disk.
+    `close()` it; what was handed over is then on disk. A process that ends in the ordinary way closes its stores.
     """
 
     def __init__(
@@ -105,6 +119,7 @@ class AttentionStore:
         self._count_lock = threading.Lock()
         self._warned: set[str] = set()
         self._closed = False
+        _open_stores.add(self)
 
     def _open_folder(self) -> None:
         try:

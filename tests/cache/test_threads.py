@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import random
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -463,3 +466,20 @@ def test_a_copy_of_a_cache_in_mid_conversation_is_used_in_another_thread(store: 
     assert_reused(cache, prompts[0], 45)
     assert_reused(twin, prompts[1], 45)
     assert store.tokens("alice") == ours[0][0, :-1].tolist()
+
+
+def test_a_process_that_just_ends_keeps_its_last_turn(tmp_path: Path) -> None:
+    script = """
+import sys
+from tiny_models import make_model, tokens
+from turns import turn
+from hf_attnstore import AttentionStore, AttentionStoreCache
+model = make_model()
+turn(model, tokens(70), AttentionStoreCache(model, "alice", AttentionStore(sys.argv[1], block_size=16)))
+"""
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
+    subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "store")], check=True, env={**os.environ, "PYTHONPATH": paths}
+    )
+    with AttentionStore(tmp_path / "store", block_size=16) as store:
+        assert len(store.tokens("alice")) == 75

@@ -486,3 +486,27 @@ def test_a_model_is_probed_once_and_never_again_for_the_same_store(
     again = AttentionStoreCache(make_model(seed=7), "alice", store, **WINDOW)
     turn(again.model, follow_up(sequence, 5, 3), again)
     assert probed == ["LlamaForCausalLM"] * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tier", ["memory", "disk"])
+@pytest.mark.parametrize("family", MOVABLE)
+def test_a_truncated_conversation_on_a_gpu_says_what_it_says_on_the_cpu(
+    family: str, tier: str, store: AttentionStore
+) -> None:
+    model = make_model(family).to("cuda")
+    reference = TruncatingReference(make_model(family), 64, 4)
+    sequence = tokens(0)
+    for number in range(8):
+        prompt = follow_up(sequence, 15, number)
+        theirs = reference.turn(prompt, ROOM)
+        store.flush()
+        if tier == "disk":
+            store.drop_memory()
+        cache = AttentionStoreCache(model, "alice", store, **WINDOW)
+        ours = turn(model, prompt.to("cuda"), cache)
+        assert cache.stats.dropped_tokens == reference.dropped
+        for a, b in zip(ours.logits, theirs.logits, strict=True):
+            torch.testing.assert_close(a.cpu(), b, rtol=1e-2, atol=1e-2 * float(b.abs().max()))
+        sequence = torch.cat([prompt, theirs.sequences[:, -ROOM:]], dim=1)
+    assert reference.dropped > 0
