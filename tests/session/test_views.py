@@ -74,7 +74,7 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=250, deadline=None)
 @given(STEPS, st.integers(0, 60))
 def test_views_agree_with_a_plain_list(steps: list[tuple[list[int], int, int]], cropped: int) -> None:
     model, view = Model(), View.plain(ROOT)
@@ -99,11 +99,14 @@ def test_views_agree_with_a_plain_list(steps: list[tuple[list[int], int, int]], 
     kept = [place for place in model.kept if place < cropped]
     ids = np.array([*model.ids[:cropped], 9, 9], dtype=np.int64)
     assert shorter.in_view(ids).tolist()[: len(kept)] == [model.ids[place] for place in kept]
-    assert shorter.prefix == tuple(crop(view.prefix, len(kept)))
-    assert (shorter.root == view.root) == (shorter.base == view.base)
+    if shorter.dropped:
+        assert shorter.prefix == tuple(crop(view.prefix, len(kept)))
+        assert (shorter.root == view.root) == (shorter.base == view.base)
+    else:  # what comes before the first dropped token is a plain conversation
+        assert shorter.same(View.plain(ROOT))
 
 
-@settings(max_examples=200)
+@settings(max_examples=150, deadline=None)
 @given(STEPS)
 def test_what_can_not_be_moved_is_a_plain_chain_of_what_is_left(steps: list[tuple[list[int], int, int]]) -> None:
     view, ids, kept = View.plain(ROOT), [], []
@@ -123,6 +126,7 @@ def test_what_can_not_be_moved_is_a_plain_chain_of_what_is_left(steps: list[tupl
         assert again.in_view(np.array(ids)).tolist() == view.in_view(np.array(ids)).tolist()
 
 
+@settings(max_examples=250, deadline=None)
 @given(STEPS, st.integers(0, 200))
 def test_a_manifest_with_a_lost_block_is_read_up_to_there(steps: list[tuple[list[int], int, int]], lost: int) -> None:
     model, view = Model(), View.plain(ROOT)
