@@ -67,23 +67,24 @@ class Rotation:
         if shift == 0 or not len(self.frequencies):
             return
         part = states[..., self.offset : self.offset + self.width]
-        if self.interleaved:
-            first, second = part[..., 0::2], part[..., 1::2]
-        else:
-            first, second = part.chunk(2, dim=-1)
         if states.dtype == torch.float64:
             angles = (self.frequencies * shift).to(states.device)
             cos, sin = angles.cos(), angles.sin()
+            work = part
         else:
             cos, sin = self.tables(shift, states.device)
-        if states.dtype in (torch.float32, torch.float64):
-            before = first.clone()
+            work = part.float()
+        if self.interleaved:
+            if not _pairs_are_complex(work):
+                work = work.clone(memory_format=torch.contiguous_format)
+            torch.view_as_complex(work.unflatten(-1, (-1, 2))).mul_(torch.complex(cos, sin))
+        else:
+            first, second = work.chunk(2, dim=-1)
+            turned = first * sin
             first.mul_(cos).addcmul_(second, sin, value=-1)
-            second.mul_(cos).addcmul_(before, sin)
-            return
-        a, b = first.float(), second.float()
-        first.copy_((a * cos).addcmul_(b, sin, value=-1))
-        second.copy_(b.mul_(cos).addcmul_(a, sin))
+            second.mul_(cos).add_(turned)
+        if work is not part:
+            part.copy_(work)
 
     def __str__(self) -> str:
         style = "interleaved" if self.interleaved else "half-split"
@@ -166,6 +167,12 @@ class Geometry:
             for layer in saved["layers"]
         ]
         return cls(tuple(layers), str(saved["refused"]))
+
+
+def _pairs_are_complex(states: torch.Tensor) -> bool:
+    """Whether neighbouring channels can be seen as complex numbers where they lie."""
+    *strides, last = states.stride()
+    return last == 1 and states.storage_offset() % 2 == 0 and all(stride % 2 == 0 for stride in strides)
 
 
 def _ranges(numbers: list[int]) -> str:

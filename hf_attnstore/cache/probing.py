@@ -21,11 +21,13 @@ from .positions import Geometry, LayerGeometry, Rotation
 
 logger = logging.getLogger("hf_attnstore")
 
-PROBE_VERSION = 1
+PROBE_VERSION = 2
 """To be raised when verdicts may change: those of other versions are not believed."""
 
 _TOKENS = 4
-_FARTHEST = 2048
+_FARTHEST = 1 << 17
+_FEWEST = 8
+"""Positions that a model must have: with fewer, nothing is left to check a rotation against."""
 _CONFIRMING = 12
 """Tokens of a sequence that only confirms what single tokens showed."""
 _SEQUENCE = 132
@@ -33,6 +35,9 @@ _SEQUENCE = 132
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 """By dtype: how far keys may be from what a rotation predicts, relative to their length. Models in half precision
 round the cosines and the keys."""
+
+
+_NO_ROTATION = "{} depend on position in a way that is no rotation (learned positions, perhaps)"
 
 
 class _Refused(Exception):
@@ -69,6 +74,8 @@ def _probe(model: nn.Module) -> Iterator[LayerGeometry]:
     if "past_key_values" not in parameters:
         raise _Refused("its forward takes no past_key_values")
     ids = _ordinary_ids(config, text)
+    if _positions(text) < _FEWEST:
+        raise _Refused(f"the model has too few positions to tell ({_positions(text)})")
     # in a sequence of one and the same token, attention averages equal values: no position but by rotation either
     takes_positions = "position_ids" in parameters
     count = min(_CONFIRMING if takes_positions else _SEQUENCE, _positions(text))
@@ -111,8 +118,8 @@ def _positions(text: Any) -> int:
 
 def _places(limit: int) -> list[int]:
     """Positions to look at: 1, then at growing distances from it for measuring, and others to check against."""
-    distances = [1 << n for n in range(12) if 1 + (1 << n) < limit]
-    others = [place for place in (4, 7, 12, 23, 47, 99, 187, 411, 1003, 1801) if place < limit]
+    distances = [1 << n for n in range(17) if 1 + (1 << n) < limit]
+    others = [place for place in (4, 7, 12, 23, 47, 99, 187, 411, 1003, 1801, 5003, 20011, 70001) if place < limit]
     return [1, *(1 + distance for distance in distances), *others]
 
 
@@ -190,13 +197,15 @@ def _explain(
     dim = states.shape[-1]
     size = states.norm(dim=-1).amax().clamp_min(1e-30)
     moving = torch.nonzero((states - states[:1]).abs().amax(dim=(0, 1, 2)) > tolerance * size).flatten().tolist()
+    if not moving:  # too little in every channel, and still too much together
+        raise _Refused(_NO_ROTATION.format(what))
     fitting = [r for r in _proposals(candidates, moving, dim) if _agrees(r, states, places, tolerance)]
     if fitting:
         return min(fitting, key=lambda rotation: float(_errors(rotation, states, places).max()))
     for rotation in _measured(states, places, moving, dim):
         if _agrees(rotation, states, places, tolerance):
             return rotation
-    raise _Refused(f"{what} depend on position in a way that is no rotation (learned positions, perhaps)")
+    raise _Refused(_NO_ROTATION.format(what))
 
 
 def _proposals(candidates: list[torch.Tensor], moving: list[int], dim: int) -> Iterator[Rotation]:
