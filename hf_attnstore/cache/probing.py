@@ -21,11 +21,11 @@ from .positions import Geometry, LayerGeometry, Rotation
 
 logger = logging.getLogger("hf_attnstore")
 
-PROBE_VERSION = 2
+PROBE_VERSION = 3
 """To be raised when verdicts may change: those of other versions are not believed."""
 
 _TOKENS = 4
-_FARTHEST = 1 << 17
+_FARTHEST = 2048
 _FEWEST = 8
 """Positions that a model must have: with fewer, nothing is left to check a rotation against."""
 _CONFIRMING = 12
@@ -118,8 +118,8 @@ def _positions(text: Any) -> int:
 
 def _places(limit: int) -> list[int]:
     """Positions to look at: 1, then at growing distances from it for measuring, and others to check against."""
-    distances = [1 << n for n in range(17) if 1 + (1 << n) < limit]
-    others = [place for place in (4, 7, 12, 23, 47, 99, 187, 411, 1003, 1801, 5003, 20011, 70001) if place < limit]
+    distances = [1 << n for n in range(12) if 1 + (1 << n) < limit]
+    others = [place for place in (4, 7, 12, 23, 47, 99, 187, 411, 1003, 1801) if place < limit]
     return [1, *(1 + distance for distance in distances), *others]
 
 

@@ -120,6 +120,7 @@ TABLE: dict[str, tuple[str, dict[str, Any], list[Turn] | str]] = {
     "glm4": ("Glm4", {"head_dim": 16}, [("keys", INTERLEAVED, 0, 8)] * 2),
     "olmo": ("Olmo", {}, _WHOLE),
     "olmo2": ("Olmo2", {}, _WHOLE),
+    "olmo3": ("Olmo3", {"sliding_window": 32}, _WHOLE),
     "olmoe": ("Olmoe", {"num_experts": 4, "num_experts_per_tok": 2}, _WHOLE),
     "starcoder2": ("Starcoder2", {}, _WHOLE),
     "granite": ("Granite", {}, _WHOLE),
@@ -129,6 +130,23 @@ TABLE: dict[str, tuple[str, dict[str, Any], list[Turn] | str]] = {
     # v2 leaves pairs where they are (complex numbers); v3 sorts them into halves while it turns them
     "deepseek-v2": ("DeepseekV2", _MLA, [("values", INTERLEAVED, 0, 8)] * 2),
     "deepseek-v3": ("DeepseekV3", _MLA, [("values", HALF, 0, 8)] * 2),
+    "exaone4": (
+        "Exaone4",
+        {"num_hidden_layers": 4, "sliding_window": 32, "sliding_window_pattern": 4},
+        [*[("keys", HALF, 0, 16)] * 3, None],
+    ),
+    "dbrx": (
+        "Dbrx",
+        {
+            "d_model": 64,
+            "n_heads": 4,
+            "n_layers": 2,
+            "max_seq_len": 256,
+            "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+            "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+        },
+        _WHOLE,
+    ),
     "ernie4.5": ("Ernie4_5", {"head_dim": 16}, _WHOLE_INTERLEAVED),
     "gpt-oss": ("GptOss", {**_LOCAL_MOE, "head_dim": 16, "sliding_window": 32, **_rope("default")}, _WHOLE),
     "helium": ("Helium", {"head_dim": 16}, _WHOLE_INTERLEAVED),
@@ -141,6 +159,20 @@ TABLE: dict[str, tuple[str, dict[str, Any], list[Turn] | str]] = {
     "mamba": ("Mamba", {}, _STATE),
     "jamba": ("Jamba", {}, _STATE),
     "bamba": ("Bamba", {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_n_groups": 1}, _STATE),
+    "lfm2": ("Lfm2", {"layer_types": ["conv", "full_attention"]}, _STATE),
+    # sinusoids that are added to the embeddings
+    "ctrl": ("CTRL", {"n_embd": 64, "n_layer": 2, "n_head": 4, "dff": 64, "n_positions": 256}, _LEARNED),
+    "bart-decoder": (
+        "Bart",
+        {
+            "d_model": 64,
+            "decoder_layers": 2,
+            "decoder_attention_heads": 4,
+            "decoder_ffn_dim": 64,
+            "is_encoder_decoder": False,
+        },
+        _LEARNED,
+    ),
     "rwkv": ("Rwkv", {}, "takes no past_key_values"),
 }
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from architectures import HALF, INTERLEAVED, TABLE, make_architecture
 from transformers import DynamicCache
 
@@ -63,9 +64,18 @@ def test_the_verdict_is_that_of_the_modelling_file(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name, row in TABLE.items() if not isinstance(row[2], str)])
 def test_states_at_positions_that_were_not_looked_at_are_predicted(name: str) -> None:
     model = build(name)
-    if "position_ids" not in inspect.signature(model.forward).parameters:
-        pytest.skip("the model takes no positions")
     geometry = probe(model)
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        # one token again and again: attention averages equal values, so that only a key's position may tell
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(input_ids=torch.full((1, 60), 9), past_key_values=cache, use_cache=True)
+        for layer, held in zip(geometry.layers, cache.layers, strict=True):
+            assert layer.keys is None
+            assert layer.values is None
+            torch.testing.assert_close(held.keys, held.keys[:, :, 33:34].expand_as(held.keys))
+            torch.testing.assert_close(held.values, held.values[:, :, 33:34].expand_as(held.values))
+        return
     worst = 0.0
     for token in (9, 55):
         for here, there in ((6, 219), (88, 31), (201, 3)):
@@ -79,9 +89,7 @@ def test_states_at_positions_that_were_not_looked_at_are_predicted(name: str) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(
-    "name", ["llama", "llama-yarn", "gemma3", "phi", "gptj", "cohere2", "glm", "deepseek-v3", "bloom", "gpt2", "opt"]
-)
+@pytest.mark.parametrize("name", TABLE)
 def test_half_precision_changes_no_verdict(name: str, dtype: torch.dtype) -> None:
     exact, rounded = probe(build(name)), probe(build(name, dtype))
     assert verdict(rounded) == verdict(exact)
@@ -89,3 +97,23 @@ def test_half_precision_changes_no_verdict(name: str, dtype: torch.dtype) -> Non
         for one, other in ((a.keys, b.keys), (a.values, b.values)):
             if one is not None and other is not None:
                 torch.testing.assert_close(other.frequencies, one.frequencies, rtol=2e-2, atol=1e-4)
+
+
+def test_axes_of_text_shift_alike() -> None:
+    text = {
+        "vocab_size": 101,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+    }
+    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2}
+    special = {"image_token_id": 90, "video_token_id": 91, "vision_start_token_id": 92, "vision_end_token_id": 93}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = transformers.Qwen2VLConfig(text_config=text, vision_config=vision, **special)
+        model = transformers.Qwen2VLForConditionalGeneration(config).eval()
+    assert verdict(probe(model)) == [("keys", HALF, 0, 16)] * 2

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from tiny_models import make_llama, make_model, tokens
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -129,6 +130,17 @@ def test_strides_dtypes_and_modes(interleaved: bool, dtype: torch.dtype) -> None
     assert torch.equal(whole, before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half-split", "interleaved"])
+@pytest.mark.parametrize(("dim", "offset"), [(DIM, 3), (DIM + 1, 4), (DIM + 1, 5)])
+def test_pairs_may_lie_at_odd_places(dim: int, offset: int, interleaved: bool, dtype: torch.dtype) -> None:
+    frequencies, _ = scaled("default", 8)
+    states = torch.randn(2, 9, dim, generator=torch.Generator().manual_seed(2)).to(dtype)
+    expected = oracle(states, torch.full((9,), 31), frequencies, offset, interleaved).to(dtype)
+    Rotation(frequencies, offset, interleaved).rotate_(states, 31)
+    torch.testing.assert_close(states, expected, rtol=1e-2 if dtype.itemsize == 2 else 1e-6, atol=1e-6)
+
+
 def test_a_geometry_survives_json_and_is_readable() -> None:
     frequencies, _ = scaled("default", 8)
     turns, none = LayerGeometry(Rotation(frequencies, 4, True), None), LayerGeometry(None, None)
@@ -197,6 +209,35 @@ def test_a_model_that_does_not_go_by_its_positions_is_refused(monkeypatch: pytes
     forward = rotary.forward
     monkeypatch.setattr(rotary, "forward", lambda x, position_ids: forward(x, position_ids**2 % 7))
     assert not probe(model).movable
+
+
+@pytest.mark.parametrize("positions", [1, 2, 3, 7])
+def test_a_model_with_too_few_positions_to_tell_is_refused(positions: int) -> None:
+    assert "too few positions" in probe(make_llama(max_position_embeddings=positions)).refused
+
+
+def test_few_positions_are_enough() -> None:
+    geometry = probe(make_llama(max_position_embeddings=8))
+    assert geometry.layers[0].keys is not None
+    assert geometry.layers[0].keys.width == 12
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale"), [(torch.float32, 0.0005), (torch.float16, 0.0005), (torch.bfloat16, 0.002)], ids=str
+)
+def test_weak_learned_positions_are_refused_in_words(dtype: torch.dtype, scale: float) -> None:
+    model: Any = make_model("gpt2", dtype)
+    with torch.no_grad():
+        model.transformer.wpe.weight.mul_(scale)
+    assert "learned positions" in probe(model).refused
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "deepseek-v3"])
+@pytest.mark.parametrize("buffers", [False, True], ids=["weights", "weights and buffers"])
+def test_offloaded_models_are_probed_like_others(family: str, buffers: bool) -> None:
+    expected = probe(make_model(family)).describe()
+    offloaded = cpu_offload(make_model(family), execution_device=torch.device("cpu"), offload_buffers=buffers)
+    assert probe(offloaded).describe() == expected
 
 
 def test_the_description_of_a_model_says_what_happens_to_it() -> None:
