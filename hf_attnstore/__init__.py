@@ -19,7 +19,7 @@ from .errors import (
     StoreFormatError,
     UnsupportedModelError,
 )
-from .store.index import SessionInfo
+from .store.manifest import SessionInfo
 from .store.store import AttentionStore
 
 __all__ = [

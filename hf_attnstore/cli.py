@@ -1,4 +1,4 @@
-"""The `attnstore` command: demo, chat, sessions, bench."""
+"""The `attnstore` command: demo, chat, the tools that look after a store, bench."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from .bench.cli import app as bench_app
 from .errors import AttentionStoreError
+from .tools_cli import add_to
 
 
 class _OneLineErrors(typer.core.TyperGroup):
@@ -103,19 +104,6 @@ def chat(
         TerminalChat(loaded, tokenizer, opened, session, system, console, options).run()
 
 
-@app.command("sessions")
-@app.command("ls", hidden=True)
-def sessions(store: Store = None) -> None:
-    """The conversations in a store."""
-    from .store import AttentionStore
-    from .terminal import sessions_table
-
-    console = Console(highlight=False)
-    with AttentionStore(store) as opened:
-        found = opened.sessions()
-        console.print(sessions_table(found) if found else f"no sessions in {opened.path}")
-
-
 @app.command()
 def inspect(model: Model = None, device: Device = None, dtype: Dtype = "auto") -> None:
     """What the store makes of a model: its layers, its window, and how positions are in its keys."""
@@ -128,6 +116,7 @@ def inspect(model: Model = None, device: Device = None, dtype: Dtype = "auto") -
     console.print(escape(describe(loaded)))
 
 
+add_to(app)
 app.add_typer(bench_app, name="bench")
 
 if __name__ == "__main__":

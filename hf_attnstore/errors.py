@@ -16,8 +16,22 @@ class StoreClosedError(AttentionStoreError):
 class LoadError(AttentionStoreError):
     """A block could not be read: missing, damaged, or not what its key promises.
 
+    `transient` tells whether it may be readable later: the disk failed, the file as such was not found wrong.
+
     `generate` catches it and recomputes; manual loops see it only from `AttentionStoreCache.match`'s smaller count.
     """
+
+    def __init__(self, message: str, *, transient: bool = False) -> None:
+        super().__init__(message)
+        self.transient = transient
+
+
+class StoreIOError(AttentionStoreError):
+    """The disk would not read or write: full, failing, forbidden, or gone."""
+
+
+class EncryptionKeyError(AttentionStoreError):
+    """The key of an encrypted store is missing, wrong, or none."""
 
 
 class SessionNameError(AttentionStoreError, ValueError):

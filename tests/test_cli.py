@@ -197,7 +197,7 @@ def test_installed_command_starts() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "hf_attnstore.cli", "--help"], capture_output=True, text=True, check=True
     )
-    for command in ("demo", "chat", "sessions", "bench"):
+    for command in ("demo", "chat", "ls", "verify", "repair", "bench"):
         assert command in done.stdout
 
 

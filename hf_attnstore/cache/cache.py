@@ -12,7 +12,6 @@ from torch import nn
 from transformers import Cache
 
 from ..errors import CacheUseError, LoadError
-from ..session.view import View
 from ..store.store import AttentionStore
 from .attach import Attachment, ensure_hooks, owner_of
 from .fingerprint import position_limit
@@ -206,7 +205,7 @@ class AttentionStoreCache(CacheForwards):
             self.save()
             self._forward = None
             self._clear()
-            self._change_view(View.plain(self._view.model_root), np.empty(0, dtype=np.int64))
+            self._change_view(self._view.as_plain(), np.empty(0, dtype=np.int64))
 
     def activate_past_recording(self) -> None:
         """From now on the cache can go back by `crop` however far: what comes may be drafts to be checked."""

@@ -19,7 +19,7 @@ from ..session.matching import match_prefix
 from ..session.spans import Span, crop, total_tokens
 from ..session.view import View
 from ..session.window import Window
-from ..store.blocks import Key, chain_root
+from ..store.keys import Key, chain_root
 from ..store.locks import SessionLock
 from ..store.store import AttentionStore
 from .attach import Attachment
@@ -91,7 +91,7 @@ class CacheContent(Cache):
         return self.layers[0].rows if self.layers else 0
 
     def _choose_view(self, ids: np.ndarray, limit: int, new_tokens: int) -> View:
-        plain = View.plain(self._view.model_root)
+        plain = self._view.as_plain()
         if self._window is None or not self._window.overflows(len(ids), new_tokens):
             return plain
         manifest = None
@@ -100,7 +100,7 @@ class CacheContent(Cache):
         views = [self._view]
         if self._store is not None and manifest is not None:
             describe = partial(self._store.describe_block, fingerprint=self._fingerprint)
-            views.append(read_manifest(manifest, plain.root, describe))
+            views.append(read_manifest(manifest, plain, describe))
         own = common_prefix(self._view.whole(self._chain.ids), ids)
         history = max(own, manifest.length if manifest is not None else 0)
         find = self._find if not self._untracked else lambda view, ids: []
@@ -109,7 +109,9 @@ class CacheContent(Cache):
     def _can_move_keys(self) -> bool:
         geometry = self._attachment.geometry(self._model, self._fingerprint, self._store)
         if not geometry.movable:
-            self._note(f"kept keys can't be moved, so their tokens are computed again: {geometry.refused}")
+            self._note(
+                f"kept keys can't be moved, so their tokens are computed again: {geometry.refused}", "keys not movable"
+            )
         return geometry.movable
 
     def _see_through(self, view: View) -> None:
@@ -123,7 +125,7 @@ class CacheContent(Cache):
     def _change_view(self, view: View, ids: np.ndarray) -> None:
         """Sets the view, where the layers hold the tokens `ids` of it."""
         self._view = view
-        self._chain = TokenChain(view.root, self._chain.block_size, ids, view.base)
+        self._chain = TokenChain(view.root, self._chain.block_size, ids, view.base, view.secret)
         if self._saver is not None:
             self._saver.release()
         self._saver = None
@@ -155,7 +157,7 @@ class CacheContent(Cache):
                     self._restore.start()
                 return length, spans
             except LoadError as error:
-                self._note(f"a load failed, its tokens are computed again: {error}")
+                self._note(f"a load failed, its tokens are computed again: {error}", "load failed")
                 self._clear()
                 own = 0
         self._clear()
@@ -177,10 +179,14 @@ class CacheContent(Cache):
         """Where the KV of the first tokens is, of those in `view`."""
         if self._store is None or not len(ids):
             return []
+        failures = self._store.failures
         there = takewhile(lambda span: self._store is not None and self._store.has(span.block), view.prefix)
         spans = crop(there, len(ids))
         if total_tokens(spans) == view.base < len(ids):
             spans += match_prefix(ids, view.root, self._chain.block_size, self._store, view.base)
+        if self._store.failures != failures:  # the store has said what and why
+            self._stats.recomputed = "a load failed, its tokens are computed again: a block could not be read"
+            self._stats.missed = "load failed"
         return spans
 
     def _covers(self, length: int, spans: Sequence[Span]) -> bool:
@@ -251,7 +257,7 @@ class CacheContent(Cache):
             try:
                 self._finish_restore()
             except LoadError as error:
-                self._note(f"a load failed, its tokens are computed again: {error}")
+                self._note(f"a load failed, its tokens are computed again: {error}", "load failed")
                 self._clear()
                 return
         if any(layer.length != self._held for layer in self.layers):
@@ -303,8 +309,8 @@ class CacheContent(Cache):
             self._clear()
             raise
 
-    def _note(self, reason: str) -> None:
-        self._stats.recomputed = reason
+    def _note(self, reason: str, missed: str) -> None:
+        self._stats.recomputed, self._stats.missed = reason, missed
         logger.warning(reason)
 
     def _untrack(self, reason: str, *, expected: bool = False) -> None:
@@ -312,7 +318,7 @@ class CacheContent(Cache):
         if not self._untracked:
             self._untracked = reason
             if not expected:
-                self._stats.recomputed = reason
+                self._stats.recomputed, self._stats.missed = reason, "not identified by ids"
                 logger.warning("not reused and not saved from token %d on: %s", len(self._chain), reason)
 
 

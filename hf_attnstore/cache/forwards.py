@@ -42,7 +42,9 @@ class CacheForwards(CacheTurns):
         rows, count = data.shape[0], data.shape[1]
         if self._starts_elsewhere(ids, named):
             # older transformers (5.17) prefill in chunks from the beginning, whatever the cache holds
-            self._note("generate does not go on where the cache does: what the cache held is computed again")
+            self._note(
+                "generate does not go on where the cache does: what the cache held is computed again", "other input"
+            )
             self._clear()
             self._stats.reused_tokens = 0
         if self.rows not in (0, rows):

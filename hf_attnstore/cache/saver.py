@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from ..session.chain import TokenChain
-from ..store.blocks import Block, BlockMeta, Key
+from ..store.blocks import Block, BlockMeta
+from ..store.keys import Key
 from ..store.store import AttentionStore
 from .buffers import empty
 from .layers import SlidingLayer, StoreLayer
@@ -211,7 +212,6 @@ class BlockSaver:
             key=self._chain.key(block),
             parent=self._chain.parent(block),
             fingerprint=self._fingerprint,
-            namespace=self._store.namespace,
             start=self._chain.bounds(block)[0],
             tokens=self._chain.tokens(block),
             continues=self._continues if block == 0 else b"",

@@ -37,3 +37,5 @@ class TurnStats:
     """How the kept tokens came to their places, where some were dropped: by rotation, or computed again."""
     recomputed: str = ""
     """Why something that could have been reused was not; empty if nothing was."""
+    missed: str = ""
+    """The kind of that reason, in few words."""

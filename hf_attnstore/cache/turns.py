@@ -9,7 +9,7 @@ from ..errors import ContextWindowError, LoadError, SessionBusyError, StoreClose
 from ..session.manifests import write_manifest
 from ..session.spans import Span, crop
 from ..session.view import View
-from ..store.blocks import chain_root
+from ..store.keys import chain_root
 from .content import CacheContent
 from .layers import FullLayer, SlidingLayer
 from .stats import TurnStats
@@ -100,7 +100,7 @@ class CacheTurns(CacheContent):
                 self._open()
                 self._checked = True
                 self._clear()
-                self._see_through(View.plain(self._view.model_root))
+                self._see_through(self._view.as_plain())
                 self._untrack(reason)
             except BaseException:
                 self._close_turn()
@@ -111,7 +111,7 @@ class CacheTurns(CacheContent):
         """A load failed in the middle of a turn: lets go of everything held. The turn, which still has the session
         to itself, is to be begun again, or ended."""
         with self._guard:
-            self._note(f"a load failed, its tokens are computed again: {error}")
+            self._note(f"a load failed, its tokens are computed again: {error}", "load failed")
             self._forward = None
             self._clear()
             self._reopening = True
@@ -186,17 +186,23 @@ class CacheTurns(CacheContent):
             return
         if fingerprint != self._fingerprint:
             if self._held:
-                self._note("the model's weights or settings changed: what the cache held is computed again")
+                self._note(
+                    "the model's weights or settings changed: what the cache held is computed again", "other model"
+                )
             self._clear()
             self._fingerprint = fingerprint
-            root = chain_root(fingerprint, self._store.namespace if self._store is not None else "")
-            self._change_view(View.plain(root), np.empty(0, dtype=np.int64))
+            if self._store is not None:
+                plain = View.plain(self._store.root(fingerprint), self._store.secret)
+            else:
+                plain = View.plain(chain_root(fingerprint, ""))
+            self._change_view(plain, np.empty(0, dtype=np.int64))
         if self._store is not None and self.session is not None:
             before = self._store.session_fingerprint(self.session)
             if before not in (None, "", fingerprint):
                 self._note(
                     f"session {self.session!r} was computed by a model with other weights or settings "
-                    f"({before[:12]}, now {fingerprint[:12]}): that KV is not reused"
+                    f"({before[:12]}, now {fingerprint[:12]}): that KV is not reused",
+                    "other model",
                 )
 
     def _hand_over(self) -> None:
@@ -216,6 +222,7 @@ class CacheTurns(CacheContent):
             stats.loaded_bytes,
             stats.load_seconds,
             stats.exposed_load_seconds,
+            stats.missed,
         )
         # not earlier: the copying would take cores from the turn itself
         from_disk, self._from_disk = self._from_disk, []

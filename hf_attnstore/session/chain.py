@@ -4,18 +4,26 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..store.blocks import Key, block_key, encode_tokens
+from ..store.keys import Key, block_key, encode_tokens
 
 
 class TokenChain:
     """A growing and croppable sequence of token ids, cut into blocks of `block_size`.
 
     Keys are computed once per full block; `root` is the parent of the first. Blocks begin at position `base`;
-    the tokens before that have their KV elsewhere, and `root` names it.
+    the tokens before that have their KV elsewhere, and `root` names it. `secret` keys the digests.
     """
 
-    def __init__(self, root: Key, block_size: int, ids: Sequence[int] | np.ndarray = (), base: int = 0) -> None:
+    def __init__(
+        self,
+        root: Key,
+        block_size: int,
+        ids: Sequence[int] | np.ndarray = (),
+        base: int = 0,
+        secret: bytes = b"",
+    ) -> None:
         self.root = root
+        self._secret = secret
         self.block_size = block_size
         self.base = base
         self._ids = np.empty(max(64, len(ids)), dtype=np.int64)
@@ -69,10 +77,10 @@ class TokenChain:
         """The key of a block, as it is now: that of a short last block changes as it grows."""
         while len(self._keys) <= block and len(self._keys) < self.full_blocks():
             number = len(self._keys)
-            self._keys.append(block_key(self.parent(number), self.tokens(number)))
+            self._keys.append(block_key(self.parent(number), self.tokens(number), self._secret))
         if block < len(self._keys):
             return self._keys[block]
-        return block_key(self.parent(block), self.tokens(block))
+        return block_key(self.parent(block), self.tokens(block), self._secret)
 
 
 def common_prefix(a: np.ndarray, b: np.ndarray) -> int:

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..store.blocks import Key, decode_tokens, encode_tokens
-from ..store.index import Manifest, SpanRow
+from ..store.keys import Key, decode_tokens, encode_tokens
+from ..store.manifest import Manifest, SpanRow
 from .spans import Span, overlapping, total_tokens
 from .view import View
 
@@ -40,12 +40,13 @@ def _rows(spans: Sequence[Span], first: int, last: int) -> list[SpanRow]:
     return [SpanRow(s.block, s.start, s.stop, s.shift) for s in overlapping(spans, first, last)]
 
 
-def read_manifest(manifest: Manifest, model_root: Key, describe: Describe) -> View:
-    """The view through which a session was seen when its manifest was written, as far as its blocks are there."""
+def read_manifest(manifest: Manifest, plain: View, describe: Describe) -> View:
+    """The view through which a session was seen when its manifest was written, as far as its blocks are there; `plain`
+    is the view of which nothing was dropped."""
     rows = manifest.spans
     ends = [number + 1 for number, row in enumerate(rows) if not row.block]
     if not ends:
-        return View.plain(model_root)
+        return plain
     ids: list[np.ndarray] = []
     kept: list[np.ndarray] = []
     prefix: list[Span] = []
@@ -74,6 +75,12 @@ def read_manifest(manifest: Manifest, model_root: Key, describe: Describe) -> Vi
                 prefix.append(span)
         position = span.last
     if not ids:
-        return View.plain(model_root)
-    view = View(model_root, manifest.root or model_root, tuple(prefix), np.concatenate(ids), np.concatenate(kept))
+        return plain
+    view = replace(
+        plain,
+        root=manifest.root or plain.model_root,
+        prefix=tuple(prefix),
+        ids=np.concatenate(ids),
+        kept=np.concatenate(kept),
+    )
     return view if view.base == manifest.base else view.put_together(prefix)

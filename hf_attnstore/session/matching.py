@@ -5,7 +5,8 @@ from typing import Protocol
 
 import numpy as np
 
-from ..store.blocks import Key, Match
+from ..store.blocks import Match
+from ..store.keys import Key
 from .chain import TokenChain
 from .spans import Span
 
@@ -13,7 +14,9 @@ from .spans import Span
 class Directory(Protocol):
     """Who knows which blocks there are: an `AttentionStore`."""
 
-    def has(self, key: Key) -> bool: ...
+    secret: bytes
+
+    def known(self, keys: Sequence[Key]) -> int: ...
 
     def nearest(self, parent: Key, ids: Sequence[int]) -> Match | None: ...
 
@@ -24,13 +27,10 @@ def match_prefix(ids: np.ndarray, root: Key, block_size: int, directory: Directo
     Whole blocks are found by key; where the chain ends, the block that agrees longest with the rest gives its
     first tokens. Spans follow each other without gaps, from position `base`, where the chain below `root` begins.
     """
-    chain = TokenChain(root, block_size, ids, base)
-    spans: list[Span] = []
-    for block in range(chain.full_blocks()):
-        key = chain.key(block)
-        if not directory.has(key):
-            break
-        spans.append(Span(key, 0, block_size, chain.bounds(block)[0], block_size))
+    chain = TokenChain(root, block_size, ids, base, directory.secret)
+    keys = [chain.key(block) for block in range(chain.full_blocks())]
+    known = directory.known(keys)
+    spans = [Span(key, 0, block_size, chain.bounds(block)[0], block_size) for block, key in enumerate(keys[:known])]
     position = base + len(spans) * block_size
     if position < len(ids):
         nearest = directory.nearest(chain.parent(len(spans)), ids[position : position + block_size].tolist())

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from ..store.blocks import Key
+from ..store.keys import Key
 
 
 @dataclass(frozen=True)

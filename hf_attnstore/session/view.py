@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from ..store.blocks import Key, cut_root
+from ..store.keys import Key, cut_root
 from .chain import common_prefix
 from .spans import Span, crop, overlapping, total_tokens
 
@@ -35,11 +35,17 @@ class View:
     """The conversation's first tokens `[tokens]`, dropped ones included, as far as the view depends on them."""
     kept: np.ndarray = field(default_factory=lambda: _ALL)
     """Whether each of `ids` is in view."""
+    secret: bytes = b""
+    """Keys the digests of roots."""
 
     @classmethod
-    def plain(cls, root: Key) -> "View":
+    def plain(cls, root: Key, secret: bytes = b"") -> "View":
         """The view of a conversation of which nothing was dropped."""
-        return cls(root, root)
+        return cls(root, root, secret=secret)
+
+    def as_plain(self) -> "View":
+        """The view of the same model's conversations of which nothing was dropped."""
+        return View.plain(self.model_root, self.secret)
 
     @property
     def base(self) -> int:
@@ -131,7 +137,7 @@ class View:
     def put_together(self, prefix: Sequence[Span]) -> "View":
         """The same tokens in view, with the KV of the first ones from `prefix`, and a root that names it."""
         parts = [(span.block, span.start, span.stop) for span in prefix]
-        root = cut_root(self.model_root, parts) if parts else self.model_root
+        root = cut_root(self.model_root, parts, self.secret) if parts else self.model_root
         return replace(self, prefix=tuple(prefix), root=root)
 
     @property

@@ -4,54 +4,41 @@ Files are private to the user (0600 in 0700 folders): they contain conversations
 """
 
 import os
-import secrets
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from ..errors import LoadError
-from .blocks import (
-    MAX_HEADER_BYTES,
-    TOKEN_IDS,
-    Block,
-    BlockMeta,
-    Key,
-    Layout,
-    StoredTensor,
-    block_key,
-    checksum,
-    encode_block,
-    encode_tokens,
-    parse_header,
-)
+from .blocks import TOKEN_IDS, Block, BlockMeta
+from .files import MAX_IOVECS, make_private_directory, write_file
+from .keys import Key, block_key, encode_tokens
+from .layout import MAX_HEADER_BYTES, Layout, StoredTensor, encode_block, parse_header
+from .vault import Vault
 
-_MAX_IOVECS = min(os.sysconf("SC_IOV_MAX"), 1024) if hasattr(os, "sysconf") else 1024
-_TEMPORARY = ".partial"
+SUFFIX = ".safetensors"
 
 
-def make_private_directory(path: Path) -> None:
-    """Creates a folder that only the user can enter, and missing ones above it likewise."""
-    missing = [path]
-    while not missing[-1].parent.exists():
-        missing.append(missing[-1].parent)
-    for folder in reversed(missing):
-        folder.mkdir(mode=0o700, exist_ok=True)
+def _failed(path: Path, error: OSError) -> LoadError:
+    """A file that is gone is gone; whatever else the system says may be otherwise the next time."""
+    return LoadError(f"{path}: {error.strerror}", transient=not isinstance(error, FileNotFoundError))
 
 
 class BlockFile:
     """A block file open for reading. Stays readable when the file is deleted meanwhile; close it after use."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, vault: Vault) -> None:
         self.path = path
+        self._secret = vault.secret
         try:
             self._fd = os.open(path, os.O_RDONLY)
         except OSError as error:
-            raise LoadError(f"{path}: {error.strerror}") from error
+            raise _failed(path, error) from error
         try:
             self.layout = self._read_layout()
+            self._guard = vault.guard(self.layout.salt)
         except BaseException:
             self.close()
             raise
@@ -72,7 +59,7 @@ class BlockFile:
                     raise LoadError(f"{self.path}: the file ends within its header")
                 head += more
         except OSError as error:
-            raise LoadError(f"{self.path}: {error.strerror}") from error
+            raise _failed(self.path, error) from error
         self._in_page_cache = self._seems_cached(size)
         try:
             return parse_header(head[:end], size)
@@ -100,7 +87,7 @@ class BlockFile:
         self.close()
 
     def read(self, wanted: Sequence[tuple[StoredTensor, Sequence[np.ndarray]]]) -> int:
-        """Reads whole tensors that lie one after the other into buffers, and checks them.
+        """Reads whole tensors that lie one after the other into buffers, decrypts and checks them.
 
         Args:
             wanted: in file order, each tensor with the contiguous uint8 buffers that together take its bytes.
@@ -109,15 +96,16 @@ class BlockFile:
             The bytes read.
 
         Raises:
-            LoadError: an I/O error, the end of the file, or a checksum that is not right.
+            LoadError: an I/O error, the end of the file, or a checksum that is not right. The buffers then hold
+                anything.
         """
         buffers = [buffer for _, parts in wanted for buffer in parts]
         offset = wanted[0][0].offset
         total = 0
-        for first in range(0, len(buffers), _MAX_IOVECS):
-            total += self._read_into(buffers[first : first + _MAX_IOVECS], offset + total)
+        for first in range(0, len(buffers), MAX_IOVECS):
+            total += self._read_into(buffers[first : first + MAX_IOVECS], offset + total)
         for tensor, parts in wanted:
-            if checksum(parts) != tensor.checksum:
+            if not self._guard.open(self.layout.meta, tensor.number, tensor.spec, parts, tensor.proof):
                 raise LoadError(f"{self.path}: the checksum of {tensor.spec.name} is wrong")
         return total
 
@@ -128,7 +116,7 @@ class BlockFile:
             try:
                 count = os.preadv(self._fd, buffers, offset + done)  # type: ignore[arg-type]
             except OSError as error:
-                raise LoadError(f"{self.path}: {error.strerror}") from error
+                raise _failed(self.path, error) from error
             if count == 0:
                 raise LoadError(f"{self.path}: the file ends {expected - done} bytes early")
             done += count
@@ -164,23 +152,38 @@ class BlockFile:
         ids = np.empty(stored.spec.nbytes, dtype=np.uint8)
         self.read([(stored, [ids])])
         meta = replace(self.layout.meta, tokens=encode_tokens(ids.view(np.int64)))
-        if block_key(meta.parent, meta.tokens) != meta.key:
+        if block_key(meta.parent, meta.tokens, self._secret) != meta.key:
             raise LoadError(f"{self.path}: the token ids are not those of the key")
         return meta
+
+    def verify(self) -> BlockMeta:
+        """Reads all of the file and checks it. Returns the block's identity, with its token ids.
+
+        Raises:
+            LoadError: something is not as it was written.
+        """
+        for stored in self.layout.tensors.values():
+            self.read([(stored, [np.empty(stored.spec.nbytes, dtype=np.uint8)])])
+        return self.read_meta()
 
 
 class DiskTier:
     """Block files below a store's folder. Which of them count is the index's business."""
 
-    def __init__(self, root: Path) -> None:
-        self._blocks = root / "blocks"
+    def __init__(self, root: Path, vault: Vault, *, sync: bool = False) -> None:
+        self._vault = vault
+        self._sync = sync
+        self.blocks = root / "blocks"
+        self._partial = root / "partial"
         self._quarantine = root / "quarantine"
-        make_private_directory(self._blocks)
-        make_private_directory(self._quarantine)
+
+    def make_folders(self) -> None:
+        for folder in (self.blocks, self._partial, self._quarantine):
+            make_private_directory(folder)
 
     def path(self, fingerprint: str, key: Key) -> Path:
         name = key.hex()
-        return Path(f"{self._blocks}/{fingerprint}/{name[:2]}/{name}.safetensors")
+        return Path(f"{self.blocks}/{fingerprint}/{name[:2]}/{name}{SUFFIX}")
 
     def open(self, fingerprint: str, key: Key) -> BlockFile:
         """Opens a block for reading; checks that the file is the block it should be.
@@ -188,12 +191,20 @@ class DiskTier:
         Raises:
             LoadError: the file is missing, damaged, or another block's.
         """
-        file = BlockFile(self.path(fingerprint, key))
+        file = self.open_path(self.path(fingerprint, key))
         meta = file.layout.meta
         if meta.key != key or meta.fingerprint != fingerprint:
             file.close()
             raise LoadError(f"{file.path}: the file holds another block ({meta.key.hex()})")
         return file
+
+    def open_path(self, path: Path) -> BlockFile:
+        """Opens whatever block a file says it is.
+
+        Raises:
+            LoadError: the file is missing or damaged.
+        """
+        return BlockFile(path, self._vault)
 
     def write(self, block: Block) -> int:
         """Writes a block's file: under a temporary name, then renamed. Returns its bytes.
@@ -201,40 +212,28 @@ class DiskTier:
         Raises:
             OSError: from the file system; nothing is left behind.
         """
+        header, chunks = encode_block(block, self._vault)
         path = self.path(block.meta.fingerprint, block.meta.key)
-        make_private_directory(path.parent)
-        header, chunks = encode_block(block)
-        temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{_TEMPORARY}")
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            try:
-                total = self._write_all(fd, [memoryview(header), *(chunk.data for chunk in chunks)])
-            finally:
-                os.close(fd)
-            os.rename(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        return total
-
-    @staticmethod
-    def _write_all(fd: int, views: list[memoryview]) -> int:
-        total = 0
-        while views:
-            count = os.writev(fd, views[:_MAX_IOVECS])
-            total += count
-            while views and count >= views[0].nbytes:
-                count -= views.pop(0).nbytes
-            if count:
-                views[0] = views[0][count:]
-        return total
+        return write_file(path, [header, *(chunk.data for chunk in chunks)], self._partial, sync=self._sync)
 
     def delete(self, fingerprint: str, key: Key) -> None:
         self.path(fingerprint, key).unlink(missing_ok=True)
 
-    def quarantine(self, fingerprint: str, key: Key) -> Path | None:
+    def found(self) -> Iterator[tuple[str, Key, Path]]:
+        """Fingerprint, key and path of every file that is named like a block."""
+        for model in _subfolders(self.blocks):
+            for folder in _subfolders(model):
+                for path in sorted(folder.glob(f"*{SUFFIX}")):
+                    try:
+                        key = bytes.fromhex(path.stem)
+                    except ValueError:
+                        continue
+                    yield model.name, key, path
+
+    # files that failed a check
+
+    def quarantine(self, path: Path) -> Path | None:
         """Moves a file that failed a check aside, for a person to look at. None if there is none."""
-        path = self.path(fingerprint, key)
         target = self._quarantine / path.name
         try:
             os.replace(path, target)
@@ -242,18 +241,37 @@ class DiskTier:
             return None
         return target
 
+    def quarantined(self) -> list[Path]:
+        try:
+            return [Path(entry.path) for entry in os.scandir(self._quarantine) if entry.is_file(follow_symlinks=False)]
+        except FileNotFoundError:
+            return []
+
     def quarantine_bytes(self) -> int:
-        return sum(entry.stat().st_size for entry in os.scandir(self._quarantine) if entry.is_file())
+        return sum(path.lstat().st_size for path in self.quarantined())
 
     def drop_quarantine(self) -> None:
         """Deletes what is in quarantine, when its room is needed."""
-        for entry in os.scandir(self._quarantine):
-            if entry.is_file():
-                os.unlink(entry.path)
+        for path in self.quarantined():
+            path.unlink(missing_ok=True)
+
+    # files that a killed process left half written
+
+    def partial_files(self) -> list[Path]:
+        try:
+            return [Path(entry.path) for entry in os.scandir(self._partial)]
+        except FileNotFoundError:
+            return []
 
     def remove_partial(self) -> int:
-        """Deletes temporary files that a killed process left behind. Returns their number."""
-        found = list(self._blocks.glob(f"*/*/*{_TEMPORARY}"))
+        """Deletes what is half written; only for who holds the write lock. Returns the number of files."""
+        found = self.partial_files()
         for path in found:
             path.unlink(missing_ok=True)
         return len(found)
+
+
+def _subfolders(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return []
+    return sorted(Path(entry.path) for entry in os.scandir(path) if entry.is_dir(follow_symlinks=False))

@@ -1,101 +1,24 @@
-"""The index: which blocks are on disk, which sessions exist and what they consist of. SQLite in WAL mode.
+"""The index: which blocks are on disk, and what room they take.
 
-Rows are written after the files they speak of, in one transaction per change, so whatever a reader sees is
-complete. Reads use a connection of their own and do not wait for writes.
+Rows are written after the files they speak of, so whatever a reader sees is complete. While a file comes or goes its
+key stands in `pending`: after a crash that row tells what may lie on disk without a block's row. Nothing in the index
+says what is in a block; who needs to know reads the file.
 """
 
-import json
-import os
 import sqlite3
-import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from ..errors import SessionNotFoundError, StoreClosedError
-from .blocks import BlockMeta, Key
+from .blocks import BlockMeta
+from .database import Database
+from .keys import Key, block_key
+from .schema import SCHEMA
+from .session_table import SessionTable
+from .vault import Vault
 
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS blocks(
-  key BLOB PRIMARY KEY, parent BLOB NOT NULL, continues BLOB NOT NULL, tokens BLOB NOT NULL, start INTEGER NOT NULL,
-  bytes INTEGER NOT NULL, children INTEGER NOT NULL DEFAULT 0, last_used REAL NOT NULL,
-  fingerprint TEXT NOT NULL, namespace TEXT NOT NULL, codec TEXT NOT NULL) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS blocks_by_content ON blocks(parent, tokens);
-CREATE INDEX IF NOT EXISTS blocks_by_predecessor ON blocks(continues);
-CREATE INDEX IF NOT EXISTS blocks_by_age ON blocks(last_used, start DESC) WHERE children = 0;
-CREATE TABLE IF NOT EXISTS sessions(
-  id INTEGER PRIMARY KEY, namespace TEXT NOT NULL, name TEXT NOT NULL, fingerprint TEXT NOT NULL DEFAULT '',
-  created REAL NOT NULL, last_used REAL NOT NULL, metadata TEXT NOT NULL DEFAULT '{}',
-  root BLOB NOT NULL DEFAULT x'', base INTEGER NOT NULL DEFAULT 0, length INTEGER NOT NULL DEFAULT 0,
-  UNIQUE(namespace, name));
-CREATE TABLE IF NOT EXISTS spans(
-  session INTEGER NOT NULL, seq INTEGER NOT NULL, block BLOB NOT NULL, start INTEGER NOT NULL,
-  stop INTEGER NOT NULL, shift INTEGER NOT NULL DEFAULT 0, dropped BLOB NOT NULL DEFAULT x'',
-  PRIMARY KEY(session, seq)) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS spans_by_block ON spans(block);
-CREATE TABLE IF NOT EXISTS models(fingerprint TEXT PRIMARY KEY, note TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS owners(
-  session INTEGER NOT NULL, block BLOB NOT NULL, PRIMARY KEY(session, block)) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS owners_by_block ON owners(block);
-CREATE TABLE IF NOT EXISTS usage(id INTEGER PRIMARY KEY CHECK(id = 0), bytes INTEGER NOT NULL, blocks INTEGER NOT NULL);
-INSERT OR IGNORE INTO usage VALUES(0, 0, 0);
-CREATE TRIGGER IF NOT EXISTS block_added AFTER INSERT ON blocks BEGIN
-  UPDATE usage SET bytes = bytes + NEW.bytes, blocks = blocks + 1;
-  UPDATE blocks SET children = children + 1 WHERE key = NEW.continues;
-END;
-CREATE TRIGGER IF NOT EXISTS block_removed AFTER DELETE ON blocks BEGIN
-  UPDATE usage SET bytes = bytes - OLD.bytes, blocks = blocks - 1;
-  UPDATE blocks SET children = children - 1 WHERE key = OLD.continues;
-  DELETE FROM spans WHERE block = OLD.key;
-  DELETE FROM owners WHERE block = OLD.key;
-END;
-"""
-
-
-@dataclass(frozen=True)
-class SessionInfo:
-    """A session as `AttentionStore.sessions()` lists it."""
-
-    name: str
-    tokens: int
-    """Tokens whose KV is in the store."""
-    bytes: int
-    """Bytes of the blocks it uses; blocks shared with other sessions count in each."""
-    created: float
-    """Seconds since the epoch."""
-    last_used: float
-    """Seconds since the epoch."""
-
-
-@dataclass(frozen=True)
-class SpanRow:
-    """Tokens `[start, stop)` of a block, or tokens that were dropped, as a session's manifest lists them."""
-
-    block: Key
-    """Empty for dropped tokens."""
-    start: int
-    stop: int
-    shift: int = 0
-    """How far from where its keys were made the span is now, in tokens."""
-    dropped: bytes = b""
-    """The ids of dropped tokens, as from `encode_tokens`."""
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a session consists of, in the order of the conversation."""
-
-    spans: tuple[SpanRow, ...]
-    """Up to the first that is not there any more."""
-    root: Key = b""
-    """The root of the chain that goes on after a truncation; empty for one that was never truncated."""
-    base: int = 0
-    """Tokens in the window before that chain begins."""
-    length: int = 0
-    """Tokens of the conversation, those included that were dropped or are not there any more."""
+_BATCH = 500
 
 
 @dataclass(frozen=True)
@@ -104,266 +27,259 @@ class BlockRow:
 
     key: Key
     parent: Key
-    tokens: bytes
+    continues: Key
     start: int
+    count: int
     bytes: int
     fingerprint: str
+    last_used: float
 
 
-_BLOCK_COLUMNS = "key, parent, tokens, start, bytes, fingerprint"
+_CHILDREN = "(SELECT COUNT(*) FROM blocks f WHERE f.continues = blocks.key)"
+_WRONG_CHILDREN = f"children <> {_CHILDREN}"
+_COLUMNS = "key, parent, continues, start, count, bytes, fingerprint, last_used"
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What is on disk, in bytes and numbers."""
+
+    bytes: int
+    blocks: int
+    session_bytes: int
+    sessions: int
+    pending: int
+
+    @property
+    def total(self) -> int:
+        """Bytes of all files but those of the index itself and of the quarantine."""
+        return self.bytes + self.session_bytes + self.pending
 
 
 class Index:
-    """Sessions, spans and blocks of one store directory. Safe to use from several threads."""
+    """Blocks, sessions and accounts of one store directory. Safe to use from several threads.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))  # SQLite gives its log the mode of the database
-        self._write_lock = threading.Lock()
-        self._read_lock = threading.Lock()
-        self._closed = False
-        self._writer = self._connect()
-        self._writer.executescript(_SCHEMA)
-        self._reader = self._connect()
-        self._reader.execute("PRAGMA query_only = 1")
+    Raises:
+        StoreIOError: from every method, where the disk would not.
+        DamagedDatabaseError: where what is in the file is not what was written.
+    """
 
-    def _connect(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(self.path, timeout=30, isolation_level=None, check_same_thread=False)
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = NORMAL")
-        connection.execute("PRAGMA wal_autocheckpoint = 32")  # pages; the log counts towards the disk cap
-        connection.execute("PRAGMA journal_size_limit = 524288")
-        return connection
+    def __init__(self, path: Path, vault: Vault, *, sync: bool = False) -> None:
+        self.database = Database(path, SCHEMA, sync=sync)
+        self.sessions = SessionTable(self.database, vault)
+        self._secret = vault.secret
 
     def close(self) -> None:
-        with self._write_lock, self._read_lock:
-            self._closed = True
-            self._reader.close()
-            self._writer.close()
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._write_lock:
-            self._writer.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._writer
-            except BaseException:
-                self._writer.execute("ROLLBACK")
-                raise
-            self._writer.execute("COMMIT")
-
-    def _read(self, query: str, parameters: Sequence[Any] = ()) -> list[Any]:
-        with self._read_lock:
-            if self._closed:
-                raise StoreClosedError(f"the store {self.path.parent} is closed; open it again")
-            return self._reader.execute(query, parameters).fetchall()
-
-    def truncate_log(self) -> None:
-        """Moves the log's content into the database, so that its file takes no room."""
-        with self._write_lock:
-            self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-
-    def file_bytes(self) -> int:
-        """Bytes of the index's own files on disk."""
-        names = (self.path, self.path.with_name(self.path.name + "-wal"), self.path.with_name(self.path.name + "-shm"))
-        total = 0
-        for name in names:
-            with suppress(FileNotFoundError):
-                total += name.stat().st_size
-        return total
+        self.database.close()
 
     # blocks
 
+    def has(self, keys: Sequence[Key]) -> set[Key]:
+        """Which of these blocks are there."""
+        found: set[Key] = set()
+        for some in _batches(keys):
+            marks = ",".join("?" * len(some))
+            found.update(row[0] for row in self.database.read(f"SELECT key FROM blocks WHERE key IN ({marks})", some))
+        return found
+
     def block(self, key: Key) -> BlockRow | None:
-        rows = self._read(f"SELECT {_BLOCK_COLUMNS} FROM blocks WHERE key = ?", (key,))
+        rows = self.database.read(f"SELECT {_COLUMNS} FROM blocks WHERE key = ?", (key,))
         return BlockRow(*rows[0]) if rows else None
 
-    def neighbours(self, parent: Key, tokens: bytes) -> list[BlockRow]:
-        """The blocks that follow `parent` and sort next to `tokens`: among them is the one that shares the
-        longest beginning with it."""
-        query = f"SELECT {_BLOCK_COLUMNS} FROM blocks WHERE parent = ? AND tokens"
-        below = self._read(f"{query} <= ? ORDER BY tokens DESC LIMIT 1", (parent, tokens))
-        above = self._read(f"{query} > ? ORDER BY tokens ASC LIMIT 1", (parent, tokens))
-        return [BlockRow(*row) for row in below + above]
+    def neighbours(self, parent: Key, codes: bytes) -> list[tuple[BlockRow, bytes]]:
+        """The blocks that follow `parent` and whose codes sort next to `codes`, with their codes: among them is the
+        one that shares the longest beginning with it."""
+        query = f"SELECT {_COLUMNS}, codes FROM blocks WHERE parent = ? AND codes"
+        rows = self.database.read(f"{query} <= ? ORDER BY codes DESC LIMIT 1", (parent, codes))
+        rows += self.database.read(f"{query} > ? ORDER BY codes ASC LIMIT 1", (parent, codes))
+        return [(BlockRow(*row[:-1]), row[-1]) for row in rows]
 
-    def add_block(self, meta: BlockMeta, file_bytes: int, supersedes: Key | None = None) -> BlockRow | None:
+    def blocks(self) -> Iterator[BlockRow]:
+        """All of them, a beginning before what follows it within a chain. For long work: others may change them."""
+        last = -1
+        while True:
+            rows = self.database.read(
+                f"SELECT id, {_COLUMNS} FROM blocks WHERE id > ? ORDER BY id LIMIT {_BATCH}", (last,)
+            )
+            if not rows:
+                return
+            yield from (BlockRow(*row[1:]) for row in rows)
+            last = rows[-1][0]
+
+    def begin_write(self, key: Key, fingerprint: str, nbytes: int) -> None:
+        """A file of at most so many bytes is about to be written."""
+        with self.database.transaction() as db:
+            _set_pending(db, [(key, fingerprint, nbytes)])
+
+    def add_block(
+        self, meta: BlockMeta, codes: bytes, file_bytes: int, supersedes: Key | None = None, used: float | None = None
+    ) -> BlockRow | None:
         """Makes a complete file visible. `supersedes` names a short block whose tokens this one begins with:
-        what pointed to it points here from now on. Returns the superseded block, now gone from the index."""
-        now = time.time()
-        with self._transaction() as db:
+        what pointed to it points here from now on.
+
+        Returns:
+            The superseded block, now pending.
+        """
+        used = time.time() if used is None else used
+        with self.database.transaction() as db:
+            db.execute("DELETE FROM pending WHERE key = ?", (meta.key,))
             db.execute(
                 "INSERT INTO blocks"
-                "(key, parent, continues, tokens, start, bytes, children, last_used, fingerprint, namespace, codec) "
-                "VALUES(?, ?, ?, ?, ?, ?, (SELECT COUNT(*) FROM blocks WHERE continues = ?), ?, ?, ?, ?) "
+                "(key, parent, continues, codes, start, count, bytes, children, last_used, fingerprint) "
+                "VALUES(?, ?, ?, ?, ?, ?, ?, (SELECT COUNT(*) FROM blocks WHERE continues = ?), ?, ?) "
                 "ON CONFLICT DO NOTHING",
                 (
-                    meta.key, meta.parent, meta.predecessor, meta.tokens, meta.start, file_bytes, meta.key, now,
-                    meta.fingerprint, meta.namespace, meta.codec,
+                    meta.key, meta.parent, meta.predecessor, codes, meta.start, meta.token_count, file_bytes, meta.key,
+                    used, meta.fingerprint,
                 ),
             )  # fmt: skip
-            if supersedes is None:
+            if supersedes is None or supersedes == meta.key:
                 return None
-            rows = db.execute(f"SELECT {_BLOCK_COLUMNS} FROM blocks WHERE key = ?", (supersedes,)).fetchall()
+            rows = db.execute(f"SELECT {_COLUMNS}, id FROM blocks WHERE key = ?", (supersedes,)).fetchall()
             if not rows:
                 return None
-            old = BlockRow(*rows[0])
-            if old.parent != meta.parent or old.key == meta.key or not meta.tokens.startswith(old.tokens):
+            old, old_id = BlockRow(*rows[0][:-1]), rows[0][-1]
+            begins = meta.tokens[: 4 * old.count]
+            if old.parent != meta.parent or block_key(meta.parent, begins, self._secret) != old.key:
                 return None
-            db.execute("UPDATE spans SET block = ? WHERE block = ?", (meta.key, old.key))
+            ((new_id,),) = db.execute("SELECT id FROM blocks WHERE key = ?", (meta.key,))
+            self.sessions.point_elsewhere(db, old_id, new_id, meta.key)
             moved = db.execute("UPDATE blocks SET continues = ? WHERE continues = ?", (meta.key, old.key)).rowcount
-            db.execute("UPDATE blocks SET children = children + ? WHERE key = ?", (moved, meta.key))
-            db.execute("UPDATE OR IGNORE owners SET block = ? WHERE block = ?", (meta.key, old.key))
-            db.execute("DELETE FROM blocks WHERE key = ?", (old.key,))
+            db.execute("UPDATE blocks SET children = children + ? WHERE id = ?", (moved, new_id))
+            self._remove(db, [old])
             return old
 
-    def remove_blocks(self, keys: Iterable[Key]) -> None:
-        with self._transaction() as db:
-            db.executemany("DELETE FROM blocks WHERE key = ?", [(key,) for key in keys])
+    def remove_blocks(self, rows: Sequence[BlockRow]) -> None:
+        """Takes blocks out of sight; they are pending until their files are gone (`settle`)."""
+        with self.database.transaction() as db:
+            self._remove(db, rows)
+
+    @staticmethod
+    def _remove(db: sqlite3.Connection, rows: Sequence[BlockRow]) -> None:
+        db.executemany("DELETE FROM blocks WHERE key = ?", [(row.key,) for row in rows])
+        _set_pending(db, [(row.key, row.fingerprint, row.bytes) for row in rows])
+
+    def pending(self) -> list[tuple[Key, str]]:
+        """Keys and fingerprints of files that may lie on disk without being in sight."""
+        return self.database.read("SELECT key, fingerprint FROM pending")
+
+    def settle(self, keys: Iterable[Key]) -> None:
+        """The files are gone."""
+        with self.database.transaction() as db:
+            db.executemany("DELETE FROM pending WHERE key = ?", [(key,) for key in keys])
 
     def touch(self, keys: Iterable[Key]) -> None:
         now = time.time()
-        with self._transaction() as db:
+        with self.database.transaction() as db:
             db.executemany("UPDATE blocks SET last_used = ? WHERE key = ?", [(now, key) for key in keys])
 
     def eviction_candidates(self, limit: int) -> list[BlockRow]:
         """Blocks with nothing after them, least recently used first, the end of a chain before its beginning."""
-        rows = self._read(
-            f"SELECT {_BLOCK_COLUMNS} FROM blocks WHERE children = 0 ORDER BY last_used, start DESC LIMIT ?", (limit,)
+        rows = self.database.read(
+            f"SELECT {_COLUMNS} FROM blocks WHERE children = 0 ORDER BY last_used, start DESC LIMIT ?", (limit,)
         )
         return [BlockRow(*row) for row in rows]
 
-    def usage(self) -> tuple[int, int]:
-        """Bytes and number of the blocks on disk."""
-        ((total, blocks),) = self._read("SELECT bytes, blocks FROM usage")
-        return total, blocks
+    def delete_session(self, namespace: str, name: str) -> list[BlockRow]:
+        """Removes a session, the blocks that only it used, and what follows those.
+
+        Returns:
+            The blocks, the end of a chain first; they are pending.
+
+        Raises:
+            SessionNotFoundError: there is no such session.
+        """
+        session = self.sessions.find(namespace, name)
+        with self.database.transaction() as db:
+            rows = db.execute(
+                "WITH RECURSIVE gone(key) AS ("
+                " SELECT b.key FROM owners o JOIN blocks b ON b.id = o.block WHERE o.session = ?1"
+                "  AND NOT EXISTS (SELECT 1 FROM owners x WHERE x.block = o.block AND x.session <> ?1)"
+                " UNION SELECT b.key FROM blocks b JOIN gone ON b.continues = gone.key) "
+                f"SELECT {_COLUMNS} FROM blocks WHERE key IN gone ORDER BY start DESC",
+                (session,),
+            ).fetchall()
+            gone = [BlockRow(*row) for row in rows]
+            db.execute("DELETE FROM sessions WHERE id = ?", (session,))
+            self._remove(db, gone)
+        return gone
+
+    def unowned(self) -> list[BlockRow]:
+        """Blocks that no session has, nor any block that a session has comes after; the end of a chain first."""
+        rows = self.database.read(
+            "WITH RECURSIVE needed(key) AS (SELECT b.key FROM owners o JOIN blocks b ON b.id = o.block"
+            " UNION SELECT b.continues FROM blocks b JOIN needed ON b.key = needed.key) "
+            f"SELECT {_COLUMNS} FROM blocks WHERE key NOT IN (SELECT key FROM needed) ORDER BY start DESC"
+        )
+        return [BlockRow(*row) for row in rows]
+
+    def problems(self) -> list[str]:
+        """What is wrong with the index, for all that can be told without the files; reads all of it."""
+        return self.database.problems() or self.sessions.problems()
+
+    # accounts
+
+    def usage(self) -> Usage:
+        ((total, blocks, session_bytes, sessions, pending),) = self.database.read(
+            "SELECT bytes, blocks, session_bytes, sessions, pending FROM usage"
+        )
+        return Usage(total, blocks, session_bytes, sessions, pending)
+
+    def wrong_accounts(self) -> bool:
+        """Whether the accounts, or the numbers of followers, are not what the rows add up to."""
+        (right,) = self.database.read(
+            "SELECT (SELECT COALESCE(SUM(bytes), 0) FROM blocks), (SELECT COUNT(*) FROM blocks), "
+            "(SELECT COALESCE(SUM(bytes), 0) FROM sessions), (SELECT COUNT(*) FROM sessions), "
+            "(SELECT COALESCE(SUM(bytes), 0) FROM pending), "
+            "(SELECT bytes || ' ' || blocks || ' ' || session_bytes || ' ' || sessions || ' ' || pending FROM usage)"
+        )
+        if " ".join(str(number) for number in right[:-1]) != right[-1]:
+            return True
+        return bool(self.database.read(f"SELECT 1 FROM blocks WHERE {_WRONG_CHILDREN} LIMIT 1"))
+
+    def recount(self) -> None:
+        """Sets the accounts, and the numbers of followers, right from the rows."""
+        with self.database.transaction() as db:
+            db.execute(
+                "UPDATE usage SET bytes = b.bytes, blocks = b.count, session_bytes = s.bytes, sessions = s.count, "
+                "pending = p.bytes FROM "
+                "(SELECT COALESCE(SUM(bytes), 0) AS bytes, COUNT(*) AS count FROM blocks) AS b, "
+                "(SELECT COALESCE(SUM(bytes), 0) AS bytes, COUNT(*) AS count FROM sessions) AS s, "
+                "(SELECT COALESCE(SUM(bytes), 0) AS bytes FROM pending) AS p"
+            )
+            db.execute(f"UPDATE blocks SET children = {_CHILDREN} WHERE {_WRONG_CHILDREN}")
+
+    def add_totals(self, counts: Mapping[str, int]) -> None:
+        """Adds to the numbers that outlive the process."""
+        with self.database.transaction() as db:
+            db.executemany(
+                "INSERT INTO totals VALUES(?, ?) ON CONFLICT(name) DO UPDATE SET value = value + excluded.value",
+                list(counts.items()),
+            )
+
+    def totals(self) -> dict[str, int]:
+        """The numbers that outlive the process, of all that used the store."""
+        return dict(self.database.read("SELECT name, value FROM totals"))
 
     # models
 
     def note(self, fingerprint: str) -> str | None:
-        rows = self._read("SELECT note FROM models WHERE fingerprint = ?", (fingerprint,))
+        rows = self.database.read("SELECT note FROM models WHERE fingerprint = ?", (fingerprint,))
         return str(rows[0][0]) if rows else None
 
     def set_note(self, fingerprint: str, note: str) -> None:
-        with self._transaction() as db:
+        with self.database.transaction() as db:
             db.execute(
                 "INSERT INTO models VALUES(?, ?) ON CONFLICT(fingerprint) DO UPDATE SET note = excluded.note",
                 (fingerprint, note),
             )
 
-    # sessions
 
-    def commit_session(self, namespace: str, name: str, fingerprint: str, manifest: Manifest) -> None:
-        """Replaces a session's manifest, up to the first span whose block is not on disk. The session goes on
-        owning the blocks of earlier manifests, for `delete_session`."""
-        spans = manifest.spans
-        now = time.time()
-        with self._transaction() as db:
-            db.execute(
-                "INSERT INTO sessions(namespace, name, fingerprint, created, last_used, root, base, length) "
-                "VALUES(?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT(namespace, name) DO UPDATE "
-                "SET last_used = excluded.last_used, fingerprint = excluded.fingerprint, root = excluded.root, "
-                "base = excluded.base, length = excluded.length",
-                (namespace, name, fingerprint, now, now, manifest.root, manifest.base, manifest.length),
-            )
-            ((session,),) = db.execute("SELECT id FROM sessions WHERE namespace = ? AND name = ?", (namespace, name))
-            db.execute("DELETE FROM spans WHERE session = ?", (session,))
-            for seq, span in enumerate(spans):
-                if span.block and not db.execute("SELECT 1 FROM blocks WHERE key = ?", (span.block,)).fetchall():
-                    break
-                db.execute(
-                    "INSERT INTO spans VALUES(?, ?, ?, ?, ?, ?, ?)",
-                    (session, seq, span.block, span.start, span.stop, span.shift, span.dropped),
-                )
-            db.executemany(
-                "INSERT OR IGNORE INTO owners SELECT ?, key FROM blocks WHERE key = ?",
-                [(session, span.block) for span in spans],
-            )
-            db.executemany("UPDATE blocks SET last_used = ? WHERE key = ?", [(now, span.block) for span in spans])
+def _set_pending(db: sqlite3.Connection, rows: Sequence[tuple[Key, str, int]]) -> None:
+    db.executemany("DELETE FROM pending WHERE key = ?", [row[:1] for row in rows])  # replacing runs no trigger
+    db.executemany("INSERT INTO pending VALUES(?, ?, ?)", rows)
 
-    def sessions(self, namespace: str) -> list[SessionInfo]:
-        """All sessions of the namespace, last used first."""
-        rows = self._read(
-            "SELECT s.name, COALESCE(SUM(p.stop - p.start), 0), COALESCE(SUM(b.bytes), 0), s.created, s.last_used "
-            "FROM sessions s LEFT JOIN spans p ON p.session = s.id LEFT JOIN blocks b ON b.key = p.block "
-            "WHERE s.namespace = ? GROUP BY s.id ORDER BY s.last_used DESC, s.id DESC",
-            (namespace,),
-        )
-        return [SessionInfo(*row) for row in rows]
 
-    def _session_id(self, namespace: str, name: str) -> tuple[int, str, str]:
-        rows = self._read(
-            "SELECT id, fingerprint, metadata FROM sessions WHERE namespace = ? AND name = ?", (namespace, name)
-        )
-        if not rows:
-            raise SessionNotFoundError(f"there is no session {name!r}; `sessions()` lists those there are")
-        return rows[0]
-
-    def fingerprint(self, namespace: str, name: str) -> str | None:
-        """The fingerprint that a session was last used with; None where there is no such session."""
-        try:
-            return self._session_id(namespace, name)[1]
-        except SessionNotFoundError:
-            return None
-
-    def manifest(self, namespace: str, name: str) -> Manifest:
-        session = self._session_id(namespace, name)[0]
-        rows = self._read(
-            "SELECT seq, block, start, stop, shift, dropped FROM spans WHERE session = ? ORDER BY seq", (session,)
-        )
-        # a block that is gone took its spans with it: what comes after that is of no use
-        spans = tuple(SpanRow(*row[1:]) for place, row in enumerate(rows) if row[0] == place)
-        ((root, base, length),) = self._read("SELECT root, base, length FROM sessions WHERE id = ?", (session,))
-        return Manifest(spans, root, base, length)
-
-    def metadata(self, namespace: str, name: str) -> dict[str, Any]:
-        return dict(json.loads(self._session_id(namespace, name)[2]))
-
-    def set_metadata(self, namespace: str, name: str, metadata: dict[str, Any]) -> None:
-        now = time.time()
-        with self._transaction() as db:
-            db.execute(
-                "INSERT INTO sessions(namespace, name, created, last_used, metadata) VALUES(?, ?, ?, ?, ?) "
-                "ON CONFLICT(namespace, name) DO UPDATE "
-                "SET metadata = excluded.metadata, last_used = excluded.last_used",
-                (namespace, name, now, now, json.dumps(metadata)),
-            )
-
-    def fork_session(self, namespace: str, source: str, target: str) -> bool:
-        """Gives `target` the spans and metadata of `source`. False if `target` exists already."""
-        session = self._session_id(namespace, source)[0]
-        now = time.time()
-        with self._transaction() as db:
-            cursor = db.execute(
-                "INSERT OR IGNORE INTO sessions"
-                "(namespace, name, fingerprint, created, last_used, metadata, root, base, length) "
-                "SELECT namespace, ?, fingerprint, ?, ?, metadata, root, base, length FROM sessions WHERE id = ?",
-                (target, now, now, session),
-            )
-            if cursor.rowcount == 0:
-                return False
-            copy = cursor.lastrowid
-            db.execute(
-                "INSERT INTO spans SELECT ?, seq, block, start, stop, shift, dropped FROM spans WHERE session = ?",
-                (copy, session),
-            )
-            db.execute("INSERT INTO owners SELECT ?, block FROM owners WHERE session = ?", (copy, session))
-        return True
-
-    def delete_session(self, namespace: str, name: str) -> list[BlockRow]:
-        """Removes a session, the blocks that only it used, and what follows those; returns the blocks."""
-        session = self._session_id(namespace, name)[0]
-        with self._transaction() as db:
-            rows = db.execute(
-                "WITH RECURSIVE gone(key) AS ("
-                " SELECT block FROM owners WHERE session = ?1"
-                "  AND block NOT IN (SELECT block FROM owners WHERE session <> ?1)"
-                " UNION SELECT b.key FROM blocks b JOIN gone ON b.continues = gone.key) "
-                f"SELECT {_BLOCK_COLUMNS} FROM blocks WHERE key IN gone ORDER BY start DESC",
-                (session,),
-            ).fetchall()
-            gone = [BlockRow(*row) for row in rows]
-            db.execute("DELETE FROM spans WHERE session = ?", (session,))
-            db.execute("DELETE FROM owners WHERE session = ?", (session,))
-            db.execute("DELETE FROM sessions WHERE id = ?", (session,))
-            db.executemany("DELETE FROM blocks WHERE key = ?", [(block.key,) for block in gone])
-        return gone
+def _batches(keys: Sequence[Key]) -> Iterator[Sequence[Key]]:
+    for first in range(0, len(keys), _BATCH):
+        yield keys[first : first + _BATCH]

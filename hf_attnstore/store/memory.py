@@ -7,7 +7,8 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterator
 
-from .blocks import Block, Key
+from .blocks import Block
+from .keys import Key
 from .policy import LeafLRU
 
 

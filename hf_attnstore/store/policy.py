@@ -5,7 +5,7 @@ import math
 from collections.abc import Container
 from dataclasses import dataclass, field
 
-from .blocks import Key
+from .keys import Key
 
 
 @dataclass

@@ -6,37 +6,40 @@ import logging
 import os
 import threading
 import weakref
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 
-from .._version import __version__
 from ..errors import (
     AttentionStoreError,
     LoadError,
     SessionNameError,
-    SessionNotFoundError,
     StoreClosedError,
-    StoreFormatError,
 )
-from .blocks import TOKEN_IDS, Block, Key, Match, TensorSpec, common_prefix, decode_tokens, encode_tokens, encoded_size
-from .disk import DiskTier, make_private_directory
-from .index import BlockRow, Index, Manifest, SessionInfo
+from .accounts import MISSED, Accounts, readable
+from .blocks import TOKEN_IDS, Block, Match, TensorSpec
+from .keys import Key, chain_root, common_prefix, decode_tokens, encode_tokens
 from .locks import SessionLock, SessionLocks
+from .maintenance import Garbage, Report, collect, repair, verify
+from .manifest import Manifest, SessionInfo
 from .memory import MemoryTier
-from .sizes import format_bytes, parse_bytes
+from .portable import Exported, export_session, import_session
+from .rebuild import Progress, no_progress, open_disk_store
+from .settings import open_folder
+from .sizes import parse_bytes
 from .threads import IOThreads, RightOfWay
 from .transfer import Load, Source, Stage
+from .vault import parse_key
 
 logger = logging.getLogger("hf_attnstore")
 
-FORMAT = 2
 MAX_NAME_BYTES = 1024
+
+Durability = Literal["process", "power"]
 
 
 class Saver(Protocol):
@@ -66,6 +69,29 @@ def default_path() -> Path:
     return Path(HF_HOME) / "attnstore"
 
 
+def repair_store(
+    path: str | os.PathLike[str] | None = None,
+    *,
+    encryption_key: str | bytes | None = None,
+    dry_run: bool = False,
+    progress: Progress = no_progress,
+) -> Report:
+    """Sets everything right that `AttentionStore.verify` finds wrong in a store that nobody has open.
+
+    Damaged blocks go into quarantine, whole files that the index does not know are brought back, and a damaged index
+    is made anew from the files.
+
+    Args:
+        dry_run: only say what is wrong.
+
+    Raises:
+        AttentionStoreError: there is no store, or somebody has it open.
+    """
+    where = Path(path).expanduser() if path is not None else default_path()
+    key = parse_key(encryption_key)
+    return repair(open_folder(where, None, key, create=False), key, progress, dry_run=dry_run)
+
+
 class AttentionStore:
     """Keeps the KV of conversations in memory and on disk.
 
@@ -73,16 +99,23 @@ class AttentionStore:
         path: the folder; created if missing. Default `$HF_HOME/attnstore`.
         memory: bytes of host memory for blocks, those being written included; an int, or a string like "2GiB".
         disk: bytes on disk, index included; 0 keeps blocks in memory only.
-        block_size: tokens per block. A store keeps the size it was made with.
+        block_size: tokens per block, 256 if not said. A store keeps the size it was made with.
         namespace: blocks and sessions of different namespaces never meet: one for each user, for instance.
         io_threads: threads that read; default by the number of cores.
+        durability: what a saved turn survives. "process": the end of the process, however it comes; after a loss of
+            power what had not reached the disk by itself is noticed and recomputed. "power": a loss of power too;
+            every file is fsynced, and so is the index with every turn.
+        encryption_key: 32 bytes, or a text of them in hex or base64, under which files are encrypted (AES-256-GCM).
+            Default: the environment variable `ATTNSTORE_KEY`. A store is encrypted from its beginning or not at all.
 
     Raises:
-        AttentionStoreError: a size that is none.
+        AttentionStoreError: a size or another argument that is none.
         StoreFormatError: the folder holds something else, or a store of another format or block size.
+        EncryptionKeyError: the store's key is missing or wrong.
 
-    Safe to use from several threads, and several processes may share a folder. Use it as a context manager, or
-    `close()` it; what was handed over is then on disk. A process that ends in the ordinary way closes its stores.
+    Safe to use from several threads, and several processes of one machine may share a folder. Use it as a context
+    manager, or `close()` it; what was handed over is then on disk. A process that ends in the ordinary way closes its
+    stores.
     """
 
     def __init__(
@@ -91,22 +124,30 @@ class AttentionStore:
         *,
         memory: int | str = "2GiB",
         disk: int | str = "50GiB",
-        block_size: int = 256,
+        block_size: int | None = None,
         namespace: str = "",
         io_threads: int | None = None,
+        durability: Durability = "process",
+        encryption_key: str | bytes | None = None,
     ) -> None:
-        if block_size < 1:
+        if block_size is not None and block_size < 1:
             raise AttentionStoreError(f"block_size is a number of tokens, at least 1, not {block_size}")
+        if durability not in ("process", "power"):
+            raise AttentionStoreError(f'durability is "process" or "power", not {durability!r}')
         self.path = Path(path).expanduser() if path is not None else default_path()
-        self.block_size = block_size
-        self.namespace = namespace
+        self.namespace = self.check_namespace(namespace)
         self.disk_capacity = parse_bytes(disk)
         self._memory = MemoryTier(parse_bytes(memory))
-        self._open_folder()
-        self._disk = DiskTier(self.path)
-        self._index = Index(self.path / "index.sqlite")
-        self._locks = SessionLocks(self.path)
-        self._disk.remove_partial()
+        self._accounts = Accounts()
+        key = parse_key(encryption_key)
+        folder = open_folder(self.path, block_size, key)
+        self.block_size = folder.block_size
+        self.secret = folder.vault.secret
+        """Keys the names of blocks; empty without encryption."""
+        self._disk, self._open_lock = open_disk_store(
+            folder, self.disk_capacity, key, self._accounts, sync=durability == "power"
+        )
+        self._locks = SessionLocks(self._disk.locks_folder, self.secret)
         cores = os.cpu_count() or 1
         self._readers = IOThreads(io_threads or min(4, cores), "read")
         self._right_of_way = RightOfWay()
@@ -115,40 +156,8 @@ class AttentionStore:
         self._saver_lock = threading.Lock()
         self._committing: dict[str, tuple[str, Manifest]] = {}
         """Fingerprint and manifest of sessions whose commit waits for the writer."""
-        self._counts: Counter[str] = Counter()
-        self._count_lock = threading.Lock()
-        self._warned: set[str] = set()
         self._closed = False
         _open_stores.add(self)
-
-    def _open_folder(self) -> None:
-        try:
-            make_private_directory(self.path)
-            manifest = self.path / "store.json"
-            if not manifest.exists():
-                if any(self.path.iterdir()):
-                    raise StoreFormatError(f"{self.path} is not empty and not a store; choose another folder")
-                temporary = manifest.with_suffix(f".{os.getpid()}.tmp")
-                settings = {
-                    "format": FORMAT,
-                    "block_size": self.block_size,
-                    "created_by": f"hf-attnstore {__version__}",
-                }
-                temporary.write_text(json.dumps(settings))
-                temporary.chmod(0o600)
-                temporary.replace(manifest)
-            settings = json.loads(manifest.read_text())
-            found, block_size = settings["format"], settings["block_size"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise StoreFormatError(f"{self.path}/store.json is damaged ({error}); restore or delete it") from error
-        except OSError as error:
-            raise AttentionStoreError(f"can't use {self.path} as a store: {error}") from error
-        if found != FORMAT:
-            raise StoreFormatError(f"{self.path} has store format {found}; this version reads {FORMAT}")
-        if block_size != self.block_size:
-            raise StoreFormatError(
-                f"{self.path} was made with block_size={block_size}: open it with that, or choose another folder"
-            )
 
     # life
 
@@ -184,7 +193,9 @@ class AttentionStore:
         self._readers.close()
         with self._right_of_way.hurry():
             self._writer.close()
-        self._index.close()
+        self._keep_totals()
+        self._disk.close()
+        self._open_lock.release()
 
     def register(self, saver: Saver) -> None:
         """Makes `flush` and `close` call `saver.save()`, for as long as somebody else keeps it."""
@@ -212,26 +223,56 @@ class AttentionStore:
             )
         return name
 
-    def sessions(self) -> list[SessionInfo]:
-        """The sessions of this namespace, last used first."""
+    @staticmethod
+    def check_namespace(name: str) -> str:
+        """Returns `name` if a namespace can have it.
+
+        Raises:
+            SessionNameError: too long, or not text.
+        """
+        return AttentionStore.check_name(name) if name else ""
+
+    def sessions(self, limit: int | None = None, offset: int = 0) -> list[SessionInfo]:
+        """The sessions of this namespace, last used first: all, or a page of them."""
+        self._settle()
+        return self._disk.index.sessions.listing(self.namespace, limit, offset)
+
+    def session(self, name: str) -> SessionInfo:
+        """One session.
+
+        Raises:
+            SessionNotFoundError: there is no such session.
+        """
+        self._settle()
+        return self._disk.index.sessions.info(self.namespace, name)
+
+    def session_count(self) -> int:
+        """How many sessions this namespace has."""
+        self._settle()
+        return self._disk.index.sessions.number(self.namespace)
+
+    def _settle(self) -> None:
+        """What was handed over is on disk."""
         self._check_open()
         self._writer.drain()
-        return self._index.sessions(self.namespace)
 
-    def delete(self, name: str) -> None:
+    def delete(self, name: str, *, secure: bool = False) -> None:
         """Deletes a session and every block that no other session uses.
+
+        Args:
+            secure: return only when nothing of it is in any file of the store: not in the index's free pages or its
+                log, and not in quarantine, which is emptied for that. Blocks that other sessions use too stay.
 
         Raises:
             SessionNotFoundError: there is no such session.
             SessionBusyError: a turn is running on it.
+            StoreIOError: the disk would not.
         """
         self._check_open()
         lock = self.lock_session(name, wait=0)
         try:
             self._writer.drain()
-            gone = self._index.delete_session(self.namespace, name)
-            for row in gone:
-                self._forget(row)
+            self._disk.delete_session(self.namespace, name, self._memory.discard, secure=secure)
         finally:
             lock.release()
 
@@ -241,12 +282,31 @@ class AttentionStore:
         Raises:
             SessionNotFoundError: there is no session `src`.
             AttentionStoreError: `dst` exists already.
+            StoreIOError: the disk would not.
         """
-        self._check_open()
         self.check_name(dst)
-        self._writer.drain()
-        if not self._index.fork_session(self.namespace, src, dst):
+        self._settle()
+        if not self._disk.fork(self.namespace, src, dst):
             raise AttentionStoreError(f"session {dst!r} exists already; delete it first or choose another name")
+
+    def rename(self, src: str, dst: str) -> None:
+        """Gives session `src` the name `dst`.
+
+        Raises:
+            SessionNotFoundError: there is no session `src`.
+            SessionBusyError: a turn is running on it.
+            AttentionStoreError: `dst` exists already.
+            StoreIOError: the disk would not.
+        """
+        self.check_name(dst)
+        self._check_open()
+        lock = self.lock_session(src, wait=0)
+        try:
+            self._writer.drain()
+            if not self._disk.rename(self.namespace, src, dst):
+                raise AttentionStoreError(f"session {dst!r} exists already; delete it first or choose another name")
+        finally:
+            lock.release()
 
     def metadata(self, name: str) -> dict[str, Any]:
         """What `set_metadata` kept with a session; an empty dict if nothing.
@@ -254,20 +314,83 @@ class AttentionStore:
         Raises:
             SessionNotFoundError: there is no such session.
         """
-        self._check_open()
-        self._writer.drain()
-        return self._index.metadata(self.namespace, name)
+        self._settle()
+        return self._disk.index.sessions.metadata(self.namespace, name)
 
     def set_metadata(self, name: str, metadata: dict[str, Any]) -> None:
-        """Keeps a JSON-able dict with a session (which it creates if needed); forks copy it, `delete` removes it."""
+        """Keeps a JSON-able dict with a session (which it creates if needed); forks copy it, `delete` removes it.
+
+        Raises:
+            StoreIOError: the disk would not.
+        """
         self._check_open()
-        self._index.set_metadata(self.namespace, self.check_name(name), metadata)
+        self._disk.set_metadata(self.namespace, self.check_name(name), json.dumps(metadata))
+
+    def export_session(self, name: str, path: str | os.PathLike[str]) -> Exported:
+        """Writes a session, with all of its KV, to one portable safetensors file, private to the user, not encrypted.
+
+        Raises:
+            SessionNotFoundError: there is no such session.
+            AttentionStoreError: a block can't be read, or the file not be written.
+        """
+        self._settle()
+        return export_session(self._disk, self.namespace, name, Path(path))
+
+    def import_session(self, path: str | os.PathLike[str], name: str | None = None) -> Exported:
+        """Takes an exported session in, after all of the file was checked.
+
+        Args:
+            name: what it is called here; default is the name it had.
+
+        Raises:
+            AttentionStoreError: the file is damaged or does not fit, the session exists already, or there is no room.
+        """
+        if name is not None:
+            self.check_name(name)
+        self._settle()
+        return import_session(self._disk, self.namespace, Path(path), self.block_size, name)
+
+    # looking after the store
+
+    def verify(self, progress: Progress = no_progress) -> Report:
+        """Reads everything on disk and says what is not as it was written. Changes nothing; see `repair_store`.
+
+        Raises:
+            StoreIOError: the disk would not.
+        """
+        self._settle()
+        return verify(self._disk, progress)
+
+    def collect_garbage(
+        self, *, unowned: bool = False, dry_run: bool = False, progress: Progress = no_progress
+    ) -> Garbage:
+        """Removes what nobody needs: files that no index knows, the quarantine, lock files, free room in the index.
+
+        Args:
+            unowned: also blocks that belong to no session.
+            dry_run: only say what would go.
+
+        Raises:
+            StoreIOError: the disk would not.
+        """
+        self._settle()
+        return collect(
+            self._disk,
+            self._locks,
+            self._open_lock,
+            unowned=unowned,
+            dry_run=dry_run,
+            forget=self._memory.discard,
+            progress=progress,
+        )
+
+    # models
 
     def note(self, fingerprint: str) -> dict[str, Any] | None:
         """What `set_note` kept of a model; None if nothing, or nothing that can be read."""
         self._check_open()
         try:
-            found = json.loads(self._index.note(fingerprint) or "null")
+            found = json.loads(self._disk.note(fingerprint) or "null")
         except ValueError:
             return None
         return found if isinstance(found, dict) else None
@@ -275,12 +398,13 @@ class AttentionStore:
     def set_note(self, fingerprint: str, note: dict[str, Any]) -> None:
         """Keeps a JSON-able dict of what was found out about a model, in the background."""
         self._check_open()
-        self._writer.submit(partial(self._guarded, partial(self._index.set_note, fingerprint, json.dumps(note))))
+        keep = partial(self._disk.index.set_note, fingerprint, json.dumps(note))
+        self._writer.submit(partial(self._guarded, keep))
 
     def session_fingerprint(self, name: str) -> str | None:
         """The model fingerprint that a session was last saved with; None if there is no such session."""
         pending = self._committing.get(name)
-        return pending[0] if pending is not None else self._index.fingerprint(self.namespace, name)
+        return pending[0] if pending is not None else self._disk.fingerprint(self.namespace, name)
 
     def lock_session(self, name: str, wait: float) -> SessionLock:
         """Takes the lock of a session, which need not exist; `wait` in seconds.
@@ -293,21 +417,30 @@ class AttentionStore:
 
     # finding blocks
 
+    def root(self, fingerprint: str) -> Key:
+        """The parent of every first block of a model, in this namespace."""
+        return chain_root(fingerprint, self.namespace, secret=self.secret)
+
     def has(self, key: Key) -> bool:
         """Whether a block is in some tier."""
-        return self._memory.get(key) is not None or self._index.block(key) is not None
+        return bool(self.known([key]))
+
+    def known(self, keys: Sequence[Key]) -> int:
+        """How many of these blocks, from the first on, are in some tier."""
+        elsewhere = [key for key in keys if self._memory.get(key) is None]
+        missing = set(elsewhere) - self._disk.has(elsewhere) if elsewhere else set()
+        return next((place for place, key in enumerate(keys) if key in missing), len(keys))
 
     def nearest(self, parent: Key, ids: Sequence[int]) -> Match | None:
         """The block after `parent` that shares the longest beginning with `ids`; None if none shares a token."""
         tokens = encode_tokens(ids)
         best: Match | None = None
-        found = [(block.meta.key, block.meta.tokens) for block in self._memory.followers(parent)]
-        found += [(row.key, row.tokens) for row in self._index.neighbours(parent, tokens)]
-        for key, candidate in found:
-            common = common_prefix(candidate, tokens)
+        for block in self._memory.followers(parent):
+            common = common_prefix(block.meta.tokens, tokens)
             if common > (best.common if best else 0):
-                best = Match(key, common, len(candidate) // 4)
-        return best
+                best = Match(block.meta.key, common, block.meta.token_count)
+        found = self._disk.nearest(parent, tokens, best.common if best else 0)
+        return Match(*found) if found is not None else best
 
     def describe(self, key: Key) -> Mapping[str, TensorSpec]:
         """Name, dtype and shape of a block's tensors.
@@ -325,11 +458,8 @@ class AttentionStore:
         block = self._memory.get(key)
         if block is not None:
             return "memory", block
-        row = self._index.block(key)
-        if row is None:
-            raise LoadError(f"block {key.hex()} is not in the store any more")
         try:
-            return "disk", self._disk.open(row.fingerprint, key)
+            return "disk", self._disk.open(key)
         except LoadError as error:
             self._reject(key, error)
             raise
@@ -354,16 +484,10 @@ class AttentionStore:
         return Load(self._readers, stages, sources, self._reject)
 
     def _reject(self, key: Key, error: LoadError) -> None:
-        """A block failed a check: out of sight and aside, so that it is recomputed and never read again."""
-        self._memory.discard(key)
-        row = self._index.block(key)
-        if row is None:
-            return
-        self._count("rejected")
-        self._index.remove_blocks([key])
-        aside = self._disk.quarantine(row.fingerprint, key)
-        where = f"; the file is now {aside}" if aside else ""
-        logger.warning("a stored block can't be used and will be recomputed: %s%s", error, where)
+        """A block on disk could not be used."""
+        if not error.transient:
+            self._memory.discard(key)
+        self._disk.failed(key, error)
 
     # saving blocks
 
@@ -395,8 +519,7 @@ class AttentionStore:
         self._check_open()
         if not self._memory.insert(block, dirty=True):
             return
-        self._count("saved_blocks")
-        self._count("saved_bytes", block.nbytes)
+        self._accounts.count_all({"saved_blocks": 1, "saved_bytes": block.nbytes})
         self._writer.submit(partial(self._write, block, supersedes))
 
     def commit(self, session: str, fingerprint: str, manifest: Manifest) -> None:
@@ -406,20 +529,32 @@ class AttentionStore:
         """
         self._check_open()
         pending = self._committing[session] = (fingerprint, manifest)
+        hold = self._locks.keep(self.namespace, session)
 
         def change() -> None:
             try:
-                self._index.commit_session(self.namespace, session, fingerprint, manifest)
+                self._disk.commit(self.namespace, session, fingerprint, manifest)
+                self._keep_totals()
             finally:
                 if self._committing.get(session) is pending:
                     del self._committing[session]
+                if hold is not None:
+                    hold.done()
 
         self._writer.submit(partial(self._guarded, change))
+
+    def _keep_totals(self) -> None:
+        new = self._accounts.take_new()
+        try:
+            if new:
+                self._disk.index.add_totals(new)
+        except AttentionStoreError:
+            self._accounts.give_back(new)
 
     def touch(self, keys: Sequence[Key]) -> None:
         """Marks blocks as just used."""
         self._memory.touch(list(keys))
-        self._writer.submit(partial(self._guarded, partial(self._index.touch, list(keys))))
+        self._writer.submit(partial(self._guarded, partial(self._disk.index.touch, list(keys))))
 
     def promote(self, keys: Sequence[Key]) -> None:
         """Copies blocks from disk into free or reclaimable memory, in the background and in order."""
@@ -431,85 +566,34 @@ class AttentionStore:
         try:
             change()
         except Exception as error:
-            self._count("write_errors")
-            self._warn_once("index", f"the index could not be changed, some KV will not be found again: {error}")
+            self._disk.note_damage(error)
+            self._accounts.count("write_errors")
+            self._accounts.warn_once("write", f"the index of {self.path} could not be changed: {error}")
 
     def _write(self, block: Block, supersedes: Key | None) -> None:
-        key = block.meta.key
         try:
-            if self._index.block(key) is None:
-                self._write_new(block, supersedes)
+            written = self._disk.write(block, supersedes)
         except Exception as error:
-            self._count("write_errors")
-            self._warn_once("write", f"saving to {self.path} failed, conversations are not kept for now: {error}")
+            self._disk.note_damage(error)
+            self._accounts.count("write_errors")
+            self._accounts.warn_once(
+                "write", f"saving to {self.path} failed, conversations are not kept for now: {error}"
+            )
         else:
-            self._warned.discard("write")
+            if written:
+                self._accounts.over("write")
+                if supersedes is not None and not self._disk.has([supersedes]):
+                    self._memory.discard(supersedes)
+            else:
+                self._accounts.count("not_saved_blocks")
         finally:
-            self._memory.mark_clean(key)
-
-    def _write_new(self, block: Block, supersedes: Key | None) -> None:
-        meta = block.meta
-        if meta.start > 0 and self._index.block(meta.predecessor) is None:
-            self._count("not_saved_blocks")  # its beginning did not make it to disk: alone it is worth nothing
-            return
-        expected = encoded_size(block)
-        if not self._make_disk_room(expected, keep={meta.predecessor}):
-            self._count("not_saved_blocks")
-            if self.disk_capacity:
-                cap = format_bytes(self.disk_capacity)
-                self._warn_once("full", f"the store {self.path} is full, new KV is not kept on disk (cap {cap})")
-            return
-        written = self._disk.write(block)
-        try:
-            old = self._index.add_block(meta, written, supersedes)
-        except BaseException:
-            self._disk.delete(meta.fingerprint, meta.key)
-            raise
-        self._count("written_bytes", written)
-        if old is not None:
-            self._forget(old)
-
-    def _make_disk_room(self, nbytes: int, keep: set[Key]) -> bool:
-        """Evicts until `nbytes` more fit under the disk cap. Keys in `keep` stay."""
-        # what the index may grow by before this is asked again: by a commit, mostly in its log
-        margin = min(max(self.disk_capacity // 64, 192 << 10), 16 << 20)
-
-        def excess() -> int:
-            used = self._index.usage()[0] + self._index.file_bytes() + self._disk.quarantine_bytes()
-            return used + nbytes + margin - self.disk_capacity
-
-        if nbytes + margin > self.disk_capacity:
-            return False
-        if excess() > 0:
-            self._index.truncate_log()
-            self._disk.drop_quarantine()
-        while (over := excess()) > 0:
-            victims = [row for row in self._index.eviction_candidates(16) if row.key not in keep]
-            if not victims:
-                return False
-            chosen = []
-            for row in victims:
-                chosen.append(row)
-                over -= row.bytes
-                if over <= 0:
-                    break
-            self._index.remove_blocks([row.key for row in chosen])
-            for row in chosen:
-                self._disk.delete(row.fingerprint, row.key)
-                self._count("evicted_blocks")
-        self._warned.discard("full")
-        return True
-
-    def _forget(self, row: BlockRow) -> None:
-        self._memory.discard(row.key)
-        self._disk.delete(row.fingerprint, row.key)
+            self._memory.mark_clean(block.meta.key)
 
     def _promote(self, key: Key) -> None:
         try:
-            row = self._index.block(key)
-            if row is None or self._memory.get(key) is not None:
+            if self._memory.get(key) is not None or not self._disk.has([key]):
                 return
-            with self._disk.open(row.fingerprint, key) as file:
+            with self._disk.open(key) as file:
                 meta = file.read_meta()
                 specs = [t for name, t in file.layout.tensors.items() if name != TOKEN_IDS]
                 size = sum(t.spec.nbytes for t in specs)
@@ -532,52 +616,56 @@ class AttentionStore:
 
     # accounts
 
+    @property
+    def failures(self) -> int:
+        """How often something could not be read, or was not what it should be."""
+        return self._accounts.failures
+
     def drop_memory(self) -> None:
         """Empties the memory tier of everything that is on disk."""
         self.flush()
         self._memory.drop_clean()
 
-    def _count(self, what: str, amount: int = 1) -> None:
-        with self._count_lock:
-            self._counts[what] += amount
-
-    def count_turn(self, reused: int, prompt: int, loaded_bytes: int, seconds: float, exposed: float) -> None:
-        """Adds a turn to the totals of `stats`; tokens, bytes, seconds."""
-        with self._count_lock:
-            self._counts["turns"] += 1
-            self._counts["turns_with_reuse"] += reused > 0
-            self._counts["prompt_tokens"] += prompt
-            self._counts["reused_tokens"] += reused
-            self._counts["loaded_bytes"] += loaded_bytes
-            self._counts["load_microseconds"] += round(seconds * 1e6)
-            self._counts["exposed_load_microseconds"] += round(exposed * 1e6)
-
-    def _warn_once(self, kind: str, message: str) -> None:
-        if kind not in self._warned:
-            self._warned.add(kind)
-            logger.warning(message)
+    def count_turn(
+        self, reused: int, prompt: int, loaded_bytes: int, seconds: float, exposed: float, missed: str = ""
+    ) -> None:
+        """Adds a turn to the totals of `stats`; tokens, bytes, seconds, and why nothing was reused."""
+        counts = {
+            "turns": 1,
+            "turns_with_reuse": int(reused > 0),
+            "prompt_tokens": prompt,
+            "reused_tokens": reused,
+            "loaded_bytes": loaded_bytes,
+            "load_microseconds": round(seconds * 1e6),
+            "exposed_load_microseconds": round(exposed * 1e6),
+        }
+        if not reused:
+            counts[MISSED + (missed or "not in the store")] = 1
+        self._accounts.count_all(counts)
 
     def stats(self) -> dict[str, int | float]:
         """Bytes by tier against the caps, and totals since the store was opened (bytes, tokens, blocks, seconds)."""
         self._check_open()
-        disk_bytes, disk_blocks = self._index.usage()
-        counts = Counter(self._counts)
-        names = (
-            "turns", "turns_with_reuse", "prompt_tokens", "reused_tokens", "loaded_bytes", "saved_blocks",
-            "saved_bytes", "written_bytes", "evicted_blocks", "not_saved_blocks", "rejected", "write_errors",
-        )  # fmt: skip
+        usage = self._disk.index.usage()
         return {
             "memory_bytes": self._memory.used,
             "memory_capacity": self._memory.capacity,
             "memory_blocks": len(self._memory),
-            "disk_bytes": disk_bytes + self._index.file_bytes() + self._disk.quarantine_bytes(),
+            "disk_bytes": self._disk.used_bytes(),
             "disk_capacity": self.disk_capacity,
-            "disk_blocks": disk_blocks,
+            "disk_blocks": usage.blocks,
+            "sessions": usage.sessions,
+            "index_bytes": self._disk.index.database.file_bytes(),
+            "quarantine_bytes": self._disk.files.quarantine_bytes(),
             "evicted_from_memory": self._memory.evicted,
-            "load_seconds": counts["load_microseconds"] / 1e6,
-            "exposed_load_seconds": counts["exposed_load_microseconds"] / 1e6,
-            **{name: counts[name] for name in names},
+            **readable(self._accounts.counts()),
         }
+
+    def totals(self) -> dict[str, int | float]:
+        """What `stats` counts, summed over every process that ever used the store."""
+        self._settle()
+        self._keep_totals()
+        return readable(self._disk.index.totals())
 
     def manifest(self, session: str) -> Manifest:
         """What a session consists of.
@@ -585,31 +673,26 @@ class AttentionStore:
         Raises:
             SessionNotFoundError: there is no such session.
         """
-        self._check_open()
-        self._writer.drain()
-        return self._index.manifest(self.namespace, session)
+        self._settle()
+        return self._disk.index.sessions.manifest(self.namespace, session)
 
     def latest_manifest(self, session: str) -> Manifest | None:
         """What a session consists of, or will when what was handed over is on disk; None if there is none."""
         pending = self._committing.get(session)
-        if pending is not None:
-            return pending[1]
-        try:
-            return self._index.manifest(self.namespace, session)
-        except SessionNotFoundError:
-            return None
+        return pending[1] if pending is not None else self._disk.manifest(self.namespace, session)
 
     def describe_block(self, key: Key, fingerprint: str = "") -> tuple[int, np.ndarray] | None:
         """The position for which a block's first keys were made, and its ids `[tokens]`.
 
         Returns:
-            None if it is in no tier, or of another model than that of `fingerprint`.
+            None if it is in no tier, can't be read, or is of another model than that of `fingerprint`.
         """
         held = self._memory.get(key)
-        found = held.meta if held is not None else self._index.block(key)
-        if found is None or (fingerprint and found.fingerprint != fingerprint):
-            return None
-        return found.start, decode_tokens(found.tokens)
+        if held is None:
+            found = self._disk.describe(key, fingerprint)
+        else:
+            found = (held.meta.start, held.meta.tokens) if fingerprint in ("", held.meta.fingerprint) else None
+        return (found[0], decode_tokens(found[1])) if found is not None else None
 
     def tokens(self, session: str, *, dropped: bool = False) -> list[int]:
         """The token ids of a session whose KV is in the store.

@@ -22,9 +22,11 @@ import numpy as np
 import torch
 
 from ..errors import LoadError
-from .blocks import Block, Key, StoredTensor, as_bytes
+from .blocks import Block, as_bytes
 from .devices import DeviceCopies, host_tensors
 from .disk import BlockFile
+from .keys import Key
+from .layout import StoredTensor
 from .threads import IOThreads
 
 Source = Block | BlockFile

@@ -11,7 +11,8 @@ from hf_attnstore.cache.buffers import HostBuffers
 from hf_attnstore.session.chain import TokenChain, common_prefix
 from hf_attnstore.session.matching import match_prefix
 from hf_attnstore.session.spans import Span, crop, overlapping, total_tokens
-from hf_attnstore.store.blocks import Key, Match, block_key, chain_root, decode_tokens, encode_tokens
+from hf_attnstore.store.blocks import Match
+from hf_attnstore.store.keys import Key, block_key, chain_root, decode_tokens, encode_tokens
 from hf_attnstore.store.policy import LeafLRU, lookahead_depth
 
 ROOT = chain_root("f", "")
@@ -93,8 +94,10 @@ class Folder:
                 start, stop = chain.bounds(block)
                 self.blocks[chain.key(block)] = (chain.parent(block), ids[start:stop])
 
-    def has(self, key: Key) -> bool:
-        return key in self.blocks
+    secret = b""
+
+    def known(self, keys: Sequence[Key]) -> int:
+        return next((n for n, key in enumerate(keys) if key not in self.blocks), len(keys))
 
     def nearest(self, parent: Key, ids: Sequence[int]) -> Match | None:
         best = None

@@ -15,7 +15,7 @@ from hf_attnstore.session.manifests import read_manifest, write_manifest
 from hf_attnstore.session.spans import Span, crop, total_tokens
 from hf_attnstore.session.view import View
 from hf_attnstore.session.window import Window
-from hf_attnstore.store.blocks import Key, chain_root
+from hf_attnstore.store.keys import Key, chain_root
 
 ROOT = chain_root("f", "")
 SIZE = 4
@@ -83,7 +83,7 @@ def test_views_agree_with_a_plain_list(steps: list[tuple[list[int], int, int]], 
         spans = model.grow(view, new)
         model.check(view, spans)
         manifest = write_manifest(view, spans, len(model.ids))
-        again = read_manifest(manifest, ROOT, model.blocks.get)
+        again = read_manifest(manifest, View.plain(ROOT), model.blocks.get)
         assert again.same(view)
         low, high = sorted((one % (len(model.kept) + 1), other % (len(model.kept) + 1)))
         if low < high:
@@ -122,7 +122,7 @@ def test_what_can_not_be_moved_is_a_plain_chain_of_what_is_left(steps: list[tupl
         chain = TokenChain(ROOT, SIZE, view.in_view(np.array(ids)))
         spans = [Span(chain.key(0), 0, len(kept), 0, len(kept))] if kept else []
         blocks = {chain.key(0): (0, chain.ids)} if kept else {}
-        again = read_manifest(write_manifest(view, spans, len(ids)), ROOT, blocks.get)
+        again = read_manifest(write_manifest(view, spans, len(ids)), View.plain(ROOT), blocks.get)
         assert again.in_view(np.array(ids)).tolist() == view.in_view(np.array(ids)).tolist()
 
 
@@ -139,14 +139,14 @@ def test_a_manifest_with_a_lost_block_is_read_up_to_there(steps: list[tuple[list
     spans = model.grow(view, [2, 2])
     manifest = write_manifest(view, spans, len(model.ids))
     gone = spans[lost % len(spans)].block
-    found = read_manifest(manifest, ROOT, lambda key: None if key == gone else model.blocks.get(key))
+    found = read_manifest(manifest, View.plain(ROOT), lambda key: None if key == gone else model.blocks.get(key))
     agreed = len(found.ids)
     assert found.ids.tolist() == model.ids[:agreed]
     assert all(span.block != gone for span in found.prefix)
     assert found.prefix == view.prefix[: len(found.prefix)]
     assert (found.root == view.root) == (found.prefix == view.prefix) or not found.prefix
     altered = replace(manifest, spans=tuple(replace(row, shift=row.shift + 1) for row in manifest.spans))
-    assert not read_manifest(altered, ROOT, model.blocks.get).prefix
+    assert not read_manifest(altered, View.plain(ROOT), model.blocks.get).prefix
 
 
 @given(

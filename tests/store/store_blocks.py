@@ -4,8 +4,9 @@ import numpy as np
 import torch
 
 from hf_attnstore.store import AttentionStore
-from hf_attnstore.store.blocks import Block, BlockMeta, Key, block_key, chain_root, encode_tokens
-from hf_attnstore.store.index import Manifest, SpanRow
+from hf_attnstore.store.blocks import Block, BlockMeta
+from hf_attnstore.store.keys import Key, block_key, chain_root, encode_tokens
+from hf_attnstore.store.manifest import Manifest, SpanRow
 from hf_attnstore.store.transfer import Piece, Stage
 
 FINGERPRINT = "f" * 40
@@ -24,7 +25,7 @@ def make_block(parent: Key, ids: list[int], start: int, namespace: str = "", fin
         for layer in range(LAYERS)
         for name in ("keys", "values")
     }
-    return Block(BlockMeta(key, parent, fingerprint, namespace, start, tokens), tensors)
+    return Block(BlockMeta(key, parent, fingerprint, start, tokens), tensors)
 
 
 def make_chain(ids: list[int], size: int, namespace: str = "", fingerprint: str = FINGERPRINT) -> list[Block]:

@@ -1,0 +1,136 @@
+"""A SQLite database in WAL mode, for several threads and processes: one connection writes, one reads."""
+
+import os
+import sqlite3
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from ..errors import StoreClosedError, StoreIOError
+
+_BUSY_SECONDS = 30.0
+_LOG_PAGES = 32
+"""After so many pages the log is moved into the database; it counts towards the disk cap."""
+
+
+class DamagedDatabaseError(StoreIOError):
+    """The database's content is not what was written."""
+
+
+class Database:
+    """Transactions and reads. Reads do not wait for writes.
+
+    Errors of SQLite come as `StoreIOError`, those that speak of damage as `DamagedDatabaseError`.
+    """
+
+    def __init__(self, path: Path, schema: str, *, sync: bool) -> None:
+        self.path = path
+        self._sync = sync
+        self._write_lock = threading.Lock()
+        self._read_lock = threading.Lock()
+        self._closed = False
+        opened: list[sqlite3.Connection] = []
+        try:
+            with _translated(path):
+                os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))  # SQLite gives its log the same mode
+                for _ in range(2):
+                    opened.append(self._connect())
+                self._writer, self._reader = opened
+                self._writer.executescript(schema)
+                self._reader.execute("PRAGMA query_only = 1")
+        except BaseException:
+            for connection in opened:
+                connection.close()
+            raise
+
+    def _connect(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self.path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute(f"PRAGMA synchronous = {'FULL' if self._sync else 'NORMAL'}")
+        connection.execute(f"PRAGMA wal_autocheckpoint = {_LOG_PAGES}")
+        connection.execute("PRAGMA journal_size_limit = 524288")
+        connection.execute("PRAGMA secure_delete = ON")  # what is deleted is overwritten, in the database at least
+        return connection
+
+    def close(self) -> None:
+        with self._write_lock, self._read_lock:
+            self._closed = True
+            self._reader.close()
+            self._writer.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StoreClosedError(f"the store {self.path.parent} is closed; open it again")
+
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """Everything or nothing of what is done with the connection is visible afterwards."""
+        with self._write_lock, _translated(self.path):
+            self._check_open()
+            self._writer.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._writer
+            except BaseException:
+                with suppress(sqlite3.Error):  # on a full disk SQLite has rolled back by itself
+                    self._writer.execute("ROLLBACK")
+                raise
+            try:
+                self._writer.execute("COMMIT")
+            except BaseException:
+                with suppress(sqlite3.Error):
+                    self._writer.execute("ROLLBACK")
+                raise
+
+    def read(self, query: str, parameters: Sequence[Any] = ()) -> list[Any]:
+        with self._read_lock, _translated(self.path):
+            self._check_open()
+            return self._reader.execute(query, parameters).fetchall()
+
+    def truncate_log(self) -> bool:
+        """Moves the log's content into the database, so that its file takes no room. False where a reader, in
+        another process, stood in the way."""
+        with self._write_lock, self._read_lock, _translated(self.path):
+            self._check_open()
+            return not self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+
+    def compact(self) -> None:
+        """Gives the room of what was deleted back to the file system."""
+        with self._write_lock, _translated(self.path):
+            self._check_open()
+            self._writer.execute("VACUUM")
+
+    def problems(self) -> list[str]:
+        """What SQLite finds wrong with the file; reads all of it."""
+        try:
+            found = [str(row[0]) for row in self.read("PRAGMA integrity_check(20)")]
+        except DamagedDatabaseError as error:
+            return [str(error)]
+        return [] if found == ["ok"] else found
+
+    def files(self) -> list[Path]:
+        """The database's files; not all of them need exist."""
+        return [self.path.with_name(self.path.name + suffix) for suffix in ("", "-wal", "-shm")]
+
+    def file_bytes(self) -> int:
+        """Bytes of the database's files."""
+        total = 0
+        for path in self.files():
+            with suppress(FileNotFoundError):
+                total += path.stat().st_size
+        return total
+
+
+@contextmanager
+def _translated(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        if "malformed" in str(error) or "no such" in str(error):
+            raise DamagedDatabaseError(f"{path} is damaged: {error}") from error
+        raise StoreIOError(f"{path}: {error}") from error
+    except (sqlite3.DatabaseError, UnicodeDecodeError, OverflowError) as error:
+        raise DamagedDatabaseError(f"{path} is damaged: {error}") from error
+    except OSError as error:
+        raise StoreIOError(f"{error.filename or path}: {error.strerror or error}") from error

@@ -1,0 +1,415 @@
+"""What is on disk: block files, session records and the index of both, under one cap.
+
+Every change is made by somebody who holds the write lock, so that the accounts are exact when room is made, whichever
+processes share the folder. What a change was about to do stands in the index before: whoever takes the lock after a
+process was killed finishes what that left.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+
+from ..errors import LoadError, SessionNotFoundError, StoreIOError
+from .accounts import Accounts
+from .blocks import Block
+from .database import DamagedDatabaseError
+from .disk import BlockFile, DiskTier
+from .files import make_private_directory
+from .index import BlockRow, Index
+from .keys import Key, common_codes, common_prefix, prefix_codes
+from .layout import encoded_size
+from .locks import WriteLock
+from .manifest import Manifest
+from .records import RecordFiles, SessionRecord
+from .settings import FILE, Folder, open_folder
+from .sizes import format_bytes
+
+logger = logging.getLogger("hf_attnstore")
+
+DAMAGED = "index.damaged"
+"""A file of that name tells the next who opens the store alone to rebuild the index."""
+
+_UNREADABLE_SECONDS = 30.0
+_SECURE_SECONDS = 15.0
+_RECORD_SLACK = 4096
+
+
+class DiskStore:
+    """The part of a store that outlives the process. Safe to use from several threads and processes.
+
+    Looking things up never raises for want of a disk: what can't be read is not there, with one warning and a count.
+    """
+
+    def __init__(self, folder: Folder, capacity: int, key: bytes | None, accounts: Accounts, *, sync: bool) -> None:
+        self.root = folder.path
+        self.capacity = capacity
+        self.vault = folder.vault
+        self.sync = sync
+        self._folder = folder
+        self._key = key
+        self._accounts = accounts
+        self.files = DiskTier(self.root, self.vault, sync=sync)
+        self.records = RecordFiles(self.root, self.vault, sync=sync)
+        self.locks_folder = self.root / "locks"
+        self._make_folders()
+        self._lock = WriteLock(self.locks_folder / "write.lock")
+        self._depth = 0
+        self._unreadable: dict[Key, float] = {}
+        self._identity = self._file_identity()
+        self.index = Index(self.index_path, self.vault, sync=sync)
+
+    @property
+    def index_path(self) -> Path:
+        return self.root / "index.sqlite"
+
+    def _make_folders(self) -> None:
+        make_private_directory(self.locks_folder)
+        make_private_directory(self.records.folder)
+        self.files.make_folders()
+
+    def close(self) -> None:
+        self.index.close()
+
+    # the lock, and what a killed process left
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Nobody else changes what is on disk, and nothing is left half done.
+
+        Raises:
+            StoreIOError: the disk would not, or another process does not let go of the lock.
+        """
+        self._revive()
+        with self._lock():
+            self._depth += 1
+            try:
+                if self._depth == 1:
+                    self._recover()
+                yield
+            finally:
+                self._depth -= 1
+
+    def _recover(self) -> None:
+        """Finishes what was begun and not ended: nobody is in the middle of anything while this runs."""
+        if self.files.partial_files():
+            self.files.remove_partial()
+        pending = self.index.pending()
+        if not pending:
+            return
+        for key, fingerprint in pending:
+            self.files.delete(fingerprint, key)
+        self.index.settle([key for key, _ in pending])
+        logger.info("removed %d files that were left half done", len(pending))
+
+    def _file_identity(self) -> tuple[int, int]:
+        found = os.stat(self.root / FILE)
+        return found.st_dev, found.st_ino
+
+    def _revive(self) -> None:
+        """Somebody deleted or replaced the folder: goes on with what is there now, or with an empty one."""
+        with suppress(FileNotFoundError):
+            if self._file_identity() == self._identity:
+                return
+        logger.warning("the store %s was deleted or replaced: what it had is gone, saving goes on there", self.root)
+        open_folder(self.root, self._folder.block_size, self._key)
+        self._make_folders()
+        self.index = Index(self.index_path, self.vault, sync=self.sync)  # others may still read from the old one
+        self._identity = self._file_identity()
+        self._unreadable.clear()
+
+    # looking up
+
+    def _attempt(self, look: Callable[[], object], otherwise: object) -> object:
+        """What `look` finds; `otherwise` where the disk would not say."""
+        try:
+            found = look()
+        except (StoreIOError, LoadError) as error:
+            self.note_damage(error)
+            self._accounts.count("read_errors")
+            self._accounts.warn_once("read", f"the store {self.root} can't be read, KV is recomputed for now: {error}")
+            return otherwise
+        self._accounts.over("read")
+        return found
+
+    def note_damage(self, error: Exception) -> None:
+        """An index that proved damaged is rebuilt by the next who opens the store alone."""
+        if isinstance(error, DamagedDatabaseError):
+            with suppress(OSError):
+                (self.root / DAMAGED).touch(mode=0o600)
+
+    def has(self, keys: Sequence[Key]) -> set[Key]:
+        """Which of these blocks can be read, as far as is known."""
+        found = self._attempt(lambda: self.index.has(keys), set())
+        assert isinstance(found, set)
+        if self._unreadable:
+            found -= {key for key in keys if self._is_unreadable(key)}
+        return found
+
+    def _is_unreadable(self, key: Key) -> bool:
+        until = self._unreadable.get(key)
+        if until is None:
+            return False
+        if time.monotonic() > until:
+            self._unreadable.pop(key, None)
+            return False
+        return True
+
+    def row(self, key: Key) -> BlockRow | None:
+        """A block's row; None if it is not there."""
+        found = self._attempt(lambda: self.index.block(key), None)
+        return found if isinstance(found, BlockRow) else None
+
+    def nearest(self, parent: Key, tokens: bytes, beyond: int) -> tuple[Key, int, int] | None:
+        """The block after `parent` that shares the longest beginning with `tokens`, of more than `beyond` tokens.
+
+        Returns:
+            Its key, the number of tokens shared, and the number of those it has.
+        """
+        codes = prefix_codes(tokens, self.vault.secret)
+        found = self._attempt(lambda: self.index.neighbours(parent, codes), [])
+        assert isinstance(found, list)
+        best = None
+        for row, theirs in sorted(found, key=lambda item: -common_codes(item[1], codes)):
+            if common_codes(theirs, codes) <= beyond or self._is_unreadable(row.key):
+                continue
+            described = self.describe(row.key)
+            if described is not None:
+                common = common_prefix(described[1], tokens)
+                if common > beyond:
+                    best, beyond = (row.key, common, row.count), common
+        return best
+
+    def describe(self, key: Key, fingerprint: str = "") -> tuple[int, bytes] | None:
+        """The position for which a block's first keys were made, and its ids, from its file; None if it is not there,
+        or of another model than that of `fingerprint`."""
+        try:
+            with self.open(key) as file:
+                if fingerprint and file.layout.meta.fingerprint != fingerprint:
+                    return None
+                meta = file.read_meta()
+        except LoadError as error:
+            self.failed(key, error)
+            return None
+        except Exception as error:
+            self.failed(key, LoadError(f"reading block {key.hex()} failed: {error!r}", transient=True))
+            return None
+        return meta.start, meta.tokens
+
+    def open(self, key: Key) -> BlockFile:
+        """Opens a block.
+
+        Raises:
+            LoadError: it is not there, or can't be read; `failed` wants to know of it.
+        """
+        row = self.row(key)
+        if row is None:
+            raise LoadError(f"block {key.hex()} is not in the store any more")
+        return self.files.open(row.fingerprint, key)
+
+    def failed(self, key: Key, error: LoadError) -> None:
+        """A block could not be read. One that failed a check is put aside, so that it is recomputed and never read
+        again; where the disk failed it is left alone for a while."""
+        if error.transient:
+            self._unreadable[key] = time.monotonic() + _UNREADABLE_SECONDS
+            self._accounts.count("read_errors")
+            self._accounts.warn_once("unreadable", f"a stored block can't be read now, it is recomputed: {error}")
+            return
+        row = self.row(key)
+        if row is None:
+            return
+        self._accounts.count("rejected")
+        where = ""
+        try:
+            with self.writing():
+                self.index.remove_blocks([row])
+                aside = self.files.quarantine(self.files.path(row.fingerprint, key))
+                self.index.settle([key])
+            where = f"; the file is now {aside}" if aside else ""
+        except (StoreIOError, OSError) as problem:
+            self._unreadable[key] = float("inf")
+            where = f"; it could not be put aside ({problem})"
+        logger.warning("a stored block can't be used and will be recomputed: %s%s", error, where)
+
+    # blocks
+
+    def write(self, block: Block, supersedes: Key | None) -> bool:
+        """Writes a block, unless it is there. False where the cap, or a missing beginning, keeps it out.
+
+        Raises:
+            StoreIOError, OSError: the disk would not; nothing is left behind that does not get removed.
+        """
+        meta = block.meta
+        with self.writing():
+            if self.index.block(meta.key) is not None:
+                return True
+            if meta.start > 0 and self.index.block(meta.predecessor) is None:
+                return False  # its beginning did not make it to disk: alone it is worth nothing
+            expected = encoded_size(block)
+            if not self.make_room(expected, keep={meta.predecessor}):
+                if self.capacity:
+                    cap = format_bytes(self.capacity)
+                    self._accounts.warn_once(
+                        "full", f"the store {self.root} is full, new KV is not kept on disk (cap {cap})"
+                    )
+                return False
+            began = time.perf_counter()
+            codes = prefix_codes(meta.tokens, self.vault.secret)
+            self.index.begin_write(meta.key, meta.fingerprint, expected)
+            try:
+                written = self.files.write(block)
+                old = self.index.add_block(meta, codes, written, supersedes)
+            except BaseException:
+                with suppress(OSError):
+                    self.files.delete(meta.fingerprint, meta.key)
+                    self.index.settle([meta.key])
+                raise
+            self._unreadable.pop(meta.key, None)
+            self._accounts.count("written_bytes", written)
+            self._accounts.count("write_microseconds", round((time.perf_counter() - began) * 1e6))
+            if old is not None:
+                self._remove_files([old])
+            return True
+
+    def _remove_files(self, rows: Sequence[BlockRow]) -> None:
+        for row in rows:
+            self.files.delete(row.fingerprint, row.key)
+        self.index.settle([row.key for row in rows])
+
+    def remove(self, rows: Sequence[BlockRow], forget: Callable[[Key], None]) -> None:
+        """Removes blocks; only for who is `writing`. `forget` is called with their keys."""
+        self.index.remove_blocks(rows)
+        for row in rows:
+            forget(row.key)
+        self._remove_files(rows)
+
+    def used_bytes(self) -> int:
+        """Bytes of everything in the folder."""
+        return self.index.usage().total + self.index.database.file_bytes() + self.files.quarantine_bytes()
+
+    def make_room(self, nbytes: int, keep: Collection[Key] = ()) -> bool:
+        """Evicts until `nbytes` more fit under the cap; only for who is `writing`. Keys in `keep` stay."""
+        # what the index may grow by before this is asked again: by a commit, mostly in its log
+        margin = min(max(self.capacity // 64, 192 << 10), 16 << 20)
+        if nbytes + margin > self.capacity:
+            return False
+
+        def excess() -> int:
+            return self.used_bytes() + nbytes + margin - self.capacity
+
+        if excess() > 0:
+            self.index.database.truncate_log()
+            self.files.drop_quarantine()
+        while (over := excess()) > 0:
+            victims = [row for row in self.index.eviction_candidates(16) if row.key not in keep]
+            if not victims:
+                return False
+            chosen = []
+            for row in victims:
+                chosen.append(row)
+                over -= row.bytes
+                if over <= 0:
+                    break
+            self.index.remove_blocks(chosen)
+            self._remove_files(chosen)
+            self._accounts.count("evicted_blocks", len(chosen))
+        self._accounts.over("full")
+        return True
+
+    # sessions
+
+    def _keep(self, record: SessionRecord) -> int:
+        """Writes a session's record; nothing for a store that keeps nothing on disk."""
+        return self.records.write(record) if self.capacity else 0
+
+    def commit(self, namespace: str, session: str, fingerprint: str, manifest: Manifest) -> None:
+        """Sets what a session consists of.
+
+        Raises:
+            StoreIOError, OSError: the disk would not; the session is as it was.
+        """
+        with self.writing():
+            if self.capacity:
+                ids = sum(len(span.dropped) for span in manifest.spans)
+                self.make_room(_RECORD_SLACK + 160 * len(manifest.spans) + 3 * ids)
+            self.index.sessions.commit(namespace, session, fingerprint, manifest, self._keep)
+
+    def set_metadata(self, namespace: str, session: str, metadata: str) -> None:
+        """`metadata` is JSON. See `commit` for what it raises."""
+        with self.writing():
+            if self.capacity:
+                self.make_room(_RECORD_SLACK + 4 * len(metadata))
+            self.index.sessions.set_metadata(namespace, session, metadata, self._keep)
+
+    def fork(self, namespace: str, source: str, target: str) -> bool:
+        """Makes session `target` with all that `source` has. False if `target` exists already."""
+        with self.writing():
+            if self.capacity:
+                self.make_room(_RECORD_SLACK + self._record_bytes(namespace, source))
+            return self.index.sessions.copy(namespace, source, target, self._keep)
+
+    def rename(self, namespace: str, source: str, target: str) -> bool:
+        """Gives a session another name. False if there is one of that name already."""
+        with self.writing():
+            done = self.index.sessions.rename(namespace, source, target, self._keep)
+            if done:
+                self.records.delete(namespace, source)
+            return done
+
+    def _record_bytes(self, namespace: str, session: str) -> int:
+        with suppress(FileNotFoundError):
+            return self.records.path(namespace, session).stat().st_size
+        return 0
+
+    def delete_session(self, namespace: str, session: str, forget: Callable[[Key], None], *, secure: bool) -> None:
+        """Deletes a session and the blocks that only it used; `forget` is called with their keys.
+
+        Raises:
+            SessionNotFoundError: there is no such session.
+            StoreIOError: the disk would not; with `secure`, also where another process's reading kept old pages alive.
+        """
+        with self.writing():
+            self.index.sessions.find(namespace, session)
+            self.records.delete(namespace, session)
+            gone = self.index.delete_session(namespace, session)
+            for row in gone:
+                forget(row.key)
+            self._remove_files(gone)
+            if secure:
+                self.files.drop_quarantine()
+                self._truncate_log()
+
+    def _truncate_log(self) -> None:
+        deadline = time.monotonic() + _SECURE_SECONDS
+        while not self.index.database.truncate_log():
+            if time.monotonic() > deadline:
+                raise StoreIOError(
+                    "the session is deleted, but another process's reading kept old pages of the index's log alive: "
+                    "run `attnstore gc` when it is done"
+                )
+            time.sleep(0.02)
+
+    def manifest(self, namespace: str, session: str) -> Manifest | None:
+        """What a session consists of; None if there is none, or nothing that can be read."""
+
+        def look() -> Manifest | None:
+            try:
+                return self.index.sessions.manifest(namespace, session)
+            except SessionNotFoundError:
+                return None
+
+        found = self._attempt(look, None)
+        return found if isinstance(found, Manifest) else None
+
+    def fingerprint(self, namespace: str, session: str) -> str | None:
+        """The model fingerprint that a session was last saved with; None if it is not known."""
+        found = self._attempt(partial(self.index.sessions.fingerprint, namespace, session), None)
+        return found if isinstance(found, str) else None
+
+    def note(self, fingerprint: str) -> str | None:
+        """What was kept of a model."""
+        found = self._attempt(partial(self.index.note, fingerprint), None)
+        return found if isinstance(found, str) else None

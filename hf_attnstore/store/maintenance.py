@@ -1,0 +1,303 @@
+"""Looking after what is on disk: checking all of it, setting it right, removing what nobody needs."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from ..errors import AttentionStoreError, LoadError, SessionNotFoundError, StoreIOError
+from .accounts import Accounts
+from .database import DamagedDatabaseError
+from .disk_store import DAMAGED, DiskStore
+from .files import make_private_directory
+from .index import BlockRow
+from .keys import Key
+from .locks import SessionLocks, StoreLock
+from .rebuild import Progress, adopt_block, fresh_index, no_progress, read_records, rebuild, set_index_aside
+from .settings import Folder
+
+ProblemKind = Literal[
+    "index", "accounts", "missing block", "damaged block", "unknown file", "damaged session", "unreadable", "unfinished"
+]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that is not as it should be."""
+
+    kind: ProblemKind
+    where: str
+    detail: str
+
+
+@dataclass
+class Report:
+    """What a check found."""
+
+    blocks: int = 0
+    bytes: int = 0
+    sessions: int = 0
+    problems: list[Problem] = field(default_factory=list)
+    repaired: bool = False
+    """Whether the problems are no more."""
+
+    def add(self, kind: ProblemKind, where: object, detail: object) -> None:
+        self.problems.append(Problem(kind, str(where), str(detail)))
+
+
+def verify(disk: DiskStore, progress: Progress = no_progress) -> Report:
+    """Reads everything and changes nothing. Others may use the store meanwhile."""
+    report = Report()
+    for problem in disk.index.problems():
+        report.add("index", disk.index_path, problem)
+    if report.problems:
+        return report  # what a damaged index says of the rest means nothing
+    usage = disk.index.usage()
+    for row in disk.index.blocks():
+        progress("blocks", report.blocks, usage.blocks)
+        found = _check_block(disk, row)
+        if found is not None and disk.index.block(row.key) is not None:  # and not just evicted by another process
+            report.problems.append(found)
+        report.blocks += 1
+        report.bytes += row.bytes
+    progress("blocks", usage.blocks, usage.blocks)
+    for path in unknown_files(disk):
+        report.add("unknown file", path, "no block or session of the index; `gc` deletes it, `repair` brings it back")
+    for namespace, name in disk.index.sessions.all_names():
+        try:
+            disk.index.sessions.record(namespace, name)
+            disk.records.read(disk.records.path(namespace, name))
+            report.sessions += 1
+        except SessionNotFoundError:
+            continue
+        except (LoadError, StoreIOError) as error:
+            report.add("damaged session", disk.records.path(namespace, name), error)
+    if disk.index.wrong_accounts():
+        report.add("accounts", disk.index_path, "the sums of bytes or the numbers of followers are wrong")
+    return report
+
+
+def _check_block(disk: DiskStore, row: BlockRow) -> Problem | None:
+    path = disk.files.path(row.fingerprint, row.key)
+    try:
+        with disk.files.open(row.fingerprint, row.key) as file:
+            file.verify()
+            if file.layout.file_bytes != row.bytes:
+                return Problem("accounts", str(path), f"{file.layout.file_bytes} bytes, the index says {row.bytes}")
+    except LoadError as error:
+        if error.transient:
+            return Problem("unreadable", str(path), str(error))
+        return Problem("damaged block" if path.exists() else "missing block", str(path), str(error))
+    return None
+
+
+def unknown_files(disk: DiskStore) -> Iterator[Path]:
+    """Files in the places of blocks and sessions that the index does not know. Others may be about to write them, or
+    to delete them: who acts on it looks again, `writing`."""
+    some: list[tuple[Key, Path]] = []
+    for _, key, path in disk.files.found():
+        some.append((key, path))
+        if len(some) == 500:
+            yield from _unknown(disk, some)
+            some = []
+    yield from _unknown(disk, some)
+    known = {disk.records.path(*names) for names in disk.index.sessions.all_names()}
+    yield from (path for path in disk.records.paths() if path not in known)
+
+
+def _unknown(disk: DiskStore, some: list[tuple[Key, Path]]) -> Iterator[Path]:
+    known = disk.index.has([key for key, _ in some]) | {key for key, _ in disk.index.pending()}
+    yield from (path for key, path in some if key not in known)
+
+
+@contextmanager
+def alone_with(folder: Folder, key: bytes | None, capacity: int = 1 << 62) -> Iterator[tuple[DiskStore, bool]]:
+    """Opens a store that nobody else has open, whatever state its index is in.
+
+    Yields:
+        The store, and whether its index was damaged: then that is in quarantine, and the store has an empty one.
+
+    Raises:
+        AttentionStoreError: somebody else has the store open.
+    """
+    make_private_directory(folder.path / "locks")
+    lock = StoreLock(folder.path / "locks" / "open.lock")
+    try:
+        with lock.exclusive() as alone:
+            if not alone:
+                raise AttentionStoreError(
+                    f"the store {folder.path} is in use; close the other processes that use it first"
+                )
+            damaged = (folder.path / DAMAGED).exists()
+            try:
+                disk = DiskStore(folder, capacity, key, Accounts(), sync=False)
+                damaged = damaged or bool(disk.index.problems())
+            except DamagedDatabaseError:
+                set_index_aside(folder.path)
+                disk = DiskStore(folder, capacity, key, Accounts(), sync=False)
+                damaged = True
+            try:
+                if damaged:
+                    fresh_index(disk)
+                yield disk, damaged
+            finally:
+                disk.close()
+    finally:
+        lock.release()
+
+
+def repair(folder: Folder, key: bytes | None, progress: Progress = no_progress, *, dry_run: bool = False) -> Report:
+    """Sets everything right that `verify` finds wrong: blocks that are damaged go into quarantine, files that the
+    index does not know are brought back if they are whole, from quarantine too, and a damaged index is made anew.
+
+    Raises:
+        AttentionStoreError: somebody else has the store open.
+    """
+    if dry_run:
+        with _opened(folder, key) as disk:
+            return verify(disk, progress)
+    with alone_with(folder, key) as (disk, damaged):
+        report = Report()
+        if damaged:
+            report.add("index", disk.index_path, "damaged: made anew from the files, the old one is in quarantine")
+        else:
+            report = verify(disk, progress)
+            _remove_bad(disk, report)
+        _put_back(disk)
+        if damaged:
+            found = rebuild(disk, progress, verify=True)
+            report.blocks, report.sessions = found.blocks, found.sessions
+            report.bytes = disk.index.usage().bytes
+            for number, what in ((found.damaged_blocks, "blocks"), (found.damaged_sessions, "session records")):
+                if number:
+                    report.add("damaged block", disk.root / "quarantine", f"{number} {what} are damaged")
+        else:
+            _reconcile(disk)
+        (disk.root / DAMAGED).unlink(missing_ok=True)
+        report.repaired = True
+    return report
+
+
+@contextmanager
+def _opened(folder: Folder, key: bytes | None) -> Iterator[DiskStore]:
+    disk = DiskStore(folder, 1 << 62, key, Accounts(), sync=False)
+    try:
+        yield disk
+    finally:
+        disk.close()
+
+
+def _remove_bad(disk: DiskStore, report: Report) -> None:
+    """Takes the rows of bad blocks away, and puts their files aside."""
+    bad = {problem.where for problem in report.problems if problem.kind in ("damaged block", "missing block")}
+    with disk.writing():
+        for row in list(disk.index.blocks()) if bad else []:
+            path = disk.files.path(row.fingerprint, row.key)
+            if str(path) in bad:
+                disk.index.remove_blocks([row])
+                disk.files.quarantine(path)
+                disk.index.settle([row.key])
+
+
+def _put_back(disk: DiskStore) -> None:
+    """Files in quarantine that are whole after all (a disk may fail and come back) go where they belong."""
+    for path in disk.files.quarantined():
+        if path.suffix != ".safetensors":
+            continue
+        try:
+            with disk.files.open_path(path) as file:
+                meta = file.verify()
+        except LoadError:
+            continue
+        target = disk.files.path(meta.fingerprint, meta.key)
+        if not target.exists():
+            make_private_directory(target.parent)
+            path.rename(target)
+
+
+def _reconcile(disk: DiskStore) -> None:
+    """Files that the index does not know are brought in; sessions get records again; sums are made right."""
+    with disk.writing():
+        known = {row.key for row in disk.index.blocks()}
+        for fingerprint, key, path in disk.files.found():
+            if key not in known:
+                adopt_block(disk, fingerprint, key, path, verify=True)
+        names = set(disk.index.sessions.all_names())
+        for record in read_records(disk)[0]:
+            if (record.namespace, record.name) not in names:
+                disk.index.sessions.restore(record, disk.records.write)
+        for namespace, name in names:
+            disk.index.sessions.restore(disk.index.sessions.record(namespace, name), disk.records.write)
+        disk.index.recount()
+
+
+@dataclass
+class Garbage:
+    """What `collect` removed, or would."""
+
+    sessions: list[str] = field(default_factory=list)
+    files: list[Path] = field(default_factory=list)
+    unowned_blocks: int = 0
+    bytes: int = 0
+
+
+def collect(
+    disk: DiskStore,
+    locks: SessionLocks,
+    open_lock: StoreLock,
+    *,
+    unowned: bool = False,
+    dry_run: bool = False,
+    forget: Callable[[Key], None] = lambda key: None,
+    progress: Progress = no_progress,
+) -> Garbage:
+    """Removes what nobody needs: files that the index does not know, the quarantine, lock files, and the index's free
+    room.
+
+    Args:
+        unowned: also blocks that belong to no session.
+        dry_run: only say what would go.
+    """
+    found = Garbage()
+    with disk.writing():
+        found.files += disk.files.quarantined()
+    unknown = list(unknown_files(disk))
+    for number, path in enumerate(unknown):
+        progress("files", number, len(unknown))
+        with disk.writing():
+            if _still_unknown(disk, path):
+                found.files.append(path)
+                found.bytes += path.stat().st_size
+                if not dry_run:
+                    path.unlink()
+    found.bytes += sum(path.stat().st_size for path in disk.files.quarantined())
+    if unowned:
+        with disk.writing():
+            rows = disk.index.unowned()
+            found.unowned_blocks = len(rows)
+            found.bytes += sum(row.bytes for row in rows)
+            if not dry_run:
+                disk.remove(rows, forget)
+    if not dry_run:
+        with disk.writing():
+            disk.files.drop_quarantine()
+            disk.index.recount()
+            disk.index.database.compact()
+            disk.index.database.truncate_log()
+        with open_lock.exclusive() as alone:
+            if alone:
+                locks.remove_unused()
+    return found
+
+
+def _still_unknown(disk: DiskStore, path: Path) -> bool:
+    if not path.exists():
+        return False
+    if path.suffix != disk.records.suffix:
+        return bool(list(_unknown(disk, [(bytes.fromhex(path.stem), path)])))
+    try:
+        record = disk.records.read(path)
+    except LoadError:
+        return False  # damaged: that is for `repair`
+    return not disk.index.sessions.exists(record.namespace, record.name)
