@@ -10,6 +10,7 @@ from .errors import (
     AttentionStoreError,
     CacheUseError,
     ContextWindowError,
+    EncryptionKeyError,
     GradientError,
     LoadError,
     SessionBusyError,
@@ -17,10 +18,11 @@ from .errors import (
     SessionNotFoundError,
     StoreClosedError,
     StoreFormatError,
+    StoreIOError,
     UnsupportedModelError,
 )
 from .store.manifest import SessionInfo
-from .store.store import AttentionStore
+from .store.store import AttentionStore, repair_store
 
 __all__ = [
     "AttentionStore",
@@ -29,6 +31,7 @@ __all__ = [
     "CacheUseError",
     "ChatSession",
     "ContextWindowError",
+    "EncryptionKeyError",
     "GradientError",
     "LoadError",
     "SessionBusyError",
@@ -37,10 +40,12 @@ __all__ = [
     "SessionNotFoundError",
     "StoreClosedError",
     "StoreFormatError",
+    "StoreIOError",
     "TurnStats",
     "UnsupportedModelError",
     "__version__",
     "attach",
     "describe",
     "detach",
+    "repair_store",
 ]

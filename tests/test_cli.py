@@ -150,6 +150,8 @@ def test_ctrl_c_ends_the_answer_and_not_the_chat(model: Path, folder: Path, monk
 
 @pytest.mark.parametrize("command", ["sessions", "ls"])
 def test_sessions_are_listed(command: str, model: Path, folder: Path) -> None:
+    assert "there is no store in" in attnstore(command, "--store", folder).output
+    AttentionStore(folder).close()
     assert "no sessions in" in attnstore(command, "--store", folder).output
     chat(model, folder, "the old prince\n")
     output = attnstore(command, "--store", folder).output

@@ -156,7 +156,8 @@ class CacheTurns(CacheContent):
         self._in_turn = True
         if self._store is not None and self._attachment.computes_on_cpu:
             self._store.begin_computing(id(self))
-        self._stats = TurnStats(recomputed=self._stats.recomputed if self._reopening else "")
+        before = self._stats if self._reopening else TurnStats()
+        self._stats = TurnStats(recomputed=before.recomputed, missed=before.missed)
         self._reopening = False
         self._untracked = ""
         self._changed = False

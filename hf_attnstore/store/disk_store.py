@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-from ..errors import LoadError, SessionNotFoundError, StoreIOError
+from ..errors import AttentionStoreError, LoadError, SessionNotFoundError, StoreIOError
 from .accounts import Accounts
 from .blocks import Block
 from .database import DamagedDatabaseError
@@ -25,7 +25,7 @@ from .layout import encoded_size
 from .locks import WriteLock
 from .manifest import Manifest
 from .records import RecordFiles, SessionRecord
-from .settings import FILE, Folder, open_folder
+from .settings import FILE, Folder
 from .sizes import format_bytes
 
 logger = logging.getLogger("hf_attnstore")
@@ -44,13 +44,12 @@ class DiskStore:
     Looking things up never raises for want of a disk: what can't be read is not there, with one warning and a count.
     """
 
-    def __init__(self, folder: Folder, capacity: int, key: bytes | None, accounts: Accounts, *, sync: bool) -> None:
+    def __init__(self, folder: Folder, capacity: int, accounts: Accounts, *, sync: bool) -> None:
         self.root = folder.path
         self.capacity = capacity
         self.vault = folder.vault
         self.sync = sync
         self._folder = folder
-        self._key = key
         self._accounts = accounts
         self.files = DiskTier(self.root, self.vault, sync=sync)
         self.records = RecordFiles(self.root, self.vault, sync=sync)
@@ -105,9 +104,9 @@ class DiskStore:
         self.index.settle([key for key, _ in pending])
         logger.info("removed %d files that were left half done", len(pending))
 
-    def _file_identity(self) -> tuple[int, int]:
+    def _file_identity(self) -> tuple[int, int, int]:
         found = os.stat(self.root / FILE)
-        return found.st_dev, found.st_ino
+        return found.st_dev, found.st_ino, found.st_mtime_ns
 
     def _revive(self) -> None:
         """Somebody deleted or replaced the folder: goes on with what is there now, or with an empty one."""
@@ -115,7 +114,7 @@ class DiskStore:
             if self._file_identity() == self._identity:
                 return
         logger.warning("the store %s was deleted or replaced: what it had is gone, saving goes on there", self.root)
-        open_folder(self.root, self._folder.block_size, self._key)
+        self._folder.make_again()
         self._make_folders()
         self.index = Index(self.index_path, self.vault, sync=self.sync)  # others may still read from the old one
         self._identity = self._file_identity()
@@ -229,7 +228,7 @@ class DiskStore:
                 aside = self.files.quarantine(self.files.path(row.fingerprint, key))
                 self.index.settle([key])
             where = f"; the file is now {aside}" if aside else ""
-        except (StoreIOError, OSError) as problem:
+        except (AttentionStoreError, OSError) as problem:
             self._unreadable[key] = float("inf")
             where = f"; it could not be put aside ({problem})"
         logger.warning("a stored block can't be used and will be recomputed: %s%s", error, where)

@@ -112,7 +112,7 @@ def _unknown(disk: DiskStore, some: list[tuple[Key, Path]]) -> Iterator[Path]:
 
 
 @contextmanager
-def alone_with(folder: Folder, key: bytes | None, capacity: int = 1 << 62) -> Iterator[tuple[DiskStore, bool]]:
+def alone_with(folder: Folder) -> Iterator[tuple[DiskStore, bool]]:
     """Opens a store that nobody else has open, whatever state its index is in.
 
     Yields:
@@ -131,11 +131,11 @@ def alone_with(folder: Folder, key: bytes | None, capacity: int = 1 << 62) -> It
                 )
             damaged = (folder.path / DAMAGED).exists()
             try:
-                disk = DiskStore(folder, capacity, key, Accounts(), sync=False)
+                disk = DiskStore(folder, 1 << 62, Accounts(), sync=False)
                 damaged = damaged or bool(disk.index.problems())
             except DamagedDatabaseError:
                 set_index_aside(folder.path)
-                disk = DiskStore(folder, capacity, key, Accounts(), sync=False)
+                disk = DiskStore(folder, 1 << 62, Accounts(), sync=False)
                 damaged = True
             try:
                 if damaged:
@@ -147,7 +147,7 @@ def alone_with(folder: Folder, key: bytes | None, capacity: int = 1 << 62) -> It
         lock.release()
 
 
-def repair(folder: Folder, key: bytes | None, progress: Progress = no_progress, *, dry_run: bool = False) -> Report:
+def repair(folder: Folder, progress: Progress = no_progress, *, dry_run: bool = False) -> Report:
     """Sets everything right that `verify` finds wrong: blocks that are damaged go into quarantine, files that the
     index does not know are brought back if they are whole, from quarantine too, and a damaged index is made anew.
 
@@ -155,9 +155,9 @@ def repair(folder: Folder, key: bytes | None, progress: Progress = no_progress, 
         AttentionStoreError: somebody else has the store open.
     """
     if dry_run:
-        with _opened(folder, key) as disk:
+        with _opened(folder) as disk:
             return verify(disk, progress)
-    with alone_with(folder, key) as (disk, damaged):
+    with alone_with(folder) as (disk, damaged):
         report = Report()
         if damaged:
             report.add("index", disk.index_path, "damaged: made anew from the files, the old one is in quarantine")
@@ -180,8 +180,8 @@ def repair(folder: Folder, key: bytes | None, progress: Progress = no_progress, 
 
 
 @contextmanager
-def _opened(folder: Folder, key: bytes | None) -> Iterator[DiskStore]:
-    disk = DiskStore(folder, 1 << 62, key, Accounts(), sync=False)
+def _opened(folder: Folder) -> Iterator[DiskStore]:
+    disk = DiskStore(folder, 1 << 62, Accounts(), sync=False)
     try:
         yield disk
     finally:

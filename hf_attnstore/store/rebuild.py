@@ -40,9 +40,7 @@ class Rebuilt:
     damaged_sessions: int = 0
 
 
-def open_disk_store(
-    folder: Folder, capacity: int, key: bytes | None, accounts: Accounts, *, sync: bool
-) -> tuple[DiskStore, StoreLock]:
+def open_disk_store(folder: Folder, capacity: int, accounts: Accounts, *, sync: bool) -> tuple[DiskStore, StoreLock]:
     """Opens what is on disk; an index that is damaged is rebuilt first, if nobody else has the store open.
 
     Raises:
@@ -57,7 +55,7 @@ def open_disk_store(
             reason = "it was found damaged before" if marker.exists() else ""
             if not (alone and reason):
                 try:
-                    disk = _open(folder, capacity, key, accounts, sync=sync)
+                    disk = _open(folder, capacity, accounts, sync=sync)
                     if alone:
                         with disk.writing():  # whoever was killed has left something
                             pass
@@ -71,7 +69,7 @@ def open_disk_store(
                         ) from error
             logger.warning("the index of %s is rebuilt from its files: %s", folder.path, reason)
             set_index_aside(folder.path)
-            disk = _open(folder, capacity, key, accounts, sync=sync)
+            disk = _open(folder, capacity, accounts, sync=sync)
             found = rebuild(disk)
             logger.warning("rebuilt: %d blocks, %d sessions", found.blocks, found.sessions)
             return disk, lock
@@ -80,8 +78,8 @@ def open_disk_store(
         raise
 
 
-def _open(folder: Folder, capacity: int, key: bytes | None, accounts: Accounts, *, sync: bool) -> DiskStore:
-    disk = DiskStore(folder, capacity, key, accounts, sync=sync)
+def _open(folder: Folder, capacity: int, accounts: Accounts, *, sync: bool) -> DiskStore:
+    disk = DiskStore(folder, capacity, accounts, sync=sync)
     try:
         disk.index.usage()
         disk.index.eviction_candidates(1)

@@ -23,8 +23,30 @@ class Folder:
     """A store's folder, opened."""
 
     path: Path
-    block_size: int
+    settings: dict[str, Any]
     vault: Vault
+
+    @property
+    def block_size(self) -> int:
+        return int(self.settings["block_size"])
+
+    def make_again(self) -> None:
+        """Makes the store anew where the folder was deleted, under the same settings.
+
+        Raises:
+            StoreFormatError: another store took its place.
+            OSError: from the file system.
+        """
+        make_private_directory(self.path)
+        file = self.path / FILE
+        if not file.exists():
+            _write(file, self.settings)
+        try:
+            found = json.loads(file.read_text())
+        except ValueError as error:
+            raise StoreFormatError(f"{file} is damaged ({error}); restore or delete it") from error
+        if any(found.get(name) != self.settings.get(name) for name in ("format", "block_size", "encryption")):
+            raise StoreFormatError(f"another store took the place of {self.path}; open that one anew")
 
 
 def open_folder(path: Path, block_size: int | None, key: bytes | None, *, create: bool = True) -> Folder:
@@ -51,7 +73,7 @@ def open_folder(path: Path, block_size: int | None, key: bytes | None, *, create
                 raise StoreFormatError(f"{path} is not empty and not a store; choose another folder")
             _create(file, block_size or 256, key)
         settings = json.loads(file.read_text())
-        found, size, encryption = settings["format"], settings["block_size"], settings.get("encryption")
+        found, size, encryption = settings["format"], int(settings["block_size"]), settings.get("encryption")
         open_to_all = existed and open_to_others(path)
     except (ValueError, KeyError, TypeError) as error:
         raise StoreFormatError(f"{path}/{FILE} is damaged ({error}); restore or delete it") from error
@@ -73,7 +95,7 @@ def open_folder(path: Path, block_size: int | None, key: bytes | None, *, create
             path,
             network,
         )
-    return Folder(path, size, vault)
+    return Folder(path, settings, vault)
 
 
 def _vault(key: bytes | None, encryption: Any, path: Path) -> Vault:
@@ -88,6 +110,10 @@ def _create(file: Path, block_size: int, key: bytes | None) -> None:
     encryption = new_settings(key)
     if encryption is not None:
         settings["encryption"] = encryption
+    _write(file, settings)
+
+
+def _write(file: Path, settings: dict[str, Any]) -> None:
     temporary = file.with_suffix(f".{os.getpid()}.tmp")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(fd, "w") as stream:

@@ -89,7 +89,7 @@ def repair_store(
     """
     where = Path(path).expanduser() if path is not None else default_path()
     key = parse_key(encryption_key)
-    return repair(open_folder(where, None, key, create=False), key, progress, dry_run=dry_run)
+    return repair(open_folder(where, None, key, create=False), progress, dry_run=dry_run)
 
 
 class AttentionStore:
@@ -145,7 +145,7 @@ class AttentionStore:
         self.secret = folder.vault.secret
         """Keys the names of blocks; empty without encryption."""
         self._disk, self._open_lock = open_disk_store(
-            folder, self.disk_capacity, key, self._accounts, sync=durability == "power"
+            folder, self.disk_capacity, self._accounts, sync=durability == "power"
         )
         self._locks = SessionLocks(self._disk.locks_folder, self.secret)
         cores = os.cpu_count() or 1
@@ -572,7 +572,7 @@ class AttentionStore:
 
     def _write(self, block: Block, supersedes: Key | None) -> None:
         try:
-            written = self._disk.write(block, supersedes)
+            written = self._write_after_its_beginning(block, supersedes)
         except Exception as error:
             self._disk.note_damage(error)
             self._accounts.count("write_errors")
@@ -588,6 +588,19 @@ class AttentionStore:
                 self._accounts.count("not_saved_blocks")
         finally:
             self._memory.mark_clean(block.meta.key)
+
+    def _write_after_its_beginning(self, block: Block, supersedes: Key | None) -> bool:
+        """Writes a block, and before it those that it follows, where these did not get to the disk when they should
+        have and are still in memory."""
+        beginning: list[Block] = []
+        before = self._memory.get(block.meta.predecessor) if self.disk_capacity else None
+        while before is not None and not self._disk.has([before.meta.key]):
+            beginning.append(before)
+            before = self._memory.get(before.meta.predecessor)
+        for missing in reversed(beginning):
+            if not self._disk.write(missing, None):
+                return False
+        return self._disk.write(block, supersedes)
 
     def _promote(self, key: Key) -> None:
         try:
