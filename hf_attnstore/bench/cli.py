@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from hf_attnstore.bench.reliability_cli import index, store
 from hf_attnstore.bench.study_cli import truncation
 
 if TYPE_CHECKING:
@@ -100,6 +101,8 @@ def bench(
 
 
 app.command("truncation")(truncation)
+app.command("index")(index)
+app.command("store")(store)
 
 
 def parse_histories(values: list[str]) -> list[int]:

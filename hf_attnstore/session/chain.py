@@ -70,16 +70,24 @@ class TokenChain:
         start, stop = self.bounds(block)
         return encode_tokens(self._ids[start:stop])
 
+    def full_keys(self) -> list[Key]:
+        """The keys of all full blocks."""
+        first, count = len(self._keys), self.full_blocks()
+        parent = self.parent(first)
+        size = self.block_size
+        encoded = encode_tokens(self._ids[self.base + first * size : self.base + count * size])
+        for start in range(0, len(encoded), 4 * size):
+            parent = block_key(parent, encoded[start : start + 4 * size], self._secret)
+            self._keys.append(parent)
+        return self._keys[:count]
+
     def parent(self, block: int) -> Key:
         return self.root if block == 0 else self.key(block - 1)
 
     def key(self, block: int) -> Key:
         """The key of a block, as it is now: that of a short last block changes as it grows."""
-        while len(self._keys) <= block and len(self._keys) < self.full_blocks():
-            number = len(self._keys)
-            self._keys.append(block_key(self.parent(number), self.tokens(number), self._secret))
-        if block < len(self._keys):
-            return self._keys[block]
+        if block < self.full_blocks():
+            return self._keys[block] if block < len(self._keys) else self.full_keys()[block]
         return block_key(self.parent(block), self.tokens(block), self._secret)
 
 

@@ -28,9 +28,9 @@ def match_prefix(ids: np.ndarray, root: Key, block_size: int, directory: Directo
     first tokens. Spans follow each other without gaps, from position `base`, where the chain below `root` begins.
     """
     chain = TokenChain(root, block_size, ids, base, directory.secret)
-    keys = [chain.key(block) for block in range(chain.full_blocks())]
+    keys = chain.full_keys()
     known = directory.known(keys)
-    spans = [Span(key, 0, block_size, chain.bounds(block)[0], block_size) for block, key in enumerate(keys[:known])]
+    spans = [Span(key, 0, block_size, base + n * block_size, block_size) for n, key in enumerate(keys[:known])]
     position = base + len(spans) * block_size
     if position < len(ids):
         nearest = directory.nearest(chain.parent(len(spans)), ids[position : position + block_size].tolist())

@@ -51,6 +51,7 @@ class Database:
         connection.execute(f"PRAGMA synchronous = {'FULL' if self._sync else 'NORMAL'}")
         connection.execute(f"PRAGMA wal_autocheckpoint = {_LOG_PAGES}")
         connection.execute("PRAGMA journal_size_limit = 524288")
+        connection.execute("PRAGMA cache_size = -16384")
         connection.execute("PRAGMA secure_delete = ON")  # what is deleted is overwritten, in the database at least
         return connection
 

@@ -58,8 +58,8 @@ class DiskStore:
         self._lock = WriteLock(self.locks_folder / "write.lock")
         self._depth = 0
         self._unreadable: dict[Key, float] = {}
-        self._identity = self._file_identity()
         self.index = Index(self.index_path, self.vault, sync=sync)
+        self._identity = self._file_identity()
 
     @property
     def index_path(self) -> Path:
@@ -104,21 +104,25 @@ class DiskStore:
         self.index.settle([key for key, _ in pending])
         logger.info("removed %d files that were left half done", len(pending))
 
-    def _file_identity(self) -> tuple[int, int, int]:
-        found = os.stat(self.root / FILE)
-        return found.st_dev, found.st_ino, found.st_mtime_ns
+    def _file_identity(self) -> tuple[int, ...]:
+        settings, index = os.stat(self.root / FILE), os.stat(self.index_path)
+        return settings.st_dev, settings.st_ino, settings.st_mtime_ns, index.st_ino
 
     def _revive(self) -> None:
-        """Somebody deleted or replaced the folder: goes on with what is there now, or with an empty one."""
+        """Somebody deleted or replaced the folder, or its index: goes on with what is there now, or begins anew."""
         with suppress(FileNotFoundError):
             if self._file_identity() == self._identity:
                 return
-        logger.warning("the store %s was deleted or replaced: what it had is gone, saving goes on there", self.root)
+        logger.warning("the store %s was deleted or replaced: going on with what is there now", self.root)
         self._folder.make_again()
         self._make_folders()
-        self.index = Index(self.index_path, self.vault, sync=self.sync)  # others may still read from the old one
-        self._identity = self._file_identity()
+        self.reopen_index()
         self._unreadable.clear()
+
+    def reopen_index(self) -> None:
+        """Goes on with the index that is there now. The old one is not closed: others may still read from it."""
+        self.index = Index(self.index_path, self.vault, sync=self.sync)
+        self._identity = self._file_identity()
 
     # looking up
 

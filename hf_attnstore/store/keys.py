@@ -34,12 +34,12 @@ def common_prefix(a: bytes, b: bytes) -> int:
     return int(differ.argmax()) if differ.any() else length
 
 
+_LENGTH = struct.Struct("<Q").pack
+
+
 def _digest(kind: bytes, secret: bytes, *parts: bytes) -> Key:
-    hasher = hashlib.blake2b(digest_size=32, person=kind, key=secret)
-    for part in parts:
-        hasher.update(struct.pack("<Q", len(part)))
-        hasher.update(part)
-    return hasher.digest()
+    joined = b"".join([piece for part in parts for piece in (_LENGTH(len(part)), part)])
+    return hashlib.blake2b(joined, digest_size=32, person=kind, key=secret).digest()
 
 
 def chain_root(fingerprint: str, namespace: str, codec: str = RAW, secret: bytes = b"") -> Key:

@@ -22,6 +22,7 @@ _OPEN_SECONDS = 30.0
 _WRITE_SECONDS = 60.0
 _DRAIN_SECONDS = 20.0
 _POLL_SECONDS = 0.01
+_NAME_DIGITS = 32
 
 
 def this_machine() -> str:
@@ -78,10 +79,13 @@ class StoreLock:
     def exclusive(self) -> Iterator[bool]:
         """For as long as this is held nobody else has the store open, nor opens it; yields False where others do."""
         alone = self._try(fcntl.LOCK_EX)
+        if not alone:  # who asks for more and does not get it has lost what it had
+            fcntl.flock(self._fd, fcntl.LOCK_SH)
         try:
             yield alone
         finally:
-            fcntl.flock(self._fd, fcntl.LOCK_SH)
+            if alone:
+                fcntl.flock(self._fd, fcntl.LOCK_SH)
 
     def release(self) -> None:
         os.close(self._fd)
@@ -154,7 +158,7 @@ class SessionLocks:
         self._warned = False
 
     def _name(self, namespace: str, session: str) -> str:
-        return name_digest("lock", namespace, session, secret=self._secret)[:16].hex()
+        return name_digest("lock", namespace, session, secret=self._secret).hex()[:_NAME_DIGITS]
 
     def acquire(self, namespace: str, session: str, wait: float) -> SessionLock:
         """Takes the lock of a session.
@@ -248,9 +252,9 @@ class SessionLocks:
                     self._draining(name).touch(mode=0o600)
 
     def remove_unused(self) -> int:
-        """Deletes lock files, for who is alone with the store. Returns their number."""
+        """Deletes the lock files of sessions, for who is alone with the store. Returns their number."""
         found = [*self._folder.glob("*.lock"), *self._folder.glob("*.draining")]
-        found = [path for path in found if path.stem not in self._sessions]
+        found = [path for path in found if len(path.stem) == _NAME_DIGITS and path.stem not in self._sessions]
         for path in found:
             path.unlink(missing_ok=True)
         return len(found)

@@ -13,7 +13,6 @@ from .blocks import BlockMeta
 from .database import DamagedDatabaseError
 from .disk_store import DAMAGED, DiskStore
 from .files import make_private_directory
-from .index import Index
 from .keys import Key, block_key, prefix_codes
 from .locks import StoreLock
 from .records import SessionRecord
@@ -53,6 +52,8 @@ def open_disk_store(folder: Folder, capacity: int, accounts: Accounts, *, sync: 
         marker = folder.path / DAMAGED
         with lock.exclusive() as alone:
             reason = "it was found damaged before" if marker.exists() else ""
+            if not (folder.path / "index.sqlite").exists() and _has_files(folder.path):
+                reason = "it is missing"
             if not (alone and reason):
                 try:
                     disk = _open(folder, capacity, accounts, sync=sync)
@@ -76,6 +77,11 @@ def open_disk_store(folder: Folder, capacity: int, accounts: Accounts, *, sync: 
     except BaseException:
         lock.release()
         raise
+
+
+def _has_files(root: Path) -> bool:
+    """Whether there is something that an index should know of."""
+    return any(True for name in ("blocks", "sessions") for _ in (root / name).glob("*"))
 
 
 def _open(folder: Folder, capacity: int, accounts: Accounts, *, sync: bool) -> DiskStore:
@@ -202,4 +208,4 @@ def fresh_index(disk: DiskStore) -> None:
     """Sets the index aside and gives the store an empty one; only for who is alone with it."""
     disk.index.close()
     set_index_aside(disk.root)
-    disk.index = Index(disk.index_path, disk.vault, sync=disk.sync)
+    disk.reopen_index()

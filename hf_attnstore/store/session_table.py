@@ -258,6 +258,11 @@ class SessionTable:
             self._write(db, replace(record, name=target), keep)
         return True
 
+    def fill(self, db: sqlite3.Connection, namespace: str, name: str, fingerprint: str, last_used: float) -> None:
+        """Adds the row of a session without a record, within a transaction: for who fills a store for a trial."""
+        record = SessionRecord(namespace, name, fingerprint, last_used, last_used, "{}", Manifest(()), (), ())
+        self._write(db, record, lambda _: 0)
+
     # many sessions
 
     def listing(self, namespace: str, limit: int | None = None, offset: int = 0) -> list[SessionInfo]:
