@@ -368,3 +368,28 @@ def test_the_load_of_others_is_a_share():
     others = ForeignLoad()
     sum(range(200_000))
     assert 0.0 <= others.share() <= 1.0
+
+
+def test_bench_index_reports_growth(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["index", "--sizes", "700,1300", "--output", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert "longest prefix" in result.output
+    text = (tmp_path / "index.md").read_text()
+    assert "700 blocks, 70 sessions" in text
+    assert "1,300 blocks, 130 sessions" in text
+    found = json.loads((tmp_path / "index.json").read_text())["figures"]
+    assert [figures["blocks"] for figures in found] == [700, 1300]
+    for figures in found:
+        assert all(len(figures[name]) >= 5 for name in ("opening", "lookup", "commit", "listing", "victim"))
+        assert figures["file_bytes"] > 100_000
+    assert (tmp_path / "index.png").stat().st_size > 10_000
+
+
+def test_bench_store_compares_durability_and_encryption(tmp_path: Path) -> None:
+    options = ["--layers", "1", "--blocks", "2", "--repeats", "1", "--output", str(tmp_path)]
+    result = CliRunner().invoke(app, ["store", *options])
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "store.json").read_text())["speeds"]
+    assert set(found) == {"as it comes", "durability=power", "encrypted", "encrypted, durability=power"}
+    assert all(speeds["write"][0] > 0 and speeds["load"][0] > 0 for speeds in found.values())
+    assert "encrypted" in (tmp_path / "store.md").read_text()
