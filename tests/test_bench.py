@@ -378,10 +378,10 @@ def test_bench_index_reports_growth(tmp_path: Path) -> None:
     assert "700 blocks, 70 sessions" in text
     assert "1,300 blocks, 130 sessions" in text
     found = json.loads((tmp_path / "index.json").read_text())["figures"]
-    assert [figures["blocks"] for figures in found] == [700, 1300]
-    for figures in found:
-        assert all(len(figures[name]) >= 5 for name in ("opening", "lookup", "commit", "listing", "victim"))
-        assert figures["file_bytes"] > 100_000
+    assert [size["blocks"] for size in found] == [700, 1300]
+    for size in found:
+        assert all(len(size[name]) >= 5 for name in ("opening", "lookup", "commit", "listing", "victim"))
+        assert size["file_bytes"] > 100_000
     assert (tmp_path / "index.png").stat().st_size > 10_000
 
 

@@ -84,8 +84,12 @@ def _ids(session: int, seed: int) -> np.ndarray:
     return ids
 
 
-def _probed(sessions: int) -> int:
-    return min(_PROBED, sessions // 2)
+def _probed(blocks: int, sessions: int) -> int:
+    """How many sessions are looked up and go on: up to half of all blocks are theirs."""
+    found = min(_PROBED, sessions // 2, blocks // (2 * LONG))
+    if found < 1:
+        raise ValueError(f"{blocks} blocks in {sessions} sessions are too few: {2 * LONG} in 2 will do")
+    return found
 
 
 def _fill(root: Path, blocks: int, sessions: int, seed: int) -> IndexFigures:
@@ -93,7 +97,7 @@ def _fill(root: Path, blocks: int, sessions: int, seed: int) -> IndexFigures:
     random = np.random.default_rng(seed)
     began = time.perf_counter()
     with AttentionStore(root, block_size=BLOCK, disk="100TiB", memory="64MiB") as store:
-        probed = _probed(sessions)
+        probed = _probed(blocks, sessions)
         for number in range(probed):
             _add_probed(store, number, seed)
         rest = blocks - probed * LONG
@@ -190,7 +194,7 @@ def _measure(root: Path, blocks: int, sessions: int, seed: int) -> IndexFigures:
     with AttentionStore(root, disk="100TiB", memory="64MiB") as store:
         index = store._disk.index
         random = np.random.default_rng(seed)
-        prompts = [np.concatenate([_ids(n, seed), np.arange(20)]) for n in range(_probed(sessions))]
+        prompts = [np.concatenate([_ids(n, seed), np.arange(20)]) for n in range(_probed(blocks, sessions))]
         for _ in range(5):
             for number, ids in enumerate(prompts):
                 began = time.perf_counter()
@@ -198,7 +202,7 @@ def _measure(root: Path, blocks: int, sessions: int, seed: int) -> IndexFigures:
                 figures.lookup.append(time.perf_counter() - began)
                 if sum(span.stop - span.start for span in spans) != LONG * BLOCK - 100:
                     raise AssertionError(f"session {number} was not found whole")
-        for turn, manifest in _turns(store, seed):
+        for turn, manifest in _turns(store, seed, _probed(blocks, sessions)):
             figures.commit.append(_timed(partial(store._disk.commit, "", turn, _FINGERPRINT, manifest)))
         pages = max(1, sessions // 50)
         for _ in range(100):
@@ -211,10 +215,10 @@ def _measure(root: Path, blocks: int, sessions: int, seed: int) -> IndexFigures:
     return figures
 
 
-def _turns(store: AttentionStore, seed: int) -> Iterator[tuple[str, Manifest]]:
+def _turns(store: AttentionStore, seed: int, probed: int) -> Iterator[tuple[str, Manifest]]:
     """Sessions that go on by a few tokens, whose blocks are on disk but not in their manifest yet."""
     for turn in range(5):
-        for number in range(_probed(store.session_count())):
+        for number in range(probed):
             name = f"session {number}"
             manifest = store._disk.index.sessions.manifest("", name)
             chain = _chain(store, number, seed)
