@@ -44,7 +44,7 @@ _UNLIMITED = 1 << 62
 def opened(path: Path | None, namespace: str = "", disk: int = _UNLIMITED) -> Iterator[AttentionStore]:
     """A store that is there already. Without a cap: a tool must not evict what a larger cap had room for."""
     from .store import AttentionStore
-    from .store.store import default_path
+    from .store.opened import default_path
 
     where = path.expanduser() if path is not None else default_path()
     if not (where / "store.json").exists():

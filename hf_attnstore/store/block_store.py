@@ -1,0 +1,209 @@
+"""Blocks by key, wherever they are: found, loaded, and saved behind the caller's back."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+
+from ..errors import (
+    LoadError,
+)
+from .blocks import TOKEN_IDS, Block, Match, TensorSpec
+from .keys import Key, chain_root, common_prefix, decode_tokens, encode_tokens
+from .opened import OpenStore
+from .transfer import Load, Source, Stage
+
+logger = logging.getLogger("hf_attnstore")
+
+
+class BlockStore(OpenStore):
+    """The part of an `AttentionStore` that deals in blocks."""
+
+    # finding blocks
+
+    def root(self, fingerprint: str) -> Key:
+        """The parent of every first block of a model, in this namespace."""
+        return chain_root(fingerprint, self.namespace, secret=self.secret)
+
+    def has(self, key: Key) -> bool:
+        """Whether a block is in some tier."""
+        return bool(self.known([key]))
+
+    def known(self, keys: Sequence[Key]) -> int:
+        """How many of these blocks, from the first on, are in some tier."""
+        elsewhere = [key for key in keys if self._memory.get(key) is None]
+        missing = set(elsewhere) - self._disk.has(elsewhere) if elsewhere else set()
+        return next((place for place, key in enumerate(keys) if key in missing), len(keys))
+
+    def nearest(self, parent: Key, ids: Sequence[int]) -> Match | None:
+        """The block after `parent` that shares the longest beginning with `ids`; None if none shares a token."""
+        tokens = encode_tokens(ids)
+        best: Match | None = None
+        for block in self._memory.followers(parent):
+            common = common_prefix(block.meta.tokens, tokens)
+            if common > (best.common if best else 0):
+                best = Match(block.meta.key, common, block.meta.token_count)
+        found = self._disk.nearest(parent, tokens, best.common if best else 0)
+        return Match(*found) if found is not None else best
+
+    def describe(self, key: Key) -> Mapping[str, TensorSpec]:
+        """Name, dtype and shape of a block's tensors.
+
+        Raises:
+            LoadError: it is not there, or damaged (it is then in quarantine).
+        """
+        _, source = self._open(key)
+        if isinstance(source, Block):
+            return source.specs()
+        with source:
+            return {name: t.spec for name, t in source.layout.tensors.items() if name != TOKEN_IDS}
+
+    def _open(self, key: Key) -> tuple[str, Source]:
+        block = self._memory.get(key)
+        if block is not None:
+            return "memory", block
+        try:
+            return "disk", self._disk.open(key)
+        except LoadError as error:
+            self._reject(key, error)
+            raise
+
+    def load(self, stages: Sequence[Stage]) -> Load:
+        """Opens the blocks of all stages and returns a load, of which nothing is requested yet.
+
+        Raises:
+            LoadError: a block is missing or damaged.
+        """
+        self._check_open()
+        sources: dict[Key, tuple[str, Source]] = {}
+        try:
+            for key in dict.fromkeys(piece.key for stage in stages for piece in stage.pieces):
+                sources[key] = self._open(key)
+        except BaseException:
+            for _, source in sources.values():
+                if not isinstance(source, Block):
+                    source.close()
+            raise
+        self._memory.touch(list(sources))
+        return Load(self._readers, stages, sources, self._reject)
+
+    def _reject(self, key: Key, error: LoadError) -> None:
+        """A block on disk could not be used."""
+        if not error.transient:
+            self._memory.discard(key)
+        self._disk.failed(key, error)
+
+    # saving blocks
+
+    def begin_computing(self, owner: object) -> None:
+        """`owner` (hashable) computes on the CPU from now on: writing stands back, for a few seconds at most."""
+        self._right_of_way.take(owner)
+
+    def end_computing(self, owner: object) -> None:
+        """Ends what `begin_computing` began. Harmless if nothing did."""
+        self._right_of_way.give(owner)
+
+    def reserve(self, nbytes: int, *, wait: bool = False) -> bool:
+        """Reserves host memory for a block that is being filled; False where the cap leaves no room for it."""
+        if not self._memory.reserve(nbytes):
+            self._right_of_way.overrule()  # what waits to be written is what fills the memory
+            return wait and self._memory.reserve(nbytes, wait=True)
+        return True
+
+    def release(self, nbytes: int) -> None:
+        """Gives back what `reserve` took, for a block that will not be handed over."""
+        self._memory.release(nbytes)
+
+    def put(self, block: Block, supersedes: Key | None = None) -> None:
+        """Takes over a complete block, whose bytes were reserved, and writes it behind the caller's back.
+
+        Args:
+            supersedes: a short block whose tokens this one begins with; it is dropped when this one is on disk.
+        """
+        self._check_open()
+        if not self._memory.insert(block, dirty=True):
+            return
+        self._accounts.count_all({"saved_blocks": 1, "saved_bytes": block.nbytes})
+        self._writer.submit(partial(self._write, block, supersedes))
+
+    def touch(self, keys: Sequence[Key]) -> None:
+        """Marks blocks as just used."""
+        self._memory.touch(list(keys))
+        self._writer.submit(partial(self._guarded, partial(self._disk.index.touch, list(keys))))
+
+    def promote(self, keys: Sequence[Key]) -> None:
+        """Copies blocks from disk into free or reclaimable memory, in the background and in order."""
+        for key in keys:
+            self._writer.submit(partial(self._promote, key))
+
+    def _write(self, block: Block, supersedes: Key | None) -> None:
+        try:
+            written = self._write_after_its_beginning(block, supersedes)
+        except Exception as error:
+            self._disk.note_damage(error)
+            self._accounts.count("write_errors")
+            self._accounts.warn_once(
+                "write", f"saving to {self.path} failed, conversations are not kept for now: {error}"
+            )
+        else:
+            if written:
+                self._accounts.over("write")
+                if supersedes is not None and not self._disk.has([supersedes]):
+                    self._memory.discard(supersedes)
+            else:
+                self._accounts.count("not_saved_blocks")
+        finally:
+            self._memory.mark_clean(block.meta.key)
+
+    def _write_after_its_beginning(self, block: Block, supersedes: Key | None) -> bool:
+        """Writes a block, and before it those that it follows, where these did not get to the disk when they should
+        have and are still in memory."""
+        beginning: list[Block] = []
+        before = self._memory.get(block.meta.predecessor) if self.disk_capacity else None
+        while before is not None and not self._disk.has([before.meta.key]):
+            beginning.append(before)
+            before = self._memory.get(before.meta.predecessor)
+        for missing in reversed(beginning):
+            if not self._disk.write(missing, None):
+                return False
+        return self._disk.write(block, supersedes)
+
+    def _promote(self, key: Key) -> None:
+        try:
+            if self._memory.get(key) is not None or not self._disk.has([key]):
+                return
+            with self._disk.open(key) as file:
+                meta = file.read_meta()
+                specs = [t for name, t in file.layout.tensors.items() if name != TOKEN_IDS]
+                size = sum(t.spec.nbytes for t in specs)
+                if not self._memory.reserve(size):
+                    return
+                try:
+                    pinned = torch.cuda.is_available()
+                    tensors = {
+                        t.spec.name: torch.empty(t.spec.shape, dtype=t.spec.dtype, pin_memory=pinned) for t in specs
+                    }
+                    file.read([(t, [tensors[t.spec.name].view(torch.uint8).reshape(-1).numpy()]) for t in specs])
+                except BaseException:
+                    self._memory.release(size)
+                    raise
+            self._memory.insert(Block(meta, tensors), dirty=False)
+        except LoadError as error:
+            self._reject(key, error)
+        except Exception as error:
+            logger.debug("promoting block %s failed: %r", key.hex(), error)
+
+    def describe_block(self, key: Key, fingerprint: str = "") -> tuple[int, np.ndarray] | None:
+        """The position for which a block's first keys were made, and its ids `[tokens]`.
+
+        Returns:
+            None if it is in no tier, can't be read, or is of another model than that of `fingerprint`.
+        """
+        held = self._memory.get(key)
+        if held is None:
+            found = self._disk.describe(key, fingerprint)
+        else:
+            found = (held.meta.start, held.meta.tokens) if fingerprint in ("", held.meta.fingerprint) else None
+        return (found[0], decode_tokens(found[1])) if found is not None else None

@@ -1,0 +1,272 @@
+"""An open store: its tiers, threads and accounts, from opening to closing."""
+
+import atexit
+import json
+import logging
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Protocol, Self
+
+from ..errors import (
+    AttentionStoreError,
+    SessionNameError,
+    StoreClosedError,
+)
+from .accounts import MISSED, Accounts, readable
+from .locks import SessionLocks
+from .manifest import Manifest
+from .memory import MemoryTier
+from .rebuild import open_disk_store
+from .settings import open_folder
+from .sizes import parse_bytes
+from .threads import IOThreads, RightOfWay
+from .vault import parse_key
+
+logger = logging.getLogger("hf_attnstore")
+
+MAX_NAME_BYTES = 1024
+
+Durability = Literal["process", "power"]
+
+
+class Saver(Protocol):
+    """Somebody with KV that the store does not have yet, such as a cache between two forwards."""
+
+    def save(self) -> None:
+        """Hands over everything that is complete."""
+
+
+_open_stores: "weakref.WeakSet[OpenStore]" = weakref.WeakSet()
+
+
+@atexit.register
+def _close_open_stores() -> None:
+    """What was handed over to a store that nobody closed is written before the process ends."""
+    for store in list(_open_stores):
+        try:
+            store.close()
+        except Exception:
+            logger.warning("the store %s could not be closed at exit", store.path, exc_info=True)
+
+
+def default_path() -> Path:
+    """`$HF_HOME/attnstore`, where `HF_HOME` defaults as in huggingface_hub."""
+    from huggingface_hub.constants import HF_HOME
+
+    return Path(HF_HOME) / "attnstore"
+
+
+class OpenStore:
+    """What an `AttentionStore` is made of. See there for the arguments."""
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        memory: int | str = "2GiB",
+        disk: int | str = "50GiB",
+        block_size: int | None = None,
+        namespace: str = "",
+        io_threads: int | None = None,
+        durability: Durability = "process",
+        encryption_key: str | bytes | None = None,
+    ) -> None:
+        if block_size is not None and block_size < 1:
+            raise AttentionStoreError(f"block_size is a number of tokens, at least 1, not {block_size}")
+        if durability not in ("process", "power"):
+            raise AttentionStoreError(f'durability is "process" or "power", not {durability!r}')
+        self.path = Path(path).expanduser() if path is not None else default_path()
+        self.namespace = self.check_namespace(namespace)
+        self.disk_capacity = parse_bytes(disk)
+        self._memory = MemoryTier(parse_bytes(memory))
+        self._accounts = Accounts()
+        key = parse_key(encryption_key)
+        folder = open_folder(self.path, block_size, key)
+        self.block_size = folder.block_size
+        self.secret = folder.vault.secret
+        """Keys the names of blocks; empty without encryption."""
+        self._disk, self._open_lock = open_disk_store(
+            folder, self.disk_capacity, self._accounts, sync=durability == "power"
+        )
+        self._locks = SessionLocks(self._disk.locks_folder, self.secret)
+        cores = os.cpu_count() or 1
+        self._readers = IOThreads(io_threads or min(4, cores), "read")
+        self._right_of_way = RightOfWay()
+        self._writer = IOThreads(1, "write", self._right_of_way)
+        self._savers: weakref.WeakSet[Saver] = weakref.WeakSet()
+        self._saver_lock = threading.Lock()
+        self._committing: dict[str, tuple[str, Manifest]] = {}
+        """Fingerprint and manifest of sessions whose commit waits for the writer."""
+        self._closed = False
+        _open_stores.add(self)
+
+    # life
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StoreClosedError(f"the store {self.path} is closed; open it again with AttentionStore(...)")
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def flush(self) -> None:
+        """Returns when everything handed over is on disk, that of caches between two turns included."""
+        self._check_open()
+        with self._saver_lock:
+            savers = list(self._savers)
+        for saver in savers:
+            saver.save()
+        self._writer.drain()
+
+    def close(self) -> None:
+        """Flushes and closes. Idempotent."""
+        if self._closed:
+            return
+        self.flush()
+        self._closed = True
+        self._readers.close()
+        with self._right_of_way.hurry():
+            self._writer.close()
+        self._keep_totals()
+        self._disk.close()
+        self._open_lock.release()
+
+    def register(self, saver: Saver) -> None:
+        """Makes `flush` and `close` call `saver.save()`, for as long as somebody else keeps it."""
+        with self._saver_lock:
+            self._savers.add(saver)
+
+    def _settle(self) -> None:
+        """What was handed over is on disk."""
+        self._check_open()
+        self._writer.drain()
+
+    # names
+
+    @staticmethod
+    def check_name(name: str) -> str:
+        """Returns `name` if a session can have it.
+
+        Raises:
+            SessionNameError: empty, too long, or not text.
+        """
+        if not isinstance(name, str) or not name:
+            raise SessionNameError(f"a session's name is a text of at least one character, not {name!r}")
+        try:
+            size = len(name.encode())
+        except UnicodeEncodeError:
+            raise SessionNameError(f"the session name {name!r} is not valid unicode") from None
+        if size > MAX_NAME_BYTES:
+            raise SessionNameError(
+                f"a session's name has at most {MAX_NAME_BYTES} bytes, {name[:20]!r}… has {size}; use a digest of it"
+            )
+        return name
+
+    @staticmethod
+    def check_namespace(name: str) -> str:
+        """Returns `name` if a namespace can have it.
+
+        Raises:
+            SessionNameError: too long, or not text.
+        """
+        return OpenStore.check_name(name) if name else ""
+
+    # memory
+
+    def drop_memory(self) -> None:
+        """Empties the memory tier of everything that is on disk."""
+        self.flush()
+        self._memory.drop_clean()
+
+    # models
+
+    def note(self, fingerprint: str) -> dict[str, Any] | None:
+        """What `set_note` kept of a model; None if nothing, or nothing that can be read."""
+        self._check_open()
+        try:
+            found = json.loads(self._disk.note(fingerprint) or "null")
+        except ValueError:
+            return None
+        return found if isinstance(found, dict) else None
+
+    def set_note(self, fingerprint: str, note: dict[str, Any]) -> None:
+        """Keeps a JSON-able dict of what was found out about a model, in the background."""
+        self._check_open()
+        keep = partial(self._disk.index.set_note, fingerprint, json.dumps(note))
+        self._writer.submit(partial(self._guarded, keep))
+
+    def _guarded(self, change: Callable[[], None]) -> None:
+        """Runs an index change in the writer thread, which must outlive whatever happens there."""
+        try:
+            change()
+        except Exception as error:
+            self._disk.note_damage(error)
+            self._accounts.count("write_errors")
+            self._accounts.warn_once("write", f"the index of {self.path} could not be changed: {error}")
+
+    # accounts
+
+    @property
+    def failures(self) -> int:
+        """How often something could not be read, or was not what it should be."""
+        return self._accounts.failures
+
+    def count_turn(
+        self, reused: int, prompt: int, loaded_bytes: int, seconds: float, exposed: float, missed: str = ""
+    ) -> None:
+        """Adds a turn to the totals of `stats`; tokens, bytes, seconds, and why nothing was reused."""
+        counts = {
+            "turns": 1,
+            "turns_with_reuse": int(reused > 0),
+            "prompt_tokens": prompt,
+            "reused_tokens": reused,
+            "loaded_bytes": loaded_bytes,
+            "load_microseconds": round(seconds * 1e6),
+            "exposed_load_microseconds": round(exposed * 1e6),
+        }
+        if not reused:
+            counts[MISSED + (missed or "not in the store")] = 1
+        self._accounts.count_all(counts)
+
+    def _keep_totals(self) -> None:
+        new = self._accounts.take_new()
+        try:
+            if new:
+                self._disk.index.add_totals(new)
+        except AttentionStoreError:
+            self._accounts.give_back(new)
+
+    def stats(self) -> dict[str, int | float]:
+        """Bytes by tier against the caps, and totals since the store was opened (bytes, tokens, blocks, seconds)."""
+        self._check_open()
+        usage = self._disk.index.usage()
+        return {
+            "memory_bytes": self._memory.used,
+            "memory_capacity": self._memory.capacity,
+            "memory_blocks": len(self._memory),
+            "disk_bytes": self._disk.used_bytes(),
+            "disk_capacity": self.disk_capacity,
+            "disk_blocks": usage.blocks,
+            "sessions": usage.sessions,
+            "index_bytes": self._disk.index.database.file_bytes(),
+            "quarantine_bytes": self._disk.files.quarantine_bytes(),
+            "evicted_from_memory": self._memory.evicted,
+            **readable(self._accounts.counts()),
+        }
+
+    def totals(self) -> dict[str, int | float]:
+        """What `stats` counts, summed over every process that ever used the store."""
+        self._settle()
+        self._keep_totals()
+        return readable(self._disk.index.totals())
