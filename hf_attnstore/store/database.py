@@ -15,6 +15,10 @@ _LOG_PAGES = 32
 """After so many pages the log is moved into the database; it counts towards the disk cap."""
 
 
+_NOT_DAMAGE = frozenset({3, 4, 5, 6, 7, 8, 9, 10, 13, 14, 15, 22, 23})
+"""Codes of SQLite for what the system would not do: permissions, locks, memory, reading, writing, room."""
+
+
 class DamagedDatabaseError(StoreIOError):
     """The database's content is not what was written."""
 
@@ -127,11 +131,13 @@ class Database:
 def _translated(path: Path) -> Iterator[None]:
     try:
         yield
-    except sqlite3.OperationalError as error:
-        if "malformed" in str(error) or "no such" in str(error):
-            raise DamagedDatabaseError(f"{path} is damaged: {error}") from error
-        raise StoreIOError(f"{path}: {error}") from error
-    except (sqlite3.DatabaseError, UnicodeDecodeError, OverflowError) as error:
+    except sqlite3.Error as error:
+        code = getattr(error, "sqlite_errorcode", None)
+        failed = "disk" in str(error) if code is None else (code & 0xFF) in _NOT_DAMAGE
+        if failed:
+            raise StoreIOError(f"{path}: {error}") from error
+        raise DamagedDatabaseError(f"{path} is damaged: {error}") from error
+    except (UnicodeDecodeError, OverflowError) as error:
         raise DamagedDatabaseError(f"{path} is damaged: {error}") from error
     except OSError as error:
         raise StoreIOError(f"{error.filename or path}: {error.strerror or error}") from error

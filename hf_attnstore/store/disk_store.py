@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..errors import AttentionStoreError, LoadError, SessionNotFoundError, StoreIOError
 from .accounts import Accounts
-from .blocks import Block
+from .blocks import Block, BlockMeta
 from .database import DamagedDatabaseError
 from .disk import BlockFile, DiskTier
 from .files import make_private_directory
@@ -58,7 +58,7 @@ class DiskStore:
         self._lock = WriteLock(self.locks_folder / "write.lock")
         self._depth = 0
         self._unreadable: dict[Key, float] = {}
-        self.index = Index(self.index_path, self.vault, sync=sync)
+        self.index = Index(self.index_path, self.vault, folder.identity, sync=sync)
         self._identity = self._file_identity()
 
     @property
@@ -99,10 +99,42 @@ class DiskStore:
         pending = self.index.pending()
         if not pending:
             return
-        for key, fingerprint in pending:
-            self.files.delete(fingerprint, key)
-        self.index.settle([key for key, _ in pending])
-        logger.info("removed %d files that were left half done", len(pending))
+        for key, fingerprint, goes in pending:
+            if goes or not self._finish(fingerprint, key):
+                self.files.delete(fingerprint, key)
+        self.index.settle([key for key, _, _ in pending])
+        logger.info("finished %d files that were left half done", len(pending))
+
+    def _finish(self, fingerprint: str, key: Key) -> bool:
+        """Makes a file visible that was on its way and is whole. False if it is not, or of no use."""
+        try:
+            meta = self.adopt(fingerprint, key, verify=True, after=True)
+        except LoadError:
+            return False
+        return meta is not None
+
+    def adopt(self, fingerprint: str, key: Key, *, verify: bool, after: bool = False) -> BlockMeta | None:
+        """Brings a file into the index; only for who is `writing`.
+
+        Args:
+            verify: read the whole file, instead of header and ids only.
+            after: only if what it follows is in the index.
+
+        Returns:
+            None where what it follows is not there, though it should be.
+
+        Raises:
+            LoadError: it is not there, can't be read, or is damaged.
+        """
+        path = self.files.path(fingerprint, key)
+        with self.files.open(fingerprint, key) as file:
+            meta = file.verify() if verify else file.read_meta()
+            size = file.layout.file_bytes
+        if after and meta.start > 0 and self.index.block(meta.predecessor) is None:
+            return None
+        codes = prefix_codes(meta.tokens, self.vault.secret)
+        self.index.add_block(meta, codes, size, used=path.stat().st_mtime)
+        return meta
 
     def _file_identity(self) -> tuple[int, ...]:
         settings, index = os.stat(self.root / FILE), os.stat(self.index_path)
@@ -121,7 +153,7 @@ class DiskStore:
 
     def reopen_index(self) -> None:
         """Goes on with the index that is there now. The old one is not closed: others may still read from it."""
-        self.index = Index(self.index_path, self.vault, sync=self.sync)
+        self.index = Index(self.index_path, self.vault, self._folder.identity, sync=self.sync)
         self._identity = self._file_identity()
 
     # looking up

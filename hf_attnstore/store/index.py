@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .blocks import BlockMeta
-from .database import Database
+from .database import DamagedDatabaseError, Database
 from .keys import Key, block_key
 from .schema import SCHEMA
 from .session_table import SessionTable
@@ -64,9 +64,9 @@ class Index:
         DamagedDatabaseError: where what is in the file is not what was written.
     """
 
-    def __init__(self, path: Path, vault: Vault, *, sync: bool = False) -> None:
+    def __init__(self, path: Path, vault: Vault, store: str, *, sync: bool = False) -> None:
         self.database = Database(path, SCHEMA, sync=sync)
-        self.sessions = SessionTable(self.database, vault)
+        self.sessions = SessionTable(self.database, vault, store)
         self._secret = vault.secret
 
     def close(self) -> None:
@@ -109,7 +109,7 @@ class Index:
     def begin_write(self, key: Key, fingerprint: str, nbytes: int) -> None:
         """A file of at most so many bytes is about to be written."""
         with self.database.transaction() as db:
-            _set_pending(db, [(key, fingerprint, nbytes)])
+            _set_pending(db, [(key, fingerprint, nbytes, 0)])
 
     def add_block(
         self, meta: BlockMeta, codes: bytes, file_bytes: int, supersedes: Key | None = None, used: float | None = None
@@ -157,11 +157,14 @@ class Index:
     @staticmethod
     def _remove(db: sqlite3.Connection, rows: Sequence[BlockRow]) -> None:
         db.executemany("DELETE FROM blocks WHERE key = ?", [(row.key,) for row in rows])
-        _set_pending(db, [(row.key, row.fingerprint, row.bytes) for row in rows])
+        _set_pending(db, [(row.key, row.fingerprint, row.bytes, 1) for row in rows])
 
-    def pending(self) -> list[tuple[Key, str]]:
-        """Keys and fingerprints of files that may lie on disk without being in sight."""
-        return self.database.read("SELECT key, fingerprint FROM pending")
+    def pending(self) -> list[tuple[Key, str, bool]]:
+        """Key and fingerprint of files that may lie on disk without being in sight, and whether they are to go."""
+        return [
+            (key, model, bool(goes))
+            for key, model, goes in self.database.read("SELECT key, fingerprint, goes FROM pending")
+        ]
 
     def settle(self, keys: Iterable[Key]) -> None:
         """The files are gone."""
@@ -215,7 +218,11 @@ class Index:
 
     def problems(self) -> list[str]:
         """What is wrong with the index, for all that can be told without the files; reads all of it."""
-        return self.database.problems() or self.sessions.problems()
+        try:
+            self.usage()
+            return self.database.problems() or self.sessions.problems()
+        except (DamagedDatabaseError, TypeError, ValueError) as error:
+            return [repr(error)]
 
     # accounts
 
@@ -223,7 +230,10 @@ class Index:
         ((total, blocks, session_bytes, sessions, pending),) = self.database.read(
             "SELECT bytes, blocks, session_bytes, sessions, pending FROM usage"
         )
-        return Usage(total, blocks, session_bytes, sessions, pending)
+        numbers = (total, blocks, session_bytes, sessions, pending)
+        if not all(type(number) is int and number >= 0 for number in numbers):
+            raise DamagedDatabaseError("the index is damaged (its accounts); `attnstore repair` mends it")
+        return Usage(*numbers)
 
     def wrong_accounts(self) -> bool:
         """Whether the accounts, or the numbers of followers, are not what the rows add up to."""
@@ -275,9 +285,9 @@ class Index:
             )
 
 
-def _set_pending(db: sqlite3.Connection, rows: Sequence[tuple[Key, str, int]]) -> None:
+def _set_pending(db: sqlite3.Connection, rows: Sequence[tuple[Key, str, int, int]]) -> None:
     db.executemany("DELETE FROM pending WHERE key = ?", [row[:1] for row in rows])  # replacing runs no trigger
-    db.executemany("INSERT INTO pending VALUES(?, ?, ?)", rows)
+    db.executemany("INSERT INTO pending VALUES(?, ?, ?, ?)", rows)
 
 
 def _batches(keys: Sequence[Key]) -> Iterator[Sequence[Key]]:

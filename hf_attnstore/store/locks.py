@@ -190,14 +190,18 @@ class SessionLocks:
 
     def _between_processes(self, name: str, session: str, deadline: float) -> FileLock | None:
         lock = FileLock(self._folder / f"{name}.lock", mode=0o600, thread_local=False)
-        draining = time.monotonic() + _DRAIN_SECONDS
+        patience = time.monotonic() + _DRAIN_SECONDS
+        was_draining = True
         while True:
             try:
                 lock.acquire(timeout=max(deadline - time.monotonic(), 0), poll_interval=0.02)
             except Timeout:
-                # the turn is over, only its KV is still being written: that is no reason to fail
-                if time.monotonic() > draining or not self._draining(name).exists():
+                # the turn may be over and only its KV still be written: that is no reason to fail. It may have become
+                # free after this attempt and before the look, so a look that sees nothing is followed by one attempt
+                draining = self._draining(name).exists()
+                if time.monotonic() > patience or not (draining or was_draining):
                     raise self._busy(session) from None
+                was_draining = draining
                 time.sleep(_POLL_SECONDS)
                 continue
             except OSError as error:

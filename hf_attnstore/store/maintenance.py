@@ -14,7 +14,17 @@ from .files import make_private_directory
 from .index import BlockRow
 from .keys import Key
 from .locks import SessionLocks, StoreLock
-from .rebuild import Progress, adopt_block, fresh_index, no_progress, read_records, rebuild, set_index_aside
+from .rebuild import (
+    Progress,
+    adopt_block,
+    fresh_index,
+    grown,
+    no_progress,
+    read_block,
+    read_records,
+    rebuild,
+    set_index_aside,
+)
 from .settings import Folder
 
 ProblemKind = Literal[
@@ -107,7 +117,7 @@ def unknown_files(disk: DiskStore) -> Iterator[Path]:
 
 
 def _unknown(disk: DiskStore, some: list[tuple[Key, Path]]) -> Iterator[Path]:
-    known = disk.index.has([key for key, _ in some]) | {key for key, _ in disk.index.pending()}
+    known = disk.index.has([key for key, _ in some]) | {key for key, _, _ in disk.index.pending()}
     yield from (path for key, path in some if key not in known)
 
 
@@ -159,24 +169,31 @@ def repair(folder: Folder, progress: Progress = no_progress, *, dry_run: bool = 
             return verify(disk, progress)
     with alone_with(folder) as (disk, damaged):
         report = Report()
+        if not damaged:
+            try:
+                report = verify(disk, progress)
+                _remove_bad(disk, report)
+                _put_back(disk)
+                _reconcile(disk)
+            except (DamagedDatabaseError, TypeError, ValueError):  # it is worse than it looked
+                fresh_index(disk)
+                report, damaged = Report(), True
         if damaged:
             report.add("index", disk.index_path, "damaged: made anew from the files, the old one is in quarantine")
-        else:
-            report = verify(disk, progress)
-            _remove_bad(disk, report)
-        _put_back(disk)
-        if damaged:
-            found = rebuild(disk, progress, verify=True)
-            report.blocks, report.sessions = found.blocks, found.sessions
-            report.bytes = disk.index.usage().bytes
-            for number, what in ((found.damaged_blocks, "blocks"), (found.damaged_sessions, "session records")):
-                if number:
-                    report.add("damaged block", disk.root / "quarantine", f"{number} {what} are damaged")
-        else:
-            _reconcile(disk)
+            _put_back(disk)
+            _rebuild(disk, report, progress)
         (disk.root / DAMAGED).unlink(missing_ok=True)
         report.repaired = True
     return report
+
+
+def _rebuild(disk: DiskStore, report: Report, progress: Progress) -> None:
+    found = rebuild(disk, progress, verify=True)
+    report.blocks, report.sessions = found.blocks, found.sessions
+    report.bytes = disk.index.usage().bytes
+    for number, what in ((found.damaged_blocks, "blocks"), (found.damaged_sessions, "session records")):
+        if number:
+            report.add("damaged block", disk.root / "quarantine", f"{number} {what} are damaged")
 
 
 @contextmanager
@@ -223,12 +240,16 @@ def _reconcile(disk: DiskStore) -> None:
         for fingerprint, key, path in disk.files.found():
             if key not in known:
                 adopt_block(disk, fingerprint, key, path, verify=True)
-        names = set(disk.index.sessions.all_names())
+        there = {names: disk.index.sessions.record(*names) for names in disk.index.sessions.all_names()}
+        newer = dict(there)
         for record in read_records(disk)[0]:
-            if (record.namespace, record.name) not in names:
-                disk.index.sessions.restore(record, disk.records.write)
-        for namespace, name in names:
-            disk.index.sessions.restore(disk.index.sessions.record(namespace, name), disk.records.write)
+            found = there.get((record.namespace, record.name))
+            # an index that lost its log is behind; one that lost a block has dropped what comes after
+            if found is None or record.last_used >= found.last_used:
+                newer[record.namespace, record.name] = record
+        blocks = [meta for row in disk.index.blocks() if (meta := read_block(disk, row)) is not None]
+        for record in grown(newer.values(), blocks, disk.vault.secret):
+            disk.index.sessions.restore(record, disk.records.write)
         disk.index.recount()
 
 

@@ -13,7 +13,8 @@ from .blocks import BlockMeta
 from .database import DamagedDatabaseError
 from .disk_store import DAMAGED, DiskStore
 from .files import make_private_directory
-from .keys import Key, block_key, prefix_codes
+from .index import BlockRow
+from .keys import Key, block_key
 from .locks import StoreLock
 from .records import SessionRecord
 from .settings import Folder
@@ -149,17 +150,22 @@ def adopt_block(disk: DiskStore, fingerprint: str, key: Key, path: Path, *, veri
         StoreIOError: the disk would not; the file is as it was.
     """
     try:
-        with disk.files.open(fingerprint, key) as file:
-            meta = file.verify() if verify else file.read_meta()
-            size, used = file.layout.file_bytes, path.stat().st_mtime
+        return disk.adopt(fingerprint, key, verify=verify)
     except LoadError as error:
         if error.transient:
             raise StoreIOError(str(error)) from error
         logger.warning("%s; the file is now in quarantine", error)
         disk.files.quarantine(path)
         return None
-    disk.index.add_block(meta, prefix_codes(meta.tokens, disk.vault.secret), size, used=used)
-    return meta
+
+
+def read_block(disk: DiskStore, row: BlockRow) -> BlockMeta | None:
+    """What a block is, with its ids; None if it can't be read."""
+    try:
+        with disk.files.open(row.fingerprint, row.key) as file:
+            return file.read_meta()
+    except LoadError:
+        return None
 
 
 def read_records(disk: DiskStore) -> tuple[list[SessionRecord], int]:

@@ -17,7 +17,7 @@ CREATE INDEX IF NOT EXISTS blocks_by_content ON blocks(parent, codes);
 CREATE INDEX IF NOT EXISTS blocks_by_predecessor ON blocks(continues);
 CREATE INDEX IF NOT EXISTS blocks_by_age ON blocks(last_used, start DESC) WHERE children = 0;
 CREATE TABLE IF NOT EXISTS pending(
-  key BLOB PRIMARY KEY, fingerprint TEXT NOT NULL, bytes INTEGER NOT NULL) WITHOUT ROWID;
+  key BLOB PRIMARY KEY, fingerprint TEXT NOT NULL, bytes INTEGER NOT NULL, goes INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS sessions(
   id INTEGER PRIMARY KEY, handle BLOB NOT NULL UNIQUE, space BLOB NOT NULL, label BLOB NOT NULL,
   fingerprint TEXT NOT NULL DEFAULT '', created REAL NOT NULL, last_used REAL NOT NULL, metadata BLOB NOT NULL,
@@ -68,6 +68,7 @@ END;
 """
 
 
-def row_digest(fields: Sequence[Any]) -> int:
-    """A checksum (63 bits) over a row's fields, so that a row that was not written is not believed."""
-    return xxhash.xxh3_64_intdigest(repr(tuple(fields)).encode()) >> 1
+def row_digest(store: str, fields: Sequence[Any]) -> int:
+    """A checksum (63 bits) over a row's fields and the store's identity: a row that was not written is not believed,
+    nor is one of another store's."""
+    return xxhash.xxh3_64_intdigest(repr((store, *fields)).encode()) >> 1

@@ -26,9 +26,13 @@ Keep = Callable[[SessionRecord], int]
 class SessionTable:
     """The tables `sessions`, `spans` and `owners`. Methods with `keep` change a session, with its record."""
 
-    def __init__(self, database: Database, vault: Vault) -> None:
+    def __init__(self, database: Database, vault: Vault, store: str) -> None:
         self._database = database
         self._vault = vault
+        self._store = store
+
+    def _digest(self, fields: Sequence[Any]) -> int:
+        return row_digest(self._store, fields)
 
     def _handle(self, namespace: str, name: str) -> bytes:
         return name_digest("session", namespace, name, secret=self._vault.secret)
@@ -47,11 +51,10 @@ class SessionTable:
             raise SessionNotFoundError(f"there is no session {name!r}; `sessions()` lists those there are")
         return self._checked(rows[0])
 
-    @staticmethod
-    def _checked(row: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _checked(self, row: tuple[Any, ...]) -> tuple[Any, ...]:
         """A row, without the columns that are there for the digest only."""
         number, handle, label, fingerprint, created, last_used, metadata, root, base, length, digest = row
-        if digest != row_digest((handle, label, fingerprint, created, metadata, root, base, length)):
+        if digest != self._digest((handle, label, fingerprint, created, metadata, root, base, length)):
             raise DamagedDatabaseError("the index is damaged (the row of a session); `attnstore repair` rebuilds it")
         return number, fingerprint, created, last_used, metadata, root, base, length
 
@@ -85,7 +88,7 @@ class SessionTable:
             if seq != place or (block and key is None):
                 break  # a block that is gone took its spans with it: what comes after that is of no use
             key = key if block else b""
-            if digest != row_digest((session, seq, key, start, stop, shift, dropped)):
+            if digest != self._digest((session, seq, key, start, stop, shift, dropped)):
                 raise DamagedDatabaseError(
                     "the index is damaged (what a session consists of); `attnstore repair` rebuilds it"
                 )
@@ -116,7 +119,7 @@ class SessionTable:
         metadata = self._vault.seal(record.metadata.encode())
         manifest = record.manifest
         root, base, length = manifest.root, manifest.base, manifest.length
-        digest = row_digest((handle, label, record.fingerprint, record.created, metadata, root, base, length))
+        digest = self._digest((handle, label, record.fingerprint, record.created, metadata, root, base, length))
         db.execute(
             "INSERT INTO sessions(handle, space, label, fingerprint, created, last_used, metadata, root, base, length, "
             "bytes, digest) VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT(handle) DO UPDATE SET "
@@ -186,7 +189,7 @@ class SessionTable:
         rows = []
         for seq, span in enumerate(spans[same:], same):
             dropped = self._vault.seal(span.dropped) if span.dropped else b""
-            digest = row_digest((session, seq, span.block, span.start, span.stop, span.shift, dropped))
+            digest = self._digest((session, seq, span.block, span.start, span.stop, span.shift, dropped))
             rows.append((session, seq, blocks.get(span.block, 0), span.start, span.stop, span.shift, dropped, digest))
         db.executemany("INSERT INTO spans VALUES(?, ?, ?, ?, ?, ?, ?, ?)", rows)
         db.executemany("INSERT OR IGNORE INTO owners VALUES(?, ?)", [(session, row[2]) for row in rows if row[2]])
@@ -217,7 +220,7 @@ class SessionTable:
         ).fetchall()
         db.executemany(
             "UPDATE spans SET block = ?, digest = ? WHERE session = ? AND seq = ?",
-            [(new, row_digest((row[0], row[1], key, *row[2:])), row[0], row[1]) for row in rows],
+            [(new, self._digest((row[0], row[1], key, *row[2:])), row[0], row[1]) for row in rows],
         )
         db.execute("UPDATE OR IGNORE owners SET block = ? WHERE block = ?", (new, old))
 

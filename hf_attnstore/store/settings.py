@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,11 @@ class Folder:
     @property
     def block_size(self) -> int:
         return int(self.settings["block_size"])
+
+    @property
+    def identity(self) -> str:
+        """Tells the store from others."""
+        return str(self.settings["id"])
 
     def make_again(self) -> None:
         """Makes the store anew where the folder was deleted, under the same settings.
@@ -74,6 +80,8 @@ def open_folder(path: Path, block_size: int | None, key: bytes | None, *, create
             _create(file, block_size or 256, key)
         settings = json.loads(file.read_text())
         found, size, encryption = settings["format"], int(settings["block_size"]), settings.get("encryption")
+        if found == FORMAT:
+            settings["id"]
         open_to_all = existed and open_to_others(path)
     except (ValueError, KeyError, TypeError) as error:
         raise StoreFormatError(f"{path}/{FILE} is damaged ({error}); restore or delete it") from error
@@ -106,7 +114,12 @@ def _vault(key: bytes | None, encryption: Any, path: Path) -> Vault:
 
 
 def _create(file: Path, block_size: int, key: bytes | None) -> None:
-    settings: dict[str, Any] = {"format": FORMAT, "block_size": block_size, "created_by": f"hf-attnstore {__version__}"}
+    settings: dict[str, Any] = {
+        "format": FORMAT,
+        "id": secrets.token_hex(16),
+        "block_size": block_size,
+        "created_by": f"hf-attnstore {__version__}",
+    }
     encryption = new_settings(key)
     if encryption is not None:
         settings["encryption"] = encryption
