@@ -188,7 +188,7 @@ def test_gc_removes_what_nobody_needs(folder: Path) -> None:
     assert {**done, "bytes": 0} == {**would, "bytes": 0}
     assert not stranger.exists()
     assert not list((folder / "quarantine").iterdir())
-    assert {path.name for path in (folder / "locks").iterdir()} == {"open.lock", "write.lock"}
+    assert {path.name for path in (folder / "locks").iterdir()} == {"open.lock", "gate.lock", "write.lock"}
     assert run_json("verify", "--store", folder)["problems"] == []
     old = run_json("gc", "--store", folder, "--older-than", "1", "--dry-run")
     assert old["sessions"] == []

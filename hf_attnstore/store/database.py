@@ -33,7 +33,7 @@ class Database:
         self.path = path
         self._sync = sync
         self._write_lock = threading.Lock()
-        self._read_lock = threading.Lock()
+        self._read_lock = threading.RLock()
         self._closed = False
         opened: list[sqlite3.Connection] = []
         try:
@@ -92,6 +92,16 @@ class Database:
         with self._read_lock, _translated(self.path):
             self._check_open()
             return self._reader.execute(query, parameters).fetchall()
+
+    @contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """All that is read meanwhile, by this thread, is of one and the same state."""
+        with self._read_lock:
+            self.read("BEGIN")
+            try:
+                yield
+            finally:
+                self.read("COMMIT")
 
     def truncate_log(self) -> bool:
         """Moves the log's content into the database, so that its file takes no room. False where a reader, in

@@ -44,29 +44,46 @@ class StoreLock:
             StoreIOError: somebody else is alone with it, and does not end.
         """
         machine = machine or this_machine()
+        # a lock that is asked for more is let go of first: only who holds the gate asks
+        self._gate = FileLock(path.with_name("gate.lock"), mode=0o600, thread_local=False)
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            self.alone = self._try(fcntl.LOCK_EX)
-            """Whether nobody else had the store open when it was opened."""
-            if self.alone:
-                os.ftruncate(self._fd, 0)
-                os.pwrite(self._fd, machine.encode(), 0)
-                fcntl.flock(self._fd, fcntl.LOCK_SH)
-                return
-            deadline = time.monotonic() + _OPEN_SECONDS
-            while not self._try(fcntl.LOCK_SH):
-                if time.monotonic() > deadline:
-                    raise StoreIOError(f"the store {path.parent.parent} is being repaired; try again later")
-                time.sleep(_POLL_SECONDS)
-            there = os.pread(self._fd, 256, 0).decode(errors="replace")
-            if there and there != machine:
-                raise StoreFormatError(
-                    f"the store {path.parent.parent} is open on another machine ({there}): one machine at a time can "
-                    "use a store; give each its own folder"
-                )
+            self._open(path, machine)
         except BaseException:
             os.close(self._fd)
             raise
+
+    def _open(self, path: Path, machine: str) -> None:
+        deadline = time.monotonic() + _OPEN_SECONDS
+        while True:
+            with self._at_the_gate():
+                if self._try(fcntl.LOCK_EX):
+                    os.ftruncate(self._fd, 0)
+                    os.pwrite(self._fd, machine.encode(), 0)
+                    fcntl.flock(self._fd, fcntl.LOCK_SH)
+                    return
+                if self._try(fcntl.LOCK_SH):
+                    break
+            if time.monotonic() > deadline:
+                raise StoreIOError(f"the store {path.parent.parent} is being repaired; try again later")
+            time.sleep(_POLL_SECONDS)
+        there = os.pread(self._fd, 256, 0).decode(errors="replace")
+        if there and there != machine:
+            raise StoreFormatError(
+                f"the store {path.parent.parent} is open on another machine ({there}): one machine at a time can "
+                "use a store; give each its own folder"
+            )
+
+    @contextlib.contextmanager
+    def _at_the_gate(self) -> Iterator[None]:
+        try:
+            self._gate.acquire(timeout=_OPEN_SECONDS, poll_interval=0.002)
+        except Timeout:
+            raise StoreIOError(f"another process holds {self._gate.lock_file} and does not let go of it") from None
+        try:
+            yield
+        finally:
+            self._gate.release()
 
     def _try(self, how: int) -> bool:
         try:
@@ -78,14 +95,16 @@ class StoreLock:
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[bool]:
         """For as long as this is held nobody else has the store open, nor opens it; yields False where others do."""
-        alone = self._try(fcntl.LOCK_EX)
-        if not alone:  # who asks for more and does not get it has lost what it had
-            fcntl.flock(self._fd, fcntl.LOCK_SH)
+        with self._at_the_gate():
+            alone = self._try(fcntl.LOCK_EX)
+            if not alone:
+                fcntl.flock(self._fd, fcntl.LOCK_SH)
         try:
             yield alone
         finally:
             if alone:
-                fcntl.flock(self._fd, fcntl.LOCK_SH)
+                with self._at_the_gate():
+                    fcntl.flock(self._fd, fcntl.LOCK_SH)
 
     def release(self) -> None:
         os.close(self._fd)

@@ -72,8 +72,9 @@ class SessionTable:
             return None
 
     def manifest(self, namespace: str, name: str) -> Manifest:
-        number, _, _, _, _, root, base, length = self._row(namespace, name)
-        rows = self._spans(number)
+        with self._database.snapshot():
+            number, _, _, _, _, root, base, length = self._row(namespace, name)
+            rows = self._spans(number)
         return Manifest(tuple(span for _, span, _ in rows), root, base, length)
 
     def _spans(self, session: int) -> list[tuple[int, SpanRow, int]]:
@@ -98,12 +99,13 @@ class SessionTable:
 
     def record(self, namespace: str, name: str) -> SessionRecord:
         """All that is known of a session."""
-        number, fingerprint, created, last_used, metadata, root, base, length = self._row(namespace, name)
-        spans = self._spans(number)
+        with self._database.snapshot():
+            number, fingerprint, created, last_used, metadata, root, base, length = self._row(namespace, name)
+            spans = self._spans(number)
+            owned = self._database.read(
+                "SELECT o.block, b.key FROM owners o JOIN blocks b ON b.id = o.block WHERE o.session = ?", (number,)
+            )
         used = {block for block, _, _ in spans}
-        owned = self._database.read(
-            "SELECT o.block, b.key FROM owners o JOIN blocks b ON b.id = o.block WHERE o.session = ?", (number,)
-        )
         manifest = Manifest(tuple(span for _, span, _ in spans), root, base, length)
         return SessionRecord(
             namespace, name, fingerprint, created, last_used, self._vault.unseal(metadata).decode(), manifest,
@@ -270,19 +272,21 @@ class SessionTable:
 
     def listing(self, namespace: str, limit: int | None = None, offset: int = 0) -> list[SessionInfo]:
         """The sessions of a namespace, last used first."""
-        rows = self._database.read(
-            f"SELECT {_COLUMNS} FROM sessions WHERE space = ? ORDER BY last_used DESC LIMIT ? OFFSET ?",
-            (self._space(namespace), -1 if limit is None else limit, offset),
-        )
-        return [self._info(row) for row in rows]
+        with self._database.snapshot():
+            rows = self._database.read(
+                f"SELECT {_COLUMNS} FROM sessions WHERE space = ? ORDER BY last_used DESC LIMIT ? OFFSET ?",
+                (self._space(namespace), -1 if limit is None else limit, offset),
+            )
+            return [self._info(row) for row in rows]
 
     def info(self, namespace: str, name: str) -> SessionInfo:
         """Raises:
         SessionNotFoundError: there is no such session.
         """
-        self.find(namespace, name)
         handle = self._handle(namespace, name)
-        return self._info(self._database.read(f"SELECT {_COLUMNS} FROM sessions WHERE handle = ?", (handle,))[0])
+        with self._database.snapshot():
+            self.find(namespace, name)
+            return self._info(self._database.read(f"SELECT {_COLUMNS} FROM sessions WHERE handle = ?", (handle,))[0])
 
     def _info(self, row: tuple[Any, ...]) -> SessionInfo:
         number, fingerprint, created, last_used, _, _, _, length = self._checked(row)

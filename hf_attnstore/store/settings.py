@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import secrets
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ logger = logging.getLogger("hf_attnstore")
 
 FORMAT = 3
 FILE = "store.json"
+_TEMPORARY = ".attnstore-tmp"
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,8 @@ def open_folder(path: Path, block_size: int | None, key: bytes | None, *, create
             if not create:
                 raise AttentionStoreError(f"there is no store in {path}")
             make_private_directory(path)
-            if any(path.iterdir()):
+            strangers = [entry for entry in path.iterdir() if entry.suffix != _TEMPORARY]
+            if strangers and not file.exists():  # another process may be making it at this moment
                 raise StoreFormatError(f"{path} is not empty and not a store; choose another folder")
             _create(file, block_size or 256, key)
         settings = json.loads(file.read_text())
@@ -127,7 +130,7 @@ def _create(file: Path, block_size: int, key: bytes | None) -> None:
 
 
 def _write(file: Path, settings: dict[str, Any]) -> None:
-    temporary = file.with_suffix(f".{os.getpid()}.tmp")
+    temporary = file.with_suffix(f".{os.getpid()}-{threading.get_ident()}{_TEMPORARY}")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(fd, "w") as stream:
         stream.write(json.dumps(settings))
