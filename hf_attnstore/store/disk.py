@@ -263,13 +263,6 @@ class DiskTier:
         except FileNotFoundError:
             return []
 
-    def remove_partial(self) -> int:
-        """Deletes what is half written; only for who holds the write lock. Returns the number of files."""
-        found = self.partial_files()
-        for path in found:
-            path.unlink(missing_ok=True)
-        return len(found)
-
 
 def _subfolders(path: Path) -> list[Path]:
     if not path.is_dir():

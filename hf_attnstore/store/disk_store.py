@@ -25,6 +25,7 @@ from .layout import encoded_size
 from .locks import WriteLock
 from .manifest import Manifest
 from .records import RecordFiles, SessionRecord
+from .session_table import Keep
 from .settings import FILE, Folder
 from .sizes import format_bytes
 
@@ -80,22 +81,26 @@ class DiskStore:
         """Nobody else changes what is on disk, and nothing is left half done.
 
         Raises:
-            StoreIOError: the disk would not, or another process does not let go of the lock.
+            StoreIOError: the disk would not, then or for what is done meanwhile; or another process does not let go of
+                the lock.
         """
-        self._revive()
-        with self._lock():
-            self._depth += 1
-            try:
-                if self._depth == 1:
-                    self._recover()
-                yield
-            finally:
-                self._depth -= 1
+        try:
+            self._revive()
+            with self._lock():
+                self._depth += 1
+                try:
+                    if self._depth == 1:
+                        self._recover()
+                    yield
+                finally:
+                    self._depth -= 1
+        except OSError as error:
+            raise StoreIOError(f"{error.filename or self.root}: {error.strerror or error}") from error
 
     def _recover(self) -> None:
         """Finishes what was begun and not ended: nobody is in the middle of anything while this runs."""
-        if self.files.partial_files():
-            self.files.remove_partial()
+        for path in self.files.partial_files():
+            self.records.finish(path, self.index.sessions.last_used)
         pending = self.index.pending()
         if not pending:
             return
@@ -275,7 +280,7 @@ class DiskStore:
         """Writes a block, unless it is there. False where the cap, or a missing beginning, keeps it out.
 
         Raises:
-            StoreIOError, OSError: the disk would not; nothing is left behind that does not get removed.
+            StoreIOError: the disk would not; nothing is left behind that does not get removed.
         """
         meta = block.meta
         with self.writing():
@@ -356,43 +361,70 @@ class DiskStore:
 
     # sessions
 
-    def _keep(self, record: SessionRecord) -> int:
-        """Writes a session's record; nothing for a store that keeps nothing on disk."""
-        return self.records.write(record) if self.capacity else 0
+    @contextmanager
+    def _changing(self, namespace: str, session: str) -> Iterator[Keep]:
+        """For a change of a session that is committed to the index meanwhile: its record takes the old one's place
+        afterwards. Nothing of it for a store that keeps nothing on disk."""
+        if not self.capacity:
+            yield lambda record: 0
+            return
+        try:
+            yield self.records.stage
+        except BaseException:
+            with suppress(OSError):
+                self.records.drop(namespace, session)
+            raise
+        self.records.publish(namespace, session)
+
+    def restore(self, record: SessionRecord) -> None:
+        """Puts a session in, or back, as its record says; only for who is `writing`."""
+        with self._changing(record.namespace, record.name) as keep:
+            self.index.sessions.restore(record, keep)
 
     def commit(self, namespace: str, session: str, fingerprint: str, manifest: Manifest) -> None:
         """Sets what a session consists of.
 
         Raises:
-            StoreIOError, OSError: the disk would not; the session is as it was.
+            StoreIOError: the disk would not; the session is as it was.
         """
         with self.writing():
             if self.capacity:
                 ids = sum(len(span.dropped) for span in manifest.spans)
                 self.make_room(_RECORD_SLACK + 160 * len(manifest.spans) + 3 * ids)
-            self.index.sessions.commit(namespace, session, fingerprint, manifest, self._keep)
+            with self._changing(namespace, session) as keep:
+                self.index.sessions.commit(namespace, session, fingerprint, manifest, keep)
 
     def set_metadata(self, namespace: str, session: str, metadata: str) -> None:
         """`metadata` is JSON. See `commit` for what it raises."""
         with self.writing():
             if self.capacity:
                 self.make_room(_RECORD_SLACK + 4 * len(metadata))
-            self.index.sessions.set_metadata(namespace, session, metadata, self._keep)
+            with self._changing(namespace, session) as keep:
+                self.index.sessions.set_metadata(namespace, session, metadata, keep)
 
     def fork(self, namespace: str, source: str, target: str) -> bool:
         """Makes session `target` with all that `source` has. False if `target` exists already."""
         with self.writing():
             if self.capacity:
                 self.make_room(_RECORD_SLACK + self._record_bytes(namespace, source))
-            return self.index.sessions.copy(namespace, source, target, self._keep)
+            if self.index.sessions.exists(namespace, target):
+                return False
+            with self._changing(namespace, target) as keep:
+                self.index.sessions.copy(namespace, source, target, keep)
+            return True
 
     def rename(self, namespace: str, source: str, target: str) -> bool:
         """Gives a session another name. False if there is one of that name already."""
         with self.writing():
-            done = self.index.sessions.rename(namespace, source, target, self._keep)
-            if done:
-                self.records.delete(namespace, source)
-            return done
+            if self.index.sessions.exists(namespace, target):
+                return False
+            self.index.sessions.find(namespace, source)
+            marker = self.records.mark(namespace, source)
+            with self._changing(namespace, target) as keep:
+                self.index.sessions.rename(namespace, source, target, keep)
+            self.records.delete(namespace, source)
+            marker.unlink()
+            return True
 
     def _record_bytes(self, namespace: str, session: str) -> int:
         with suppress(FileNotFoundError):
@@ -408,8 +440,10 @@ class DiskStore:
         """
         with self.writing():
             self.index.sessions.find(namespace, session)
-            self.records.delete(namespace, session)
+            marker = self.records.mark(namespace, session)
             gone = self.index.delete_session(namespace, session)
+            self.records.delete(namespace, session)
+            marker.unlink()
             for row in gone:
                 forget(row.key)
             self._remove_files(gone)

@@ -30,8 +30,6 @@ def open_to_others(path: Path) -> bool:
 def write_file(path: Path, chunks: Sequence[memoryview | bytes], folder: Path, *, sync: bool) -> int:
     """Writes a file in `folder`, then renames it to `path`, on the same file system. Returns its bytes.
 
-    The folder of `path`, and the one above that, are made where they are missing.
-
     Args:
         sync: return only when file and name will survive a loss of power.
 
@@ -39,7 +37,22 @@ def write_file(path: Path, chunks: Sequence[memoryview | bytes], folder: Path, *
         OSError: from the file system; nothing is left behind.
     """
     temporary = folder / path.name
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0), 0o600)
+    total = stage_file(temporary, chunks, sync=sync)
+    try:
+        publish_file(temporary, path, sync=sync)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return total
+
+
+def stage_file(path: Path, chunks: Sequence[memoryview | bytes], *, sync: bool) -> int:
+    """Writes a file, of which a part may be there until this returns. Returns its bytes.
+
+    Raises:
+        OSError: from the file system; nothing is left behind.
+    """
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0), 0o600)
     try:
         try:
             total = _write_all(fd, [memoryview(chunk) for chunk in chunks])
@@ -47,21 +60,29 @@ def write_file(path: Path, chunks: Sequence[memoryview | bytes], folder: Path, *
                 os.fsync(fd)
         finally:
             os.close(fd)
-        try:
-            os.rename(temporary, path)
-        except FileNotFoundError:
-            path.parent.parent.mkdir(mode=0o700, exist_ok=True)
-            path.parent.mkdir(mode=0o700, exist_ok=True)
-            if sync:
-                _sync_folder(path.parent.parent.parent)
-                _sync_folder(path.parent.parent)
-            os.rename(temporary, path)
-        if sync:
-            _sync_folder(path.parent)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
         raise
     return total
+
+
+def publish_file(staged: Path, path: Path, *, sync: bool) -> None:
+    """Renames a whole file to `path`. Its folder, and the one above that, are made where they are missing.
+
+    Raises:
+        OSError: from the file system; the file is where it was.
+    """
+    try:
+        os.rename(staged, path)
+    except FileNotFoundError:
+        path.parent.parent.mkdir(mode=0o700, exist_ok=True)
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        if sync:
+            sync_folder(path.parent.parent.parent)
+            sync_folder(path.parent.parent)
+        os.rename(staged, path)
+    if sync:
+        sync_folder(path.parent)
 
 
 def _write_all(fd: int, views: list[memoryview]) -> int:
@@ -76,7 +97,7 @@ def _write_all(fd: int, views: list[memoryview]) -> int:
     return total
 
 
-def _sync_folder(path: Path) -> None:
+def sync_folder(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

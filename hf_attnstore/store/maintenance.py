@@ -249,7 +249,7 @@ def _reconcile(disk: DiskStore) -> None:
                 newer[record.namespace, record.name] = record
         blocks = [meta for row in disk.index.blocks() if (meta := read_block(disk, row)) is not None]
         for record in grown(newer.values(), blocks, disk.vault.secret):
-            disk.index.sessions.restore(record, disk.records.write)
+            disk.restore(record)
         disk.index.recount()
 
 

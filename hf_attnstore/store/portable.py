@@ -207,7 +207,7 @@ def import_session(
             manifest, tuple(_count(metas, span) for span in manifest.spans), (),
         )  # fmt: skip
         with disk.writing():
-            disk.index.sessions.restore(record, disk.records.write)
+            disk.restore(record)
         tokens = sum(span.stop - span.start for span in manifest.spans)
         return Exported(name, len(metas), tokens, path.stat().st_size)
 

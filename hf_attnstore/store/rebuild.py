@@ -133,7 +133,7 @@ def rebuild(disk: DiskStore, progress: Progress = no_progress, *, verify: bool =
         found.blocks = len(readable)
         records, found.damaged_sessions = read_records(disk)
         for record in grown(records, readable, disk.vault.secret):
-            disk.index.sessions.restore(record, disk.records.write)
+            disk.restore(record)
         found.sessions = len(records)
         disk.index.recount()
         (disk.root / DAMAGED).unlink(missing_ok=True)

@@ -1,25 +1,28 @@
 """Session records: one small file for each session, so that the index can be rebuilt without losing a name.
 
-A record is written in the transaction that changes the session, right before its commit. It begins with a checksum of
-what follows: JSON, or in an encrypted store what JSON was sealed to.
+A record begins with a checksum of what follows: JSON, or in an encrypted store what JSON was sealed to. It is staged in
+the transaction that changes the session, and takes the old one's place after the commit; what is about to be deleted
+is marked before. So what is staged or marked when a process was killed tells what is to be finished, or dropped.
 """
 
 import base64
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
 
 from ..errors import LoadError
-from .files import write_file
+from .files import publish_file, stage_file, sync_folder
 from .keys import Key, decode_tokens, encode_tokens, name_digest
 from .manifest import Manifest, SpanRow
 from .vault import Vault
 
 _FORMAT = 1
 _SUFFIX = ".session"
+_MARKER = ".gone"
 
 
 @dataclass(frozen=True)
@@ -112,14 +115,59 @@ class RecordFiles:
         digest = name_digest("record", namespace, name, secret=self._vault.secret)[:20].hex()
         return self.folder / digest[:2] / (digest + _SUFFIX)
 
-    def write(self, record: SessionRecord) -> int:
-        """Writes a session's record, in place of the one there was. Returns its bytes.
+    def stage(self, record: SessionRecord) -> int:
+        """Writes a session's record, which `publish` puts in place. Returns its bytes.
 
         Raises:
             OSError: from the file system.
         """
         encoded = encode_record(record, self._vault)
-        return write_file(self.path(record.namespace, record.name), [encoded], self._partial, sync=self._sync)
+        size = stage_file(self._staged(record.namespace, record.name), [encoded], sync=self._sync)
+        if self._sync:
+            sync_folder(self._partial)
+        return size
+
+    def publish(self, namespace: str, name: str) -> None:
+        """Puts the staged record in place of the one there was.
+
+        Raises:
+            OSError: from the file system; it stays staged.
+        """
+        publish_file(self._staged(namespace, name), self.path(namespace, name), sync=self._sync)
+
+    def drop(self, namespace: str, name: str) -> None:
+        """What is staged is not to be."""
+        self._staged(namespace, name).unlink(missing_ok=True)
+
+    def _staged(self, namespace: str, name: str) -> Path:
+        return self._partial / self.path(namespace, name).name
+
+    def mark(self, namespace: str, name: str) -> Path:
+        """Marks a record that is about to be deleted with its session. Returns the marker.
+
+        Raises:
+            OSError: from the file system.
+        """
+        marker = self._staged(namespace, name).with_suffix(_MARKER)
+        stage_file(marker, [self._vault.seal(json.dumps([namespace, name]).encode())], sync=self._sync)
+        if self._sync:
+            sync_folder(self._partial)
+        return marker
+
+    def finish(self, path: Path, last_used: Callable[[str, str], float | None]) -> None:
+        """Finishes or drops what a killed process has staged or marked; `last_used` is asked about the session."""
+        try:
+            if path.suffix == _MARKER:
+                namespace, name = json.loads(self._vault.unseal(path.read_bytes()))
+                if last_used(namespace, name) is None:
+                    self.delete(namespace, name)
+            elif path.suffix == _SUFFIX:
+                record = decode_record(path.read_bytes(), self._vault)
+                if last_used(record.namespace, record.name) == record.last_used:
+                    self.publish(record.namespace, record.name)
+        except (LoadError, ValueError):  # half written: what it was for has not happened
+            pass
+        path.unlink(missing_ok=True)
 
     def read(self, path: Path) -> SessionRecord:
         """Raises:

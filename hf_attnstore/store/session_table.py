@@ -20,7 +20,7 @@ from .schema import row_digest
 from .vault import Vault
 
 Keep = Callable[[SessionRecord], int]
-"""Writes a session's record, before the transaction that changes the session is committed; returns its bytes."""
+"""Stages a session's record, before the transaction that changes the session is committed; returns its bytes."""
 
 
 class SessionTable:
@@ -63,6 +63,13 @@ class SessionTable:
         SessionNotFoundError: there is no such session.
         """
         return int(self._row(namespace, name)[0])
+
+    def last_used(self, namespace: str, name: str) -> float | None:
+        """When a session was changed last; None if there is no such session."""
+        try:
+            return float(self._row(namespace, name)[3])
+        except SessionNotFoundError:
+            return None
 
     def fingerprint(self, namespace: str, name: str) -> str | None:
         """The model fingerprint that a session was last saved with; None if there is no such session."""
@@ -235,33 +242,27 @@ class SessionTable:
             before = self._before(namespace, name)
             self._write(db, replace(before, metadata=metadata, last_used=time.time()), keep)
 
-    def copy(self, namespace: str, source: str, target: str, keep: Keep) -> bool:
-        """Gives a new session `target` all that `source` has. False if `target` exists already."""
+    def copy(self, namespace: str, source: str, target: str, keep: Keep) -> None:
+        """Gives a new session `target` all that `source` has."""
         now = time.time()
         with self._database.transaction() as db:
             record = self.record(namespace, source)
-            if self.exists(namespace, target):
-                return False
             self._restore(db, replace(record, name=target, created=now, last_used=now), keep)
-        return True
 
     def exists(self, namespace: str, name: str) -> bool:
         handle = self._handle(namespace, name)
         return bool(self._database.read("SELECT 1 FROM sessions WHERE handle = ?", (handle,)))
 
-    def rename(self, namespace: str, source: str, target: str, keep: Keep) -> bool:
-        """Gives a session another name. False if there is one of that name already. The old record is left."""
+    def rename(self, namespace: str, source: str, target: str, keep: Keep) -> None:
+        """Gives a session another name, which no other has. The old record is left."""
         with self._database.transaction() as db:
             record = self.record(namespace, source)
-            if self.exists(namespace, target):
-                return False
             # the row stays the same, with its spans: only what is made of the name changes
             db.execute(
                 "UPDATE sessions SET handle = ? WHERE handle = ?",
                 (self._handle(namespace, target), self._handle(namespace, source)),
             )
             self._write(db, replace(record, name=target), keep)
-        return True
 
     def fill(self, db: sqlite3.Connection, namespace: str, name: str, fingerprint: str, last_used: float) -> None:
         """Adds the row of a session without a record, within a transaction: for who fills a store for a trial."""
