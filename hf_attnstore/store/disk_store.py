@@ -216,7 +216,7 @@ class DiskStore:
         for row, theirs in sorted(found, key=lambda item: -common_codes(item[1], codes)):
             if common_codes(theirs, codes) <= beyond or self._is_unreadable(row.key):
                 continue
-            described = self.describe(row.key)
+            described = self._describe(row.key, row.fingerprint)
             if described is not None:
                 common = common_prefix(described[1], tokens)
                 if common > beyond:
@@ -226,10 +226,14 @@ class DiskStore:
     def describe(self, key: Key, fingerprint: str = "") -> tuple[int, bytes] | None:
         """The position for which a block's first keys were made, and its ids, from its file; None if it is not there,
         or of another model than that of `fingerprint`."""
+        row = self.row(key)
+        if row is None or fingerprint not in ("", row.fingerprint):
+            return None
+        return self._describe(key, row.fingerprint)
+
+    def _describe(self, key: Key, fingerprint: str) -> tuple[int, bytes] | None:
         try:
-            with self.open(key) as file:
-                if fingerprint and file.layout.meta.fingerprint != fingerprint:
-                    return None
+            with self.files.open(fingerprint, key) as file:
                 meta = file.read_meta()
         except LoadError as error:
             self.failed(key, error)
