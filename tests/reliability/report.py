@@ -55,10 +55,10 @@ def soaked(folder: Path, seconds: float) -> tuple[Row, str]:
     wrong = len(result["wrong"]) + len(result["problems"])
     reused = result["reused_tokens"] / max(result["prompt_tokens"], 1)
     about = (
-        f"The soak: {plan.processes} processes, {plan.sessions} sessions, {seconds:.0f} s, {result['turns']:,} turns of "
-        f"a model, every token compared to plain `generate`; {result['kills']} processes killed, {result['busy']} times "
-        f"a session was busy, {result['evicted_blocks']:,} blocks evicted, {reused:.0%} of the prompts' tokens reused; "
-        f"at most {result['peak_bytes']:,} of {result['cap']:,} bytes on disk."
+        f"The soak: {plan.processes} processes, {plan.sessions} sessions, {seconds:.0f} s, {result['turns']:,} turns "
+        f"of a model, every token compared to plain `generate`; {result['kills']} processes killed, {result['busy']} "
+        f"times a session was busy, {result['evicted_blocks']:,} blocks evicted, {reused:.0%} of the prompts' "
+        f"tokens reused; at most {result['peak_bytes']:,} of {result['cap']:,} bytes on disk."
     )
     title = "turns of 8 processes that are killed, evict and delete"
     return (title, result["turns"], wrong, result["recomputed_turns"]), about
@@ -95,10 +95,10 @@ def main() -> int:
         f"`python tests/reliability/report.py`, {datetime.now(UTC).date()}, seed {given.seed}; "
         f"{(time.monotonic() - began) / 60:.0f} minutes.",
         "",
-        "Each fault was tried on a store of several sessions. *Wrong*: a tensor, token, name or metadata other than what",
-        "was written was given out; something intact or acknowledged was lost; a damaged file stayed in sight; or the",
-        "accounts of bytes were off. *Recomputed*: something was noticed to be missing or damaged, and its KV computed or",
-        "saved anew.",
+        "Each fault was tried on a store of several sessions. *Wrong*: a tensor, token, name or metadata other than",
+        "what was written was given out; something intact or acknowledged was lost; a damaged file stayed in sight;",
+        "or the accounts of bytes were off. *Recomputed*: something was noticed to be missing or damaged, and its KV",
+        "computed or saved anew.",
         "",
         "| fault | tried | wrong | recomputed |",
         "| --- | ---: | ---: | ---: |",
@@ -107,8 +107,8 @@ def main() -> int:
         "",
         about,
         "",
-        "`make test` runs samples of all of it; full disks, failing calls, vanishing folders and forged files are tests",
-        "of their own (`tests/reliability/test_disk_faults.py`, `tests/store/`).",
+        "`make test` runs samples of all of it; full disks, failing calls, vanishing folders and forged files are",
+        "tests of their own (`tests/reliability/test_disk_faults.py`, `tests/store/`).",
         "",
     ]
     given.output.parent.mkdir(parents=True, exist_ok=True)
