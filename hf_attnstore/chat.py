@@ -6,6 +6,7 @@ and this class keeps the messages beside it, under the same session name.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,13 +15,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import jinja2
 
 from .cache import AttentionStoreCache, TurnStats
-from .errors import AttentionStoreError, ContextWindowError, SessionNotFoundError
+from .errors import AttentionStoreError, ContextWindowError, SessionNotFoundError, StoreIOError
 from .store import AttentionStore
 from .timing import GenerateRun, timed_generate
 from .transcript import Message, Prompt, Transcript, encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger("hf_attnstore")
 
 METADATA_KEY = "chat"
 DEFAULT_MAX_NEW_TOKENS = 200
@@ -289,7 +292,10 @@ class ChatSession:
     def _remember(self, transcript: Transcript) -> None:
         self._transcript = transcript
         self._metadata = {**self._metadata, METADATA_KEY: transcript.to_json(self.tokenizer)}
-        self.store.set_metadata(self.session, self._metadata)
+        try:
+            self.store.set_metadata(self.session, self._metadata)
+        except StoreIOError as error:  # the next turn tries again, with all messages
+            logger.warning("the messages of session %r are not kept for now: %s", self.session, error)
 
 
 def context_window(model: PreTrainedModel) -> int | None:

@@ -15,11 +15,13 @@ from typing import Any
 
 import pytest
 import torch
+from chat_fixtures import save_tiny_chat_model
 from store_blocks import load, make_chain, same, save
 from tiny_models import make_model
 from turns import follow_up, tokens, turn
 
-from hf_attnstore import AttentionStore, AttentionStoreCache, AttentionStoreError, LoadError
+from hf_attnstore import AttentionStore, AttentionStoreCache, AttentionStoreError, ChatSession, LoadError
+from hf_attnstore.chat_model import load_chat_model
 from hf_attnstore.store.database import Database
 from hf_attnstore.store.files import tree_bytes
 
@@ -180,6 +182,35 @@ def test_a_folder_that_vanishes_is_begun_anew(how: str, tmp_path: Path, caplog: 
         again = AttentionStoreCache(model, "bob", store)
         assert torch.equal(turn(model, fresh, again).sequences, turn(other, fresh, None).sequences)
         assert again.reused_tokens == 39
+
+
+def test_a_chat_goes_on_while_the_disk_is_full_and_is_kept_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, tokenizer = load_chat_model(str(save_tiny_chat_model(tmp_path / "model")))
+    real = os.writev
+
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with AttentionStore(tmp_path / "store", block_size=16) as store:
+        chat = ChatSession(model, tokenizer, store, "alice", max_new_tokens=6)
+        chat.send("the old prince")
+        store.flush()
+        monkeypatch.setattr(os, "writev", full)
+        with caplog.at_level(logging.WARNING):
+            chat.send("and then")
+        assert "messages of session 'alice' are not kept" in caplog.text
+        assert len(chat.history) == 4
+        monkeypatch.setattr(os, "writev", real)
+        chat.send("he said")
+        history = chat.history
+    with AttentionStore(tmp_path / "store") as store:
+        again = ChatSession(model, tokenizer, store, "alice", max_new_tokens=6)
+        assert again.history == history
+        again.send("and now")
+        assert again.stats is not None
+        assert again.stats.reused_tokens > 20
 
 
 FAULTS = [errno.ENOSPC, errno.EIO, errno.EACCES, errno.EROFS, errno.EMFILE, errno.EDQUOT]
