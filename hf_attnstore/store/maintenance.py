@@ -73,16 +73,19 @@ def verify(disk: DiskStore, progress: Progress = no_progress) -> Report:
         report.bytes += row.bytes
     progress("blocks", usage.blocks, usage.blocks)
     for path in unknown_files(disk):
-        report.add("unknown file", path, "no block or session of the index; `gc` deletes it, `repair` brings it back")
+        with disk.writing():
+            unknown = _still_unknown(disk, path)
+        if unknown:
+            about = "no block or session of the index; `gc` deletes it, `repair` brings it back"
+            report.add("unknown file", path, about)
     for namespace, name in disk.index.sessions.all_names():
-        try:
-            disk.index.sessions.record(namespace, name)
-            disk.records.read(disk.records.path(namespace, name))
-            report.sessions += 1
-        except SessionNotFoundError:
-            continue
-        except (LoadError, StoreIOError) as error:
-            report.add("damaged session", disk.records.path(namespace, name), error)
+        found = _check_session(disk, namespace, name)
+        if found is not None:
+            with disk.writing():  # it may have been in the middle of a change
+                found = _check_session(disk, namespace, name)
+        if found is not None:
+            report.problems.append(found)
+        report.sessions += 1
     if disk.index.wrong_accounts():
         report.add("accounts", disk.index_path, "the sums of bytes or the numbers of followers are wrong")
     return report
@@ -99,6 +102,18 @@ def _check_block(disk: DiskStore, row: BlockRow) -> Problem | None:
         if error.transient:
             return Problem("unreadable", str(path), str(error))
         return Problem("damaged block" if path.exists() else "missing block", str(path), str(error))
+    return None
+
+
+def _check_session(disk: DiskStore, namespace: str, name: str) -> Problem | None:
+    path = disk.records.path(namespace, name)
+    try:
+        disk.index.sessions.record(namespace, name)
+        disk.records.read(path)
+    except SessionNotFoundError:
+        return None
+    except (LoadError, StoreIOError) as error:
+        return Problem("damaged session", str(path), str(error))
     return None
 
 
@@ -320,5 +335,5 @@ def _still_unknown(disk: DiskStore, path: Path) -> bool:
     try:
         record = disk.records.read(path)
     except LoadError:
-        return False  # damaged: that is for `repair`
+        return True
     return not disk.index.sessions.exists(record.namespace, record.name)

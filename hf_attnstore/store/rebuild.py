@@ -59,7 +59,7 @@ def open_disk_store(folder: Folder, capacity: int, accounts: Accounts, *, sync: 
                 try:
                     disk = _open(folder, capacity, accounts, sync=sync)
                     if alone:
-                        with disk.writing():  # whoever was killed has left something
+                        with suppress(StoreIOError), disk.writing():  # whoever was killed may have left something
                             pass
                     return disk, lock
                 except DamagedDatabaseError as error:

@@ -73,6 +73,9 @@ def test_a_full_file_system_costs_the_saving_and_nothing_else(
         assert store.stats()["write_errors"] > 0
         store.drop_memory()
         assert same(first, load(store, first))
+        with AttentionStore(small_disk / "store") as other:
+            assert same(first, load(other, first)), "a store can be opened on a full disk"
+            assert other.tokens("kept") == list(range(64))
         filler.unlink()
         after = make_chain(list(range(5000, 5064)), 64)
         save(store, after, "after")
