@@ -142,7 +142,6 @@ class BlockStore(OpenStore):
         try:
             written = self._write_after_its_beginning(block, supersedes)
         except Exception as error:
-            self._disk.note_damage(error)
             self._accounts.count("write_errors")
             self._accounts.warn_once(
                 "write", f"saving to {self.path} failed, conversations are not kept for now: {error}"

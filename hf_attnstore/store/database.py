@@ -3,7 +3,7 @@
 import os
 import sqlite3
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -29,15 +29,16 @@ class Database:
     Errors of SQLite come as `StoreIOError`, those that speak of damage as `DamagedDatabaseError`.
     """
 
-    def __init__(self, path: Path, schema: str, *, sync: bool) -> None:
+    def __init__(self, path: Path, schema: str, *, sync: bool, on_damage: Callable[[], None]) -> None:
         self.path = path
+        self._on_damage = on_damage
         self._sync = sync
         self._write_lock = threading.Lock()
         self._read_lock = threading.RLock()
         self._closed = False
         opened: list[sqlite3.Connection] = []
         try:
-            with _translated(path):
+            with self._translated():
                 os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))  # SQLite gives its log the same mode
                 for _ in range(2):
                     opened.append(self._connect())
@@ -59,6 +60,26 @@ class Database:
         connection.execute("PRAGMA secure_delete = ON")  # what is deleted is overwritten, in the database at least
         return connection
 
+    def damaged(self, what: str) -> DamagedDatabaseError:
+        """The error to raise where the content proves wrong; who opened the database is told."""
+        self._on_damage()
+        return DamagedDatabaseError(f"{self.path} is damaged ({what}); `attnstore repair` makes it anew")
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            code = getattr(error, "sqlite_errorcode", None)
+            failed = "disk" in str(error) if code is None else (code & 0xFF) in _NOT_DAMAGE
+            if failed:
+                raise StoreIOError(f"{self.path}: {error}") from error
+            raise self.damaged(str(error)) from error
+        except (UnicodeDecodeError, OverflowError) as error:
+            raise self.damaged(str(error)) from error
+        except OSError as error:
+            raise StoreIOError(f"{error.filename or self.path}: {error.strerror or error}") from error
+
     def close(self) -> None:
         with self._write_lock, self._read_lock:
             self._closed = True
@@ -72,7 +93,7 @@ class Database:
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """Everything or nothing of what is done with the connection is visible afterwards."""
-        with self._write_lock, _translated(self.path):
+        with self._write_lock, self._translated():
             self._check_open()
             self._writer.execute("BEGIN IMMEDIATE")
             try:
@@ -89,7 +110,7 @@ class Database:
                 raise
 
     def read(self, query: str, parameters: Sequence[Any] = ()) -> list[Any]:
-        with self._read_lock, _translated(self.path):
+        with self._read_lock, self._translated():
             self._check_open()
             return self._reader.execute(query, parameters).fetchall()
 
@@ -106,13 +127,13 @@ class Database:
     def truncate_log(self) -> bool:
         """Moves the log's content into the database, so that its file takes no room. False where a reader, in
         another process, stood in the way."""
-        with self._write_lock, self._read_lock, _translated(self.path):
+        with self._write_lock, self._read_lock, self._translated():
             self._check_open()
             return not self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
 
     def compact(self) -> None:
         """Gives the room of what was deleted back to the file system."""
-        with self._write_lock, _translated(self.path):
+        with self._write_lock, self._translated():
             self._check_open()
             self._writer.execute("VACUUM")
 
@@ -135,19 +156,3 @@ class Database:
             with suppress(FileNotFoundError):
                 total += path.stat().st_size
         return total
-
-
-@contextmanager
-def _translated(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except sqlite3.Error as error:
-        code = getattr(error, "sqlite_errorcode", None)
-        failed = "disk" in str(error) if code is None else (code & 0xFF) in _NOT_DAMAGE
-        if failed:
-            raise StoreIOError(f"{path}: {error}") from error
-        raise DamagedDatabaseError(f"{path} is damaged: {error}") from error
-    except (UnicodeDecodeError, OverflowError) as error:
-        raise DamagedDatabaseError(f"{path} is damaged: {error}") from error
-    except OSError as error:
-        raise StoreIOError(f"{error.filename or path}: {error.strerror or error}") from error

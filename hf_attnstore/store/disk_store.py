@@ -16,7 +16,6 @@ from pathlib import Path
 from ..errors import AttentionStoreError, LoadError, SessionNotFoundError, StoreIOError
 from .accounts import Accounts
 from .blocks import Block, BlockMeta
-from .database import DamagedDatabaseError
 from .disk import BlockFile, DiskTier
 from .files import make_private_directory
 from .index import BlockRow, Index
@@ -59,8 +58,7 @@ class DiskStore:
         self._lock = WriteLock(self.locks_folder / "write.lock")
         self._depth = 0
         self._unreadable: dict[Key, float] = {}
-        self.index = Index(self.index_path, self.vault, folder.identity, sync=sync)
-        self._identity = self._file_identity()
+        self.reopen_index()
 
     @property
     def index_path(self) -> Path:
@@ -105,6 +103,8 @@ class DiskStore:
         if not pending:
             return
         for key, fingerprint, goes in pending:
+            if self.index.block(key) is not None:
+                continue  # an index that lost its log may be of two moments
             if goes or not self._finish(fingerprint, key):
                 self.files.delete(fingerprint, key)
         self.index.settle([key for key, _, _ in pending])
@@ -158,7 +158,9 @@ class DiskStore:
 
     def reopen_index(self) -> None:
         """Goes on with the index that is there now. The old one is not closed: others may still read from it."""
-        self.index = Index(self.index_path, self.vault, self._folder.identity, sync=self.sync)
+        self.index = Index(
+            self.index_path, self.vault, self._folder.identity, sync=self.sync, on_damage=self._note_damage
+        )
         self._identity = self._file_identity()
 
     # looking up
@@ -168,18 +170,16 @@ class DiskStore:
         try:
             found = look()
         except (StoreIOError, LoadError) as error:
-            self.note_damage(error)
             self._accounts.count("read_errors")
             self._accounts.warn_once("read", f"the store {self.root} can't be read, KV is recomputed for now: {error}")
             return otherwise
         self._accounts.over("read")
         return found
 
-    def note_damage(self, error: Exception) -> None:
+    def _note_damage(self) -> None:
         """An index that proved damaged is rebuilt by the next who opens the store alone."""
-        if isinstance(error, DamagedDatabaseError):
-            with suppress(OSError):
-                (self.root / DAMAGED).touch(mode=0o600)
+        with suppress(OSError):
+            (self.root / DAMAGED).touch(mode=0o600)
 
     def has(self, keys: Sequence[Key]) -> set[Key]:
         """Which of these blocks can be read, as far as is known."""

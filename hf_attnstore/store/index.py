@@ -7,7 +7,7 @@ says what is in a block; who needs to know reads the file.
 
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,8 +64,11 @@ class Index:
         DamagedDatabaseError: where what is in the file is not what was written.
     """
 
-    def __init__(self, path: Path, vault: Vault, store: str, *, sync: bool = False) -> None:
-        self.database = Database(path, SCHEMA, sync=sync)
+    def __init__(
+        self, path: Path, vault: Vault, store: str, *, sync: bool = False, on_damage: Callable[[], None] = lambda: None
+    ) -> None:
+        """`store` tells the store from others; `on_damage` is called before a `DamagedDatabaseError` is raised."""
+        self.database = Database(path, SCHEMA, sync=sync, on_damage=on_damage)
         self.sessions = SessionTable(self.database, vault, store)
         self._secret = vault.secret
 
@@ -232,7 +235,7 @@ class Index:
         )
         numbers = (total, blocks, session_bytes, sessions, pending)
         if not all(type(number) is int and number >= 0 for number in numbers):
-            raise DamagedDatabaseError("the index is damaged (its accounts); `attnstore repair` mends it")
+            raise self.database.damaged("its accounts")
         return Usage(*numbers)
 
     def wrong_accounts(self) -> bool:

@@ -211,7 +211,6 @@ class OpenStore:
         try:
             change()
         except Exception as error:
-            self._disk.note_damage(error)
             self._accounts.count("write_errors")
             self._accounts.warn_once("write", f"the index of {self.path} could not be changed: {error}")
 

@@ -60,7 +60,8 @@ def open_disk_store(folder: Folder, capacity: int, accounts: Accounts, *, sync: 
                     disk = _open(folder, capacity, accounts, sync=sync)
                     if alone:
                         with suppress(StoreIOError), disk.writing():  # whoever was killed may have left something
-                            pass
+                            if _is_small(disk) and disk.index.wrong_accounts():
+                                disk.index.recount()
                     return disk, lock
                 except DamagedDatabaseError as error:
                     reason = str(error)
@@ -91,8 +92,8 @@ def _open(folder: Folder, capacity: int, accounts: Accounts, *, sync: bool) -> D
         disk.index.usage()
         disk.index.eviction_candidates(1)
         disk.index.sessions.listing("", 1)
-        if disk.index.database.file_bytes() < _SMALL_BYTES and disk.index.database.problems():
-            raise DamagedDatabaseError(f"{disk.index_path} is damaged")
+        if _is_small(disk) and (found := disk.index.database.problems()):
+            raise disk.index.database.damaged(found[0])
     except BaseException:
         disk.close()
         raise
@@ -100,7 +101,11 @@ def _open(folder: Folder, capacity: int, accounts: Accounts, *, sync: bool) -> D
 
 
 _SMALL_BYTES = 8 << 20
-"""Up to this size an index is checked whole whenever it is opened: it takes milliseconds."""
+
+
+def _is_small(disk: DiskStore) -> bool:
+    """Whether an index is checked whole whenever it is opened: it takes milliseconds."""
+    return disk.index.database.file_bytes() < _SMALL_BYTES
 
 
 def set_index_aside(root: Path) -> None:

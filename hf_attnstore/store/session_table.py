@@ -55,7 +55,7 @@ class SessionTable:
         """A row, without the columns that are there for the digest only."""
         number, handle, label, fingerprint, created, last_used, metadata, root, base, length, digest = row
         if digest != self._digest((handle, label, fingerprint, created, metadata, root, base, length)):
-            raise DamagedDatabaseError("the index is damaged (the row of a session); `attnstore repair` rebuilds it")
+            raise self._database.damaged("the row of a session")
         return number, fingerprint, created, last_used, metadata, root, base, length
 
     def find(self, namespace: str, name: str) -> int:
@@ -97,9 +97,7 @@ class SessionTable:
                 break  # a block that is gone took its spans with it: what comes after that is of no use
             key = key if block else b""
             if digest != self._digest((session, seq, key, start, stop, shift, dropped)):
-                raise DamagedDatabaseError(
-                    "the index is damaged (what a session consists of); `attnstore repair` rebuilds it"
-                )
+                raise self._database.damaged("what a session consists of")
             ids = self._vault.unseal(dropped) if dropped else b""
             found.append((block, SpanRow(key, start, stop, shift, ids), count or 0))
         return found
