@@ -889,6 +889,104 @@ def locks_outlive_garbage(folder: Path, world: World, seconds: float = 1.0) -> l
     return wrong
 
 
+def two_stores_in_one_process(folder: Path, world: World) -> list[str]:
+    """A process has the store open twice: that must not make another think, when it closes the store, that it is the
+    last one, and delete the index's log."""
+
+    def twice(connection: Connection) -> None:
+        with _store(folder) as one, _store(folder):
+            for number in range(3):
+                connection.recv()
+                save(one, make_chain([number], BLOCK), f"ours {number}")
+                one.flush()
+                connection.send([])
+
+    def once(connection: Connection) -> None:
+        for number in range(3):
+            connection.recv()
+            with _store(folder) as store:
+                there = {info.name for info in store.sessions()}
+                missing = {f"ours {n}" for n in range(number + 1)} - there
+                for other in range(20):
+                    store.set_metadata(f"theirs {number} {other}", {"text": "x" * 300})
+            connection.send([f"what another process saved is not seen: {sorted(missing)}"] if missing else [])
+
+    def last(connection: Connection) -> None:
+        warned = _Heard()
+        with _store(folder) as store:
+            wrong = [f"at the end: {problem}" for problem in store.verify().problems]
+            if store.session_count() != 63:
+                wrong.append(f"{store.session_count()} sessions of 63")
+        connection.send(wrong + [f"at the end: {text}" for text in warned.texts])
+
+    wrong: list[str] = []
+    with Child(twice) as one, Child(once) as two:
+        for _ in range(3):
+            for child in (one, two):
+                child.tell()
+                wrong += child.hear()
+    with Child(last) as child:
+        wrong += child.hear()
+    return wrong
+
+
+class _Heard(logging.Handler):
+    """What the package warns of from now on, in this process."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+        logger = logging.getLogger("hf_attnstore")
+        logger.addHandler(self)
+        logger.propagate = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
+def full_while_another_checkpoints(folder: Path, world: World) -> list[str]:
+    """The index's log can't be emptied for a moment, since another process is about to do that: a full store stays
+    within its cap then, and does not throw away what it has to make up for the log."""
+    cap = 1_300_000
+    checkpoint_lock = 121  # its place in the index of the log, see sqlite.org/walformat.html
+
+    def chain(number: int) -> list[Block]:
+        return make_chain([1000 * number + i for i in range(BLOCK * 8)], BLOCK)
+
+    def saver(connection: Connection) -> None:
+        _Heard()
+        with _store(folder, disk=cap) as store:
+            for number in range(60):
+                save(store, chain(number), f"session {number}")
+                store.flush()
+            before = store.stats()["disk_blocks"]
+            connection.send("full")
+            connection.recv()
+            wrong: list[str] = []
+            for number in range(100, 103):
+                save(store, chain(number), f"session {number}")
+                store.flush()
+                if (used := tree_bytes(folder)) > cap:
+                    wrong.append(f"{used} bytes of {cap}")
+                if (blocks := store.stats()["disk_blocks"]) < before / 2:
+                    wrong.append(f"{blocks} blocks are left of {before}")
+            connection.send(wrong)
+
+    def checkpointer(connection: Connection) -> None:
+        with (folder / "index.sqlite-shm").open("r+b") as stream:
+            fcntl.lockf(stream, fcntl.LOCK_EX, 1, checkpoint_lock)
+            connection.send("locked")
+            time.sleep(0.5)
+
+    with Child(saver) as one:
+        one.hear()
+        with Child(checkpointer) as two:
+            two.hear()
+            one.tell()
+        wrong: list[str] = one.hear()
+    return wrong
+
+
 _PARTS: tuple[Callable[[Manifest], Any], ...] = (
     lambda m: m.spans,
     lambda m: m.root,
@@ -912,6 +1010,8 @@ SCENARIOS: dict[str, Callable[[Path, World], list[str]]] = {
         committed_by_two,
         never_alone_with_another,
         locks_outlive_garbage,
+        two_stores_in_one_process,
+        full_while_another_checkpoints,
     )
 }
 
