@@ -230,13 +230,15 @@ class Index:
     # accounts
 
     def usage(self) -> Usage:
-        ((total, blocks, session_bytes, sessions, pending),) = self.database.read(
-            "SELECT bytes, blocks, session_bytes, sessions, pending FROM usage"
-        )
-        numbers = (total, blocks, session_bytes, sessions, pending)
-        if not all(type(number) is int and number >= 0 for number in numbers):
+        rows = self.database.read("SELECT bytes, blocks, session_bytes, sessions, pending FROM usage")
+        if len(rows) != 1 or not all(type(number) is int and number >= 0 for number in rows[0]):
             raise self.database.damaged("its accounts")
-        return Usage(*numbers)
+        return Usage(*rows[0])
+
+    def correct(self, key: Key, file_bytes: int) -> None:
+        """Sets the bytes of a block's file right; `recount` is to follow."""
+        with self.database.transaction() as db:
+            db.execute("UPDATE blocks SET bytes = ? WHERE key = ?", (file_bytes, key))
 
     def wrong_accounts(self) -> bool:
         """Whether the accounts, or the numbers of followers, are not what the rows add up to."""

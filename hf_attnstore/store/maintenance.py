@@ -221,11 +221,14 @@ def _opened(folder: Folder) -> Iterator[DiskStore]:
 
 
 def _remove_bad(disk: DiskStore, report: Report) -> None:
-    """Takes the rows of bad blocks away, and puts their files aside."""
+    """Takes the rows of bad blocks away, and puts their files aside; corrects sizes."""
     bad = {problem.where for problem in report.problems if problem.kind in ("damaged block", "missing block")}
+    miscounted = {problem.where for problem in report.problems if problem.kind == "accounts"}
     with disk.writing():
-        for row in list(disk.index.blocks()) if bad else []:
+        for row in list(disk.index.blocks()) if bad or miscounted else []:
             path = disk.files.path(row.fingerprint, row.key)
+            if str(path) in miscounted:
+                disk.index.correct(row.key, path.stat().st_size)
             if str(path) in bad:
                 disk.index.remove_blocks([row])
                 disk.files.quarantine(path)
