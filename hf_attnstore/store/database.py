@@ -4,7 +4,8 @@ import os
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ _LOG_PAGES = 32
 
 _NOT_DAMAGE = frozenset({3, 4, 5, 6, 7, 8, 9, 10, 13, 14, 15, 22, 23})
 """Codes of SQLite for what the system would not do: permissions, locks, memory, reading, writing, room."""
+_READ_ONLY = 8
 
 
 class DamagedDatabaseError(StoreIOError):
@@ -39,11 +41,16 @@ class Database:
         opened: list[sqlite3.Connection] = []
         try:
             with self._translated():
-                os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))  # SQLite gives its log the same mode
+                # SQLite gives its log the same mode. A file that exists is not opened here: to close it again would let
+                # go of all locks that SQLite holds on it in this process (sqlite.org/howtocorrupt.html, 2.2)
+                with suppress(FileExistsError):
+                    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
                 for _ in range(2):
                     opened.append(self._connect())
                 self._writer, self._reader = opened
                 self._writer.executescript(schema)
+                if _tables(self._writer) != _expected_tables(schema):
+                    raise self.damaged("its tables are not those of an index")
                 self._reader.execute("PRAGMA query_only = 1")
         except BaseException:
             for connection in opened:
@@ -72,6 +79,8 @@ class Database:
         except sqlite3.Error as error:
             code = getattr(error, "sqlite_errorcode", None)
             failed = "disk" in str(error) if code is None else (code & 0xFF) in _NOT_DAMAGE
+            if code == _READ_ONLY and os.access(self.path, os.W_OK) and os.access(self.path.parent, os.W_OK):
+                failed = False  # its header says that a later version of SQLite wrote it
             if failed:
                 raise StoreIOError(f"{self.path}: {error}") from error
             raise self.damaged(str(error)) from error
@@ -124,12 +133,22 @@ class Database:
             finally:
                 self.read("COMMIT")
 
+    def log_bytes(self) -> int:
+        """Bytes of the log."""
+        with suppress(FileNotFoundError):
+            return self.files()[1].stat().st_size
+        return 0
+
     def truncate_log(self) -> bool:
-        """Moves the log's content into the database, so that its file takes no room. False where a reader, in
-        another process, stood in the way."""
+        """Moves the log's content into the database, so that its file takes no room. False, at once, where a reader or
+        a writer in another process stood in the way."""
         with self._write_lock, self._read_lock, self._translated():
             self._check_open()
-            return not self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+            self._writer.execute("PRAGMA busy_timeout = 0")
+            try:
+                return not self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+            finally:
+                self._writer.execute(f"PRAGMA busy_timeout = {round(1000 * _BUSY_SECONDS)}")
 
     def compact(self) -> None:
         """Gives the room of what was deleted back to the file system."""
@@ -156,3 +175,15 @@ class Database:
             with suppress(FileNotFoundError):
                 total += path.stat().st_size
         return total
+
+
+def _tables(connection: sqlite3.Connection) -> list[Any]:
+    """Definitions of all tables, indexes and triggers."""
+    return connection.execute("SELECT type, name, tbl_name, sql FROM sqlite_master ORDER BY type, name").fetchall()
+
+
+@lru_cache(maxsize=4)
+def _expected_tables(schema: str) -> list[Any]:
+    with closing(sqlite3.connect(":memory:")) as connection:
+        connection.executescript(schema)
+        return _tables(connection)

@@ -36,6 +36,9 @@ DAMAGED = "index.damaged"
 _UNREADABLE_SECONDS = 30.0
 _SECURE_SECONDS = 15.0
 _RECORD_SLACK = 4096
+_LONG_LOG = 192 << 10
+"""Bytes of log beyond which it was not emptied in its time."""
+_LOG_ATTEMPTS = 20
 
 
 class DiskStore:
@@ -345,9 +348,13 @@ class DiskStore:
             return self.used_bytes() + nbytes + margin - self.capacity
 
         if excess() > 0:
-            self.index.database.truncate_log()
+            self._empty_log()
             self.files.drop_quarantine()
         while (over := excess()) > 0:
+            # evicting makes the log longer: where another process keeps it from being emptied, that would go on until
+            # nothing is left, and for nothing
+            if self.index.database.log_bytes() > _LONG_LOG and not self._empty_log():
+                return False
             victims = [row for row in self.index.eviction_candidates(16) if row.key not in keep]
             if not victims:
                 return False
@@ -362,6 +369,24 @@ class DiskStore:
             self._accounts.count("evicted_blocks", len(chosen))
         self._accounts.over("full")
         return True
+
+    def _make_room_for_record(self, nbytes: int) -> None:
+        """Raises:
+        StoreIOError: there is no room under the cap, and none could be made.
+        """
+        if not self.make_room(nbytes):
+            raise StoreIOError(
+                f"the store {self.root} is full (cap {format_bytes(self.capacity)}), the session is not saved: give it "
+                "a larger cap (`disk=`), or delete sessions"
+            )
+
+    def _empty_log(self) -> bool:
+        """Moves the index's log into the index. False where other processes keep it from that for a while."""
+        for _ in range(_LOG_ATTEMPTS):
+            if self.index.database.truncate_log():
+                return True
+            time.sleep(0.01)
+        return False
 
     # sessions
 
@@ -394,7 +419,7 @@ class DiskStore:
         with self.writing():
             if self.capacity:
                 ids = sum(len(span.dropped) for span in manifest.spans)
-                self.make_room(_RECORD_SLACK + 160 * len(manifest.spans) + 3 * ids)
+                self._make_room_for_record(_RECORD_SLACK + 160 * len(manifest.spans) + 3 * ids)
             with self._changing(namespace, session) as keep:
                 self.index.sessions.commit(namespace, session, fingerprint, manifest, keep)
 
@@ -402,7 +427,7 @@ class DiskStore:
         """`metadata` is JSON. See `commit` for what it raises."""
         with self.writing():
             if self.capacity:
-                self.make_room(_RECORD_SLACK + 4 * len(metadata))
+                self._make_room_for_record(_RECORD_SLACK + 4 * len(metadata))
             with self._changing(namespace, session) as keep:
                 self.index.sessions.set_metadata(namespace, session, metadata, keep)
 
@@ -410,7 +435,7 @@ class DiskStore:
         """Makes session `target` with all that `source` has. False if `target` exists already."""
         with self.writing():
             if self.capacity:
-                self.make_room(_RECORD_SLACK + self._record_bytes(namespace, source))
+                self._make_room_for_record(_RECORD_SLACK + self._record_bytes(namespace, source))
             if self.index.sessions.exists(namespace, target):
                 return False
             with self._changing(namespace, target) as keep:
