@@ -38,6 +38,8 @@ class Attachment:
             for name, parameter in inspect.signature(model.forward).parameters.items()
             if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
         ]
+        self.cache_name = "cache_params" if _only_as(self.parameter_names) else "past_key_values"
+        """The name under which the model's forward takes a cache."""
         count = _layer_count(model)
         layers = decoder_layers(model, count)
         self.sees_layers = bool(layers)
@@ -109,10 +111,15 @@ def _noted(store: AttentionStore | None, fingerprint: str) -> Geometry | None:
         return None
 
 
-def _layer_count(model: nn.Module) -> int:
-    from .structure import layer_kinds
+def _only_as(names: list[str]) -> bool:
+    """Whether a forward takes a cache as `cache_params` (Mamba) and not as others do."""
+    return "cache_params" in names and "past_key_values" not in names
 
-    return len(layer_kinds(model.config))
+
+def _layer_count(model: nn.Module) -> int:
+    from .kinds import make_layers
+
+    return len(make_layers(model.config))
 
 
 def owner_of(model: nn.Module) -> nn.Module:
@@ -134,6 +141,15 @@ def ensure_hooks(model: nn.Module) -> Attachment:
             attachment = Attachment(model)
             model.__dict__[_ATTRIBUTE] = attachment
         return attachment
+
+
+def feed(model: nn.Module, cache: Any, ids: torch.Tensor) -> None:
+    """Runs tokens `[rows, tokens]` through an attached model for the sake of its cache alone."""
+    attachment = attachment_of(model)
+    assert attachment is not None
+    few: dict[str, int] = {"logits_to_keep": 1} if "logits_to_keep" in attachment.parameter_names else {}
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=True, **{attachment.cache_name: cache}, **few)
 
 
 def attach(model: nn.Module, store: AttentionStore) -> None:
@@ -177,9 +193,9 @@ def _remove_hooks(module: nn.Module) -> None:
 def _cache_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     from .cache import AttentionStoreCache
 
-    cache = kwargs.get("past_key_values")
-    if isinstance(cache, AttentionStoreCache):
-        return cache
+    for name in ("past_key_values", "cache_params"):
+        if isinstance(cache := kwargs.get(name), AttentionStoreCache):
+            return cache
     return next((value for value in args if isinstance(value, AttentionStoreCache)), None)
 
 

@@ -10,15 +10,17 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from ..errors import CacheUseError, LoadError
 from ..store.store import AttentionStore
-from .attach import Attachment, ensure_hooks, owner_of
+from .attach import Attachment, ensure_hooks, feed, owner_of
 from .fingerprint import position_limit
 from .forwards import CacheForwards
-from .layers import SlidingLayer, make_layer
+from .kinds import make_layers
+from .layers import SlidingLayer
+from .states import HybridLayer
 from .stats import TurnStats
-from .structure import layer_kinds
 from .truncation import window_of
 
 _MAX_PLANS = 8
@@ -40,11 +42,14 @@ class AttentionStoreCache(CacheForwards):
         keep_first: leading tokens that are never dropped, such as a system prompt.
         drop: the share of the other tokens that goes when there is no room. 0 drops nothing, ever: past the
             window the model then does what it does without this cache.
+        checkpoint_every: for models with layers that keep a running state (linear attention, SSM, convolution): keep
+            it at every so many tokens too, beside the end of every prompt and of every turn. Prompts are then fed in
+            parts of at most so many tokens.
         save: whether to keep what is computed. False reads only.
         wait: seconds to wait where another turn is running on the session, instead of failing at once.
 
     Raises:
-        UnsupportedModelError: the model has layers that this version can't keep; the message names the kind.
+        UnsupportedModelError: the model is of a kind that can't be kept; the message says why.
         SessionNameError: the name can't be used.
         CacheUseError: a window, `keep_first` or `drop` that makes no sense.
         ContextWindowError: `keep_first` fills the window.
@@ -63,13 +68,16 @@ class AttentionStoreCache(CacheForwards):
         window: int | None = None,
         keep_first: int = 0,
         drop: float = 0.5,
+        checkpoint_every: int | None = None,
         save: bool = True,
         wait: float = 0.0,
     ) -> None:
         self._model = owner_of(model)
         config: Any = self._model.config
-        kinds = layer_kinds(config)
-        super().__init__(layers=[make_layer(kind.window) for kind in kinds])
+        if checkpoint_every is not None and checkpoint_every < 1:
+            raise CacheUseError(f"checkpoint_every is a number of tokens, not {checkpoint_every}")
+        self._checkpoint_every = checkpoint_every
+        super().__init__(layers=make_layers(config))  # type: ignore[arg-type]
         self._attachment: Attachment = ensure_hooks(self._model)
         self._store: AttentionStore | None = store or self._attachment.store or _default_store()
         self.session = self._store.check_name(session) if session is not None else None
@@ -157,6 +165,46 @@ class AttentionStoreCache(CacheForwards):
         self._load_now(ids, len(ids), 0)
         return torch.from_numpy(self._chain.ids.copy())[None]
 
+    # what models ask of a cache with running states
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Whether each layer keeps a running state and no full attention."""
+        return [
+            isinstance(layer, LinearAttentionCacheLayerMixin) and not isinstance(layer, HybridLayer)
+            for layer in self.layers
+        ]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        if not any(layer.by_token for layer in self.layers) and self.granularity != "none":
+            return self._held
+        length: int = super().get_seq_length(layer_idx)
+        return length
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        if not any(isinstance(layer, CacheLayerMixin) for layer in self.layers):
+            return self._held + query_length, 0
+        sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
+        return sizes
+
+    def get_conv_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        self.layers[layer_idx].settle()
+        return super().get_conv_state(layer_idx, *args, **kwargs)
+
+    def get_recurrent_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        self.layers[layer_idx].settle()
+        return super().get_recurrent_state(layer_idx, *args, **kwargs)
+
+    def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        self._check_forward()
+        self.layers[layer_idx].settle()
+        return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
+
+    def update_recurrent_state(self, recurrent_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        self._check_forward()
+        self.layers[layer_idx].settle()
+        return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
+
     def _load_now(self, ids: np.ndarray, limit: int, new_tokens: int) -> int:
         # `checked` until everything is there, so that a `flush` in another thread leaves the turn alone
         begin = partial(self.begin_turn, ids, limit=limit, new_tokens=new_tokens, checked=True)
@@ -174,8 +222,7 @@ class AttentionStoreCache(CacheForwards):
                 reused = self._stats.reused_tokens = 0
             if reused < self._view.settled:  # dropped tokens come after these: only together can they be left out
                 missing = self._view.in_view(ids)[None, reused : self._view.settled]
-                with torch.no_grad():
-                    self._model(input_ids=torch.from_numpy(missing).to(_device_of(self._model)), past_key_values=self)
+                feed(self._model, self, torch.from_numpy(missing).to(_device_of(self._model)))
         except BaseException:
             self.end_turn()
             raise
@@ -196,6 +243,8 @@ class AttentionStoreCache(CacheForwards):
         with self._guard:
             self._finish_restore()
             self._crop_to(max(0, self._held + tokens_to_remove))
+            if self._states and self._states_at != self._held:
+                self._reload(self._held)
             self._changed = True
             self._confirmed = self._held
 
@@ -221,7 +270,8 @@ class AttentionStoreCache(CacheForwards):
         self._finish_restore()
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
-        Cache.__init__(twin, layers=[copy.deepcopy(layer, memo) for layer in self.layers])
+        layers: list[Any] = [copy.deepcopy(layer, memo) for layer in self.layers]
+        Cache.__init__(twin, layers=layers)
         for layer in twin.layers:
             if isinstance(layer, SlidingLayer):
                 layer.saved_to = None
@@ -233,10 +283,12 @@ class AttentionStoreCache(CacheForwards):
         twin._wait = 0.0
         twin._limit = self._limit
         twin._window = self._window
+        twin._checkpoint_every = self._checkpoint_every
         twin._prepare_empty()
         twin._fingerprint = self._fingerprint
         twin._change_view(self._view, self._chain.ids)
         twin._held = self._held
+        twin._states_at = self._states_at
         twin._stats = replace(self._stats)
         return twin
 

@@ -32,6 +32,8 @@ class CacheForwards(CacheTurns):
         if self._runs_elsewhere():
             raise SessionBusyError("another thread runs a forward with this cache; make one object per thread")
         self._settle(keep_load=True)
+        if self._states:
+            self._prepare_states()
         replaced = self._drop_reused(named)
         if replaced:
             named = {**named, **replaced}
@@ -53,9 +55,22 @@ class CacheForwards(CacheTurns):
             self.batch_repeat_interleave(rows)
         self._track(ids, rows, count, named)
         self._forward = Forward(count, rows, threading.get_ident())
+        if self._states:
+            self._states_at = None
         if self._saver is not None:
             self._saver.begin_forward(self._chain.full_blocks())
         return replaced
+
+    def _prepare_states(self) -> None:
+        """Running states are about to change: if the forward is interrupted they are of no use."""
+        if self._states_at != self._held:
+            raise CacheUseError(
+                f"the running states of the layers are not those after the {self._held} tokens held (a forward was "
+                "interrupted, or the cache cropped): call match() with the whole conversation, or reset()"
+            )
+        if not self._attachment.sees_layers:
+            for layer in self._states:
+                layer.settle()
 
     def _begin_own_turn(self) -> None:
         """The first forward of a loop of one's own, or since its last `save`."""
@@ -81,9 +96,7 @@ class CacheForwards(CacheTurns):
         what is held. (Its logits processors and candidates need the whole ids, so they can't be shortened before.)"""
         ids = named.get("input_ids")
         prompt = self._prompt_tokens
-        if not (
-            self._checked and self._is_first() and self._held and ids is not None and prompt and ids.shape[1] >= prompt
-        ):
+        if not (self._checked and 0 < self._held < prompt and ids is not None and ids.shape[1] >= prompt):
             return None
         width = ids.shape[1]
         return {
@@ -156,21 +169,31 @@ class CacheForwards(CacheTurns):
             CacheUseError: not within a forward of the model that this cache was made for.
             LoadError: what was to be loaded can't be (`generate` catches it and recomputes).
         """
-        forward = self._forward
-        if forward is None:
-            raise CacheUseError(
-                "the cache did not see this forward begin, so it can't know its tokens: call the model that the "
-                "cache was made with (not a part of it), and keep it attached"
-            )
-        if (key_states.shape[0], key_states.shape[-2]) != (forward.rows, forward.count):
+        forward = self._check_forward()
+        by_token = self.layers[layer_idx].by_token
+        if by_token and (key_states.shape[0], key_states.shape[-2]) != (forward.rows, forward.count):
             raise CacheUseError(
                 f"layer {layer_idx} adds {tuple(key_states.shape)} where the forward has {forward.count} tokens in "
                 f"{forward.rows} rows: this model's KV is not one entry per token"
             )
         if self._restore is not None and not self._attachment.sees_layers:
             self._restore.before_layer(layer_idx)
-        keys, values = self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
+        layer: Any = self.layers[layer_idx]
+        keys, values = layer.update(key_states, value_states, *args, **kwargs)
         return keys, values
+
+    def _check_forward(self) -> Forward:
+        """The forward that runs.
+
+        Raises:
+            CacheUseError: none does.
+        """
+        if self._forward is None:
+            raise CacheUseError(
+                "the cache did not see this forward begin, so it can't know its tokens: call the model that the "
+                "cache was made with (not a part of it), and keep it attached"
+            )
+        return self._forward
 
     def end_forward(self) -> None:
         """A forward of the model has ended well."""
@@ -183,6 +206,10 @@ class CacheForwards(CacheTurns):
             return
         self._changed = True
         before, self._held = self._held, self._held + forward.count
+        for layer in self.layers:
+            layer.end_forward(forward.count)
+        if self._states:
+            self._states_at = self._held
         if any(layer.length != self._held for layer in self.layers):
             lengths = sorted({layer.length for layer in self.layers})
             raise CacheUseError(f"after {self._held} tokens the layers hold {lengths}: this model can't be kept")
@@ -199,5 +226,11 @@ class CacheForwards(CacheTurns):
         if self._saver is not None:
             try:
                 self._saver.end_forward()
+                if self._held in self._stops or self._is_due():
+                    self._take_checkpoint(wait=False)
             except StoreClosedError:
                 self._stop_saving()
+
+    def _is_due(self) -> bool:
+        """Whether a checkpoint was asked for at every so many tokens, and it is so many now."""
+        return bool(self._checkpoint_every and self._held % self._checkpoint_every == 0)

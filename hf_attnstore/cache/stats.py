@@ -15,6 +15,11 @@ class TurnStats:
     """Tokens of the prompt whose KV was there already: in this cache, or from the store."""
     prefilled_tokens: int = 0
     """Tokens of the prompt that the model was really given, counted in its forwards."""
+    matched_tokens: int = 0
+    """Tokens of the prompt that are known. More than were reused where layers keep a running state, and the longest
+    checkpoint of it that the prompt agrees with is of fewer."""
+    checkpoints: int = 0
+    """Checkpoints of running states handed to the store."""
     generated_tokens: int = 0
     """Tokens after the prompt that the model was given."""
     loaded_bytes: int = 0

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from dataclasses import replace
 
 import numpy as np
 
@@ -9,9 +10,10 @@ from ..errors import ContextWindowError, LoadError, SessionBusyError, StoreClose
 from ..session.manifests import write_manifest
 from ..session.spans import Span, crop
 from ..session.view import View
-from ..store.keys import chain_root
+from ..store.keys import Key, chain_root
 from .content import CacheContent
-from .layers import FullLayer, SlidingLayer
+from .layers import FullLayer
+from .states import RunningState
 from .stats import TurnStats
 
 logger = logging.getLogger("hf_attnstore")
@@ -67,8 +69,10 @@ class CacheTurns(CacheContent):
                 for layer in self.layers:
                     if isinstance(layer, FullLayer):
                         layer.expected = len(shown) + min(new_tokens, max(_MAX_EXPECTED_NEW, len(shown)))
-                    elif isinstance(layer, SlidingLayer):
-                        layer.record_past = False  # of an earlier turn; who needs it asks again
+                    if getattr(layer, "record_past", False):  # of an earlier turn; who needs it asks again
+                        if isinstance(layer, RunningState):
+                            layer.step_back(0)
+                        layer.record_past = False  # type: ignore[attr-defined]
                 reused, spans = self._take_up(shown, limit)
                 self._adopt(shown[:reused], spans)
             except ContextWindowError:
@@ -80,6 +84,7 @@ class CacheTurns(CacheContent):
                 raise
             self._prompt = shown if checked else None
             self._prompt_tokens = len(shown)
+            self._stops = self._choose_stops(reused, len(shown) - 1) if checked else []
             stats = self._stats
             stats.prompt_tokens = len(ids)
             stats.reused_tokens = reused
@@ -87,6 +92,19 @@ class CacheTurns(CacheContent):
             if self._view.dropped:
                 stats.truncation = "rotated" if self._view.base else "recomputed"
         return reused
+
+    def _choose_stops(self, first: int, last: int) -> list[int]:
+        """Where a prefill of `[first, last]` is to pause, so that running states can be kept: before its last token,
+        as nothing beyond that could ever be used for the same prompt; and where the user wants checkpoints."""
+        if not self._states or self._saver is None or self._untracked:
+            return []
+        every = self._checkpoint_every or last + 1
+        return sorted({*range((first // every + 1) * every, last, every), last} - {first, 0})
+
+    @property
+    def stops(self) -> list[int]:
+        """Positions at which the prefill of this turn's prompt is to pause, by feeding it in parts."""
+        return self._stops
 
     def prompt_in_view(self, ids: np.ndarray) -> np.ndarray:
         """Of the conversation `ids` that a turn was begun on, the tokens that the model is to see."""
@@ -163,8 +181,15 @@ class CacheTurns(CacheContent):
         self._changed = False
         self._speculating = False
         self._prompt = None
+        self._stops = []
+        for layer in self._states:
+            layer.thaw()
         self._settle()
         self._identify()
+        if self.granularity == "none":
+            kinds = ", ".join(sorted({layer.kind for layer in self.layers if not layer.reusable}))
+            self._untrack(f"nothing is known of layers of kind {kinds}", expected=True)
+            self._stats.recomputed, self._stats.missed = self._untracked, "unknown kind of layer"
 
     def _close_turn(self) -> None:
         if self._store is not None:
@@ -212,10 +237,12 @@ class CacheTurns(CacheContent):
         stats = self._stats
         if self._saver is not None:
             saved = self._saver.finish(len(self._chain))
+            if self._changed:
+                self._take_checkpoint(wait=True)
             # a turn that computed nothing, or nothing that ids identify, leaves the session as it was
             if self._changed and (len(self._chain) or not self._untracked):
                 self._commit(saved)
-            stats.saved_bytes = self._saver.saved_bytes
+            stats.saved_bytes += self._saver.saved_bytes
             stats.save_seconds = self._saver.seconds
         self._store.count_turn(
             stats.reused_tokens,
@@ -228,6 +255,14 @@ class CacheTurns(CacheContent):
         # not earlier: the copying would take cores from the turn itself
         from_disk, self._from_disk = self._from_disk, []
         self._store.promote(from_disk)
+
+    def _blocks_beside(self) -> tuple[Key, ...]:
+        """Blocks that belong to the session though none of its tokens is in them: checkpoints of what is held."""
+        return tuple(
+            key
+            for tokens, key in self._checkpoints.items()
+            if tokens <= len(self._chain) and self._chain.checkpoint_key(tokens) == key
+        )
 
     def _stop_saving(self) -> None:
         if self._saver is not None:
@@ -245,6 +280,9 @@ class CacheTurns(CacheContent):
             spans.append(Span(chain.key(block), 0, stop - start, start, stop - start))
         if self.session is not None:
             manifest = write_manifest(self._view, spans, self._view.logical(len(chain)))
+            manifest = replace(manifest, beside=self._blocks_beside())
             self._store.commit(self.session, self._fingerprint, manifest)
         elif spans:
             self._store.touch([span.block for span in spans])
+        if self._checkpoints:
+            self._store.touch(list(self._checkpoints.values()))
