@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,8 +19,8 @@ from .attach import Attachment, ensure_hooks, feed, owner_of
 from .fingerprint import position_limit
 from .forwards import CacheForwards
 from .kinds import make_layers
-from .layers import SlidingLayer
-from .states import HybridLayer
+from .layers import KeptLayer, SlidingLayer, StoreLayer
+from .states import ConvolutionState, HybridLayer
 from .stats import TurnStats
 from .truncation import window_of
 
@@ -35,7 +36,8 @@ class AttentionStoreCache(CacheForwards):
 
     Args:
         model: the model; its hooks are attached by this (see `attach`).
-        session: the name to keep the conversation under; None keeps its blocks only, found again by content.
+        session: the name to keep the conversation under; None keeps its blocks only, found again by content. A list
+            of names (or None) is for a batch of left-padded prompts, a conversation in each row: see `BatchCache`.
         store: the store; default is the one given to `attach`, else one at the default path.
         window: tokens that the model is to see at once, those still to be generated included; by default as many
             as it has positions for. A conversation that outgrows it loses its oldest tokens.
@@ -59,10 +61,18 @@ class AttentionStoreCache(CacheForwards):
     the turn. One thread at a time uses an object.
     """
 
+    def __new__(cls, model: Any = None, session: Any = None, *args: Any, **kwargs: Any) -> "AttentionStoreCache":
+        """A list of sessions gets the cache of a batch."""
+        if cls is AttentionStoreCache and session is not None and not isinstance(session, str):
+            from .batch import BatchCache
+
+            return object.__new__(BatchCache)
+        return object.__new__(cls)
+
     def __init__(
         self,
         model: nn.Module,
-        session: str | None = None,
+        session: str | Sequence[str | None] | None = None,
         store: AttentionStore | None = None,
         *,
         window: int | None = None,
@@ -80,7 +90,7 @@ class AttentionStoreCache(CacheForwards):
         super().__init__(layers=make_layers(config))  # type: ignore[arg-type]
         self._attachment: Attachment = ensure_hooks(self._model)
         self._store: AttentionStore | None = store or self._attachment.store or _default_store()
-        self.session = self._store.check_name(session) if session is not None else None
+        self.session = self._store.check_name(str(session)) if session is not None else None
         self._saving = save
         self._wait = wait
         self._limit = position_limit(config.get_text_config(decoder=True))
@@ -205,7 +215,56 @@ class AttentionStoreCache(CacheForwards):
         self.layers[layer_idx].settle()
         return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
 
-    def _load_now(self, ids: np.ndarray, limit: int, new_tokens: int) -> int:
+    # what a batch does with the caches of its rows
+
+    def load(self, ids: np.ndarray, limit: int, new_tokens: int) -> int:
+        """Begins a turn on the conversation `ids` and loads what is known of its first `limit` tokens, which ends
+        only with `end_turn`. Returns how many tokens are held."""
+        self._load_now(ids, limit, new_tokens, own=False)
+        return self._held
+
+    def go_back(self, length: int) -> None:
+        """Lets go of what is held beyond `length` tokens."""
+        with self._guard:
+            self._crop_to(min(length, self._held))
+
+    def keep_states(self) -> None:
+        """Hands a checkpoint of what is held to the store."""
+        with self._guard:
+            self._take_checkpoint(wait=False)
+
+    def keep_tail(self) -> None:
+        """Lets go of all KV but that of the last block, which is needed to save what comes."""
+        first = self._chain.bounds(self._chain.block_at(self._held))[0]
+        for layer in self.layers:
+            if isinstance(layer, StoreLayer):
+                layer.keep_from(first)
+
+    def absorb(
+        self, ids: np.ndarray, layers: Sequence[KeptLayer], place: int, start: int, stop: int, *, states: bool
+    ) -> None:
+        """Adds tokens that were computed in a row of a batch.
+
+        Args:
+            layers: the batch's.
+            place: the row.
+            start, stop: the columns of the tokens.
+            states: whether the running states of the batch's layers are those after the last of them.
+        """
+        with self._guard:
+            for own, theirs in zip(self.layers, layers, strict=True):
+                if isinstance(own, StoreLayer) and isinstance(theirs, StoreLayer):
+                    own.absorb(theirs.columns(place, start, stop))
+                if states and isinstance(own, ConvolutionState) and isinstance(theirs, ConvolutionState):
+                    own.take_row(theirs, place)
+                own.length = self._held + len(ids)
+            self._held += len(ids)
+            self._states_at = self._held if states or not self._states else None
+            if not self._untracked:
+                self._chain.append(ids)
+            self._changed = True
+
+    def _load_now(self, ids: np.ndarray, limit: int, new_tokens: int, *, own: bool = True) -> int:
         # `checked` until everything is there, so that a `flush` in another thread leaves the turn alone
         begin = partial(self.begin_turn, ids, limit=limit, new_tokens=new_tokens, checked=True)
         reused = begin()
@@ -226,7 +285,7 @@ class AttentionStoreCache(CacheForwards):
         except BaseException:
             self.end_turn()
             raise
-        self._checked, self._prompt = False, None
+        self._checked, self._prompt = not own, None
         return self._view.logical(self._held)
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -73,6 +73,8 @@ class CacheContent(Cache):
         self._chain = TokenChain(self._view.root, self._store.block_size if self._store else 256)
         self._saver: BlockSaver | None = None
         self._held = 0
+        self._conversations = 1
+        """How many conversations there are; a forward may have several rows of each (beams, samples)."""
         self.granularity = granularity(self.layers)
         """What can be reused of a text: up to any `token`, up to a `checkpoint`, or nothing (`none`)."""
         self._states = [layer for layer in self.layers if isinstance(layer, RunningState)]

@@ -50,9 +50,9 @@ class CacheForwards(CacheTurns):
             self._clear()
             self._stats.reused_tokens = 0
         if self.rows not in (0, rows):
-            if self.rows != 1:
+            if self.rows != self._conversations or rows % self.rows:
                 raise CacheUseError(f"the cache holds {self.rows} rows, the forward has {rows}")
-            self.batch_repeat_interleave(rows)
+            self.batch_repeat_interleave(rows // self.rows)
         self._track(ids, rows, count, named)
         self._forward = Forward(count, rows, threading.get_ident())
         if self._states:

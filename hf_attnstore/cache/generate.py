@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import nn
 
 from ..errors import CacheUseError, LoadError, UnsupportedModelError
 from .attach import attachment_of, feed
+from .batch import BatchCache
+from .batch_generate import generate_batch
 from .cache import AttentionStoreCache
 from .inputs import foreign_input, mask_problem, position_problem
 
@@ -62,6 +65,8 @@ def generate_with_store(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if _setting(model, kwargs, "use_cache") is False:
         logger.warning("use_cache=False: this generate runs without its cache, nothing is reused or saved")
         return original(*args, **{**kwargs, attachment.cache_name: None})
+    if isinstance(cache, BatchCache):
+        return generate_batch(model, cache, original, prompt, args, kwargs, partial(_setting, model, dict(kwargs)))
     turn = _Turn(cache, model, prompt, kwargs)
     parts = turn.begin()
     try:

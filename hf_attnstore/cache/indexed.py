@@ -1,6 +1,6 @@
 """Layers that keep further tensors by token beside keys and values: those of an indexer that chooses what to attend."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,15 +8,15 @@ import torch
 from ..errors import CacheUseError
 from ..store.blocks import TensorSpec
 from .buffers import grown
-from .layers import FullLayer
+from .layers import FullLayer, StoreLayer
 
 
 class Track:
     """One tensor by token, `[batch, heads, tokens, dim]`, grown in place."""
 
-    def __init__(self) -> None:
-        self.length = 0
-        self._buffer: torch.Tensor | None = None
+    def __init__(self, buffer: torch.Tensor | None = None, length: int = 0) -> None:
+        self.length = length
+        self._buffer = buffer
 
     def append(self, states: torch.Tensor) -> None:
         """Adds the states of new tokens."""
@@ -82,6 +82,25 @@ class TrackLayer(FullLayer):
             self._tracks.setdefault(name, Track()).make_room(start, stop, specs[name], device)
         super().restore(first, start, stop, own, device)
         return self.piece(start, stop)
+
+    def assemble(self, rows: Sequence[StoreLayer], pads: Sequence[int], end: int) -> None:
+        super().assemble(rows, pads, end)
+        # what the rows had of tracks is in buffers now
+        tracks = {name: buffer for name, buffer in self._buffers.items() if name not in ("keys", "values")}
+        self._buffers = {name: buffer for name, buffer in self._buffers.items() if name not in tracks}
+        self._tracks = {name: Track(buffer, end) for name, buffer in tracks.items()}
+
+    def columns(self, place: int, start: int, stop: int) -> dict[str, torch.Tensor]:
+        tracks = {name: track.states[place : place + 1, ..., start:stop, :] for name, track in self._tracks.items()}
+        return {**super().columns(place, start, stop), **tracks}
+
+    def absorb(self, states: Mapping[str, torch.Tensor]) -> None:
+        super().absorb(states)
+        for name in states.keys() - {"keys", "values"}:
+            self._add(name, states[name])
+
+    def keep_from(self, position: int) -> None:
+        """Tracks are kept whole."""
 
     def crop_to(self, length: int) -> None:
         super().crop_to(length)

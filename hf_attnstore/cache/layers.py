@@ -6,7 +6,7 @@ larger by a constant factor. Layers that keep a running state instead are in `st
 serves which kind of transformers layer.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -181,6 +181,10 @@ class StoreLayer(KeptLayer, CacheLayerMixin):
             target[..., :held, :].copy_(old[name][..., keep - self.first : self.length - self.first, :])
         self._buffers, self.first = grown, keep
 
+    def _window_from(self, length: int) -> int:
+        """Position of the first token that queries see which come after `length` tokens."""
+        return 0
+
     def _keep_from(self) -> int:
         """Position of the first token that is still needed."""
         return self.first
@@ -210,6 +214,46 @@ class StoreLayer(KeptLayer, CacheLayerMixin):
             self._make_room(stop - start, self._buffers)
         self.length = stop
         return self.piece(start, stop)
+
+    # rows of a batch
+
+    def assemble(self, rows: Sequence["StoreLayer"], pads: Sequence[int], end: int) -> None:
+        """Holds what layers of one row each hold, as its own rows, each behind so many columns of padding, up to
+        column `end`."""
+        low = self._window_from(end)
+        self.reset()
+        for number, (row, pad) in enumerate(zip(rows, pads, strict=True)):
+            row.settle()
+            first = max(low, pad)
+            for name, states in row.columns(0, first - pad, end - pad).items() if pad < end else ():
+                self._slot(name, len(rows), low, end, states)[number : number + 1, ..., first - low :, :].copy_(states)
+        self.first, self.length = low, end
+
+    def _slot(self, name: str, rows: int, low: int, end: int, like: torch.Tensor) -> torch.Tensor:
+        """The part of a new buffer for columns `[low, end)`, `[rows, heads, columns, dim]`; zeros where nothing was
+        put yet: what is masked must be finite."""
+        if name not in self._buffers:
+            shape = (rows, *like.shape[1:-2], 0, like.shape[-1])
+            one = torch.empty(shape, dtype=like.dtype, device=like.device)
+            self._buffers[name] = with_capacity(one, max(self.expected, end) - low)
+            self._buffers[name][..., : end - low, :].zero_()
+        return self._buffers[name][..., : end - low, :]
+
+    def columns(self, place: int, start: int, stop: int) -> dict[str, torch.Tensor]:
+        """What one row holds of positions `[start, stop)`, each tensor `[1, heads, tokens, dim]`. Views."""
+        low, high = start - self.first, stop - self.first
+        return {name: buffer[place : place + 1, ..., low:high, :] for name, buffer in self._buffers.items()}
+
+    def absorb(self, states: Mapping[str, torch.Tensor]) -> None:
+        """Adds what was computed elsewhere for new tokens, as from `columns`."""
+        self.settle()
+        self._append(states["keys"], states["values"])
+
+    def keep_from(self, position: int) -> None:
+        """Lets go of what comes before a position."""
+        if self.first < position < self.length:
+            kept = {name: buffer[..., position - self.first :, :].clone() for name, buffer in self._buffers.items()}
+            self._buffers, self.first = kept, position
 
     # the contract of a transformers layer
 

@@ -6,7 +6,7 @@ it back: every tensor and number among their attributes, whatever they are calle
 
 import copy
 import json
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -66,12 +66,16 @@ class RunningState(KeptLayer):
             tensors = {n: torch.empty(s.shape, dtype=s.dtype, device=device or "cpu") for n, s in specs.items()}
         for name, value in (*numbers.items(), *tensors.items()):
             self._set(name, value)
+        self._place(tensors)
+        return tensors
+
+    def _place(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Takes down what the state is made of, as layers do when they see their first token."""
         first = next(iter(tensors.values()), None)
         if first is not None:
             for name, origin in (("dtype", first.dtype), ("device", first.device)):
                 if not self.state_names or name in self.state_names:
                     setattr(self, name, origin)
-        return tensors
 
     def _set(self, name: str, value: Any) -> None:
         attribute, _, inner = name.partition(".")
@@ -130,7 +134,7 @@ class RunningState(KeptLayer):
         self._replace(select)
 
 
-class _Convolution(RunningState):
+class ConvolutionState(RunningState):
     """What layers with transformers' linear-attention state share."""
 
     state_names = _CONVOLUTION
@@ -144,6 +148,29 @@ class _Convolution(RunningState):
                 size = numbers.get(name.replace("conv_states", "conv_kernel_size"))
                 tensors[name] = tensors[name][..., -size:] if size else tensors[name]
         return tensors, numbers
+
+    def assemble_states(self, rows: Sequence["ConvolutionState"]) -> None:
+        """Takes on the states of several layers of one row each, as its rows."""
+        captured = [row.capture() for row in rows]
+        self.forget()
+        for name, number in captured[0][1].items():
+            self._set(name, number)
+        with torch.inference_mode(False):
+            tensors = {name: torch.cat([found[name] for found, _ in captured]) for name in captured[0][0]}
+        for name, tensor in tensors.items():
+            self._set(name, tensor)
+        self._place(tensors)
+
+    def take_row(self, other: "ConvolutionState", place: int) -> None:
+        """Takes on the state of one row of another layer."""
+        _, numbers = other.capture()
+        self.forget()
+        for name, number in numbers.items():
+            self._set(name, number)
+        tensors = {n: t[place : place + 1].clone() for n, t in other._leaves() if isinstance(t, torch.Tensor)}
+        for name, tensor in tensors.items():
+            self._set(name, tensor)
+        self._place(tensors)
 
     def step_back(self, count: int) -> bool:
         if not getattr(self, "record_past", False):
@@ -159,7 +186,7 @@ class _Convolution(RunningState):
         return True
 
 
-class StateLayer(_Convolution, LinearAttentionLayer):
+class StateLayer(ConvolutionState, LinearAttentionLayer):
     """Linear attention, SSM, convolution: a running state and nothing else."""
 
     def __init__(self, **settings: Any) -> None:
@@ -170,7 +197,7 @@ class StateLayer(_Convolution, LinearAttentionLayer):
         return self.length
 
 
-class HybridLayer(_Convolution, LinearAttentionLayer, FullLayer):  # type: ignore[override]
+class HybridLayer(ConvolutionState, LinearAttentionLayer, FullLayer):  # type: ignore[override]
     """A running state beside full attention."""
 
     device: Any = None
@@ -198,7 +225,7 @@ class HybridLayer(_Convolution, LinearAttentionLayer, FullLayer):  # type: ignor
     crop = FullLayer.crop
 
 
-class HybridSlidingLayer(_Convolution, LinearAttentionLayer, SlidingLayer):  # type: ignore[override]
+class HybridSlidingLayer(ConvolutionState, LinearAttentionLayer, SlidingLayer):  # type: ignore[override]
     """A running state beside sliding attention."""
 
     device: Any = None
