@@ -103,8 +103,9 @@ _SIZES: dict[str, int] = {
     "ple_embed_dim": 8,
     "d_rel": 8,
     "rel_extent": 16,
-    "initializer_range": 0,
 }
+LEAVE_OUT: Any = object()
+"""As a change: do not give the configuration this argument."""
 _SPREAD = 0.2
 """Standard deviation of the weights, where a configuration can say it: at the usual 0.02 so narrow a model hardly
 looks at what came before."""
@@ -138,7 +139,7 @@ def small_arguments(config: PreTrainedConfig, changes: Mapping[str, Any]) -> dic
         elif name in _SIZES and isinstance(value, int):
             arguments[name] = min(value, _SIZES[name])
         elif "dropout" in name or name.endswith("_pdrop"):
-            arguments[name] = 0.0 if isinstance(value, (int, float)) else value
+            arguments[name] = type(value)(0) if isinstance(value, (int, float)) else value
     _equal_heads(own, arguments)
     _few_layers(own, names, arguments)
     _rope(own, arguments)
@@ -146,12 +147,7 @@ def small_arguments(config: PreTrainedConfig, changes: Mapping[str, Any]) -> dic
     for name, value in changes.items():
         if not (isinstance(value, Mapping) and isinstance(own.get(name), PreTrainedConfig)):
             arguments[name] = value
-    return {name: value for name, value in arguments.items() if value is not _ABSENT}
-
-
-_ABSENT = object()
-ABSENT = _ABSENT
-"""As a change: leave the argument out."""
+    return {name: value for name, value in arguments.items() if value is not LEAVE_OUT}
 
 
 def _equal_heads(own: Mapping[str, Any], arguments: dict[str, Any]) -> None:
@@ -192,7 +188,7 @@ def _few_layers(own: Mapping[str, Any], names: Mapping[str, Any], arguments: dic
             arguments[name] = [value[number] for number in chosen]
     for name in ("encoder_layers", "num_encoder_layers"):
         if isinstance(own.get(name), int):
-            arguments[name] = 1
+            arguments[name] = len(chosen)  # some configurations count these as the layers of their cache
 
 
 def _rope(own: Mapping[str, Any], arguments: dict[str, Any]) -> None:

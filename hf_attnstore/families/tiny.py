@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+import transformers
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .overrides import CHANGES
-from .shrink import shrunk, small_arguments
+from .overrides import CHANGES, DEFAULTS
+from .shrink import shrunk
 
 
 def families() -> list[str]:
@@ -31,11 +32,20 @@ def tiny_config(family: str) -> PreTrainedConfig:
         KeyError: there is no such family.
     """
     config_class: Any = CONFIG_MAPPING[family]
-    changes = CHANGES.get(family, {})
-    if "__default__" in changes:  # its default values are not a configuration that it accepts
-        changes = dict(changes)
-        return shrunk(config_class(**changes.pop("__default__")), changes)
-    return shrunk(config_class(), changes)
+    return shrunk(config_class(**DEFAULTS.get(family, {})), CHANGES.get(family, {}))
+
+
+def _model_class(family: str) -> Any:
+    return getattr(transformers, class_name(family))
+
+
+def _config_of_class(config: PreTrainedConfig, family: str) -> PreTrainedConfig:
+    """The part of a configuration that the family's model class takes: usually all of it."""
+    wanted = _model_class(family).config_class
+    if wanted is None or isinstance(config, wanted):
+        return config
+    parts = [value for value in vars(config).values() if isinstance(value, PreTrainedConfig)]
+    return next((part for part in parts if isinstance(part, wanted)), config)
 
 
 def build(family: str, seed: int = 0) -> PreTrainedModel:
@@ -44,10 +54,10 @@ def build(family: str, seed: int = 0) -> PreTrainedModel:
     Raises:
         Exception: whatever the family's own code says where it can't be built.
     """
-    config = tiny_config(family)
+    config = _config_of_class(tiny_config(family), family)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model: PreTrainedModel = _model_class(family)._from_config(config, dtype=torch.float32)
         _spread(model)
     generation = model.generation_config
     if generation is not None:  # none of the sequences ends early
@@ -64,6 +74,3 @@ def _spread(model: PreTrainedModel) -> None:
     for parameter in model.parameters():
         if parameter.is_floating_point() and parameter.numel() > 1 and bool((parameter == parameter.view(-1)[0]).all()):
             parameter.add_(0.05 * torch.randn_like(parameter))
-
-
-__all__ = ["build", "class_name", "families", "small_arguments", "tiny_config"]

@@ -1,0 +1,113 @@
+"""Whether transformers' own cache continues a model correctly: if it does not, nobody else's can be measured by it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .feeding import cache_name, difference, feed_parts, feed_whole, generate, new_cache, some_ids
+
+_FIRST, _SECOND, _SINGLE = 37, 12, 4
+"""Tokens of the first turn, of the second, and fed one by one after it."""
+_TOLERANCE = 1e-4
+"""How far logits may be apart, relative to the largest, where kernels of other shapes computed them."""
+_LEAST_EFFECT = 1e-3
+"""How much another history must change the logits: with less, continuing rightly or wrongly would look alike."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What was measured of a model with a `DynamicCache`."""
+
+    reason: str
+    """Why it can't be a reference; empty if it can."""
+    cache_argument: str = ""
+    """The name under which the forward takes its cache."""
+    split_difference: float = 0.0
+    """By how much the last logits of a prefill change if its last token is fed by itself; relative."""
+
+    @property
+    def continues(self) -> bool:
+        """Whether a `DynamicCache` continues this model correctly."""
+        return not self.reason
+
+    @property
+    def split_exact(self) -> bool:
+        """Whether splitting a prefill changes nothing but rounding."""
+        return self.split_difference <= _TOLERANCE
+
+
+def examine(model: Any) -> Reference:
+    """Continues a model with a `DynamicCache`, in a loop and in `generate`, and compares with computing everything."""
+    name = cache_name(model)
+    if name is None:
+        return Reference("its forward takes no cache")
+    steps = (
+        ("a DynamicCache can't be made for it", _makes_cache),
+        ("it can't be run on token ids alone", _runs),
+        ("a DynamicCache can't be continued in a loop", _continues),
+        ("generate does not continue a DynamicCache", _generates),
+    )
+    for what, step in steps:
+        try:
+            problem = step(model)
+        except Exception as error:
+            problem = in_words(error)
+        if problem:
+            return Reference(f"{what}: {problem}", name)
+    return Reference("", name, _split_difference(model))
+
+
+def in_words(error: BaseException) -> str:
+    """An exception in one line."""
+    lines = str(error).strip().splitlines()
+    text = " ".join(line.strip() for line in lines)[:200]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _makes_cache(model: Any) -> str:
+    return "" if new_cache(model).layers else "its configuration names no layers"
+
+
+def _runs(model: Any) -> str:
+    first, other = some_ids(_FIRST, 1), some_ids(_FIRST, 2)
+    second = some_ids(_SECOND, 3)
+    logits = feed_whole(model, torch.cat([first, second], dim=1))
+    if logits.ndim != 3 or logits.shape[:2] != (1, _FIRST + _SECOND):
+        return f"its logits are {list(logits.shape)} for {_FIRST + _SECOND} tokens"
+    if not torch.isfinite(logits).all():
+        return "its logits are not finite"
+    if not torch.equal(logits, feed_whole(model, torch.cat([first, second], dim=1))):
+        return "it does not give the same logits twice"
+    if difference(feed_whole(model, torch.cat([other, second], dim=1))[:, -1], logits[:, -1]) < _LEAST_EFFECT:
+        return "what came before changes nothing"
+    return ""
+
+
+def _continues(model: Any) -> str:
+    ids = torch.cat([some_ids(_FIRST, 1), some_ids(_SECOND + _SINGLE, 3)], dim=1)
+    whole = feed_whole(model, ids)
+    continued = feed_parts(model, ids, [_FIRST, _SECOND, *[1] * _SINGLE], new_cache(model))
+    off = difference(continued, whole)
+    return f"logits differ by {off:.1g} from those of one forward" if off > _TOLERANCE else ""
+
+
+def _generates(model: Any) -> str:
+    first = some_ids(_FIRST, 1)
+    cache = new_cache(model)
+    for prompt_of in (lambda before: first, lambda before: torch.cat([before, some_ids(_SECOND, 3)], dim=1)):
+        prompt = first if prompt_of is None else prompt_of(first)
+        kept, fresh = generate(model, prompt, cache), generate(model, prompt, None)
+        if not torch.equal(kept.sequences, fresh.sequences):
+            return "its tokens are others than without"
+        first = kept.sequences
+    return ""
+
+
+def _split_difference(model: Any) -> float:
+    ids = some_ids(_FIRST, 1)
+    whole = feed_parts(model, ids, [_FIRST], new_cache(model))
+    split = feed_parts(model, ids, [_FIRST - 1, 1], new_cache(model))
+    return difference(split[:, -1], whole[:, -1])
