@@ -43,9 +43,26 @@ def feed(model: Any, ids: torch.Tensor, cache: Cache, **inputs: Any) -> torch.Te
     return logits.clone()
 
 
-def feed_parts(model: Any, ids: torch.Tensor, lengths: Sequence[int], cache: Cache, **inputs: Any) -> torch.Tensor:
-    """Forwards over `ids`, so many tokens each; the logits of all, as of one."""
-    return torch.cat([feed(model, part, cache, **inputs) for part in ids.split(list(lengths), dim=1)], dim=1)
+def feed_parts(
+    model: Any, ids: torch.Tensor, lengths: Sequence[int], cache: Cache, *, places: bool = False
+) -> torch.Tensor:
+    """Forwards over `ids` from the beginning, so many tokens each; the logits of all, as of one.
+
+    Args:
+        places: whether to say where the tokens are, by `position_ids`, to a model that does not find out itself.
+    """
+    logits, start = [], 0
+    for part in ids.split(list(lengths), dim=1):
+        logits.append(feed(model, part, cache, **(positions(model, start, part.shape[1]) if places else {})))
+        start += part.shape[1]
+    return torch.cat(logits, dim=1)
+
+
+def positions(model: Any, start: int, count: int) -> dict[str, torch.Tensor]:
+    """The argument that says where tokens are, for a model that takes one."""
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return {}
+    return {"position_ids": torch.arange(start, start + count)[None]}
 
 
 @torch.no_grad()

@@ -137,7 +137,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "ministral": {"head_dim": 8},
     "mllama": {"text_config": {"num_hidden_layers": 3, "cross_attention_layers": [1]}},
-    "mpt": {"attn_config": {"alibi": True}},
+    "mpt": {"attn_config": {"alibi": True}, "use_cache": True},  # its default is to have no cache
     "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
     "phi4_multimodal": {
         "vision_config": {**_SMALL_VISION, "crop_size": 16},

@@ -64,7 +64,7 @@ _SIZES: dict[str, int] = {
     "qk_head_dim": 16,
     **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "o_lora_rank"), 16),
     "o_groups": 2,
-    "index_n_heads": 2,
+    "index_n_heads": 16,
     "index_head_dim": 16,
     "index_topk": 8,
     # experts
