@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 
 from .feeding import cache_name, difference, feed_parts, feed_whole, generate, new_cache, some_ids
 
 _FIRST, _SECOND, _SINGLE = 37, 12, 4
 """Tokens of the first turn, of the second, and fed one by one after it."""
+_LONG = 64
 _TOLERANCE = 1e-4
 """How far logits may be apart, relative to the largest, where kernels of other shapes computed them."""
 ONE_BY_ONE = "after the first turn it takes tokens rightly one by one only"
@@ -85,7 +87,11 @@ def _runs(model: Any) -> str:
         return "it does not give the same logits twice"
     if difference(feed_whole(model, torch.cat([other, second], dim=1))[:, -1], logits[:, -1]) < _LEAST_EFFECT:
         return "what came before changes nothing"
-    off = difference(logits[:, :_FIRST], feed_whole(model, first))
+    long = some_ids(_LONG, 4)
+    off = max(
+        difference(logits[:, :_FIRST], feed_whole(model, first)),
+        difference(feed_whole(model, long)[:, : _FIRST + _SECOND], feed_whole(model, long[:, : _FIRST + _SECOND])),
+    )
     return f"its logits depend on tokens that come later (by {off:.1g})" if off > _TOLERANCE else ""
 
 
@@ -102,6 +108,8 @@ def _continues(model: Any) -> str:
         return ""
     if min(off([_FIRST, *[1] * (_SECOND + _SINGLE)], places) for places in (False, True)) <= _TOLERANCE:
         return f"{ONE_BY_ONE} (else logits differ by {best:.1g})"
+    if difference(feed_parts(model, ids, turns, DynamicCache(), places=True), whole) <= _TOLERANCE:
+        return f"logits differ by {best:.1g} from those of one forward, but not without the windows that it states"
     return f"logits differ by {best:.1g} from those of one forward"
 
 
