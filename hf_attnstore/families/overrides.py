@@ -79,7 +79,6 @@ _SMALL_VISION: dict[str, Any] = {
 
 CHANGES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1], "num_hidden_layers": 3},
-    # positions hashed in groups of bytes
     "blt": {"encoder_hash_byte_group_vocab": 64},
     "cohere_compass_text": {
         "layer_types": ["sliding_attention", "full_attention"],

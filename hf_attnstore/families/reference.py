@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,8 @@ class Reference:
 
     reason: str
     """Why it can't be a reference; empty if it can."""
+    runs: bool = True
+    """Whether it can be run on token ids alone, so that its output can be compared at all."""
     cache_argument: str = ""
     """The name under which the forward takes its cache."""
     split_difference: float = 0.0
@@ -45,27 +48,35 @@ class Reference:
 
 def examine(model: Any) -> Reference:
     """Continues a model with a `DynamicCache`, in a loop and in `generate`, and compares with computing everything."""
+    problem = _tried(_runs, model)
+    if problem:
+        return Reference(f"it can't be run on token ids alone: {problem}", runs=False)
     name = cache_name(model)
     if name is None:
         return Reference("its forward takes no cache")
-    steps = (
+    for what, step in (
         ("a DynamicCache can't be made for it", _makes_cache),
-        ("it can't be run on token ids alone", _runs),
         ("a DynamicCache can't be continued in a loop", _continues),
         ("generate does not continue a DynamicCache", _generates),
-    )
-    for what, step in steps:
-        try:
-            problem = step(model)
-        except Exception as error:
-            problem = in_words(error)
+    ):
+        problem = _tried(step, model)
         if problem:
-            return Reference(f"{what}: {problem}", name)
-    return Reference("", name, _split_difference(model))
+            return Reference(f"{what}: {problem}", cache_argument=name)
+    return Reference("", cache_argument=name, split_difference=_split_difference(model))
+
+
+def _tried(step: Callable[[Any], str], model: Any) -> str:
+    try:
+        return step(model)
+    except Exception as error:
+        return in_words(error)
 
 
 def in_words(error: BaseException) -> str:
     """An exception in one line."""
+    package = re.search(r"requires the (\S+) library", str(error)) if isinstance(error, ImportError) else None
+    if package is not None:
+        return f"needs the package {package[1]}"
     lines = str(error).strip().splitlines()
     text = " ".join(line.strip() for line in lines)[:200]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -13,15 +13,15 @@ from transformers.cache_utils import DynamicLayer
 
 from ..cache.cache import AttentionStoreCache
 from ..store.store import AttentionStore
-from .feeding import difference, feed, feed_whole, generate, new_cache, positions, recorded, some_ids
+from .feeding import difference, feed, generate, new_cache, positions, recorded, some_ids
 
 FIRST, SECOND, THIRD, NEW = 41, 19, 9, 6
 """Tokens of the first prompt, of the messages after it, and of each answer."""
 EDITED_AT = 7
 """Token of the second message that another one takes the place of, in the edited history."""
 BLOCK = 16
-_TRUTH = 1e-3
-"""How far logits may be from those of a single forward over everything, relative to the largest."""
+_ROUNDING = 1e-3
+"""How far logits may be from those of plain `generate`, which computes everything at once; relative to the largest."""
 
 
 @dataclass
@@ -106,7 +106,7 @@ class _Conversation:
             step.problems.append(f"loaded {stats.loaded_bytes} bytes for {step.reused} tokens")
         theirs = self._reference(prompt, step.reused, prefill)
         step.problems += compare(ours, theirs)
-        step.problems += against_truth(self.twin, ours)
+        step.problems += against_plain(ours, generate(self.twin, prompt, None, NEW))
         self.reused_any = self.reused_any or step.reused > 0
         self._remember(step.reused, lengths, prompt.shape[1], ours.sequences)
         return step, ours
@@ -160,15 +160,12 @@ def compare(ours: Any, theirs: Any) -> list[str]:
     return []
 
 
-def against_truth(model: Any, ours: Any) -> list[str]:
-    """How a result differs from a forward over everything, beyond rounding."""
-    whole = feed_whole(model, ours.sequences)
-    start = ours.sequences.shape[1] - len(ours.logits) - 1
-    for step, logits in enumerate(ours.logits):
-        off = difference(logits, whole[:, start + step])
-        if off > _TRUTH:
-            return [f"the logits of step {step} are off by {off:.1g} from those of one forward"]
-    return []
+def against_plain(ours: Any, plain: Any) -> list[str]:
+    """How a result differs from that of a `generate` without the store, beyond rounding."""
+    if not torch.equal(ours.sequences, plain.sequences):
+        return ["WRONG TOKENS, other than those of plain generate"]
+    off = max(difference(a, b) for a, b in zip(ours.logits, plain.logits, strict=True))
+    return [f"logits are off by {off:.1g} from those of plain generate"] if off > _ROUNDING else []
 
 
 def run_scenarios(model: Any, twin: Any, folder: Path) -> Outcome:
@@ -188,6 +185,23 @@ def run_scenarios(model: Any, twin: Any, folder: Path) -> Outcome:
         reused = reused or conversation.reused_any
     granularity = "none" if not reused else "token" if by_token(model) else "checkpoint"
     return Outcome(granularity, steps)
+
+
+def run_unreferenced(model: Any, twin: Any, folder: Path) -> Outcome:
+    """Runs turns of a model that no `DynamicCache` continues: whatever is reused, the tokens must be those of plain
+    `generate`. The arguments are those of `run_scenarios`."""
+    steps: list[Step] = []
+    prompt = some_ids(FIRST, 11)
+    for name, message in (("first turn", 0), ("second turn", SECOND), ("after a restart", THIRD), ("exact repeat", 0)):
+        with AttentionStore(folder / "store", block_size=BLOCK) as store:
+            cache = AttentionStoreCache(model, "talk", store)
+            ours = generate(model, prompt, cache, NEW)
+        theirs = generate(twin, prompt, None, NEW)
+        step = Step(name, cache.stats.reused_tokens, 0, against_plain(ours, theirs))
+        steps.append(step)
+        if name != "after a restart":
+            prompt = torch.cat([theirs.sequences, some_ids(THIRD if message else SECOND, len(steps))], dim=1)
+    return Outcome("some" if any(step.reused for step in steps) else "none", steps)
 
 
 def _prompt(before: Any, count: int, seed: int) -> torch.Tensor:
@@ -218,7 +232,10 @@ def _across_a_restart(talk: _Conversation) -> list[Step]:
         )
     with _opened(talk) as store:
         again, _ = talk.turn(
-            "after another restart", _prompt(said, THIRD, 23), AttentionStoreCache(talk.model, "talk", store), loads=True
+            "after another restart",
+            _prompt(said, THIRD, 23),
+            AttentionStoreCache(talk.model, "talk", store),
+            loads=True,
         )
     return [first, step, again]
 

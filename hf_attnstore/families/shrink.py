@@ -39,7 +39,9 @@ _BY_LAYER = (
 _SIZES: dict[str, int] = {
     # widths
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim_model", "word_embed_proj_dim", "embedding_size"), 32),
-    **dict.fromkeys(("emb_dim", "text_hidden_size", "lru_width", "embed_dim", "embedding_dim", "d_embed"), 32),
+    **dict.fromkeys(
+        ("emb_dim", "text_hidden_size", "lru_width", "embed_dim", "embedding_dim", "hidden_size_global"), 32
+    ),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "n_inner", "d_inner"), 64),
     **dict.fromkeys(("ffn_hidden_size", "dff", "dim_ff", "intermediate_size_mlp", "dense_intermediate_size"), 64),
     **dict.fromkeys(("shared_intermediate_size", "feed_forward_size", "mlp_hidden_size"), 64),
@@ -58,8 +60,8 @@ _SIZES: dict[str, int] = {
     **dict.fromkeys(("decoder_attention_heads", "attention_heads", "num_decoder_attention_heads"), 4),
     **dict.fromkeys(("num_encoder_attention_heads", "swa_num_attention_heads"), 4),
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "kv_n_heads", "swa_num_key_value_heads"), 2),
-    **dict.fromkeys(("head_dim", "dim_head", "kv_channels", "d_kv", "swa_head_dim", "rotary_dim", "global_head_dim"), 8),
-    **dict.fromkeys(("attention_head_dim",), 8),
+    **dict.fromkeys(("head_dim", "dim_head", "attention_head_dim", "swa_head_dim", "global_head_dim"), 8),
+    **dict.fromkeys(("kv_channels", "d_kv", "rotary_dim"), 8),
     **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 8),
     "qk_head_dim": 16,
     **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "o_lora_rank"), 16),
@@ -168,9 +170,7 @@ def _few_layers(own: Mapping[str, Any], names: Mapping[str, Any], arguments: dic
     if not counted:
         return
     count = own[counted[0]]
-    lists = {
-        name: value for name, value in own.items() if isinstance(value, (list, tuple)) and len(value) == count
-    }
+    lists = {name: value for name, value in own.items() if isinstance(value, (list, tuple)) and len(value) == count}
     kinds: dict[Any, list[int]] = {}
     for number in range(count):
         kinds.setdefault(tuple(str(lists[name][number]) for name in _BY_LAYER if name in lists), []).append(number)
