@@ -17,9 +17,10 @@ COLUMNS = ("family", "layers", "reuse", "truncation", "verdict", "reason")
 
 _TEXT = """# Models
 
-What this package does for every causal language model of transformers, as `attnstore models` measured it: of each family
-a tiny model with random weights is built from its configuration class (float32, on the CPU), and has conversations with
-a store and without. Nothing is downloaded for it, and nothing here says how well a checkpoint of the family answers.
+What this package does for every causal language model of transformers, as `attnstore models` measured it: of each
+family a tiny model with random weights is built from its configuration class (float32, on the CPU), and has
+conversations with a store and without. Nothing is downloaded for it, and nothing here says how well a checkpoint of the
+family answers.
 
 The measure is transformers' own `DynamicCache`, kept in memory and fed in the same steps. Where that continues a model
 correctly (in a loop and in `generate`), the family is a reference, and with the store it must give the same logits bit
