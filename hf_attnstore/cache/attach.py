@@ -13,6 +13,7 @@ from torch import nn
 
 from ..errors import CacheUseError
 from ..store.store import AttentionStore
+from .continuing import CONTINUING_VERSION, Continues, probe_continuing
 from .fingerprint import fingerprint_of
 from .positions import Geometry
 from .probing import PROBE_VERSION, probe
@@ -24,6 +25,8 @@ _attaching = threading.Lock()
 _probing = threading.Lock()
 _geometries: dict[str, Geometry] = {}
 """By fingerprint: models that compute the same share it."""
+_continuing: dict[str, Continues] = {}
+_WAYS = frozenset({"", "steps", "parts"})
 
 
 class Attachment:
@@ -73,6 +76,19 @@ class Attachment:
                         store.set_note(fingerprint, {"probe": PROBE_VERSION, **found.to_json()})
                 _geometries[fingerprint] = found
             return _geometries[fingerprint]
+
+    def continues(self, model: nn.Module, fingerprint: str, store: AttentionStore | None) -> Continues:
+        """How the model goes on after what its cache holds. Found out and remembered as the geometry is."""
+        with _probing:
+            if fingerprint not in _continuing:
+                name = f"{fingerprint}/continues"
+                note = store.note(name) if store is not None else None
+                if note is None or note.get("version") != CONTINUING_VERSION or note.get("how") not in _WAYS:
+                    note = {"version": CONTINUING_VERSION, "how": probe_continuing(model, self.cache_name)}
+                    if store is not None:
+                        store.set_note(name, note)
+                _continuing[fingerprint] = note["how"]
+            return _continuing[fingerprint]
 
     def remove(self, model: nn.Module) -> None:
         # by what they are, not by handle: in a deep copy of a model, the handles are still those of the original
@@ -147,9 +163,14 @@ def feed(model: nn.Module, cache: Any, ids: torch.Tensor) -> None:
     """Runs tokens `[rows, tokens]` through an attached model for the sake of its cache alone."""
     attachment = attachment_of(model)
     assert attachment is not None
-    few: dict[str, int] = {"logits_to_keep": 1} if "logits_to_keep" in attachment.parameter_names else {}
+    more: dict[str, Any] = {attachment.cache_name: cache}
+    if "logits_to_keep" in attachment.parameter_names:
+        more["logits_to_keep"] = 1
+    if "position_ids" in attachment.parameter_names:  # as `generate` does: not all models ask the cache
+        start = cache.get_seq_length()
+        more["position_ids"] = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
     with torch.no_grad():
-        model(input_ids=ids, use_cache=True, **{attachment.cache_name: cache}, **few)
+        model(input_ids=ids, use_cache=True, **more)
 
 
 def attach(model: nn.Module, store: AttentionStore) -> None:

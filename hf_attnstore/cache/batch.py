@@ -166,9 +166,9 @@ class BatchCache(AttentionStoreCache):
         device = next(self._model.parameters()).device
         for row, ids in zip(self._row_caches, prompts, strict=True):
             reused = row.load(ids, len(ids) - 1, new_tokens)
-            if reused < len(ids) - 1:
-                feed(self._model, row, torch.from_numpy(ids[None, reused:-1]).to(device))
-                row.keep_states()
+            for part in row.parts(ids, reused):
+                feed(self._model, row, torch.from_numpy(part[None]).to(device))
+            row.keep_states()
         return self._assemble(self._width - 1, new_tokens)
 
     def _assemble(self, end: int, new_tokens: int) -> int:

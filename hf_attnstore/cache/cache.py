@@ -5,6 +5,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -222,6 +223,11 @@ class AttentionStoreCache(CacheForwards):
         only with `end_turn`. Returns how many tokens are held."""
         self._load_now(ids, limit, new_tokens, own=False)
         return self._held
+
+    def parts(self, ids: np.ndarray, first: int) -> list[np.ndarray]:
+        """The tokens from `first` up to the last but one, in parts that the model may be fed."""
+        bounds = [first, *self._choose_stops(first, len(ids) - 1)]
+        return [ids[a:b] for a, b in pairwise(bounds)]
 
     def go_back(self, length: int) -> None:
         """Lets go of what is held beyond `length` tokens."""

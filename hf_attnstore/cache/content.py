@@ -24,6 +24,7 @@ from ..store.locks import SessionLock
 from ..store.store import AttentionStore
 from .attach import Attachment
 from .checkpoints import take_checkpoint
+from .continuing import Continues
 from .kinds import granularity
 from .layers import KeptLayer, SlidingLayer
 from .restore import Checkpoint, Restore, plan_restore, resident_from
@@ -95,6 +96,7 @@ class CacheContent(Cache):
         """The tokens of the prompt that are in view, where the caller vouches for what will be fed."""
         self._prompt_tokens = 0
         self._stops: list[int] = []
+        self._continues: Continues = "parts"
         self._reopening = False
         self._lock: SessionLock | None = None
         self._stats = TurnStats()

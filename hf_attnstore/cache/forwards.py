@@ -54,6 +54,11 @@ class CacheForwards(CacheTurns):
                 raise CacheUseError(f"the cache holds {self.rows} rows, the forward has {rows}")
             self.batch_repeat_interleave(rows // self.rows)
         self._track(ids, rows, count, named)
+        if self._continues == "steps" and self._held and count > 1 and not self._untracked:
+            raise CacheUseError(
+                f"{type(self._model).__name__} goes on after its first forward one token at a time only: with {count} "
+                "tokens at once its output would be wrong; `generate` with the whole conversation sees to that"
+            )
         self._forward = Forward(count, rows, threading.get_ident())
         if self._states:
             self._states_at = None

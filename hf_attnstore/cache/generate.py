@@ -207,7 +207,7 @@ class _Turn:
         # a prompt of new tokens alone is fed by `generate` as it is, whatever the cache has of it
         ends = [held] if self._history else self._cache.stops
         chunk = _setting(self._model, self._kwargs, "prefill_chunk_size")
-        if chunk and ends:
+        if chunk and ends and self._cache.continues_in_parts:
             ends = sorted({*ends, *range(reused + chunk, ends[-1], chunk)})
         bounds = pairwise([reused, *(end for end in ends if end > reused)])
         return [torch.from_numpy(self._shown[None, a:b]).to(self._prompt.device) for a, b in bounds]

@@ -95,11 +95,21 @@ class CacheTurns(CacheContent):
 
     def _choose_stops(self, first: int, last: int) -> list[int]:
         """Where a prefill of `[first, last]` is to pause, so that running states can be kept: before its last token,
-        as nothing beyond that could ever be used for the same prompt; and where the user wants checkpoints."""
-        if not self._states or self._saver is None or self._untracked:
+        as nothing beyond that could ever be used for the same prompt; and where the user wants checkpoints. Models
+        that continue in steps only pause after every token."""
+        if not self._states or self._untracked:
+            return []
+        if self._continues == "steps":
+            return list(range(first + 1, last + 1)) if first else [last] if last else []
+        if self._saver is None:
             return []
         every = self._checkpoint_every or last + 1
         return sorted({*range((first // every + 1) * every, last, every), last} - {first, 0})
+
+    @property
+    def continues_in_parts(self) -> bool:
+        """Whether the model goes on correctly after what is held when it is fed several tokens at once."""
+        return self._continues == "parts"
 
     @property
     def stops(self) -> list[int]:
@@ -186,6 +196,11 @@ class CacheTurns(CacheContent):
             layer.thaw()
         self._settle()
         self._identify()
+        self._continues = "parts"
+        if self._states and self.granularity != "none" and not self._untracked:
+            self._continues = self._attachment.continues(self._model, self._fingerprint, self._store)
+            if not self._continues:
+                self._untrack("the model does not go on correctly after what its own cache holds")
         if self.granularity == "none":
             kinds = ", ".join(sorted({layer.kind for layer in self.layers if not layer.reusable}))
             self._untrack(f"nothing is known of layers of kind {kinds}", expected=True)
