@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -143,15 +142,13 @@ def test_a_store_that_is_wrong_gives_another_verdict(
 
 
 def test_a_family_can_neither_hang_nor_end_the_sweep() -> None:
-    begun = time.monotonic()
-    rows = sweep(["bloom", "gpt2", "llama"], workers=2, limit=40, work=crash)
+    rows = sweep(["bloom", "gpt2", "llama"], workers=2, work=crash)
     assert [row.family for row in rows] == ["bloom", "gpt2", "llama"]
     assert [row.verdict for row in rows] == [SAME, FAILED, SAME]
     assert "its process ended" in rows[1].reason
-    rows = sweep(["gpt2", "llama"], workers=1, limit=15, work=dawdle)
+    rows = sweep(["gpt2", "llama"], workers=1, limit=3, work=dawdle)
     assert [row.verdict for row in rows] == [FAILED, SAME]
-    assert "took longer than 15 seconds" in rows[0].reason
-    assert time.monotonic() - begun < 120
+    assert "took longer than 3 seconds" in rows[0].reason
 
 
 def test_the_page_and_the_data_say_the_same(tmp_path: Path) -> None:

@@ -154,6 +154,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "local_attn_chunk_length": 16,
         "lsh_attn_chunk_length": 16,
         "attention_head_size": 8,
+        "hash_seed": 1,
     },
     "rembert": {"input_embedding_size": 16, "output_embedding_size": 16},
     "roc_bert": {
@@ -162,6 +163,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "shape_embed_dim": 8,
         "shape_vocab_size": 128,
     },
+    "xlm": {"causal": True},
     "xlstm": {"hidden_size": 128, "embedding_dim": 128},  # its own state takes multiples of 64 for granted
     "xmod": {"default_language": "en_XX"},
     "zamba": {"layer_types": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4},

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from .sweep import FAILED, NOT_BUILT, OUTSIDE, REFUSED, SAME, WRONG, Row, counted
+from .sweep import FAILED, NOT_BUILT, NOT_KEPT, OUTSIDE, SAME, WRONG, Row, counted
 
 COLUMNS = ("family", "layers", "reuse", "truncation", "verdict", "reason")
 
@@ -40,7 +40,7 @@ _VERDICTS = {
     SAME: "a reference, and bit for bit as with `DynamicCache`",
     OUTSIDE: "no reference, for the reason given; where the store takes the model all the same, its tokens were those "
     "of plain `generate`",
-    REFUSED: "a reference that this package says it can't keep",
+    NOT_KEPT: "a reference of which this package keeps nothing, and says so; the output is right without",
     NOT_BUILT: "there is no model to try",
     WRONG: "something differs: a bug",
     FAILED: "an error: a bug",

@@ -32,6 +32,8 @@ class Step:
     reused: int
     expected: int
     problems: list[str] = field(default_factory=list)
+    recomputed: str = ""
+    """Why something was not reused, as the package says."""
 
 
 @dataclass
@@ -46,6 +48,17 @@ class Outcome:
     def problems(self) -> list[str]:
         """What went wrong, in words."""
         return [f"{step.name}: {problem}" for step in self.steps for problem in step.problems]
+
+    @property
+    def unused(self) -> str:
+        """Why nothing was ever reused, where that is all that can be said against it; else empty."""
+        if any(step.reused or any(p != _reuse_problem(step) for p in step.problems) for step in self.steps):
+            return ""
+        return next((step.recomputed for step in self.steps if step.recomputed), "nothing was reused")
+
+
+def _reuse_problem(step: Step) -> str:
+    return f"reused {step.reused} tokens instead of {step.expected}"
 
 
 def by_token(model: Any) -> bool:
@@ -94,12 +107,11 @@ class _Conversation:
         with recorded(self.model) as fed:
             ours = generate(self.model, prompt, cache, NEW)
         stats = cache.stats
-        step = Step(name, stats.reused_tokens, expected)
+        step = Step(name, stats.reused_tokens, expected, recomputed=stats.recomputed)
         lengths = [ids.shape[1] for ids in fed]
         prefill = lengths[: len(lengths) - (NEW - 1)]
         if step.reused != expected:
-            why = f" ({stats.recomputed})" if stats.recomputed else ""
-            step.problems.append(f"reused {step.reused} tokens instead of {expected}{why}")
+            step.problems.append(_reuse_problem(step))
         if stats.prefilled_tokens != prompt.shape[1] - step.reused or sum(prefill) != stats.prefilled_tokens:
             step.problems.append(f"prefilled {sum(prefill)} tokens, says {stats.prefilled_tokens}")
         if loads and bool(stats.loaded_bytes) != bool(step.reused):
@@ -110,6 +122,25 @@ class _Conversation:
         self.reused_any = self.reused_any or step.reused > 0
         self._remember(step.reused, lengths, prompt.shape[1], ours.sequences)
         return step, ours
+
+    def unreferenced_turn(self, name: str, prompt: torch.Tensor, cache: AttentionStoreCache) -> tuple[Step, Any]:
+        """One `generate` with a cache, of which nothing is asked but the tokens of plain `generate`."""
+        with recorded(self.model) as fed:
+            ours = generate(self.model, prompt, cache, NEW)
+        reused = cache.stats.reused_tokens
+        lengths = [ids.shape[1] for ids in fed]
+        step = Step(name, reused, reused, against_plain(ours, generate(self.twin, prompt, None, NEW)))
+        if step.problems and self._kept_gives(ours, prompt, reused, lengths[: len(lengths) - (NEW - 1)]):
+            step.problems.append("a DynamicCache that is kept gives the same")
+        self.reused_any = self.reused_any or reused > 0
+        self._remember(reused, lengths, prompt.shape[1], ours.sequences)
+        return step, ours
+
+    def _kept_gives(self, ours: Any, prompt: torch.Tensor, reused: int, prefill: Sequence[int]) -> bool:
+        try:
+            return not compare(ours, self._reference(prompt, reused, prefill))
+        except Exception:
+            return False
 
     def _remember(self, reused: int, lengths: Sequence[int], prompt: int, sequences: torch.Tensor) -> None:
         made, at = [], 0
@@ -191,17 +222,15 @@ def run_unreferenced(model: Any, twin: Any, folder: Path) -> Outcome:
     """Runs turns of a model that no `DynamicCache` continues: whatever is reused, the tokens must be those of plain
     `generate`. The arguments are those of `run_scenarios`."""
     steps: list[Step] = []
+    talk = _Conversation(model, twin, folder / "store")
     prompt = some_ids(FIRST, 11)
-    for name, message in (("first turn", 0), ("second turn", SECOND), ("after a restart", THIRD), ("exact repeat", 0)):
-        with AttentionStore(folder / "store", block_size=BLOCK) as store:
-            cache = AttentionStoreCache(model, "talk", store)
-            ours = generate(model, prompt, cache, NEW)
-        theirs = generate(twin, prompt, None, NEW)
-        step = Step(name, cache.stats.reused_tokens, 0, against_plain(ours, theirs))
+    for name, message in (("first turn", SECOND), ("second turn", THIRD), ("after a restart", 0), ("exact repeat", 0)):
+        with _opened(talk) as store:
+            step, said = talk.unreferenced_turn(name, prompt, AttentionStoreCache(model, "talk", store))
         steps.append(step)
-        if name != "after a restart":
-            prompt = torch.cat([theirs.sequences, some_ids(THIRD if message else SECOND, len(steps))], dim=1)
-    return Outcome("some" if any(step.reused for step in steps) else "none", steps)
+        if message:
+            prompt = _prompt(said, message, len(steps))
+    return Outcome("some" if talk.reused_any else "none", steps)
 
 
 def _prompt(before: Any, count: int, seed: int) -> torch.Tensor:

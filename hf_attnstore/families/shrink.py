@@ -88,7 +88,8 @@ _SIZES: dict[str, int] = {
     # lengths
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length"), 256),
     **dict.fromkeys(("model_max_length", "max_target_positions", "max_source_positions", "max_sequence_length"), 256),
-    "original_max_position_embeddings": 64,
+    # models that begin anew past it (Phi-3) are measured below it
+    "original_max_position_embeddings": 256,
     **dict.fromkeys(("sliding_window", "window_size", "sliding_window_size", "attention_window_size"), WINDOW),
     "local_attention_window_len": WINDOW,
     "keep_window_size": WINDOW,

@@ -10,7 +10,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,11 @@ from .notes import NOTES
 from .reference import examine, in_words
 from .tiny import build, class_name
 
-SAME, REFUSED, WRONG, OUTSIDE, NOT_BUILT, FAILED = "same", "refused", "wrong", "outside", "not built", "failed"
+SAME, NOT_KEPT, WRONG, OUTSIDE, NOT_BUILT, FAILED = "same", "not kept", "wrong", "outside", "not built", "failed"
 LIMIT = 120.0
 """Seconds that a family may take."""
+_START_LIMIT = 300.0
+"""Seconds that a worker process may take to start: on a busy machine imports alone take long."""
 
 
 @dataclass
@@ -83,7 +85,7 @@ def _fill(row: Row) -> None:
             run = run_scenarios if found.continues else run_unreferenced
             outcome = run(model, twin, Path(folder))
     except UnsupportedModelError as error:
-        row.verdict, row.reason = (REFUSED, str(error)) if found.continues else (OUTSIDE, _joined(note, found.reason))
+        row.verdict, row.reason = (NOT_KEPT, str(error)) if found.continues else (OUTSIDE, _joined(note, found.reason))
         return
     except Exception as error:
         if found.continues or (found.runs and _takes_a_cache(twin)):
@@ -93,7 +95,9 @@ def _fill(row: Row) -> None:
         return
     row.reuse = outcome.granularity
     row.truncation = "rotated" if geometry.movable and row.reuse != "none" else "recomputed"
-    if outcome.problems:
+    if found.continues and outcome.unused:
+        row.verdict, row.reason = NOT_KEPT, outcome.unused
+    elif outcome.problems:
         row.verdict, row.reason = WRONG, _joined("; ".join(outcome.problems), found.reason)
     else:
         row.verdict, row.reason = (SAME, "") if found.continues else (OUTSIDE, _joined(note, found.reason))
@@ -127,11 +131,19 @@ def layers_in_words(model: Any) -> str:
         kind = str(names[number]) if number < len(names) else _KINDS.get(type(layer).__name__, type(layer).__name__)
         if type(layer).__name__ == "DummyLayer":
             kind = f"{kind} (keeps nothing)"
-        elif getattr(text, "kv_lora_rank", None) and "attention" in kind and "linear" not in kind:
+        elif "attention" in kind and "linear" not in kind and _is_latent(text):
             kind = f"{kind} (MLA)"
         kinds.append(kind)
     counted = [(kind, len(list(group))) for kind, group in groupby(kinds)]
     return ", ".join(f"{count} × {kind}" if count > 1 else kind for kind, count in counted)
+
+
+def _is_latent(text: Any) -> bool:
+    """Whether attention layers cache a compressed KV (MLA)."""
+    try:
+        return bool(getattr(text, "kv_lora_rank", None))
+    except RuntimeError:  # it differs from layer to layer, so there is one
+        return True
 
 
 _KINDS = {
@@ -145,8 +157,13 @@ _KINDS = {
 class _Worker:
     process: Any
     connection: Any
-    family: str
-    since: float
+    family: str = ""
+    ready: bool = False
+    since: float = field(default_factory=time.monotonic)
+
+    def give(self, family: str) -> None:
+        self.family, self.since = family, time.monotonic()
+        self.connection.send(family)
 
 
 def sweep(
@@ -164,27 +181,27 @@ def sweep(
         tell: is called with each row as it is done.
         work: makes a row in a worker process; must be importable there.
     """
-    todo, rows, running = list(reversed(names)), [], list[_Worker]()
-    free: list[tuple[Any, Any]] = []
+    todo, rows = list(reversed(names)), list[Row]()
+    running, free = list[_Worker](), list[_Worker]()
     try:
         while todo or running:
             while todo and len(running) < workers:
-                process, connection = free.pop() if free else _started(work)
-                running.append(_Worker(process, connection, todo.pop(), time.monotonic()))
-                connection.send(running[-1].family)
+                worker = free.pop() if free else _started(work)
+                worker.give(todo.pop())
+                running.append(worker)
             multiprocessing.connection.wait([worker.connection for worker in running], timeout=0.5)
             for worker in list(running):
                 row = _row_of(worker, limit)
                 if row is None:
                     continue
                 running.remove(worker)
-                if worker.process.is_alive() and not worker.connection.closed:
-                    free.append((worker.process, worker.connection))
+                if not worker.connection.closed:
+                    free.append(worker)
                 rows.append(row)
                 tell(row)
     finally:
-        for process, connection in [*free, *((worker.process, worker.connection) for worker in running)]:
-            _end(process, connection)
+        for worker in [*free, *running]:
+            _end(worker)
     return sorted(rows, key=lambda row: row.family)
 
 
@@ -192,36 +209,40 @@ def _row_of(worker: _Worker, limit: float) -> Row | None:
     """What a worker has found out; None if it is still at it."""
     try:
         if worker.connection.poll():
-            row: Row = worker.connection.recv()
-            return row
-        if time.monotonic() - worker.since <= limit:
+            said = worker.connection.recv()
+            if said is not None:
+                row: Row = said
+                return row
+            worker.ready, worker.since = True, time.monotonic()
+        if time.monotonic() - worker.since <= (limit if worker.ready else _START_LIMIT):
             return None
         reason = f"took longer than {limit:g} seconds"
     except (EOFError, OSError):
         worker.process.join(5)
         reason = f"its process ended (exit code {worker.process.exitcode})"
-    _end(worker.process, worker.connection)
+    _end(worker)
     return Row(worker.family, class_name(worker.family), verdict=FAILED, reason=reason)
 
 
-def _started(work: Callable[[str], Row]) -> tuple[Any, Any]:
+def _started(work: Callable[[str], Row]) -> _Worker:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_work, args=(theirs, work), daemon=True)
     process.start()
     theirs.close()
-    return process, ours
+    return _Worker(process, ours)
 
 
-def _end(process: Any, connection: Any) -> None:
-    connection.close()
-    process.kill()
-    process.join()
+def _end(worker: _Worker) -> None:
+    worker.connection.close()
+    worker.process.kill()
+    worker.process.join()
 
 
 def _work(connection: Any, work: Callable[[str], Row]) -> None:
     """A worker process: rows for names, until nobody asks any more."""
     silence()
+    connection.send(None)  # ready
     while True:
         try:
             family = connection.recv()

@@ -25,14 +25,17 @@ def class_name(family: str) -> str:
     return name if isinstance(name, str) else name[0]
 
 
-def tiny_config(family: str) -> PreTrainedConfig:
+def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
     """A tiny configuration of a family.
+
+    Args:
+        changes: arguments of the configuration that are to be other than the recipe makes them.
 
     Raises:
         KeyError: there is no such family.
     """
     config_class: Any = CONFIG_MAPPING[family]
-    return shrunk(config_class(**DEFAULTS.get(family, {})), CHANGES.get(family, {}))
+    return shrunk(config_class(**DEFAULTS.get(family, {})), {**CHANGES.get(family, {}), **changes})
 
 
 def _model_class(family: str) -> Any:
@@ -48,13 +51,17 @@ def _config_of_class(config: PreTrainedConfig, family: str) -> PreTrainedConfig:
     return next((part for part in parts if isinstance(part, wanted)), config)
 
 
-def build(family: str, seed: int = 0) -> PreTrainedModel:
+def build(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A tiny model: float32, on the CPU, in eval mode; equal seeds give equal weights.
+
+    Args:
+        seed: for the weights.
+        changes: arguments of the configuration that are to be other than the recipe makes them.
 
     Raises:
         Exception: whatever the family's own code says where it can't be built.
     """
-    config = _config_of_class(tiny_config(family), family)
+    config = _config_of_class(tiny_config(family, **changes), family)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: PreTrainedModel = _model_class(family)._from_config(config, dtype=torch.float32)
