@@ -13,7 +13,7 @@ from torch import nn
 
 from ..errors import CacheUseError
 from ..store.store import AttentionStore
-from .continuing import CONTINUING_VERSION, Continues, probe_continuing
+from .continuing import CONTINUING_VERSION, Continues, is_verified, probe_continuing
 from .fingerprint import fingerprint_of
 from .positions import Geometry
 from .probing import PROBE_VERSION, probe
@@ -43,6 +43,9 @@ class Attachment:
         ]
         self.cache_name = "cache_params" if _only_as(self.parameter_names) else "past_key_values"
         """The name under which the model's forward takes a cache."""
+        self.verified = is_verified(model)
+        """Whether it is known to continue its cache, and need not be asked."""
+        self._warned: set[str] = set()
         count = _layer_count(model)
         layers = decoder_layers(model, count)
         self.sees_layers = bool(layers)
@@ -51,6 +54,12 @@ class Attachment:
         self.generate: Any = None
         """An instance attribute `generate` that was there before, if any."""
         self._install(model, layers)
+
+    def warn_once(self, kind: str) -> bool:
+        """Whether a warning of some kind is the first of its kind on this model."""
+        first = kind not in self._warned
+        self._warned.add(kind)
+        return first
 
     def _install(self, model: nn.Module, layers: list[nn.Module]) -> None:
         model.register_forward_pre_hook(_before_model, with_kwargs=True)

@@ -307,6 +307,10 @@ class AttentionStoreCache(CacheForwards):
             raise ValueError(f"crop takes the number of tokens to remove as a negative number, not {tokens_to_remove}")
         with self._guard:
             self._finish_restore()
+            if self._uneven:
+                super().crop(tokens_to_remove)
+                self._held = max(0, self._held + tokens_to_remove)
+                return
             self._crop_to(max(0, self._held + tokens_to_remove))
             if self._states and self._states_at != self._held:
                 self._reload(self._held)

@@ -79,6 +79,8 @@ class CacheContent(Cache):
         self.granularity = granularity(self.layers)
         """What can be reused of a text: up to any `token`, up to a `checkpoint`, or nothing (`none`)."""
         self._states = [layer for layer in self.layers if isinstance(layer, RunningState)]
+        self._uneven = False
+        """Whether layers hold other numbers of tokens than they were fed: then nothing is known of what they hold."""
         self._states_at: int | None = 0
         """The number of tokens that the layers' running states are right for; None if for none, after an interrupt."""
         self._checkpoints: dict[int, Key] = {}
@@ -322,6 +324,8 @@ class CacheContent(Cache):
                 self._note(f"a load failed, its tokens are computed again: {error}", "load failed")
                 self._clear()
                 return
+        if self._uneven:
+            return
         if any(layer.length != self._held for layer in self.layers):
             self._crop_to(min(self._held, *(layer.length for layer in self.layers)))
         elif len(self._chain) > self._held:
@@ -337,6 +341,7 @@ class CacheContent(Cache):
         for layer in self.layers:
             layer.reset()
         self._held = self._states_at = 0
+        self._uneven = False
         if self._view.base:
             self._change_view(self._view.rebased(0), np.empty(0, dtype=np.int64))
         self._chain.crop(0)

@@ -6,8 +6,11 @@ only, and wrongly, without a word, where several are fed.
 """
 
 import inspect
+import json
 import logging
 from collections.abc import Sequence
+from functools import cache
+from importlib.resources import files
 from typing import Any, Literal
 
 import torch
@@ -27,6 +30,18 @@ CONTINUING_VERSION = 1
 _HISTORY, _NEW = 21, 6
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 """By dtype: how far logits may be from those of one forward, relative to the largest."""
+
+
+def is_verified(model: nn.Module) -> bool:
+    """Whether it is known of a model of transformers, by the sweep over all of them, that it continues in parts."""
+    config: Any = model.config
+    return type(model).__module__.startswith("transformers.models.") and config.model_type in _verified()
+
+
+@cache
+def _verified() -> frozenset[str]:
+    found = files(__package__).joinpath("verified.json").read_text()
+    return frozenset(json.loads(found)["model_types"])
 
 
 def probe_continuing(model: nn.Module, cache_name: str) -> Continues:

@@ -1,5 +1,6 @@
 """Forwards of a model as its cache sees them, through the hooks: which tokens they add."""
 
+import logging
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +12,8 @@ from ..errors import CacheUseError, GradientError, SessionBusyError, StoreClosed
 from .content import Forward
 from .inputs import foreign_input, mask_problem, position_problem
 from .turns import CacheTurns
+
+logger = logging.getLogger("hf_attnstore")
 
 
 class CacheForwards(CacheTurns):
@@ -175,11 +178,9 @@ class CacheForwards(CacheTurns):
             LoadError: what was to be loaded can't be (`generate` catches it and recomputes).
         """
         forward = self._check_forward()
-        by_token = self.layers[layer_idx].by_token
-        if by_token and (key_states.shape[0], key_states.shape[-2]) != (forward.rows, forward.count):
+        if self.layers[layer_idx].by_token and key_states.shape[0] != forward.rows:
             raise CacheUseError(
-                f"layer {layer_idx} adds {tuple(key_states.shape)} where the forward has {forward.count} tokens in "
-                f"{forward.rows} rows: this model's KV is not one entry per token"
+                f"layer {layer_idx} adds {tuple(key_states.shape)} where the forward has {forward.rows} rows"
             )
         if self._restore is not None and not self._attachment.sees_layers:
             self._restore.before_layer(layer_idx)
@@ -215,9 +216,8 @@ class CacheForwards(CacheTurns):
             layer.end_forward(forward.count)
         if self._states:
             self._states_at = self._held
-        if any(layer.length != self._held for layer in self.layers):
-            lengths = sorted({layer.length for layer in self.layers})
-            raise CacheUseError(f"after {self._held} tokens the layers hold {lengths}: this model can't be kept")
+        if any(layer.length != self._held for layer in self.layers) and not self._uneven:
+            self._take_as_uneven()
         prompt = self._prompt_tokens if self._checked else self._held
         prefilled = max(0, min(self._held, prompt) - before)
         self._stats.prefilled_tokens += prefilled
@@ -235,6 +235,20 @@ class CacheForwards(CacheTurns):
                     self._take_checkpoint(wait=False)
             except StoreClosedError:
                 self._stop_saving()
+
+    def _take_as_uneven(self) -> None:
+        """The model's KV is not one entry per token: it serves this turn, as in any cache, and is not kept."""
+        lengths = sorted({layer.length for layer in self.layers})
+        self._uneven = True
+        if self._saver is not None:
+            self._saver.begin_turn(0, None)
+        self._chain.crop(0)
+        self._untrack(
+            f"after {self._held} tokens the layers of {type(self._model).__name__} hold {lengths}", expected=True
+        )
+        self._stats.recomputed, self._stats.missed = self._untracked, "not one entry per token"
+        if self._attachment.warn_once("uneven"):
+            logger.warning("nothing is reused and nothing kept: %s", self._untracked)
 
     def _is_due(self) -> bool:
         """Whether a checkpoint was asked for at every so many tokens, and it is so many now."""

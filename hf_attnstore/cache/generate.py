@@ -74,7 +74,9 @@ def generate_with_store(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
             try:
                 for part in parts:
                     feed(model, cache, part)
-                return turn.run(original, args, kwargs, streamed=attempt > 0)
+                output = turn.run(original, args, kwargs, streamed=attempt > 0)
+                cache.end_of_generate()
+                return output
             except LoadError as error:
                 # the load belongs to the first forward: no token has been made yet, only the prompt was streamed
                 cache.abandon(error)

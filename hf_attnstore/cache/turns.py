@@ -97,11 +97,11 @@ class CacheTurns(CacheContent):
         """Where a prefill of `[first, last]` is to pause, so that running states can be kept: before its last token,
         as nothing beyond that could ever be used for the same prompt; and where the user wants checkpoints. Models
         that continue in steps only pause after every token."""
-        if not self._states or self._untracked:
+        if self._untracked:
             return []
         if self._continues == "steps":
             return list(range(first + 1, last + 1)) if first else [last] if last else []
-        if self._saver is None:
+        if self._saver is None or not self._states:
             return []
         every = self._checkpoint_every or last + 1
         return sorted({*range((first // every + 1) * every, last, every), last} - {first, 0})
@@ -134,6 +134,13 @@ class CacheTurns(CacheContent):
                 self._close_turn()
                 raise
             self._stats.prompt_tokens = self._prompt_tokens = prompt_tokens
+
+    def end_of_generate(self) -> None:
+        """`generate` has returned: notes it if the model computed without the cache that it was given."""
+        stats = self._stats
+        if not stats.prefilled_tokens and not stats.generated_tokens:
+            self._note("the model let go of its cache and computed all of the prompt", "cache not used")
+            stats.reused_tokens, stats.prefilled_tokens = 0, stats.prompt_tokens
 
     def abandon(self, error: LoadError) -> None:
         """A load failed in the middle of a turn: lets go of everything held. The turn, which still has the session
@@ -197,10 +204,13 @@ class CacheTurns(CacheContent):
         self._settle()
         self._identify()
         self._continues = "parts"
-        if self._states and self.granularity != "none" and not self._untracked:
+        if not self._attachment.verified and self.granularity != "none" and not self._untracked:
             self._continues = self._attachment.continues(self._model, self._fingerprint, self._store)
             if not self._continues:
-                self._untrack("the model does not go on correctly after what its own cache holds")
+                self._untrack("the model does not go on correctly after what its own cache holds", expected=True)
+                self._stats.recomputed, self._stats.missed = self._untracked, "model does not continue"
+                if self._attachment.warn_once("continues"):
+                    logger.warning("nothing is reused and nothing kept: %s", self._untracked)
         if self.granularity == "none":
             kinds = ", ".join(sorted({layer.kind for layer in self.layers if not layer.reusable}))
             self._untrack(f"nothing is known of layers of kind {kinds}", expected=True)
