@@ -11,7 +11,8 @@ from functools import cache
 from typing import Any
 
 import torch
-from transformers.cache_utils import DummyLayer, LinearAttentionLayer
+from transformers import cache_utils
+from transformers.cache_utils import LinearAttentionLayer
 
 from ..store.blocks import TensorSpec
 from .layers import FullLayer, KeptLayer, SlidingLayer
@@ -254,11 +255,15 @@ class HybridSlidingLayer(ConvolutionState, LinearAttentionLayer, SlidingLayer): 
     activate_past_recording = SlidingLayer.activate_past_recording
 
 
-class SharedLayer(KeptLayer, DummyLayer):
+_Dummy: Any = getattr(cache_utils, "DummyLayer", object)
+"""Older transformers (5.17) have none: there a cache has no layer where nothing is kept."""
+
+
+class SharedLayer(KeptLayer, _Dummy):
     """A layer without a cache of its own: it uses another's, or needs none."""
 
     def __init__(self) -> None:
-        DummyLayer.__init__(self)
+        _Dummy.__init__(self)
 
     def reset(self) -> None:
         self.pending = None
