@@ -175,7 +175,7 @@ class AttentionStoreCache(CacheForwards):
             if reused < self._view.settled:  # dropped tokens come after these: only together can they be left out
                 missing = self._view.in_view(ids)[None, reused : self._view.settled]
                 with torch.no_grad():
-                    self._model(input_ids=torch.from_numpy(missing).to(_device_of(self._model)), past_key_values=self)
+                    self._model(input_ids=torch.from_numpy(missing).to(device_of(self._model)), past_key_values=self)
         except BaseException:
             self.end_turn()
             raise
@@ -241,7 +241,7 @@ class AttentionStoreCache(CacheForwards):
         return twin
 
 
-def _device_of(model: nn.Module) -> torch.device:
+def device_of(model: nn.Module) -> torch.device:
     """Where a model wants its input."""
     embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)()
     weight = getattr(embeddings, "weight", None)

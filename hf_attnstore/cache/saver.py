@@ -94,6 +94,10 @@ class BlockSaver:
         self.begin_turn(0, None)
         self._tail = tail
 
+    def hold(self) -> None:
+        """Nothing is handed over before `finish`."""
+        self._stalled = True
+
     def crop(self, tokens: int) -> None:
         """The cache went back to `tokens` tokens: blocks behind that are put together anew."""
         block = self._chain.block_at(tokens)

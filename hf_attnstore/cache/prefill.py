@@ -1,0 +1,59 @@
+"""Computing the KV of a conversation beforehand: a turn that generates nothing and can be stopped."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import LoadError
+from .cache import AttentionStoreCache, device_of
+
+CHUNK = 256
+"""Tokens fed at once: after so many at most, a prefill that is to stop does."""
+
+
+def prefill(cache: AttentionStoreCache, ids: np.ndarray, go_on: Callable[[], bool]) -> bool:
+    """Computes and keeps what the store does not have of the conversation `ids` `[tokens]`, as a turn of its own.
+
+    `cache.stats` says how many tokens were computed. Nothing is handed over before the end, and then only if the model
+    is still the one that it was: nobody who changes a model expects it to be computing.
+
+    Args:
+        go_on: asked before each chunk, with the session held. On False the turn ends with what there is by then.
+
+    Returns:
+        Whether all of it was computed.
+
+    Raises:
+        SessionBusyError: another turn runs on the session, or on the cache.
+        ContextWindowError: it does not fit into the window.
+    """
+    cache.begin_turn(ids, limit=len(ids), checked=True)
+    try:
+        cache.hold_back()
+        return not cache.unidentified and _feed(cache, cache.prompt_in_view(ids), go_on)
+    except LoadError as error:
+        cache.abandon(error)
+        return False
+    finally:
+        cache.end_turn()
+
+
+@torch.no_grad()
+def _feed(cache: AttentionStoreCache, shown: np.ndarray, go_on: Callable[[], bool]) -> bool:
+    model: Any = cache.model
+    # logits are for nobody; of a large vocabulary they would take more memory than all else
+    no_logits = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    position = cache.get_seq_length()
+    while position < len(shown):
+        if not go_on():
+            return False
+        chunk = torch.from_numpy(shown[None, position : position + CHUNK].copy()).to(device_of(model))
+        model(input_ids=chunk, past_key_values=cache, use_cache=True, **no_logits)
+        if not cache.is_of_its_model():
+            cache.drop_turn("the model was changed while it computed in the background")
+            return False
+        position += chunk.shape[1]
+    return True
