@@ -111,7 +111,7 @@ class BackgroundPrefill:
         outcome: Outcome = "failed"
         try:
             with self._under.taken_over():
-                complete = self._goes_on() and prefill(self._cache, self._ids, self._goes_on)
+                complete = self._is_there() and prefill(self._cache, self._ids, self._goes_on)
             outcome = "done" if complete else "stopped"
         except (SessionBusyError, StoreClosedError) as error:  # somebody else comes first
             outcome = "stopped"
@@ -137,15 +137,18 @@ class BackgroundPrefill:
         self._done.set()
 
     def _goes_on(self) -> bool:
-        """Whether nobody wants it to stop, and the session is still there, by the model that the turn was of."""
+        """Whether nobody wants it to stop. Asked in the turn, so with the session held, before each chunk."""
+        if not self._is_there():
+            # what the cache holds is not to come back, neither under a name that was deleted nor without one
+            self._cache.drop_turn("the session is gone, or another model's now", expected=True)
+            return False
+        # the process ends: threads are waited for, so this one does not keep it
+        return not self._stop.is_set() and threading.main_thread().is_alive()
+
+    def _is_there(self) -> bool:
+        """Whether the session still is, and by the model that the turn was of."""
         store, session = self._cache.store, self._cache.session
-        return (
-            not self._stop.is_set()
-            and threading.main_thread().is_alive()
-            and store is not None
-            and session is not None
-            and store.session_fingerprint(session) == self._model
-        )
+        return store is not None and session is not None and store.session_fingerprint(session) == self._model
 
 
 _registering = threading.Lock()

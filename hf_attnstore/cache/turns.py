@@ -144,10 +144,10 @@ class CacheTurns(CacheContent):
         except Exception:
             return False
 
-    def drop_turn(self, reason: str) -> None:
-        """Ends the turn and lets go of everything held: none of it is to be kept."""
+    def drop_turn(self, reason: str, *, expected: bool = False) -> None:
+        """Ends the turn and lets go of everything held: none of it is to be kept. What is `expected` is not logged."""
         with self._guard:
-            self._untrack(reason)
+            self._untrack(reason, expected=expected)
             self._clear()
             self.end_turn()
 
