@@ -41,7 +41,7 @@ Outcome = Literal["nothing to do", "running", "done", "stopped", "failed"]
 
 @dataclass
 class BackgroundWork:
-    """What was computed after a turn, in the background. Filled in while that runs."""
+    """What was computed after a turn, in the background. Filled in when that ends."""
 
     prefilled_tokens: int = 0
     """Tokens that the model was given."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import LogitsProcessor
@@ -124,7 +124,8 @@ def dress(tokenizer: PreTrainedTokenizerBase, style: Style) -> PreTrainedTokeniz
 
 def fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> None:
     """Gives a model embeddings for all of a dressed tokenizer's tokens, and lets its answers end where they do."""
-    if model.get_input_embeddings().weight.shape[0] < len(tokenizer):
+    embeddings: Any = model.get_input_embeddings()
+    if embeddings.weight.shape[0] < len(tokenizer):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model.resize_token_embeddings(len(tokenizer))
