@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from chat_fixtures import APPEND_ONLY, plain_answer, tiny_model
+from chat_fixtures import APPEND_ONLY, FORGETFUL, plain_answer, tiny_model
 from transformers import AutoTokenizer, LlamaForCausalLM, LogitsProcessorList, PreTrainedTokenizerBase
+from typer.testing import CliRunner
 
-from hf_attnstore import AttentionStore, ChatSession, SessionBusyError, canonical
+from hf_attnstore import AttentionStore, ChatSession, SessionBusyError, canonical, cli
 from hf_attnstore.answers import answer_content
 from hf_attnstore.bench.thinking_styles import STYLES, Script, Style, dress, fit, reasoned
 from hf_attnstore.cache import prefill as prefilling
@@ -56,9 +59,13 @@ class Talk:
 
     def new_tokens(self, chat: ChatSession, text: str) -> int:
         """Tokens that the template makes of a message, and of what it writes around it, as part of a conversation."""
+        return self.new_tokens_of(chat.tokenizer, text) - 1  # alone it begins with <|bos|>
+
+    @staticmethod
+    def new_tokens_of(tokenizer: Any, text: str) -> int:
         messages = [{"role": "user", "content": text}]
-        alone = chat.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return len(chat.tokenizer.encode(alone, add_special_tokens=False)) - 1  # it begins with <|bos|>
+        alone = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return len(tokenizer.encode(alone, add_special_tokens=False))
 
 
 @pytest.fixture(scope="module")
@@ -496,3 +503,57 @@ def test_a_chat_that_reasons_outlives_its_window(talk: Talk, store: AttentionSto
         if not cache.dropped_tokens:
             assert chat.token_ids == prompt + plain_answer(talk.plain, prompt, **talk.kwargs(turn))
     assert dropped > 0
+
+
+# in the terminal, and measured
+
+
+def test_the_terminal_prefills_while_nobody_types(tags: Talk, tmp_path: Path) -> None:
+    tokenizer = dress(tags.tokenizer, STYLES[0])
+    tokenizer.chat_template = FORGETFUL.replace("[:(", "[(")  # of an earlier answer, the second half is shown
+    path = tmp_path / "model"
+    tags.plain.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    arguments = ["chat", "--session", "alice", "--model", str(path), "--store", str(tmp_path / "kept")]
+    arguments += ["--max-new-tokens", "30", "--canonicalize"]
+    found = []
+    for typed in ("the old prince\n/quit\n", "and then\n/switch bob\nso\n/delete bob\n/switch alice\nso\n"):
+        result = CliRunner().invoke(cli.app, arguments, input=typed, env={"COLUMNS": "200"})
+        assert result.exit_code == 0, result.output
+        found += [int(n) for n in re.findall(r"prefilled (\d+) tokens", result.output)]
+    assert len(found) == 4
+    assert found[0] == tags.new_tokens_of(tokenizer, "the old prince")
+    assert found[1] == tags.new_tokens_of(tokenizer, "and then") - 1  # <|user|> was certain
+    with AttentionStore(tmp_path / "kept") as store:
+        assert [info.name for info in store.sessions()] == ["alice"]
+
+
+def test_the_bench_counts_and_compares(tags: Talk, tmp_path: Path) -> None:
+    tags.plain.save_pretrained(tmp_path / "model")
+    tags.tokenizer.save_pretrained(tmp_path / "model")
+    arguments = ["bench", "thinking", "--turns", "3", "--message", "8", "--reasoning", "16", "--answer", "12"]
+    arguments += ["--model", str(tmp_path / "model")]
+    result = CliRunner().invoke(cli.app, [*arguments, "--output", str(tmp_path)], env={"COLUMNS": "220"})
+    assert result.exit_code == 0, result.output
+    assert "store, canonicalize" in result.output
+    record = json.loads((tmp_path / "thinking.json").read_text())
+    assert [talk["style"] for talk in record["talks"]] == ["tags", "opened", "channels"]
+    for talk in record["talks"]:
+        for turn in talk["turns"][1:]:
+            prefilled = turn["prefilled"]
+            assert prefilled["recompute"] == turn["prompt_tokens"]
+            assert prefilled["canonicalize"] < prefilled["store"] < prefilled["recompute"]
+            assert prefilled["canonicalize"] < 20
+            assert turn["background_tokens"] > 0
+    assert (tmp_path / "thinking.png").stat().st_size > 10_000
+    assert "like Qwen3" in (tmp_path / "thinking.md").read_text()
+
+
+def test_the_published_results_show_what_it_saves() -> None:
+    record = json.loads((small_model_path().parents[1] / "docs/results/thinking.json").read_text())
+    for talk in record["talks"]:
+        turns = talk["turns"]
+        assert len(turns) == 20
+        longest = record["lengths"]["message"] + 10
+        assert all(turn["prefilled"]["canonicalize"] <= longest for turn in turns[1:])
+        assert all(turn["prefilled"]["store"] > longest + record["lengths"]["answer"] // 2 for turn in turns[1:])

@@ -69,6 +69,7 @@ def _thinking(
             model, tokenizer = load_chat_model(name, device=device)
             plain, _ = load_chat_model(name, device=device)
             dressed = dress(tokenizer, style)
+            dressed.model_max_length = 1 << 30  # there is no need to warn of long conversations
             for one in (model, plain):
                 fit(one, dressed)
                 # nothing is to leave the window here; what the model says so far out is of no interest

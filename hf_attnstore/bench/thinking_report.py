@@ -101,6 +101,7 @@ def draw(about: str, talks: Sequence[Talk], path: Path) -> None:
 
     matplotlib.use("Agg", force=False)
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     figure = Figure(figsize=(4.6 * len(talks), 7), layout="constrained")
     figure.suptitle(f"Answers that reason: {about}", fontsize=12)
@@ -121,6 +122,10 @@ def draw(about: str, talks: Sequence[Talk], path: Path) -> None:
         axes[1][column].set_xlabel("turn")
         for axis in (axes[0][column], axes[1][column]):
             axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+            axis.yaxis.set_minor_formatter(NullFormatter())
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
             for side in ("top", "right"):
                 axis.spines[side].set_visible(False)
     axes[0][0].set_ylabel("tokens prefilled in the turn (log scale)")
