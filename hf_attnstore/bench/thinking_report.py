@@ -86,12 +86,9 @@ def as_markdown(
     ]
     lines += [f"- `{talk.style}` is like {talk.like}" for talk in talks]
     words = ", ".join(f"{name} {version}" for name, version in versions.items())
-    lines += [
-        "",
-        f"Measured on {machine}; {words}. Other processes used {others:.0%} of the processors meanwhile: the counts of "
-        "tokens are exact, of the times only the ratios mean something.",
-        "",
-    ]
+    busy = f" Other processes used {others:.0%} of the processors meanwhile"
+    busy += ": the counts of tokens are exact, of the times only the ratios mean something." if others > 0.1 else "."
+    lines += ["", f"Measured on {machine}; {words}.{busy}", ""]
     return "\n".join(lines)
 
 
