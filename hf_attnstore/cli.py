@@ -1,4 +1,4 @@
-"""The `attnstore` command: demo, chat, the tools that look after a store, bench."""
+"""The `attnstore` command: demo, chat, models, the tools that look after a store, bench."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from .bench.cli import app as bench_app
 from .errors import AttentionStoreError
+from .families.cli import models
 from .tools_cli import add_to
 
 
@@ -122,6 +123,7 @@ def inspect(model: Model = None, device: Device = None, dtype: Dtype = "auto") -
     console.print(escape(describe(loaded)))
 
 
+app.command()(models)
 add_to(app)
 app.add_typer(bench_app, name="bench")
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..errors import CacheUseError
 from ..store.store import AttentionStore
+from .continuing import CONTINUING_VERSION, Continues, is_verified, probe_continuing
 from .fingerprint import fingerprint_of
 from .positions import Geometry
 from .probing import PROBE_VERSION, probe
@@ -24,6 +25,8 @@ _attaching = threading.Lock()
 _probing = threading.Lock()
 _geometries: dict[str, Geometry] = {}
 """By fingerprint: models that compute the same share it."""
+_continuing: dict[str, Continues] = {}
+_WAYS = frozenset({"", "steps", "parts"})
 
 
 class Attachment:
@@ -38,6 +41,11 @@ class Attachment:
             for name, parameter in inspect.signature(model.forward).parameters.items()
             if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
         ]
+        self.cache_name = "cache_params" if _only_as(self.parameter_names) else "past_key_values"
+        """The name under which the model's forward takes a cache."""
+        self.verified = is_verified(model)
+        """Whether it is known to continue its cache, and need not be asked."""
+        self._warned: set[str] = set()
         count = _layer_count(model)
         layers = decoder_layers(model, count)
         self.sees_layers = bool(layers)
@@ -46,6 +54,12 @@ class Attachment:
         self.generate: Any = None
         """An instance attribute `generate` that was there before, if any."""
         self._install(model, layers)
+
+    def warn_once(self, kind: str) -> bool:
+        """Whether a warning of some kind is the first of its kind on this model."""
+        first = kind not in self._warned
+        self._warned.add(kind)
+        return first
 
     def _install(self, model: nn.Module, layers: list[nn.Module]) -> None:
         model.register_forward_pre_hook(_before_model, with_kwargs=True)
@@ -71,6 +85,19 @@ class Attachment:
                         store.set_note(fingerprint, {"probe": PROBE_VERSION, **found.to_json()})
                 _geometries[fingerprint] = found
             return _geometries[fingerprint]
+
+    def continues(self, model: nn.Module, fingerprint: str, store: AttentionStore | None) -> Continues:
+        """How the model goes on after what its cache holds. Found out and remembered as the geometry is."""
+        with _probing:
+            if fingerprint not in _continuing:
+                name = f"{fingerprint}/continues"
+                note = store.note(name) if store is not None else None
+                if note is None or note.get("version") != CONTINUING_VERSION or note.get("how") not in _WAYS:
+                    note = {"version": CONTINUING_VERSION, "how": probe_continuing(model, self.cache_name)}
+                    if store is not None:
+                        store.set_note(name, note)
+                _continuing[fingerprint] = note["how"]
+            return _continuing[fingerprint]
 
     def remove(self, model: nn.Module) -> None:
         # by what they are, not by handle: in a deep copy of a model, the handles are still those of the original
@@ -109,10 +136,15 @@ def _noted(store: AttentionStore | None, fingerprint: str) -> Geometry | None:
         return None
 
 
-def _layer_count(model: nn.Module) -> int:
-    from .structure import layer_kinds
+def _only_as(names: list[str]) -> bool:
+    """Whether a forward takes a cache as `cache_params` (Mamba) and not as others do."""
+    return "cache_params" in names and "past_key_values" not in names
 
-    return len(layer_kinds(model.config))
+
+def _layer_count(model: nn.Module) -> int:
+    from .kinds import make_layers
+
+    return len(make_layers(model.config))
 
 
 def owner_of(model: nn.Module) -> nn.Module:
@@ -134,6 +166,20 @@ def ensure_hooks(model: nn.Module) -> Attachment:
             attachment = Attachment(model)
             model.__dict__[_ATTRIBUTE] = attachment
         return attachment
+
+
+def feed(model: nn.Module, cache: Any, ids: torch.Tensor) -> None:
+    """Runs tokens `[rows, tokens]` through an attached model for the sake of its cache alone."""
+    attachment = attachment_of(model)
+    assert attachment is not None
+    more: dict[str, Any] = {attachment.cache_name: cache}
+    if "logits_to_keep" in attachment.parameter_names:
+        more["logits_to_keep"] = 1
+    if "position_ids" in attachment.parameter_names:  # as `generate` does: not all models ask the cache
+        start = cache.get_seq_length()
+        more["position_ids"] = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=True, **more)
 
 
 def attach(model: nn.Module, store: AttentionStore) -> None:
@@ -177,9 +223,9 @@ def _remove_hooks(module: nn.Module) -> None:
 def _cache_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     from .cache import AttentionStoreCache
 
-    cache = kwargs.get("past_key_values")
-    if isinstance(cache, AttentionStoreCache):
-        return cache
+    for name in ("past_key_values", "cache_params"):
+        if isinstance(cache := kwargs.get(name), AttentionStoreCache):
+            return cache
     return next((value for value in args if isinstance(value, AttentionStoreCache)), None)
 
 

@@ -78,3 +78,27 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> t
         if device.type == "cpu" and math.prod(shape) * dtype.itemsize >= _GRANULE:
             return host_buffers.empty(shape, dtype)
         return torch.empty(shape, dtype=dtype, device=device)
+
+
+GROWTH = 1.5
+GRANULE = 64
+"""Tokens: buffers have room for a multiple of so many."""
+
+
+def with_capacity(like: torch.Tensor, capacity: int) -> torch.Tensor:
+    """A buffer `[…, at least capacity, dim]` for tokens like those of `like` `[…, tokens, dim]`."""
+    capacity = -(-capacity // GRANULE) * GRANULE
+    return empty((*like.shape[:-2], capacity, like.shape[-1]), like.dtype, like.device)
+
+
+def grown(buffer: torch.Tensor | None, held: int, tokens: int, like: torch.Tensor) -> torch.Tensor:
+    """A buffer with the first `held` tokens of `buffer`, and room for `tokens` more: itself, where there is room."""
+    if buffer is None or not held:
+        return with_capacity(like, tokens)
+    if like.device != buffer.device:
+        buffer = buffer.to(like.device)
+    if held + tokens <= buffer.shape[-2]:
+        return buffer
+    larger = with_capacity(buffer, max(held + tokens, int(held * GROWTH)))
+    larger[..., :held, :].copy_(buffer[..., :held, :])
+    return larger

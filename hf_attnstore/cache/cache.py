@@ -2,23 +2,27 @@
 
 import copy
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from ..errors import CacheUseError, LoadError
 from ..store.store import AttentionStore
-from .attach import Attachment, ensure_hooks, owner_of
+from .attach import Attachment, ensure_hooks, feed, owner_of
 from .fingerprint import position_limit
 from .forwards import CacheForwards
-from .layers import SlidingLayer, make_layer
+from .kinds import make_layers
+from .layers import KeptLayer, SlidingLayer, StoreLayer
+from .states import ConvolutionState, HybridLayer
 from .stats import TurnStats
-from .structure import layer_kinds
 from .truncation import window_of
 
 _MAX_PLANS = 8
@@ -33,18 +37,22 @@ class AttentionStoreCache(CacheForwards):
 
     Args:
         model: the model; its hooks are attached by this (see `attach`).
-        session: the name to keep the conversation under; None keeps its blocks only, found again by content.
+        session: the name to keep the conversation under; None keeps its blocks only, found again by content. A list
+            of names (or None) is for a batch of left-padded prompts, a conversation in each row: see `BatchCache`.
         store: the store; default is the one given to `attach`, else one at the default path.
         window: tokens that the model is to see at once, those still to be generated included; by default as many
             as it has positions for. A conversation that outgrows it loses its oldest tokens.
         keep_first: leading tokens that are never dropped, such as a system prompt.
         drop: the share of the other tokens that goes when there is no room. 0 drops nothing, ever: past the
             window the model then does what it does without this cache.
+        checkpoint_every: for models with layers that keep a running state (linear attention, SSM, convolution): keep
+            it at every so many tokens too, beside the end of every prompt and of every turn. Prompts are then fed in
+            parts of at most so many tokens.
         save: whether to keep what is computed. False reads only.
         wait: seconds to wait where another turn is running on the session, instead of failing at once.
 
     Raises:
-        UnsupportedModelError: the model has layers that this version can't keep; the message names the kind.
+        UnsupportedModelError: the model is of a kind that can't be kept; the message says why.
         SessionNameError: the name can't be used.
         CacheUseError: a window, `keep_first` or `drop` that makes no sense.
         ContextWindowError: `keep_first` fills the window.
@@ -54,25 +62,36 @@ class AttentionStoreCache(CacheForwards):
     the turn. One thread at a time uses an object.
     """
 
+    def __new__(cls, model: Any = None, session: Any = None, *args: Any, **kwargs: Any) -> "AttentionStoreCache":
+        """A list of sessions gets the cache of a batch."""
+        if cls is AttentionStoreCache and session is not None and not isinstance(session, str):
+            from .batch import BatchCache
+
+            return object.__new__(BatchCache)
+        return object.__new__(cls)
+
     def __init__(
         self,
         model: nn.Module,
-        session: str | None = None,
+        session: str | Sequence[str | None] | None = None,
         store: AttentionStore | None = None,
         *,
         window: int | None = None,
         keep_first: int = 0,
         drop: float = 0.5,
+        checkpoint_every: int | None = None,
         save: bool = True,
         wait: float = 0.0,
     ) -> None:
         self._model = owner_of(model)
         config: Any = self._model.config
-        kinds = layer_kinds(config)
-        super().__init__(layers=[make_layer(kind.window) for kind in kinds])
+        if checkpoint_every is not None and checkpoint_every < 1:
+            raise CacheUseError(f"checkpoint_every is a number of tokens, not {checkpoint_every}")
+        self._checkpoint_every = checkpoint_every
+        super().__init__(layers=make_layers(config))  # type: ignore[arg-type]
         self._attachment: Attachment = ensure_hooks(self._model)
         self._store: AttentionStore | None = store or self._attachment.store or _default_store()
-        self.session = self._store.check_name(session) if session is not None else None
+        self.session = self._store.check_name(str(session)) if session is not None else None
         self._saving = save
         self._wait = wait
         self._limit = position_limit(config.get_text_config(decoder=True))
@@ -157,7 +176,101 @@ class AttentionStoreCache(CacheForwards):
         self._load_now(ids, len(ids), 0)
         return torch.from_numpy(self._chain.ids.copy())[None]
 
-    def _load_now(self, ids: np.ndarray, limit: int, new_tokens: int) -> int:
+    # what models ask of a cache with running states
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Whether each layer keeps a running state and no full attention."""
+        return [
+            isinstance(layer, LinearAttentionCacheLayerMixin) and not isinstance(layer, HybridLayer)
+            for layer in self.layers
+        ]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        if not any(layer.by_token for layer in self.layers) and self.granularity != "none":
+            return self._held
+        length: int = super().get_seq_length(layer_idx)
+        return length
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        if not any(isinstance(layer, CacheLayerMixin) for layer in self.layers):
+            return self._held + query_length, 0
+        sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
+        return sizes
+
+    def get_conv_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        self.layers[layer_idx].settle()
+        return super().get_conv_state(layer_idx, *args, **kwargs)
+
+    def get_recurrent_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        self.layers[layer_idx].settle()
+        return super().get_recurrent_state(layer_idx, *args, **kwargs)
+
+    def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        self._check_forward()
+        self.layers[layer_idx].settle()
+        return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
+
+    def update_recurrent_state(self, recurrent_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        self._check_forward()
+        self.layers[layer_idx].settle()
+        return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
+
+    # what a batch does with the caches of its rows
+
+    def load(self, ids: np.ndarray, limit: int, new_tokens: int) -> int:
+        """Begins a turn on the conversation `ids` and loads what is known of its first `limit` tokens, which ends
+        only with `end_turn`. Returns how many tokens are held."""
+        self._load_now(ids, limit, new_tokens, own=False)
+        return self._held
+
+    def parts(self, ids: np.ndarray, first: int) -> list[np.ndarray]:
+        """The tokens from `first` up to the last but one, in parts that the model may be fed."""
+        bounds = [first, *self._choose_stops(first, len(ids) - 1)]
+        return [ids[a:b] for a, b in pairwise(bounds)]
+
+    def go_back(self, length: int) -> None:
+        """Lets go of what is held beyond `length` tokens."""
+        with self._guard:
+            self._crop_to(min(length, self._held))
+
+    def keep_states(self) -> None:
+        """Hands a checkpoint of what is held to the store."""
+        with self._guard:
+            self._take_checkpoint(wait=False)
+
+    def keep_tail(self) -> None:
+        """Lets go of all KV but that of the last block, which is needed to save what comes."""
+        first = self._chain.bounds(self._chain.block_at(self._held))[0]
+        for layer in self.layers:
+            if isinstance(layer, StoreLayer):
+                layer.keep_from(first)
+
+    def absorb(
+        self, ids: np.ndarray, layers: Sequence[KeptLayer], place: int, start: int, stop: int, *, states: bool
+    ) -> None:
+        """Adds tokens that were computed in a row of a batch.
+
+        Args:
+            layers: the batch's.
+            place: the row.
+            start, stop: the columns of the tokens.
+            states: whether the running states of the batch's layers are those after the last of them.
+        """
+        with self._guard:
+            for own, theirs in zip(self.layers, layers, strict=True):
+                if isinstance(own, StoreLayer) and isinstance(theirs, StoreLayer):
+                    own.absorb(theirs.columns(place, start, stop))
+                if states and isinstance(own, ConvolutionState) and isinstance(theirs, ConvolutionState):
+                    own.take_row(theirs, place)
+                own.length = self._held + len(ids)
+            self._held += len(ids)
+            self._states_at = self._held if states or not self._states else None
+            if not self._untracked:
+                self._chain.append(ids)
+            self._changed = True
+
+    def _load_now(self, ids: np.ndarray, limit: int, new_tokens: int, *, own: bool = True) -> int:
         # `checked` until everything is there, so that a `flush` in another thread leaves the turn alone
         begin = partial(self.begin_turn, ids, limit=limit, new_tokens=new_tokens, checked=True)
         reused = begin()
@@ -174,12 +287,11 @@ class AttentionStoreCache(CacheForwards):
                 reused = self._stats.reused_tokens = 0
             if reused < self._view.settled:  # dropped tokens come after these: only together can they be left out
                 missing = self._view.in_view(ids)[None, reused : self._view.settled]
-                with torch.no_grad():
-                    self._model(input_ids=torch.from_numpy(missing).to(device_of(self._model)), past_key_values=self)
+                feed(self._model, self, torch.from_numpy(missing).to(device_of(self._model)))
         except BaseException:
             self.end_turn()
             raise
-        self._checked, self._prompt = False, None
+        self._checked, self._prompt = not own, None
         return self._view.logical(self._held)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -195,7 +307,13 @@ class AttentionStoreCache(CacheForwards):
             raise ValueError(f"crop takes the number of tokens to remove as a negative number, not {tokens_to_remove}")
         with self._guard:
             self._finish_restore()
+            if self._uneven:
+                super().crop(tokens_to_remove)
+                self._held = max(0, self._held + tokens_to_remove)
+                return
             self._crop_to(max(0, self._held + tokens_to_remove))
+            if self._states and self._states_at != self._held:
+                self._reload(self._held)
             self._changed = True
             self._confirmed = self._held
 
@@ -221,7 +339,8 @@ class AttentionStoreCache(CacheForwards):
         self._finish_restore()
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
-        Cache.__init__(twin, layers=[copy.deepcopy(layer, memo) for layer in self.layers])
+        layers: list[Any] = [copy.deepcopy(layer, memo) for layer in self.layers]
+        Cache.__init__(twin, layers=layers)
         for layer in twin.layers:
             if isinstance(layer, SlidingLayer):
                 layer.saved_to = None
@@ -233,10 +352,12 @@ class AttentionStoreCache(CacheForwards):
         twin._wait = 0.0
         twin._limit = self._limit
         twin._window = self._window
+        twin._checkpoint_every = self._checkpoint_every
         twin._prepare_empty()
         twin._fingerprint = self._fingerprint
         twin._change_view(self._view, self._chain.ids)
         twin._held = self._held
+        twin._states_at = self._states_at
         twin._stats = replace(self._stats)
         return twin
 

@@ -15,7 +15,7 @@ from transformers import Cache
 from ..errors import CacheUseError, LoadError
 from ..session.chain import TokenChain, common_prefix
 from ..session.manifests import read_manifest
-from ..session.matching import match_prefix
+from ..session.matching import match_checkpoint, match_prefix
 from ..session.spans import Span, crop, total_tokens
 from ..session.view import View
 from ..session.window import Window
@@ -23,9 +23,13 @@ from ..store.keys import Key, chain_root
 from ..store.locks import SessionLock
 from ..store.store import AttentionStore
 from .attach import Attachment
-from .layers import SlidingLayer, StoreLayer
-from .restore import Restore, plan_restore, resident_from
+from .checkpoints import take_checkpoint
+from .continuing import Continues
+from .kinds import granularity
+from .layers import KeptLayer, SlidingLayer
+from .restore import Checkpoint, Restore, plan_restore, resident_from
 from .saver import BlockSaver
+from .states import RunningState
 from .stats import TurnStats
 from .truncation import choose_view
 
@@ -50,7 +54,7 @@ class CacheContent(Cache):
     What it counts as held, its layers, the chain of ids and what is being saved agree after every method.
     """
 
-    layers: list[StoreLayer]  # type: ignore[assignment]
+    layers: list[KeptLayer]  # type: ignore[assignment]
     session: str | None
     _model: nn.Module
     _attachment: Attachment
@@ -59,6 +63,7 @@ class CacheContent(Cache):
     _wait: float
     _limit: int | None
     _window: Window | None
+    _checkpoint_every: int | None
 
     def _prepare_empty(self) -> None:
         self._busy = threading.Lock()
@@ -69,6 +74,17 @@ class CacheContent(Cache):
         self._chain = TokenChain(self._view.root, self._store.block_size if self._store else 256)
         self._saver: BlockSaver | None = None
         self._held = 0
+        self._conversations = 1
+        """How many conversations there are; a forward may have several rows of each (beams, samples)."""
+        self.granularity = granularity(self.layers)
+        """What can be reused of a text: up to any `token`, up to a `checkpoint`, or nothing (`none`)."""
+        self._states = [layer for layer in self.layers if isinstance(layer, RunningState)]
+        self._uneven = False
+        """Whether layers hold other numbers of tokens than they were fed: then nothing is known of what they hold."""
+        self._states_at: int | None = 0
+        """The number of tokens that the layers' running states are right for; None if for none, after an interrupt."""
+        self._checkpoints: dict[int, Key] = {}
+        """Checkpoints that were taken or used, by their number of tokens."""
         self._untracked = ""
         self._forward: Forward | None = None
         self._restore: Restore | None = None
@@ -81,6 +97,8 @@ class CacheContent(Cache):
         self._prompt: np.ndarray | None = None
         """The tokens of the prompt that are in view, where the caller vouches for what will be fed."""
         self._prompt_tokens = 0
+        self._stops: list[int] = []
+        self._continues: Continues = "parts"
         self._reopening = False
         self._lock: SessionLock | None = None
         self._stats = TurnStats()
@@ -88,7 +106,7 @@ class CacheContent(Cache):
     @property
     def rows(self) -> int:
         """The batch size of what is held; 0 if nothing is."""
-        return self.layers[0].rows if self.layers else 0
+        return max((layer.rows for layer in self.layers), default=0)
 
     def _choose_view(self, ids: np.ndarray, limit: int, new_tokens: int) -> View:
         plain = self._view.as_plain()
@@ -119,12 +137,13 @@ class CacheContent(Cache):
         if not view.same(self._view):
             for layer in self.layers:
                 layer.reset()
-            self._held = 0
+            self._held = self._states_at = 0
             self._change_view(view, np.empty(0, dtype=np.int64))
 
     def _change_view(self, view: View, ids: np.ndarray) -> None:
         """Sets the view, where the layers hold the tokens `ids` of it."""
         self._view = view
+        self._checkpoints = {}
         self._chain = TokenChain(view.root, self._chain.block_size, ids, view.base, view.secret)
         if self._saver is not None:
             self._saver.release()
@@ -148,11 +167,15 @@ class CacheContent(Cache):
             length = max(own, known)
             if own > known and not self._covers(own, spans):
                 length = known  # a sliding layer has let go of what it would need to stay at `own`
-            if length == 0:
-                break
+            self._stats.matched_tokens = length
             try:
+                checkpoint = None
+                if self._states:
+                    length, checkpoint = self._choose_states(ids[:length], own, spans)
+                if length == 0:
+                    break
                 self._held = length
-                self._restore = self._plan(spans, length)
+                self._restore = self._plan(spans, length, checkpoint)
                 if self._restore is not None:
                     self._restore.start()
                 return length, spans
@@ -163,6 +186,37 @@ class CacheContent(Cache):
         self._clear()
         return 0, []
 
+    def _choose_states(self, ids: np.ndarray, own: int, spans: Sequence[Span]) -> tuple[int, Checkpoint | None]:
+        """How much of `ids`, all of which is known, running states are there for: those in the layers, or those of
+        the longest checkpoint. Of them the layers themselves hold the first `own`."""
+        at = self._states_at or 0
+        resident = at if at <= own and self._covers(at, spans) else 0
+        found = self._find_checkpoint(ids)
+        if found is not None and not self._covers(found.tokens, spans):
+            found = self._find_checkpoint(ids[: total_tokens(spans)])
+        if found is None or found.tokens <= resident:
+            return resident, None
+        return found.tokens, found
+
+    def _find_checkpoint(self, ids: np.ndarray) -> Checkpoint | None:
+        """The longest checkpoint of a text that is in the view's chain."""
+        if self._store is None or not len(ids):
+            return None
+        found = match_checkpoint(ids, self._view.root, self._chain.block_size, self._store, self._view.base)
+        return Checkpoint(*found) if found is not None else None
+
+    def _take_checkpoint(self, *, wait: bool) -> None:
+        """Hands the layers' running states to the store, if they are right for what is held."""
+        held = self._held
+        if not self._states or self._saver is None or self._store is None or self._untracked:
+            return
+        if self._saver.holds_back or not held or self._states_at != held or len(self._chain) != held or self.rows != 1:
+            return
+        key, nbytes = take_checkpoint(self.layers, self._chain, self._store, self._fingerprint, wait=wait)
+        self._checkpoints[held] = key
+        self._stats.saved_bytes += nbytes
+        self._stats.checkpoints += nbytes > 0
+
     def _drop_from(self, length: int) -> None:
         """Lets go of what is held beyond `length`, though a sliding layer may then lack the window before it."""
         for layer in self.layers:
@@ -170,6 +224,8 @@ class CacheContent(Cache):
                 layer.crop_to(length)
             else:
                 layer.reset()
+                if layer.has_state:
+                    self._states_at = None if length else 0
         self._held = min(self._held, length)
         self._chain.crop(length)
         if self._saver is not None:
@@ -196,7 +252,11 @@ class CacheContent(Cache):
             resident_from(layer, length, whole_from) >= length or total_tokens(spans) >= length for layer in self.layers
         )
 
-    def _plan(self, spans: Sequence[Span], length: int) -> Restore | None:
+    def _plan(self, spans: Sequence[Span], length: int, checkpoint: Checkpoint | None = None) -> Restore | None:
+        if self._states and checkpoint is None and self._states_at != length:
+            raise AssertionError("nothing brings the running states")
+        if checkpoint is not None:
+            self._states_at = None  # until it is certain that the load begins
         if self._store is None:
             for layer in self.layers:
                 layer.crop_to(length)
@@ -207,8 +267,12 @@ class CacheContent(Cache):
             geometry = attachment.geometry(self._model, self._fingerprint, self._store)
         whole_from = self._whole_from(length)
         restore = plan_restore(
-            self.layers, attachment.devices, spans, length, whole_from, self._store, attachment.pace, geometry
-        )
+            self.layers, attachment.devices, spans, length, whole_from, self._store, attachment.pace, geometry,
+            checkpoint,
+        )  # fmt: skip
+        self._states_at = length
+        if checkpoint is not None:
+            self._checkpoints[length] = checkpoint.key
         self._stats.rotated_tokens = restore.rotated_tokens if restore is not None else 0
         return restore
 
@@ -260,6 +324,8 @@ class CacheContent(Cache):
                 self._note(f"a load failed, its tokens are computed again: {error}", "load failed")
                 self._clear()
                 return
+        if self._uneven:
+            return
         if any(layer.length != self._held for layer in self.layers):
             self._crop_to(min(self._held, *(layer.length for layer in self.layers)))
         elif len(self._chain) > self._held:
@@ -274,7 +340,8 @@ class CacheContent(Cache):
             self._restore = None
         for layer in self.layers:
             layer.reset()
-        self._held = 0
+        self._held = self._states_at = 0
+        self._uneven = False
         if self._view.base:
             self._change_view(self._view.rebased(0), np.empty(0, dtype=np.int64))
         self._chain.crop(0)
@@ -283,10 +350,11 @@ class CacheContent(Cache):
 
     def _crop_to(self, length: int) -> None:
         if all(resident_from_window(layer, length) for layer in self.layers):
+            self._step_back(length)
             for layer in self.layers:
                 layer.crop_to(length)
         else:
-            self._reload_windows(length)
+            self._reload(length)
         self._held = length
         if length < self._view.settled:
             self._change_view(self._view.cropped(self._view.logical(length)), self._chain.ids[:length])
@@ -294,16 +362,37 @@ class CacheContent(Cache):
         if self._saver is not None:
             self._saver.crop(length)
 
-    def _reload_windows(self, length: int) -> None:
-        """A sliding layer has let go of the window before `length`: gets it back from the store."""
-        spans = crop(self._find(self._view, self._chain.ids[:length]), length)
-        if total_tokens(spans) < length:
+    def _step_back(self, length: int) -> None:
+        """Takes running states back to `length`, if that can be done without the store."""
+        if length == 0:
+            for layer in self._states:
+                layer.reset()
+            self._states_at = 0
+        elif self._states and self._states_at is not None:
+            count = self._states_at - length
+            undone = [count >= 0 and layer.step_back(count) for layer in self._states]
+            self._states_at = length if all(undone) else None
+
+    def _reload(self, length: int) -> None:
+        """What layers would need at `length`, a window or a running state, they have let go: gets it back from the
+        store.
+
+        Raises:
+            CacheUseError: the store does not have it.
+        """
+        ids = self._chain.ids[:length]
+        spans = crop(self._find(self._view, ids), length)
+        checkpoint = self._find_checkpoint(ids) if self._states and self._states_at != length else None
+        if checkpoint is not None and checkpoint.tokens != length:
+            checkpoint = None
+        if not self._covers(length, spans) or (self._states and self._states_at != length and checkpoint is None):
+            what = "a running state" if self._states else "the window before it"
             raise CacheUseError(
-                f"can't go back to {length} tokens: a sliding-window layer does not hold the window before it any "
-                "more and the store does not have it; call activate_past_recording() before, or reset()"
+                f"can't go back to {length} tokens: a layer does not hold {what} any more and the store does not have "
+                "it; call activate_past_recording() before, or reset()"
             )
         try:
-            self._restore = self._plan(spans, length)
+            self._restore = self._plan(spans, length, checkpoint)
             self._finish_restore()
         except BaseException:
             self._clear()
@@ -322,6 +411,6 @@ class CacheContent(Cache):
                 logger.warning("not reused and not saved from token %d on: %s", len(self._chain), reason)
 
 
-def resident_from_window(layer: StoreLayer, length: int) -> bool:
+def resident_from_window(layer: KeptLayer, length: int) -> bool:
     """Whether a layer can be cropped to `length` with what it holds."""
     return not isinstance(layer, SlidingLayer) or layer.has_window(length)

@@ -132,9 +132,11 @@ def _ropes(config: Any) -> Iterator[dict[str, Any]]:
 
 def position_limit(config: Any) -> int | None:
     """The number of tokens up to which KV depends on nothing that comes later; None if that is always so."""
+    # models that state this number themselves (Phi) let go of their cache when a text grows beyond it
+    original = getattr(config, "original_max_position_embeddings", None)
     if not has_length_dependent_rope(config):
-        return None
-    limits = [config.max_position_embeddings, getattr(config, "original_max_position_embeddings", None)]
+        return original if isinstance(original, int) and original > 0 else None
+    limits = [config.max_position_embeddings, original]
     limits += [rope.get("original_max_position_embeddings") for rope in _ropes(config)]
     return min(int(limit) for limit in limits if limit)
 

@@ -1,5 +1,6 @@
 """Forwards of a model as its cache sees them, through the hooks: which tokens they add."""
 
+import logging
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +12,8 @@ from ..errors import CacheUseError, GradientError, SessionBusyError, StoreClosed
 from .content import Forward
 from .inputs import foreign_input, mask_problem, position_problem
 from .turns import CacheTurns
+
+logger = logging.getLogger("hf_attnstore")
 
 
 class CacheForwards(CacheTurns):
@@ -32,6 +35,8 @@ class CacheForwards(CacheTurns):
         if self._runs_elsewhere():
             raise SessionBusyError("another thread runs a forward with this cache; make one object per thread")
         self._settle(keep_load=True)
+        if self._states:
+            self._prepare_states()
         replaced = self._drop_reused(named)
         if replaced:
             named = {**named, **replaced}
@@ -48,14 +53,32 @@ class CacheForwards(CacheTurns):
             self._clear()
             self._stats.reused_tokens = 0
         if self.rows not in (0, rows):
-            if self.rows != 1:
+            if self.rows != self._conversations or rows % self.rows:
                 raise CacheUseError(f"the cache holds {self.rows} rows, the forward has {rows}")
-            self.batch_repeat_interleave(rows)
+            self.batch_repeat_interleave(rows // self.rows)
         self._track(ids, rows, count, named)
+        if self._continues == "steps" and self._held and count > 1 and not self._untracked:
+            raise CacheUseError(
+                f"{type(self._model).__name__} goes on after its first forward one token at a time only: with {count} "
+                "tokens at once its output would be wrong; `generate` with the whole conversation sees to that"
+            )
         self._forward = Forward(count, rows, threading.get_ident())
+        if self._states:
+            self._states_at = None
         if self._saver is not None:
             self._saver.begin_forward(self._chain.full_blocks())
         return replaced
+
+    def _prepare_states(self) -> None:
+        """Running states are about to change: if the forward is interrupted they are of no use."""
+        if self._states_at != self._held:
+            raise CacheUseError(
+                f"the running states of the layers are not those after the {self._held} tokens held (a forward was "
+                "interrupted, or the cache cropped): call match() with the whole conversation, or reset()"
+            )
+        if not self._attachment.sees_layers:
+            for layer in self._states:
+                layer.settle()
 
     def _begin_own_turn(self) -> None:
         """The first forward of a loop of one's own, or since its last `save`."""
@@ -81,9 +104,7 @@ class CacheForwards(CacheTurns):
         what is held. (Its logits processors and candidates need the whole ids, so they can't be shortened before.)"""
         ids = named.get("input_ids")
         prompt = self._prompt_tokens
-        if not (
-            self._checked and self._is_first() and self._held and ids is not None and prompt and ids.shape[1] >= prompt
-        ):
+        if not (self._checked and 0 < self._held < prompt and ids is not None and ids.shape[1] >= prompt):
             return None
         width = ids.shape[1]
         return {
@@ -156,21 +177,29 @@ class CacheForwards(CacheTurns):
             CacheUseError: not within a forward of the model that this cache was made for.
             LoadError: what was to be loaded can't be (`generate` catches it and recomputes).
         """
-        forward = self._forward
-        if forward is None:
+        forward = self._check_forward()
+        if self.layers[layer_idx].by_token and key_states.shape[0] != forward.rows:
+            raise CacheUseError(
+                f"layer {layer_idx} adds {tuple(key_states.shape)} where the forward has {forward.rows} rows"
+            )
+        if self._restore is not None and not self._attachment.sees_layers:
+            self._restore.before_layer(layer_idx)
+        layer: Any = self.layers[layer_idx]
+        keys, values = layer.update(key_states, value_states, *args, **kwargs)
+        return keys, values
+
+    def _check_forward(self) -> Forward:
+        """The forward that runs.
+
+        Raises:
+            CacheUseError: none does.
+        """
+        if self._forward is None:
             raise CacheUseError(
                 "the cache did not see this forward begin, so it can't know its tokens: call the model that the "
                 "cache was made with (not a part of it), and keep it attached"
             )
-        if (key_states.shape[0], key_states.shape[-2]) != (forward.rows, forward.count):
-            raise CacheUseError(
-                f"layer {layer_idx} adds {tuple(key_states.shape)} where the forward has {forward.count} tokens in "
-                f"{forward.rows} rows: this model's KV is not one entry per token"
-            )
-        if self._restore is not None and not self._attachment.sees_layers:
-            self._restore.before_layer(layer_idx)
-        keys, values = self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
-        return keys, values
+        return self._forward
 
     def end_forward(self) -> None:
         """A forward of the model has ended well."""
@@ -183,9 +212,12 @@ class CacheForwards(CacheTurns):
             return
         self._changed = True
         before, self._held = self._held, self._held + forward.count
-        if any(layer.length != self._held for layer in self.layers):
-            lengths = sorted({layer.length for layer in self.layers})
-            raise CacheUseError(f"after {self._held} tokens the layers hold {lengths}: this model can't be kept")
+        for layer in self.layers:
+            layer.end_forward(forward.count)
+        if self._states:
+            self._states_at = self._held
+        if any(layer.length != self._held for layer in self.layers) and not self._uneven:
+            self._take_as_uneven()
         prompt = self._prompt_tokens if self._checked else self._held
         prefilled = max(0, min(self._held, prompt) - before)
         self._stats.prefilled_tokens += prefilled
@@ -199,5 +231,25 @@ class CacheForwards(CacheTurns):
         if self._saver is not None:
             try:
                 self._saver.end_forward()
+                if self._held in self._stops or self._is_due():
+                    self._take_checkpoint(wait=False)
             except StoreClosedError:
                 self._stop_saving()
+
+    def _take_as_uneven(self) -> None:
+        """The model's KV is not one entry per token: it serves this turn, as in any cache, and is not kept."""
+        lengths = sorted({layer.length for layer in self.layers})
+        self._uneven = True
+        if self._saver is not None:
+            self._saver.begin_turn(0, None)
+        self._chain.crop(0)
+        self._untrack(
+            f"after {self._held} tokens the layers of {type(self._model).__name__} hold {lengths}", expected=True
+        )
+        self._stats.recomputed, self._stats.missed = self._untracked, "not one entry per token"
+        if self._attachment.warn_once("uneven"):
+            logger.warning("nothing is reused and nothing kept: %s", self._untracked)
+
+    def _is_due(self) -> bool:
+        """Whether a checkpoint was asked for at every so many tokens, and it is so many now."""
+        return bool(self._checkpoint_every and self._held % self._checkpoint_every == 0)

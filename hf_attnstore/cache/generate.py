@@ -2,6 +2,8 @@
 
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,9 @@ import torch
 from torch import nn
 
 from ..errors import CacheUseError, LoadError, UnsupportedModelError
-from .attach import attachment_of
+from .attach import attachment_of, feed
+from .batch import BatchCache
+from .batch_generate import generate_batch
 from .cache import AttentionStoreCache
 from .inputs import foreign_input, mask_problem, position_problem
 
@@ -42,34 +46,41 @@ def generate_with_store(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     attachment = attachment_of(model)
     assert attachment is not None
     original = attachment.original_generate(model)
-    cache = kwargs.get("past_key_values")
+    cache = kwargs.pop("past_key_values", None)
+    if cache is None:
+        cache = kwargs.pop(attachment.cache_name, None)
+    if cache is not None:
+        kwargs[attachment.cache_name] = cache
     prompt = _prompt(args, kwargs)
     if cache is None:
         if attachment.store is None or not _can_be_kept(model, prompt, kwargs):
             return original(*args, **kwargs)
         # nobody asked for a window, so nothing is dropped: the result is that of plain `generate`
         cache = AttentionStoreCache(model, store=attachment.store, drop=0)
-        kwargs["past_key_values"] = cache
+        kwargs[attachment.cache_name] = cache
     elif not isinstance(cache, AttentionStoreCache):
         return original(*args, **kwargs)
     if cache.model is not model:
         raise CacheUseError(f"the cache was made for another model than this {type(model).__name__}")
     if _setting(model, kwargs, "use_cache") is False:
         logger.warning("use_cache=False: this generate runs without its cache, nothing is reused or saved")
-        return original(*args, **{**kwargs, "past_key_values": None})
+        return original(*args, **{**kwargs, attachment.cache_name: None})
+    if isinstance(cache, BatchCache):
+        return generate_batch(model, cache, original, prompt, args, kwargs, partial(_setting, model, dict(kwargs)))
     turn = _Turn(cache, model, prompt, kwargs)
-    missing = turn.begin()
+    parts = turn.begin()
     try:
         for attempt in range(_MAX_RETRIES + 1):
             try:
-                if missing is not None:
-                    with torch.no_grad():
-                        model(input_ids=missing, past_key_values=cache, use_cache=True)
-                return turn.run(original, args, kwargs, streamed=attempt > 0)
+                for part in parts:
+                    feed(model, cache, part)
+                output = turn.run(original, args, kwargs, streamed=attempt > 0)
+                cache.end_of_generate()
+                return output
             except LoadError as error:
                 # the load belongs to the first forward: no token has been made yet, only the prompt was streamed
                 cache.abandon(error)
-                missing = turn.begin(load=attempt + 1 < _MAX_RETRIES)
+                parts = turn.begin(load=attempt + 1 < _MAX_RETRIES)
         raise AssertionError("a turn without loading can't fail to load")
     finally:
         cache.end_turn()
@@ -156,6 +167,7 @@ class _Turn:
         if getattr(model.config, "is_encoder_decoder", False):
             raise UnsupportedModelError("encoder-decoder models can't be kept yet")
         self._cache = cache
+        self._kwargs = kwargs
         self._history = _history(cache, prompt, kwargs)
         self._problem = _problem(model, prompt, kwargs, self._history)
         self._model = model
@@ -177,12 +189,13 @@ class _Turn:
             new_tokens = max(0, longest - len(self._ids)) if longest else 0
         self._new_tokens = int(new_tokens)
 
-    def begin(self, *, load: bool = True) -> torch.Tensor | None:
-        """Begins the turn. Returns the ids `[1, tokens]` that the model must be fed first, where the prompt is of new
-        tokens alone and some of what came before them could not be reused."""
+    def begin(self, *, load: bool = True) -> list[torch.Tensor]:
+        """Begins the turn. Returns what the model must be fed first, in parts `[1, tokens]`: what could not be reused
+        of the tokens before a prompt of new tokens alone, and what comes before places at which the cache wants to
+        keep running states."""
         if self._problem is not None:
             self._cache.begin_unidentified_turn(self._problem, self._length)
-            return None
+            return []
         if load:
             limit = self._history or len(self._ids) - 1
             unreadable = ""
@@ -193,9 +206,13 @@ class _Turn:
         )
         self._shown = self._cache.prompt_in_view(self._ids)
         held = len(self._shown) - self._prompt.shape[1] if self._history else 0
-        if reused >= held:
-            return None
-        return torch.from_numpy(self._shown[None, reused:held]).to(self._prompt.device)
+        # a prompt of new tokens alone is fed by `generate` as it is, whatever the cache has of it
+        ends = [held] if self._history else self._cache.stops
+        chunk = _setting(self._model, self._kwargs, "prefill_chunk_size")
+        if chunk and ends and self._cache.continues_in_parts:
+            ends = sorted({*ends, *range(reused + chunk, ends[-1], chunk)})
+        bounds = pairwise([reused, *(end for end in ends if end > reused)])
+        return [torch.from_numpy(self._shown[None, a:b]).to(self._prompt.device) for a, b in bounds]
 
     @property
     def _dropped(self) -> int:

@@ -9,9 +9,15 @@ from ..errors import UnsupportedModelError
 from ..store.sizes import format_bytes
 from .attach import owner_of
 from .fingerprint import fingerprint_of
+from .kinds import granularity, make_layers
 from .probing import probe
-from .structure import layer_kinds
 from .truncation import window_of
+
+_GRANULARITY = {
+    "token": "up to any token",
+    "checkpoint": "up to a checkpoint of the layers' running states: at the end of every prompt and of every turn",
+    "none": "nothing: some of its layers are of a kind that nothing is known of",
+}
 
 
 def describe(model: nn.Module) -> str:
@@ -24,11 +30,13 @@ def describe(model: nn.Module) -> str:
     size = sum(parameter.nbytes for parameter in model.parameters())
     lines = [f"{type(model).__name__}, {format_bytes(size)}", f"fingerprint  {fingerprint_of(model).current()}"]
     try:
+        layers = make_layers(config)
         kinds = [
             f"{len(list(group))} × {name}" + (f" (window {window:,})" if window else "")
-            for (name, window), group in groupby(layer_kinds(config), key=lambda kind: (kind.name, kind.window))
+            for (name, window), group in groupby(layers, key=lambda layer: (layer.kind, getattr(layer, "window", None)))
         ]
         lines.append(f"layers       {', '.join(kinds)}")
+        lines.append(f"reuse        {_GRANULARITY[granularity(layers)]}")
     except UnsupportedModelError as error:
         lines.append(f"layers       can't be kept: {error}")
     window = window_of(config, None, 0, 1.0)

@@ -1,84 +1,45 @@
-"""Cache layers whose tensors are grown in place: one class for each kind of transformers layer.
+"""Cache layers that keep something of every token, in tensors grown in place.
 
 A layer holds the KV of positions `[first, length)` in buffers `[batch, heads, capacity, dim]`. New tokens are
 written behind the old ones; only when the capacity is used up are the old ones copied, to buffers that are
-larger by a constant factor.
+larger by a constant factor. Layers that keep a running state instead are in `states.py`; `kinds.py` says which class
+serves which kind of transformers layer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from ..store.blocks import TensorSpec
-from .buffers import empty
-
-_GROWTH = 1.5
-_GRANULE = 64
-NAMES = ("keys", "values")
+from .buffers import GROWTH, with_capacity
 
 
-class StoreLayer(CacheLayerMixin):
-    """What all kinds share: the buffers, and waiting for what is still on its way into them."""
+class KeptLayer:
+    """What a cache asks of each of its layers. As it stands here, a layer of which nothing is kept by token."""
 
-    is_compileable = False
-    is_croppable = True
-    is_sliding = False
-    window: int | None = None
-
-    def __init__(self) -> None:
-        # not CacheLayerMixin's: it assigns keys and values, which are views here
-        self.first = 0
-        """Position of the first token held."""
-        self.length = 0
-        """One past the position of the last token: what the layer counts as its sequence length."""
-        self.expected = 0
-        """Tokens that the layer will need to hold, as far as known: no growing before that."""
-        self.pending: Callable[[], None] | None = None
-        """Waits until what was to be loaded is in place."""
-        self._buffers: list[torch.Tensor] = []
-
-    # tensors
-
-    @property
-    def is_initialized(self) -> bool:  # type: ignore[override]
-        return bool(self._buffers)
-
-    @property
-    def keys(self) -> torch.Tensor | None:  # type: ignore[override]
-        """`[batch, heads, tokens, dim]`: the tokens that the next forward will see. A view."""
-        return self._visible(0)
-
-    @property
-    def values(self) -> torch.Tensor | None:  # type: ignore[override]
-        """`[batch, heads, tokens, dim]`: see `keys`."""
-        return self._visible(1)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._buffers[0].dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self._buffers[0].device
+    by_token = False
+    """Whether it keeps something of every token, so that it can go back to any of them."""
+    has_state = False
+    """Whether it keeps a running state, which is right for one number of tokens only."""
+    reusable = True
+    """Whether what it keeps can be put back into it. False for kinds of layers that nobody knows."""
+    kind = ""
+    """The name of its kind, as transformers' configurations have it."""
+    first = 0
+    """Position of the first token held."""
+    length = 0
+    """One past the position of the last token: what the layer counts as its sequence length."""
+    expected = 0
+    """Tokens that the layer will need to hold, as far as known: no growing before that."""
+    pending: Callable[[], None] | None = None
+    """Waits until what was to be loaded is in place."""
 
     @property
     def rows(self) -> int:
         """The batch size; 0 before the first token."""
-        return self._buffers[0].shape[0] if self._buffers else 0
-
-    def _visible(self, index: int) -> torch.Tensor | None:
-        if not self._buffers:
-            return None
-        self.settle()
-        return self._view(index, self._visible_from())
-
-    def _visible_from(self) -> int:
-        return self.first
-
-    def _view(self, index: int, low: int) -> torch.Tensor:
-        return self._buffers[index][..., low - self.first : self.length - self.first, :]
+        return 0
 
     def settle(self) -> None:
         """Waits for what is still on its way.
@@ -90,17 +51,101 @@ class StoreLayer(CacheLayerMixin):
             self.pending()
             self.pending = None  # not before: what an interrupt leaves half done is not to be taken for complete
 
-    def nbytes_per_token(self) -> int:
-        """Bytes of one token's KV in one row."""
-        return sum(b[0, ..., :1, :].nbytes for b in self._buffers)
+    def reset(self) -> None:
+        """Lets go of everything."""
+        self.pending = None
+        self.length = 0
+
+    def end_forward(self, count: int) -> None:
+        """A forward of so many tokens has ended: for layers that do not see every token."""
+        self.length += count
 
     def piece(self, start: int, stop: int) -> dict[str, torch.Tensor]:
         """The first row's KV of positions `[start, stop)`, each tensor `[heads, tokens, dim]`. Views."""
-        return dict(zip(NAMES, self._row(start, stop), strict=True))
+        return {}
 
-    def _row(self, start: int, stop: int) -> list[torch.Tensor]:
-        rows = [b[0, ..., start - self.first : stop - self.first, :] for b in self._buffers]
-        return [row.unsqueeze(0) if row.ndim == 2 else row for row in rows]
+    def holds(self, start: int, stop: int) -> bool:
+        """Whether all that `piece` would give is there."""
+        return True
+
+    def crop_to(self, length: int) -> None:
+        """Keeps the first `length` tokens."""
+        self.length = min(self.length, length)
+
+    def restore(
+        self, first: int, start: int, stop: int, specs: Mapping[str, TensorSpec], device: torch.device | None
+    ) -> dict[str, torch.Tensor]:
+        """Makes the layer hold positions `[first, stop)` in one row, of which `[start, stop)` are about to arrive.
+
+        Args:
+            specs: by name, what there is to arrive.
+
+        Returns:
+            Where they go, by name, each `[heads, stop - start, dim]`.
+        """
+        self.length = stop
+        return {}
+
+
+class StoreLayer(KeptLayer, CacheLayerMixin):
+    """What the kinds that keep something of every token share: the buffers."""
+
+    by_token = True
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+    window: int | None = None
+
+    def __init__(self) -> None:
+        # not CacheLayerMixin's: it assigns keys and values, which are views here
+        self._buffers: dict[str, torch.Tensor] = {}
+
+    # tensors
+
+    @property
+    def is_initialized(self) -> bool:  # type: ignore[override]
+        return bool(self._buffers)
+
+    @property
+    def keys(self) -> torch.Tensor | None:  # type: ignore[override]
+        """`[batch, heads, tokens, dim]`: the tokens that the next forward will see. A view."""
+        return self._visible("keys")
+
+    @property
+    def values(self) -> torch.Tensor | None:  # type: ignore[override]
+        """`[batch, heads, tokens, dim]`: see `keys`."""
+        return self._visible("values")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._buffers["keys"].dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._buffers["keys"].device
+
+    @property
+    def rows(self) -> int:
+        return self._buffers["keys"].shape[0] if self._buffers else 0
+
+    def _visible(self, name: str) -> torch.Tensor | None:
+        if name not in self._buffers:
+            return None
+        self.settle()
+        return self._view(name, self._visible_from())
+
+    def _visible_from(self) -> int:
+        return self.first
+
+    def _view(self, name: str, low: int) -> torch.Tensor:
+        return self._buffers[name][..., low - self.first : self.length - self.first, :]
+
+    def end_forward(self, count: int) -> None:
+        pass
+
+    def piece(self, start: int, stop: int) -> dict[str, torch.Tensor]:
+        rows = {name: b[0, ..., start - self.first : stop - self.first, :] for name, b in self._buffers.items()}
+        return {name: row.unsqueeze(0) if row.ndim == 2 else row for name, row in rows.items()}
 
     def holds(self, start: int, stop: int) -> bool:
         return bool(self._buffers) and self.first <= start and stop <= self.length
@@ -108,66 +153,107 @@ class StoreLayer(CacheLayerMixin):
     # growing
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self._buffers = self._allocate(max(key_states.shape[-2], self.expected), (key_states, value_states))
+        states = {"keys": key_states, "values": value_states}
+        self._buffers = self._allocate(max(key_states.shape[-2], self.expected), states)
 
-    def _allocate(self, capacity: int, like: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
-        capacity = -(-capacity // _GRANULE) * _GRANULE
-        return [empty((*t.shape[:-2], capacity, t.shape[-1]), t.dtype, t.device) for t in like]
+    def _allocate(self, capacity: int, like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: with_capacity(tensor, capacity) for name, tensor in like.items()}
 
-    def _make_room(self, tokens: int, like: tuple[torch.Tensor, ...]) -> None:
+    def _make_room(self, tokens: int, like: Mapping[str, torch.Tensor]) -> None:
         """Capacity for `tokens` more, letting go of what is not needed any more."""
         if not self._buffers:
             self._buffers = self._allocate(max(tokens, self.expected - self.first), like)
             return
-        if like[0].ndim != self._buffers[0].ndim:  # restored with a heads dimension that the model does not have
-            self._buffers = [buffer.squeeze(1) for buffer in self._buffers]
-        if like[0].device != self.device:
-            self._buffers = [b.to(t.device) for b, t in zip(self._buffers, like, strict=True)]
-        capacity = self._buffers[0].shape[-2]
+        one, keys = like["keys"], self._buffers["keys"]
+        if one.ndim != keys.ndim:  # restored with a heads dimension that the model does not have
+            self._buffers = {name: buffer.squeeze(1) for name, buffer in self._buffers.items()}
+        if one.device != keys.device:
+            self._buffers = {name: buffer.to(one.device) for name, buffer in self._buffers.items()}
+        capacity = self._buffers["keys"].shape[-2]
         if self.length - self.first + tokens <= capacity:
             return
         keep = self._keep_from()
         held = self.length - keep
         old = self._buffers
-        wanted = max(held + tokens, min(self.expected - keep, 2 * capacity), int(held * _GROWTH))
-        grown = self._allocate(wanted, tuple(old))
-        for source, target in zip(old, grown, strict=True):
-            target[..., :held, :].copy_(source[..., keep - self.first : self.length - self.first, :])
+        wanted = max(held + tokens, min(self.expected - keep, 2 * capacity), int(held * GROWTH))
+        grown = self._allocate(wanted, old)
+        for name, target in grown.items():
+            target[..., :held, :].copy_(old[name][..., keep - self.first : self.length - self.first, :])
         self._buffers, self.first = grown, keep
+
+    def _window_from(self, length: int) -> int:
+        """Position of the first token that queries see which come after `length` tokens."""
+        return 0
 
     def _keep_from(self) -> int:
         """Position of the first token that is still needed."""
         return self.first
 
     def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        states = (key_states, value_states)
+        states = {"keys": key_states, "values": value_states}
         count = key_states.shape[-2]
         self._make_room(count, states)
         slot = self.length - self.first
-        for buffer, state in zip(self._buffers, states, strict=True):
-            buffer[..., slot : slot + count, :].copy_(state)
+        for name, state in states.items():
+            self._buffers[name][..., slot : slot + count, :].copy_(state)
         self.length += count
 
     def restore(
-        self, first: int, start: int, stop: int, specs: tuple[TensorSpec, TensorSpec], device: torch.device | None
-    ) -> list[torch.Tensor]:
-        """Makes the layer hold positions `[first, stop)` in one row, of which `[start, stop)` are about to arrive.
-
-        Returns:
-            Where they go: keys and values, each `[heads, stop - start, dim]`.
-        """
+        self, first: int, start: int, stop: int, specs: Mapping[str, TensorSpec], device: torch.device | None
+    ) -> dict[str, torch.Tensor]:
         if start == first:
-            like = tuple(
-                torch.empty((1, s.shape[0], 0, s.shape[-1]), dtype=s.dtype, device=device or "cpu") for s in specs
-            )
-            self._buffers, self.first, self.length = [], first, first
+            like = {
+                name: torch.empty((1, s.shape[0], 0, s.shape[-1]), dtype=s.dtype, device=device or "cpu")
+                for name, s in specs.items()
+            }
+            self._buffers, self.first, self.length = {}, first, first
             self.expected = max(self.expected, stop)
             self._make_room(stop - first, like)
         else:
             self.length = start
-            self._make_room(stop - start, tuple(self._buffers))
+            self._make_room(stop - start, self._buffers)
         self.length = stop
-        return self._row(start, stop)
+        return self.piece(start, stop)
+
+    # rows of a batch
+
+    def assemble(self, rows: Sequence["StoreLayer"], pads: Sequence[int], end: int) -> None:
+        """Holds what layers of one row each hold, as its own rows, each behind so many columns of padding, up to
+        column `end`."""
+        low = self._window_from(end)
+        self.reset()
+        for number, (row, pad) in enumerate(zip(rows, pads, strict=True)):
+            row.settle()
+            first = max(low, pad)
+            for name, states in row.columns(0, first - pad, end - pad).items() if pad < end else ():
+                self._slot(name, len(rows), low, end, states)[number : number + 1, ..., first - low :, :].copy_(states)
+        self.first, self.length = low, end
+
+    def _slot(self, name: str, rows: int, low: int, end: int, like: torch.Tensor) -> torch.Tensor:
+        """The part of a new buffer for columns `[low, end)`, `[rows, heads, columns, dim]`; zeros where nothing was
+        put yet: what is masked must be finite."""
+        if name not in self._buffers:
+            shape = (rows, *like.shape[1:-2], 0, like.shape[-1])
+            one = torch.empty(shape, dtype=like.dtype, device=like.device)
+            self._buffers[name] = with_capacity(one, max(self.expected, end) - low)
+            self._buffers[name][..., : end - low, :].zero_()
+        return self._buffers[name][..., : end - low, :]
+
+    def columns(self, place: int, start: int, stop: int) -> dict[str, torch.Tensor]:
+        """What one row holds of positions `[start, stop)`, each tensor `[1, heads, tokens, dim]`. Views."""
+        low, high = start - self.first, stop - self.first
+        return {name: buffer[place : place + 1, ..., low:high, :] for name, buffer in self._buffers.items()}
+
+    def absorb(self, states: Mapping[str, torch.Tensor]) -> None:
+        """Adds what was computed elsewhere for new tokens, as from `columns`."""
+        self.settle()
+        self._append(states["keys"], states["values"])
+
+    def keep_from(self, position: int) -> None:
+        """Lets go of what comes before a position."""
+        if self.first < position < self.length:
+            kept = {name: buffer[..., position - self.first :, :].clone() for name, buffer in self._buffers.items()}
+            self._buffers, self.first = kept, position
 
     # the contract of a transformers layer
 
@@ -195,14 +281,13 @@ class StoreLayer(CacheLayerMixin):
         self.crop_to(max(0, self.length + tokens_to_remove))
 
     def crop_to(self, length: int) -> None:
-        """Keeps the first `length` tokens."""
         self.length = min(self.length, length)
         if self.length == 0:
             self.reset()
 
     def reset(self) -> None:
         self.pending = None
-        self._buffers = []
+        self._buffers = {}
         self.first = self.length = 0
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -219,7 +304,7 @@ class StoreLayer(CacheLayerMixin):
             return
         self.settle()
         with torch.inference_mode(False):
-            self._buffers = [select(buffer) for buffer in self._buffers]
+            self._buffers = {name: select(buffer) for name, buffer in self._buffers.items()}
 
 
 class FullLayer(StoreLayer):
@@ -230,7 +315,7 @@ class FullLayer(StoreLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         self.settle()
         self._append(key_states, value_states)
-        return self._view(0, self.first), self._view(1, self.first)
+        return self._view("keys", self.first), self._view("values", self.first)
 
 
 class SlidingLayer(StoreLayer):
@@ -271,7 +356,7 @@ class SlidingLayer(StoreLayer):
         self.settle()
         low = self._window_from(self.length)
         self._append(key_states, value_states)
-        return self._view(0, low), self._view(1, low)
+        return self._view("keys", low), self._view("values", low)
 
     def get_max_length(self) -> int:
         return self.window or -1
@@ -294,8 +379,3 @@ class SlidingLayer(StoreLayer):
     def crop_to(self, length: int) -> None:
         super().crop_to(length)
         self._recorded_from = max(self._window_from(self.length), self.first)
-
-
-def make_layer(window: int | None) -> StoreLayer:
-    """The layer for a kind: full attention, or sliding attention with a window of so many tokens."""
-    return FullLayer() if window is None else SlidingLayer(window)

@@ -1,13 +1,12 @@
 """Computing the KV of a conversation beforehand: a turn that generates nothing and can be stopped."""
 
-import inspect
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
 
 from ..errors import LoadError
+from .attach import feed
 from .cache import AttentionStoreCache, device_of
 
 CHUNK = 256
@@ -33,7 +32,9 @@ def prefill(cache: AttentionStoreCache, ids: np.ndarray, go_on: Callable[[], boo
     cache.begin_turn(ids, limit=len(ids), checked=True)
     try:
         cache.hold_back()
-        return not cache.unidentified and _feed(cache, cache.prompt_in_view(ids), go_on)
+        if cache.unidentified or not cache.continues_in_parts:
+            return False
+        return _feed(cache, cache.prompt_in_view(ids), go_on)
     except LoadError as error:
         cache.abandon(error)
         return False
@@ -41,19 +42,17 @@ def prefill(cache: AttentionStoreCache, ids: np.ndarray, go_on: Callable[[], boo
         cache.end_turn()
 
 
-@torch.no_grad()
 def _feed(cache: AttentionStoreCache, shown: np.ndarray, go_on: Callable[[], bool]) -> bool:
-    model: Any = cache.model
-    # logits are for nobody; of a large vocabulary they would take more memory than all else
-    no_logits = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    device = device_of(cache.model)
     position = cache.get_seq_length()
     while position < len(shown):
         if not go_on():
             return False
-        chunk = torch.from_numpy(shown[None, position : position + CHUNK].copy()).to(device_of(model))
-        model(input_ids=chunk, past_key_values=cache, use_cache=True, **no_logits)
+        chunk = torch.from_numpy(shown[None, position : position + CHUNK].copy()).to(device)
+        feed(cache.model, cache, chunk)
         if not cache.is_of_its_model():
             cache.drop_turn("the model was changed while it computed in the background")
+        if cache.unidentified:
             return False
         position += chunk.shape[1]
     return True

@@ -73,7 +73,7 @@ def _probe(model: nn.Module) -> Iterator[LayerGeometry]:
     parameters = inspect.signature(model.forward).parameters
     if "past_key_values" not in parameters:
         raise _Refused("its forward takes no past_key_values")
-    ids = _ordinary_ids(config, text)
+    ids = ordinary_ids(config, text)
     if _positions(text) < _FEWEST:
         raise _Refused(f"the model has too few positions to tell ({_positions(text)})")
     # in a sequence of one and the same token, attention averages equal values: no position but by rotation either
@@ -123,7 +123,7 @@ def _places(limit: int) -> list[int]:
     return [1, *(1 + distance for distance in distances), *others]
 
 
-def _ordinary_ids(config: Any, text: Any) -> torch.Tensor:
+def ordinary_ids(config: Any, text: Any) -> torch.Tensor:
     """A few token ids `[tokens]` that are nothing special."""
     special: set[int] = set()
     for source in (config, text):

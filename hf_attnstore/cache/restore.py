@@ -10,11 +10,13 @@ import torch
 from ..errors import LoadError
 from ..session.spans import Span, overlapping
 from ..store.blocks import TensorSpec
+from ..store.keys import Key
 from ..store.policy import lookahead_depth
 from ..store.store import AttentionStore
 from ..store.transfer import Load, Piece, Stage
-from .layers import NAMES, SlidingLayer, StoreLayer
+from .layers import KeptLayer, SlidingLayer
 from .positions import Geometry, Rotation
+from .states import RunningState, decode_numbers
 
 
 def tensor_name(layer: int, name: str) -> str:
@@ -35,17 +37,27 @@ class Pace:
         self.compute = compute if not self.compute else (self.compute + compute) / 2
 
 
-def first_needed(layer: StoreLayer, length: int, whole_from: int) -> int:
+@dataclass(frozen=True)
+class Checkpoint:
+    """The running states of all layers after `tokens` tokens."""
+
+    tokens: int
+    key: Key
+
+
+def first_needed(layer: KeptLayer, length: int, whole_from: int) -> int:
     """Position from which a layer needs KV to go on at `length`, and to save the block that begins at `whole_from`."""
+    if not layer.by_token:
+        return length
     if not isinstance(layer, SlidingLayer):
         return 0
     return min(layer._window_from(length), whole_from)
 
 
-def resident_from(layer: StoreLayer, length: int, whole_from: int) -> int:
+def resident_from(layer: KeptLayer, length: int, whole_from: int) -> int:
     """Position from which KV must be loaded for the layer to go on at `length`; `length` if nothing must be."""
     need = first_needed(layer, length, whole_from)
-    if layer.is_initialized and layer.first <= need and layer.length > need:
+    if layer.rows and layer.first <= need < layer.length:
         return min(layer.length, length)
     return need
 
@@ -53,7 +65,7 @@ def resident_from(layer: StoreLayer, length: int, whole_from: int) -> int:
 class Restore:
     """A load into the layers of a cache. Made with nothing moved yet; `start` and the layers' hooks drive it."""
 
-    def __init__(self, layers: Sequence[StoreLayer], load: Load, pace: Pace, rotated_tokens: int = 0) -> None:
+    def __init__(self, layers: Sequence[KeptLayer], load: Load, pace: Pace, rotated_tokens: int = 0) -> None:
         self._layers = layers
         self.rotated_tokens = rotated_tokens
         """Tokens whose keys are rotated as they arrive, in the layer with the most of them."""
@@ -78,6 +90,8 @@ class Restore:
     def before_layer(self, number: int) -> None:
         """A decoder layer is about to compute: keeps the next ones on their way, and measures the pace."""
         self._load.request(number + self._depth)
+        if self._layers[number].has_state:  # models look at a state without asking the cache
+            self._layers[number].settle()
         now = time.perf_counter()
         if self._clock is not None:
             self._compute.append(max(now - self._clock - self._waited, 0.0))
@@ -111,7 +125,7 @@ class Restore:
 
 
 def plan_restore(
-    layers: Sequence[StoreLayer],
+    layers: Sequence[KeptLayer],
     devices: Sequence[torch.device | None],
     spans: Sequence[Span],
     length: int,
@@ -119,12 +133,14 @@ def plan_restore(
     store: AttentionStore,
     pace: Pace,
     geometry: Geometry | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> Restore | None:
     """Makes every layer hold what it needs at `length` tokens; what is missing is loaded from `spans`.
 
     Args:
         whole_from: position from which all layers need their KV, for the sake of saving.
         geometry: how keys are moved, for spans that are not where they were made.
+        checkpoint: where the running states at `length` come from; None where the layers have them, or have none.
 
     Returns:
         The load that brings it, not started; None where nothing is missing.
@@ -136,12 +152,14 @@ def plan_restore(
         (number, resident_from(layer, length, whole_from), first_needed(layer, length, whole_from))
         for number, layer in enumerate(layers)
     ]
-    if all(start >= length for _, start, _ in missing):
+    if checkpoint is None and all(start >= length for _, start, _ in missing):
         for layer in layers:
             layer.crop_to(length)
+            layer.length = length
         return None
     earliest = min(start for _, start, _ in missing)
-    described = store.describe(next(overlapping(spans, earliest, length)).block)
+    first_block = next(overlapping(spans, earliest, length), None)
+    described = store.describe(first_block.block) if first_block is not None else {}
     parts = {start: list(overlapping(spans, start, length)) for start in {start for _, start, _ in missing}}
     pieces = {start: [Piece(s.block, s.start, s.stop, s.shift) for s in part] for start, part in parts.items()}
     rotated = sum(span.last - span.first for span in parts[earliest] if span.shift)
@@ -152,17 +170,41 @@ def plan_restore(
         layer = layers[number]
         if start >= length:
             layer.crop_to(length)
+            layer.length = length
             stages.append(Stage())
             continue
         specs = _specs(described, number)
         targets = layer.restore(first if start == first else layer.first, start, length, specs, devices[number])
-        names = [spec.name for spec in specs]
-        stage = Stage(pieces[start], dict(zip(names, targets, strict=True)))
+        stage = Stage(pieces[start], {tensor_name(number, name): target for name, target in targets.items()})
         if geometry is not None and any(span.shift for span in parts[start]):
-            rotations = zip(names, (geometry.layers[number].keys, geometry.layers[number].values), strict=True)
-            stage.arrived = partial(_rotate, {n: r for n, r in rotations if r is not None})
+            turned = {"keys": geometry.layers[number].keys, "values": geometry.layers[number].values}
+            stage.arrived = partial(_rotate, {tensor_name(number, n): r for n, r in turned.items() if r is not None})
         stages.append(stage)
+    if checkpoint is not None:
+        _install(layers, devices, checkpoint, store, stages)
     return Restore(layers, store.load(stages), pace, rotated)
+
+
+def _install(
+    layers: Sequence[KeptLayer],
+    devices: Sequence[torch.device | None],
+    checkpoint: Checkpoint,
+    store: AttentionStore,
+    stages: list[Stage],
+) -> None:
+    """Makes the layers take on the states of a checkpoint, which come with the stages."""
+    described, encoded = store.describe_checkpoint(checkpoint.key)
+    try:
+        numbers = decode_numbers(encoded or "")
+    except ValueError as error:
+        raise LoadError(f"a stored checkpoint is none ({error})") from None
+    for number, layer in enumerate(layers):
+        if isinstance(layer, RunningState):
+            if number not in numbers:
+                raise LoadError(f"a stored checkpoint has no state of layer {number}")
+            targets = layer.install(_specs(described, number), numbers[number], devices[number])
+            stages[number].whole = {tensor_name(number, name): target for name, target in targets.items()}
+            stages[number].checkpoint = checkpoint.key
 
 
 def _rotate(rotations: Mapping[str, Rotation], shift: int, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -171,9 +213,10 @@ def _rotate(rotations: Mapping[str, Rotation], shift: int, tensors: Mapping[str,
         rotation.rotate_(tensors[name], shift)
 
 
-def _specs(described: Mapping[str, TensorSpec], number: int) -> tuple[TensorSpec, TensorSpec]:
-    try:
-        keys, values = (described[tensor_name(number, name)] for name in NAMES)
-    except KeyError:
-        raise LoadError(f"a stored block has no KV of layer {number}") from None
-    return keys, values
+def _specs(described: Mapping[str, TensorSpec], number: int) -> dict[str, TensorSpec]:
+    """What a block has of a layer, by the layer's own names."""
+    beginning = tensor_name(number, "")
+    specs = {name.removeprefix(beginning): spec for name, spec in described.items() if name.startswith(beginning)}
+    if not specs:
+        raise LoadError(f"a stored block has nothing of layer {number}")
+    return specs

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -11,7 +11,7 @@ from ..store.blocks import Block, BlockMeta
 from ..store.keys import Key
 from ..store.store import AttentionStore
 from .buffers import empty
-from .layers import SlidingLayer, StoreLayer
+from .layers import KeptLayer, SlidingLayer, StoreLayer
 from .restore import tensor_name
 
 logger = logging.getLogger("hf_attnstore")
@@ -52,7 +52,7 @@ class BlockSaver:
 
     def __init__(
         self,
-        layers: Sequence[StoreLayer],
+        layers: Sequence[KeptLayer],
         chain: TokenChain,
         store: AttentionStore,
         fingerprint: str,
@@ -70,6 +70,8 @@ class BlockSaver:
         self._stalled = False
         self.due = False
         """Whether the forward that runs now completes a block: if not, its layers have nothing to hand over."""
+        self.holds_back = False
+        """Whether nothing is to be handed over before `finish`, checkpoints included."""
         self.saved_bytes = 0
         self.seconds = 0.0
 
@@ -83,7 +85,7 @@ class BlockSaver:
         self._drop_open()
         self._next = self._chain.block_at(in_store)
         self._tail = (self._next, tail) if tail is not None else None
-        self._stalled = False
+        self._stalled = self.holds_back = False
         self.saved_bytes = 0
         self.seconds = 0.0
         self._mark_saved()
@@ -96,7 +98,7 @@ class BlockSaver:
 
     def hold(self) -> None:
         """Nothing is handed over before `finish`."""
-        self._stalled = True
+        self._stalled = self.holds_back = True
 
     def crop(self, tokens: int) -> None:
         """The cache went back to `tokens` tokens: blocks behind that are put together anew."""
@@ -105,8 +107,10 @@ class BlockSaver:
         for number in [number for number in self._open if number >= block]:
             self._store.release(self._open.pop(number).reserved)
         self._known = {number: known for number, known in self._known.items() if number < block}
-        for device in {layer.device for layer in self._layers if layer.is_initialized}:
-            if device.type == "cuda":  # what is on its way to the host must not be overwritten before it is there
+        for device in {layer.device for layer in self._layers if isinstance(layer, StoreLayer) and layer.rows}:
+            if (
+                device is not None and device.type == "cuda"
+            ):  # what is on its way to the host must not be overwritten before it is there
                 torch.cuda.current_stream(device).wait_stream(_save_stream(device))
         self._mark_saved()
 
@@ -189,25 +193,10 @@ class BlockSaver:
             return False
         piecewise.reserved += size
         piecewise.layers[number] = {
-            tensor_name(number, name): self._to_host(tensor, piecewise) for name, tensor in source.items()
+            tensor_name(number, name): copy_to_host(tensor, piecewise.arriving, piecewise.take)
+            for name, tensor in source.items()
         }
         return True
-
-    @staticmethod
-    def _to_host(tensor: torch.Tensor, piecewise: _Piecewise) -> torch.Tensor:
-        with torch.inference_mode(False):
-            if tensor.device.type != "cuda":
-                return piecewise.take(tensor).copy_(tensor)
-            copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        stream = _save_stream(tensor.device)
-        stream.wait_stream(torch.cuda.current_stream(tensor.device))
-        with torch.cuda.stream(stream):
-            copy.copy_(tensor, non_blocking=True)
-            tensor.record_stream(stream)
-            event = torch.cuda.Event()
-            event.record(stream)
-        piecewise.arriving.append(event)
-        return copy
 
     def _put(self, block: int) -> None:
         piecewise = self._open.pop(block)
@@ -233,7 +222,7 @@ class BlockSaver:
         Waits for room in host memory where that will come. Returns the number of leading tokens that the store has.
         """
         began = time.perf_counter()
-        self._stalled = False
+        self._stalled = self.holds_back = False
         size = self._chain.block_size
         while self._chain.bounds(self._next)[0] < tokens:
             block = self._next
@@ -253,6 +242,32 @@ class BlockSaver:
         self._mark_saved()
         self.seconds += time.perf_counter() - began
         return min(self._chain.bounds(self._next)[0], tokens)
+
+
+def copy_to_host(
+    tensor: torch.Tensor,
+    arriving: list[torch.cuda.Event],
+    take: Callable[[torch.Tensor], torch.Tensor] = torch.empty_like,
+) -> torch.Tensor:
+    """A contiguous copy in host memory. One that comes from an accelerator is there when the event is done that this
+    adds to `arriving`.
+
+    Args:
+        take: memory of the shape of a tensor in host memory.
+    """
+    with torch.inference_mode(False):
+        if tensor.device.type != "cuda":
+            return take(tensor).copy_(tensor)
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    stream = _save_stream(tensor.device)
+    stream.wait_stream(torch.cuda.current_stream(tensor.device))
+    with torch.cuda.stream(stream):
+        copy.copy_(tensor, non_blocking=True)
+        tensor.record_stream(stream)
+        event = torch.cuda.Event()
+        event.record(stream)
+    arriving.append(event)
+    return copy
 
 
 _streams: dict[torch.device, torch.cuda.Stream] = {}

@@ -1,7 +1,8 @@
 """What a turn did, in numbers."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 
@@ -15,6 +16,11 @@ class TurnStats:
     """Tokens of the prompt whose KV was there already: in this cache, or from the store."""
     prefilled_tokens: int = 0
     """Tokens of the prompt that the model was really given, counted in its forwards."""
+    matched_tokens: int = 0
+    """Tokens of the prompt that are known. More than were reused where layers keep a running state, and the longest
+    checkpoint of it that the prompt agrees with is of fewer."""
+    checkpoints: int = 0
+    """Checkpoints of running states handed to the store."""
     generated_tokens: int = 0
     """Tokens after the prompt that the model was given."""
     loaded_bytes: int = 0
@@ -39,3 +45,16 @@ class TurnStats:
     """Why something that could have been reused was not; empty if nothing was."""
     missed: str = ""
     """The kind of that reason, in few words."""
+
+
+def added_up(rows: Sequence[TurnStats], whole: TurnStats) -> TurnStats:
+    """The numbers of a batch: those of its rows, with what is said of the whole."""
+    total = TurnStats(recomputed=whole.recomputed, missed=whole.missed)
+    for name in (entry.name for entry in fields(TurnStats)):
+        values = [getattr(row, name) for row in rows]
+        if isinstance(values[0], (int, float)):
+            setattr(total, name, sum(values))
+    total.blocks_from = dict(sum((Counter(row.blocks_from) for row in rows), Counter()))
+    for row in rows:
+        total.recomputed, total.missed = total.recomputed or row.recomputed, total.missed or row.missed
+    return total

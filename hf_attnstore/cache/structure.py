@@ -1,57 +1,7 @@
-"""How a model is built: the kinds of its cache layers, its decoder layers, and where each of them computes."""
-
-from dataclasses import dataclass
-from typing import Any
+"""How a model is built: its decoder layers, and where each of them computes."""
 
 import torch
 from torch import nn
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-
-from ..errors import UnsupportedModelError
-
-
-@dataclass(frozen=True)
-class LayerKind:
-    """What a layer caches: everything (`window` is None), or what its sliding window of `window` tokens needs."""
-
-    name: str
-    window: int | None = None
-
-
-def layer_kinds(config: Any) -> list[LayerKind]:
-    """The kind of every cache layer, in order.
-
-    Raises:
-        UnsupportedModelError: the model is an encoder-decoder, or has a layer of another kind.
-    """
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(
-            f"{config.model_type} is an encoder-decoder model, which this version can't keep; use it without the store"
-        )
-    text = config.get_text_config(decoder=True)
-    layers = DynamicCache(config=text).layers
-    names = getattr(text, "layer_types", None) or [None] * len(layers)
-    if not layers:
-        raise UnsupportedModelError(f"{config.model_type} does not say which layers it has")
-    kinds = []
-    for number, (layer, name) in enumerate(zip(layers, names, strict=False)):
-        if type(layer) is DynamicLayer and name in (None, "full_attention"):
-            kinds.append(LayerKind("full_attention"))
-        elif type(layer) is DynamicSlidingWindowLayer and name in (None, "sliding_attention") and _slides(text, name):
-            kinds.append(LayerKind("sliding_attention", int(layer.sliding_window)))
-        else:
-            shown = name or type(layer).__name__
-            raise UnsupportedModelError(
-                f"layer {number} of {config.model_type} is of kind {shown!r}, which this version can't keep "
-                "(it keeps full_attention and sliding_attention); use the model without the store"
-            )
-    return kinds
-
-
-def _slides(text_config: Any, name: str | None) -> bool:
-    """Whether a layer with a window slides, rather than being cut into chunks."""
-    return name is not None or getattr(text_config, "sliding_window", None) is not None
 
 
 def decoder_layers(model: nn.Module, count: int) -> list[nn.Module]:

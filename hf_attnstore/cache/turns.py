@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from dataclasses import replace
 
 import numpy as np
 
@@ -9,9 +10,10 @@ from ..errors import ContextWindowError, LoadError, SessionBusyError, StoreClose
 from ..session.manifests import write_manifest
 from ..session.spans import Span, crop
 from ..session.view import View
-from ..store.keys import chain_root
+from ..store.keys import Key, chain_root
 from .content import CacheContent
-from .layers import FullLayer, SlidingLayer
+from .layers import FullLayer
+from .states import RunningState
 from .stats import TurnStats
 
 logger = logging.getLogger("hf_attnstore")
@@ -67,8 +69,10 @@ class CacheTurns(CacheContent):
                 for layer in self.layers:
                     if isinstance(layer, FullLayer):
                         layer.expected = len(shown) + min(new_tokens, max(_MAX_EXPECTED_NEW, len(shown)))
-                    elif isinstance(layer, SlidingLayer):
-                        layer.record_past = False  # of an earlier turn; who needs it asks again
+                    if getattr(layer, "record_past", False):  # of an earlier turn; who needs it asks again
+                        if isinstance(layer, RunningState):
+                            layer.step_back(0)
+                        layer.record_past = False  # type: ignore[attr-defined]
                 reused, spans = self._take_up(shown, limit)
                 self._adopt(shown[:reused], spans)
             except ContextWindowError:
@@ -80,6 +84,7 @@ class CacheTurns(CacheContent):
                 raise
             self._prompt = shown if checked else None
             self._prompt_tokens = len(shown)
+            self._stops = self._choose_stops(reused, len(shown) - 1) if checked else []
             stats = self._stats
             stats.prompt_tokens = len(ids)
             stats.reused_tokens = reused
@@ -87,6 +92,29 @@ class CacheTurns(CacheContent):
             if self._view.dropped:
                 stats.truncation = "rotated" if self._view.base else "recomputed"
         return reused
+
+    def _choose_stops(self, first: int, last: int) -> list[int]:
+        """Where a prefill of `[first, last]` is to pause, so that running states can be kept: before its last token,
+        as nothing beyond that could ever be used for the same prompt; and where the user wants checkpoints. Models
+        that continue in steps only pause after every token."""
+        if self._untracked:
+            return []
+        if self._continues == "steps":
+            return list(range(first + 1, last + 1)) if first else [last] if last else []
+        if self._saver is None or not self._states:
+            return []
+        every = self._checkpoint_every or last + 1
+        return sorted({*range((first // every + 1) * every, last, every), last} - {first, 0})
+
+    @property
+    def continues_in_parts(self) -> bool:
+        """Whether the model goes on correctly after what is held when it is fed several tokens at once."""
+        return self._continues == "parts"
+
+    @property
+    def stops(self) -> list[int]:
+        """Positions at which the prefill of this turn's prompt is to pause, by feeding it in parts."""
+        return self._stops
 
     def prompt_in_view(self, ids: np.ndarray) -> np.ndarray:
         """Of the conversation `ids` that a turn was begun on, the tokens that the model is to see."""
@@ -106,6 +134,13 @@ class CacheTurns(CacheContent):
                 self._close_turn()
                 raise
             self._stats.prompt_tokens = self._prompt_tokens = prompt_tokens
+
+    def end_of_generate(self) -> None:
+        """`generate` has returned: notes it if the model computed without the cache that it was given."""
+        stats = self._stats
+        if not stats.prefilled_tokens and not stats.generated_tokens:
+            self._note("the model let go of its cache and computed all of the prompt", "cache not used")
+            stats.reused_tokens, stats.prefilled_tokens = 0, stats.prompt_tokens
 
     def abandon(self, error: LoadError) -> None:
         """A load failed in the middle of a turn: lets go of everything held. The turn, which still has the session
@@ -187,8 +222,23 @@ class CacheTurns(CacheContent):
         self._changed = False
         self._speculating = False
         self._prompt = None
+        self._stops = []
+        for layer in self._states:
+            layer.thaw()
         self._settle()
         self._identify()
+        self._continues = "parts"
+        if not self._attachment.verified and self.granularity != "none" and not self._untracked:
+            self._continues = self._attachment.continues(self._model, self._fingerprint, self._store)
+            if not self._continues:
+                self._untrack("the model does not go on correctly after what its own cache holds", expected=True)
+                self._stats.recomputed, self._stats.missed = self._untracked, "model does not continue"
+                if self._attachment.warn_once("continues"):
+                    logger.warning("nothing is reused and nothing kept: %s", self._untracked)
+        if self.granularity == "none":
+            kinds = ", ".join(sorted({layer.kind for layer in self.layers if not layer.reusable}))
+            self._untrack(f"nothing is known of layers of kind {kinds}", expected=True)
+            self._stats.recomputed, self._stats.missed = self._untracked, "unknown kind of layer"
 
     def _close_turn(self) -> None:
         if self._store is not None:
@@ -236,10 +286,12 @@ class CacheTurns(CacheContent):
         stats = self._stats
         if self._saver is not None:
             saved = self._saver.finish(len(self._chain))
+            if self._changed:
+                self._take_checkpoint(wait=True)
             # a turn that computed nothing, or nothing that ids identify, leaves the session as it was
             if self._changed and (len(self._chain) or not self._untracked):
                 self._commit(saved)
-            stats.saved_bytes = self._saver.saved_bytes
+            stats.saved_bytes += self._saver.saved_bytes
             stats.save_seconds = self._saver.seconds
         self._store.count_turn(
             stats.reused_tokens,
@@ -252,6 +304,14 @@ class CacheTurns(CacheContent):
         # not earlier: the copying would take cores from the turn itself
         from_disk, self._from_disk = self._from_disk, []
         self._store.promote(from_disk)
+
+    def _blocks_beside(self) -> tuple[Key, ...]:
+        """Blocks that belong to the session though none of its tokens is in them: checkpoints of what is held."""
+        return tuple(
+            key
+            for tokens, key in self._checkpoints.items()
+            if tokens <= len(self._chain) and self._chain.checkpoint_key(tokens) == key
+        )
 
     def _stop_saving(self) -> None:
         if self._saver is not None:
@@ -269,6 +329,9 @@ class CacheTurns(CacheContent):
             spans.append(Span(chain.key(block), 0, stop - start, start, stop - start))
         if self.session is not None:
             manifest = write_manifest(self._view, spans, self._view.logical(len(chain)))
+            manifest = replace(manifest, beside=self._blocks_beside())
             self._store.commit(self.session, self._fingerprint, manifest)
         elif spans:
             self._store.touch([span.block for span in spans])
+        if self._checkpoints:
+            self._store.touch(list(self._checkpoints.values()))

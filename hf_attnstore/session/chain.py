@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..store.keys import Key, block_key, encode_tokens
+from ..store.keys import Key, block_key, encode_tokens, state_root
 
 
 class TokenChain:
@@ -83,6 +83,21 @@ class TokenChain:
 
     def parent(self, block: int) -> Key:
         return self.root if block == 0 else self.key(block - 1)
+
+    def checkpoint(self, tokens: int) -> tuple[Key, Key, int]:
+        """The names that go with the running states after the first `tokens` tokens, at least one of them.
+
+        Returns:
+            Their parent, the block before the last one (empty if there is none), and where the last one starts.
+        """
+        block = self.block_at(tokens - 1)
+        before = self.key(block - 1) if block else b""
+        return state_root(self.parent(block), self._secret), before, self.bounds(block)[0]
+
+    def checkpoint_key(self, tokens: int) -> Key:
+        """The name of the running states after the first `tokens` tokens."""
+        parent, _, start = self.checkpoint(tokens)
+        return block_key(parent, encode_tokens(self._ids[start:tokens]), self._secret)
 
     def key(self, block: int) -> Key:
         """The key of a block, as it is now: that of a short last block changes as it grows."""

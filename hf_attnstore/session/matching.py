@@ -20,6 +20,8 @@ class Directory(Protocol):
 
     def nearest(self, parent: Key, ids: Sequence[int]) -> Match | None: ...
 
+    def latest_checkpoint(self, parents: Sequence[Key], ids: Sequence[np.ndarray]) -> tuple[int, Key, int] | None: ...
+
 
 def match_prefix(ids: np.ndarray, root: Key, block_size: int, directory: Directory, base: int = 0) -> list[Span]:
     """The longest beginning of `ids` `[tokens]` that the directory's blocks hold, of whichever session.
@@ -37,3 +39,15 @@ def match_prefix(ids: np.ndarray, root: Key, block_size: int, directory: Directo
         if nearest is not None:
             spans.append(Span(nearest.key, 0, nearest.common, position, nearest.token_count))
     return spans
+
+
+def match_checkpoint(
+    ids: np.ndarray, root: Key, block_size: int, directory: Directory, base: int = 0
+) -> tuple[int, Key] | None:
+    """The checkpoint that sums up the longest beginning of `ids` `[tokens]`: how long that is, and its key."""
+    chain = TokenChain(root, block_size, ids, base, directory.secret)
+    numbers = range(chain.block_at(len(ids) - 1) + 1) if len(ids) > base else range(0)
+    bounds = [chain.bounds(number) for number in numbers]
+    parents = [chain.checkpoint(stop)[0] for _, stop in bounds]
+    found = directory.latest_checkpoint(parents, [ids[start:stop] for start, stop in bounds])
+    return (bounds[found[0]][0] + found[2], found[1]) if found is not None else None

@@ -49,16 +49,48 @@ class BlockStore(OpenStore):
         return Match(*found) if found is not None else best
 
     def describe(self, key: Key) -> Mapping[str, TensorSpec]:
-        """Name, dtype and shape of a block's tensors.
+        """Name, dtype and shape of a block's tensors. Raises what `describe_checkpoint` does."""
+        return self.describe_checkpoint(key)[0]
+
+    def describe_checkpoint(self, key: Key) -> tuple[Mapping[str, TensorSpec], str | None]:
+        """Name, dtype and shape of a block's tensors, and the JSON that goes with running states.
 
         Raises:
             LoadError: it is not there, or damaged (it is then in quarantine).
         """
         _, source = self._open(key)
         if isinstance(source, Block):
-            return source.specs()
+            return source.specs(), source.meta.state
         with source:
-            return {name: t.spec for name, t in source.layout.tensors.items() if name != TOKEN_IDS}
+            specs = {name: t.spec for name, t in source.layout.tensors.items() if name != TOKEN_IDS}
+            return specs, source.layout.meta.state
+
+    def latest_checkpoint(self, parents: Sequence[Key], ids: Sequence[np.ndarray]) -> tuple[int, Key, int] | None:
+        """The checkpoint that sums up most of a text.
+
+        Args:
+            parents: the `state_root` of each block of the text, in order.
+            ids: the ids of each block of the text, as far as the checkpoint may go.
+
+        Returns:
+            The number of its block, its key, and how many of that block's tokens it includes.
+        """
+        there = self._disk.followed(parents)
+        for number in range(len(parents) - 1, -1, -1):
+            parent = parents[number]
+            tokens = encode_tokens(ids[number])
+            best: tuple[Key, int] | None = None
+            for block in self._memory.followers(parent):
+                count = block.meta.token_count
+                if tokens.startswith(block.meta.tokens) and count > (best[1] if best else 0):
+                    best = block.meta.key, count
+            if parent in there:
+                found = self._disk.longest_beginning(parent, tokens)
+                if found is not None and found[1] > (best[1] if best else 0):
+                    best = found
+            if best is not None:
+                return number, *best
+        return None
 
     def _open(self, key: Key) -> tuple[str, Source]:
         block = self._memory.get(key)
@@ -79,7 +111,7 @@ class BlockStore(OpenStore):
         self._check_open()
         sources: dict[Key, tuple[str, Source]] = {}
         try:
-            for key in dict.fromkeys(piece.key for stage in stages for piece in stage.pieces):
+            for key in dict.fromkeys(key for stage in stages for key in stage.needs()):
                 sources[key] = self._open(key)
         except BaseException:
             for _, source in sources.values():

@@ -1,4 +1,9 @@
-"""What a block is: the KV of a run of consecutive tokens, as named tensors, and everything that identifies it."""
+"""What a block is: the KV of a run of consecutive tokens, as named tensors, and everything that identifies it.
+
+A checkpoint is a block too: the running states of a model's layers after the last of its tokens, instead of something
+of each of them. Its tokens are those of the last, perhaps short, block of the text that it sums up, and its parent is
+a name of its own (`state_root`), so that neither is ever found in the place of the other.
+"""
 
 import math
 from dataclasses import dataclass, field
@@ -39,7 +44,10 @@ class BlockMeta:
     """As from `encode_tokens`."""
     codec: str = RAW
     continues: Key = b""
-    """The block before this one, where `parent` does not name it: in the first block after a truncation."""
+    """The block before this one, where `parent` does not name it: in the first block after a truncation, and in
+    checkpoints."""
+    state: str | None = None
+    """JSON that goes with the running states of a checkpoint; None in a block that has something of every token."""
 
     @property
     def predecessor(self) -> Key:
@@ -57,7 +65,8 @@ class BlockMeta:
 
 @dataclass
 class Block:
-    """A block in host memory: tensors by name, in layer order, each `[heads, tokens, dim]` and contiguous.
+    """A block in host memory: tensors by name, in layer order, each contiguous, and `[heads, tokens, dim]` but in
+    checkpoints.
 
     On an accelerator the tensors may still be arriving: `wait_ready` returns when they are there.
     """
@@ -101,4 +110,4 @@ def identity(meta: BlockMeta, spec: TensorSpec) -> bytes:
         meta.key.hex(), meta.parent.hex(), meta.continues.hex(), meta.fingerprint, meta.start, meta.token_count,
         meta.codec, spec.name, spec.dtype, spec.shape,
     )  # fmt: skip
-    return repr(fields).encode()
+    return repr(fields if meta.state is None else (*fields, meta.state)).encode()

@@ -19,7 +19,7 @@ from .blocks import Block, BlockMeta
 from .disk import BlockFile, DiskTier
 from .files import make_private_directory
 from .index import BlockRow, Index
-from .keys import Key, common_codes, common_prefix, prefix_codes
+from .keys import Key, block_key, common_codes, common_prefix, prefix_codes
 from .layout import encoded_size
 from .locks import WriteLock
 from .manifest import Manifest
@@ -225,6 +225,29 @@ class DiskStore:
                 if common > beyond:
                     best, beyond = (row.key, common, row.count), common
         return best
+
+    def followed(self, parents: Sequence[Key]) -> set[Key]:
+        """Which of these have a block after them."""
+        found = self._attempt(lambda: self.index.followed(parents), set())
+        assert isinstance(found, set)
+        return found
+
+    def longest_beginning(self, parent: Key, tokens: bytes) -> tuple[Key, int] | None:
+        """The longest block after `parent` with all of which `tokens` begins, and how many tokens it has."""
+        codes = prefix_codes(tokens, self.vault.secret)
+        limit = codes
+        while limit:
+            found = self._attempt(partial(self.index.before, parent, limit), (None, b""))
+            assert isinstance(found, tuple)
+            row, theirs = found
+            if row is None:
+                return None
+            common = common_codes(theirs, codes)
+            name = block_key(parent, tokens[: 4 * row.count], self.vault.secret)
+            if row.key == name and not self._is_unreadable(row.key):  # the name says that the ids are the same
+                return row.key, row.count
+            limit = theirs[: min(common, len(theirs) - 1)]
+        return None
 
     def describe(self, key: Key, fingerprint: str = "") -> tuple[int, bytes] | None:
         """The position for which a block's first keys were made, and its ids, from its file; None if it is not there,

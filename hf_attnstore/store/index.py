@@ -97,6 +97,23 @@ class Index:
         rows += self.database.read(f"{query} > ? ORDER BY codes ASC LIMIT 1", (parent, codes))
         return [(BlockRow(*row[:-1]), row[-1]) for row in rows]
 
+    def before(self, parent: Key, codes: bytes) -> tuple[BlockRow | None, bytes]:
+        """Of the blocks that follow `parent`, the last one whose codes do not sort after `codes`, and its codes."""
+        rows = self.database.read(
+            f"SELECT {_COLUMNS}, codes FROM blocks WHERE parent = ? AND codes <= ? ORDER BY codes DESC LIMIT 1",
+            (parent, codes),
+        )
+        return (BlockRow(*rows[0][:-1]), rows[0][-1]) if rows else (None, b"")
+
+    def followed(self, parents: Sequence[Key]) -> set[Key]:
+        """Which of these are the parent of some block."""
+        found: set[Key] = set()
+        for some in _batches(parents):
+            marks = ",".join("?" * len(some))
+            rows = self.database.read(f"SELECT DISTINCT parent FROM blocks WHERE parent IN ({marks})", some)
+            found.update(row[0] for row in rows)
+        return found
+
     def blocks(self) -> Iterator[BlockRow]:
         """All of them, a beginning before what follows it within a chain. For long work: others may change them."""
         last = -1

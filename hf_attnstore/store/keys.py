@@ -55,6 +55,11 @@ def cut_root(root: Key, parts: Iterable[tuple[Key, int, int]], secret: bytes = b
     return _digest(b"attnstore-cut", secret, root, *encoded)
 
 
+def state_root(before: Key, secret: bytes = b"") -> Key:
+    """The parent of the checkpoints within the block that follows `before`. It is no block's key."""
+    return _digest(b"attnstore-state", secret, before)
+
+
 def block_key(parent: Key, tokens: bytes, secret: bytes = b"") -> Key:
     """The key of the block that follows `parent` and holds `tokens` (as from `encode_tokens`)."""
     joined = _KEY_LENGTH + parent + _LENGTH(len(tokens)) + tokens  # as in `_digest`: this one is needed often

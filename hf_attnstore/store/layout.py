@@ -102,6 +102,8 @@ def encode_block(block: Block, vault: Vault) -> tuple[bytes, list[np.ndarray]]:
     }
     if meta.continues:
         metadata["continues"] = meta.continues.hex()
+    if meta.state is not None:
+        metadata["state"] = meta.state
     if salt:
         metadata["salt"] = salt.hex()
     # metadata first: the rest is the same in every block of a model, which makes it cheap to parse
@@ -123,7 +125,7 @@ def _check(length: bytes, rest: bytes) -> bytes:
 
 def encoded_size(block: Block) -> int:
     """An upper bound, in bytes, for the file that `encode_block` makes, without computing checksums."""
-    header = 1024 + len(block.meta.fingerprint) + 256 * (len(block.tensors) + 1)
+    header = 1024 + len(block.meta.fingerprint) + 2 * len(block.meta.state or "") + 256 * (len(block.tensors) + 1)
     return header + block.nbytes + 2 * len(block.meta.tokens)
 
 
@@ -169,8 +171,15 @@ def _parse_described(described: str) -> _Described:
         specs.append(spec)
         offsets.append(begin)
         end = stop
-    counts = frozenset(spec.shape[-1 if spec.name == TOKEN_IDS else -2] for spec in specs)
+    counts = frozenset(_tokens_of(spec) for spec in specs)
     return _Described(tuple(specs), tuple(offsets), end, counts)
+
+
+def _tokens_of(spec: TensorSpec) -> int:
+    """Tokens of a tensor, where it has something of every token."""
+    if spec.name == TOKEN_IDS:
+        return spec.shape[-1]
+    return spec.shape[-2] if len(spec.shape) > 1 else -1
 
 
 def parse_header(encoded: bytes, file_bytes: int) -> Layout:
@@ -207,7 +216,8 @@ def _parse_header(encoded: bytes, file_bytes: int) -> Layout:
     count = int(metadata["token_count"])
     if tensors[TOKEN_IDS].spec != TensorSpec(TOKEN_IDS, torch.int64, (count,)):
         raise LoadError("the token ids are not as the header says")
-    if found.token_counts != {count}:
+    state = metadata.get("state")
+    if state is None and found.token_counts != {count}:
         raise LoadError("a tensor does not have one row per token")
     meta = BlockMeta(
         key=bytes.fromhex(metadata["key"]),
@@ -217,6 +227,7 @@ def _parse_header(encoded: bytes, file_bytes: int) -> Layout:
         tokens=b"\0\0\0\0" * count,  # placeholder of the right length until the reader has the ids
         codec=metadata["codec"],
         continues=bytes.fromhex(metadata.get("continues", "")),
+        state=state,
     )
     if meta.start < 0 or len(meta.key) != 32 or len(meta.parent) != 32:
         raise LoadError("the header's metadata are none")

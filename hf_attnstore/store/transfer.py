@@ -13,10 +13,10 @@ them into place when it gets there. For targets on a device the I/O threads do e
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import groupby
+from itertools import chain, groupby
 
 import numpy as np
 import torch
@@ -60,11 +60,25 @@ class Stage:
     arrived: Callable[[int, Mapping[str, torch.Tensor]], None] | None = None
     """Called with a shift and the part of every target that is to be moved by it, `[heads, tokens, dim]`, once that
     is there, to move it in place; on the stream that brought it."""
+    whole: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Contiguous targets that take tensors of `checkpoint` as they are, of whatever shape."""
+    checkpoint: Key = b""
 
     @property
     def device(self) -> torch.device | None:
         """Where the targets lie; None for a stage that brings nothing."""
-        return next((target.device for target in self.targets.values()), None)
+        return next((target.device for target in self.all_targets()), None)
+
+    def all_targets(self) -> Iterator[torch.Tensor]:
+        return chain(self.targets.values(), self.whole.values())
+
+    @property
+    def nbytes(self) -> int:
+        return sum(target.nbytes for target in self.all_targets())
+
+    def needs(self) -> list[Key]:
+        """The blocks that it needs."""
+        return [piece.key for piece in self.pieces] + ([self.checkpoint] if self.whole else [])
 
     def parts(self) -> list[dict[str, torch.Tensor]]:
         """The targets, cut into pieces."""
@@ -113,9 +127,9 @@ class Load:
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
         self._here = [stage.device is None or stage.device.type == "cpu" for stage in self._stages]
-        self._in_place = [not stage.pieces for stage in self._stages]
-        self._remaining = [len(stage.pieces) for stage in self._stages]
-        self._devices = DeviceCopies(t for stage in self._stages for t in stage.targets.values())
+        self._in_place = [not stage.needs() for stage in self._stages]
+        self._remaining = [len(stage.needs()) for stage in self._stages]
+        self._devices = DeviceCopies(t for stage in self._stages for t in stage.all_targets())
         self._requested = 0
         self._outstanding = 0
         self._cancelled = False
@@ -136,16 +150,19 @@ class Load:
             self._requested += 1
             wanted = self._stages[number]
             if self._here[number]:
-                for piece in wanted.pieces:
-                    source = self._sources[piece.key][1]
+                for key in wanted.needs():
+                    source = self._sources[key][1]
                     if isinstance(source, BlockFile):
-                        source.will_need(wanted.targets)
+                        source.will_need([*wanted.targets, *wanted.whole])
                 continue
             parts = wanted.parts()
-            for place in range(len(wanted.pieces)):
-                with self._lock:
-                    self._outstanding += 1
-                self._threads.submit(partial(self._bring, number, place, parts[place]))
+            jobs = [partial(self._bring_piece, number, place, parts[place]) for place in range(len(wanted.pieces))]
+            if wanted.whole:
+                jobs.append(partial(self._bring_whole, number))
+            with self._lock:
+                self._outstanding += len(jobs)
+            for key, job in zip(wanted.needs(), jobs, strict=True):
+                self._threads.submit(partial(self._bring, number, key, job))
 
     def wait(self, stage: int) -> float:
         """Returns when `stage` is in place, with the seconds that took.
@@ -209,11 +226,29 @@ class Load:
                     self.error = LoadError(f"reading block {piece.key.hex()} failed: {error!r}")
                     return
             first += piece.tokens
+        if stage.whole:
+            try:
+                found = self._whole_tensors(stage)
+            except LoadError as error:
+                self.error = error
+                self._on_failure(stage.checkpoint, error)
+                return
+            copies[0].extend(stage.whole.values())
+            copies[1].extend(found[name] for name in stage.whole)
         if copies[0]:
             torch._foreach_copy_(*copies)
         stage.finish()
         self._in_place[number] = True
-        self._account(number, sum(target.nbytes for target in stage.targets.values()), time.perf_counter() - began)
+        self._account(number, stage.nbytes, time.perf_counter() - began)
+
+    def _whole_tensors(self, stage: Stage) -> dict[str, torch.Tensor]:
+        """The tensors of a stage's checkpoint, in host memory."""
+        source = self._sources[stage.checkpoint][1]
+        found = host_tensors(source, stage.whole, _read_adjacent, pinned=self._devices.pinned)
+        for name, target in stage.whole.items():
+            if (found[name].shape, found[name].dtype) != (target.shape, target.dtype):
+                raise LoadError(f"the {name} of a checkpoint is {tuple(found[name].shape)} {found[name].dtype}")
+        return found
 
     def _account(self, number: int, nbytes: int, seconds: float) -> None:
         with self._lock:
@@ -223,24 +258,34 @@ class Load:
 
     # on the I/O threads
 
-    def _bring(self, number: int, place: int, targets: Mapping[str, torch.Tensor]) -> None:
+    def _bring_piece(self, number: int, place: int, targets: Mapping[str, torch.Tensor]) -> int:
         """Brings one piece of a stage to a device."""
-        began = time.perf_counter()
         stage = self._stages[number]
         piece = stage.pieces[place]
+        whole = host_tensors(self._sources[piece.key][1], targets, _read_adjacent, pinned=self._devices.pinned)
+        sources = {name: whole[name][:, piece.start : piece.stop] for name in targets}
+        arrived = partial(stage.arrived, piece.shift) if stage.arrived is not None and piece.shift else None
+        self._devices.copy(number, sources, targets, arrived)
+        return sum(target.nbytes for target in targets.values())
+
+    def _bring_whole(self, number: int) -> int:
+        """Brings a stage's part of a checkpoint to a device."""
+        stage = self._stages[number]
+        self._devices.copy(number, self._whole_tensors(stage), stage.whole, None)
+        return sum(target.nbytes for target in stage.whole.values())
+
+    def _bring(self, number: int, key: Key, bring: Callable[[], int]) -> None:
+        """Runs one part of a stage's way to a device."""
+        began = time.perf_counter()
         try:
             if not self._cancelled and self.error is None:
-                whole = host_tensors(self._sources[piece.key][1], targets, _read_adjacent, pinned=self._devices.pinned)
-                sources = {name: whole[name][:, piece.start : piece.stop] for name in targets}
-                arrived = partial(stage.arrived, piece.shift) if stage.arrived is not None and piece.shift else None
-                self._devices.copy(number, sources, targets, arrived)
-                nbytes = sum(target.nbytes for target in targets.values())
+                nbytes = bring()
                 self._account(number, nbytes, time.perf_counter() - began)
         except LoadError as error:
             self.error = error
-            self._on_failure(piece.key, error)
+            self._on_failure(key, error)
         except Exception as error:  # a thread that dies would leave the model waiting for ever
-            self.error = LoadError(f"reading block {piece.key.hex()} failed: {error!r}")
+            self.error = LoadError(f"reading block {key.hex()} failed: {error!r}")
         finally:
             with self._idle:
                 self._remaining[number] -= 1

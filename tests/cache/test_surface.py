@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from turns import assert_reused, follow_up, turn
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, CacheUseError
-from hf_attnstore.cache.layers import FullLayer, SlidingLayer, make_layer
+from hf_attnstore.cache.layers import FullLayer, SlidingLayer
 
 FAMILIES = ("llama-gqa", "mistral", "gemma3", "deepseek-v3")
 
@@ -302,7 +302,7 @@ def test_a_full_layer_grown_in_place_holds_what_concatenation_gives(steps: list[
 @given(steps=STEPS, window=st.integers(2, 40), saved=st.integers(0, 400))
 @settings(deadline=None, max_examples=150)
 def test_a_sliding_layer_grown_in_place_shows_what_the_window_needs(steps: list[Any], window: int, saved: int) -> None:
-    layer = make_layer(window)
+    layer = FullLayer() if window is None else SlidingLayer(window)
     assert isinstance(layer, SlidingLayer)
     keys = torch.empty(1, 2, 0, 4)
     for number, (step, count) in enumerate(steps):
@@ -332,7 +332,7 @@ def test_a_sliding_layer_grown_in_place_shows_what_the_window_needs(steps: list[
 
 @pytest.mark.parametrize("window", [None, 16])
 def test_the_number_of_reallocations_is_logarithmic(window: int | None) -> None:
-    layer = make_layer(window)
+    layer = FullLayer() if window is None else SlidingLayer(window)
     allocations = 0
     allocate = layer._allocate
 
@@ -347,17 +347,17 @@ def test_the_number_of_reallocations_is_logarithmic(window: int | None) -> None:
         layer.update(*new)
     # by half again from 64 on: 64, 128, 192, 320 … 4,000; a window's buffer holds 15 tokens and room for the rest
     assert allocations <= (13 if window is None else 4000 // (64 - 15) + 2)
-    assert layer._buffers[0].shape[-2] <= (6500 if window is None else 128)
+    assert layer._buffers["keys"].shape[-2] <= (6500 if window is None else 128)
 
 
 def test_an_announced_length_is_allocated_once() -> None:
     layer = FullLayer()
     layer.expected = 3000
     layer.update(*kv(100))
-    before = layer._buffers[0].data_ptr()
+    before = layer._buffers["keys"].data_ptr()
     for _ in range(2900):
         layer.update(*kv(1))
-    assert layer._buffers[0].data_ptr() == before
+    assert layer._buffers["keys"].data_ptr() == before
 
 
 def test_views_handed_out_keep_their_content_when_the_layer_grows() -> None:

@@ -1,0 +1,64 @@
+"""`attnstore models`: what the package does for every model family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ..errors import AttentionStoreError
+
+
+def models(
+    family: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this one; may be given again. By default all of them.", show_default=False),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="A page to write, such as docs/models.md; JSON goes beside it.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes at once.")] = 2,
+    limit: Annotated[float, typer.Option(min=1, help="Seconds that a family may take.")] = 120.0,
+    check: Annotated[bool, typer.Option("--check", help="Exit with 1 if any family is not as it should be.")] = False,
+) -> None:
+    """Build a tiny model of every family of transformers, and see what the store does for it.
+
+    Needs no network and no checkpoints: the weights are random.
+    """
+    from .report import COLUMNS, summary, write
+    from .sweep import Row, sweep
+    from .tiny import families
+
+    known = families()
+    unknown = [name for name in family or () if name not in known]
+    if unknown:
+        raise AttentionStoreError(f"transformers has no causal language model called {', '.join(unknown)}")
+    names = sorted(set(family)) if family else known
+    told = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=told, transient=True, disable=not told.is_terminal) as progress:
+        task = progress.add_task("models", total=len(names))
+
+        def tell(row: Row) -> None:
+            progress.update(task, advance=1, description=row.family)
+
+        rows = sweep(names, workers, limit, tell)
+    console = Console(highlight=False)
+    if output is not None:
+        data = write(rows, output)
+        console.print(f"wrote {escape(str(output))} and {escape(data.name)}")
+    else:
+        shown = Table(*COLUMNS[:-1], box=None)
+        shown.add_column(COLUMNS[-1], min_width=40, overflow="fold")
+        for row in rows:
+            cells = (row.family, row.layers, row.reuse, row.truncation, row.verdict, row.reason)
+            shown.add_row(*map(escape, cells), style=None if row.well else "yellow")
+        console.print(shown)
+    console.print(summary(rows))
+    if check and not all(row.well for row in rows):
+        raise typer.Exit(1)

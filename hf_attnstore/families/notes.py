@@ -1,0 +1,16 @@
+"""What is to be said of families beyond what was measured."""
+
+from __future__ import annotations
+
+_DRAFTS = "drafts from the KV of another model, keeps none of its own"
+_CODES = "takes the ids of several audio codebooks, not a text"
+
+NOTES: dict[str, str] = {
+    "gemma4_assistant": _DRAFTS,
+    "gemma4_unified_assistant": _DRAFTS,
+    "gemma3n": "its text model is gemma3n_text",
+    "musicgen": _CODES,
+    "musicgen_melody": _CODES,
+    "cpmant": "puts tokens of its own before the text",
+    "prophetnet": "predicts several tokens ahead",
+}

@@ -1,0 +1,102 @@
+"""What a sweep found, as a page for people and as JSON."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import transformers
+
+from .sweep import FAILED, NOT_BUILT, NOT_KEPT, OUTSIDE, SAME, WRONG, Row, counted
+
+COLUMNS = ("family", "layers", "reuse", "truncation", "verdict", "reason")
+
+_TEXT = """# Models
+
+What this package does for every causal language model of transformers, as `attnstore models` measured it: of each
+family a tiny model with random weights is built from its configuration class (float32, on the CPU), and has
+conversations with a store and without. Nothing is downloaded for it, and nothing here says how well a checkpoint of the
+family answers.
+
+The measure is transformers' own `DynamicCache`, kept in memory and fed in the same steps. Where that continues a model
+correctly (in a loop and in `generate`), the family is a reference, and with the store it must give the same logits bit
+for bit: turns in one process, turns across restarts, a history that was edited, and a prompt that is repeated. How many
+tokens were reused and computed is compared too, so that a store that does nothing would not pass.
+"""
+
+_MEANINGS = {
+    "layers": "the kinds of layers in the tiny model: one of each that the family has",
+    "reuse": "what a conversation is taken up by: any `token`; the last `checkpoint` of its running states; `none`",
+    "truncation": "when the window overflows, the keys of kept tokens are `rotated` to their new places, or the tokens "
+    "are `recomputed`",
+    "verdict": "see below",
+    "reason": "why a family is no reference, or what went wrong",
+}
+_VERDICTS = {
+    SAME: "a reference, and bit for bit as with `DynamicCache`",
+    OUTSIDE: "no reference, for the reason given; where the store takes the model all the same, its tokens were those "
+    "of plain `generate`",
+    NOT_KEPT: "a reference of which this package keeps nothing, and says so; the output is right without",
+    NOT_BUILT: "there is no model to try",
+    WRONG: "something differs: a bug",
+    FAILED: "an error: a bug",
+}
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """A page with a table of all rows."""
+    found = counted(rows)
+    meanings = _listed(("column", "meaning"), _MEANINGS)
+    verdicts = _listed(("verdict", "meaning"), {name: text for name, text in _VERDICTS.items() if name in found})
+    return f"{_TEXT}\n{summary(rows)}\n\n{meanings}\n\n{verdicts}\n\n## Families\n\n{table(rows)}\n"
+
+
+def _listed(heads: Sequence[str], meanings: Mapping[str, str]) -> str:
+    return "\n".join([_line(heads), _line(["---"] * len(heads)), *map(_line, meanings.items())])
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """The counts, in two sentences."""
+    references = sum(row.reference for row in rows)
+    counts = ", ".join(f"{count} {verdict}" for verdict, count in sorted(counted(rows).items(), key=lambda c: -c[1]))
+    return (
+        f"{len(rows)} families, {references} of them references: {counts}. Made with transformers "
+        f"{transformers.__version__}, torch {_release(torch.__version__)}, Python {platform.python_version()}."
+    )
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as a markdown table."""
+    lines = [_line(COLUMNS), _line(["---"] * len(COLUMNS))]
+    lines += [_line([row.family, row.layers, row.reuse, row.truncation, row.verdict, row.reason]) for row in rows]
+    return "\n".join(lines)
+
+
+def write(rows: Sequence[Row], page: Path) -> Path:
+    """Writes the page, and the same as JSON beside it; returns the latter's path."""
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(markdown(rows))
+    data = page.with_suffix(".json")
+    content = {
+        "transformers": transformers.__version__,
+        "torch": _release(torch.__version__),
+        "families": [{name: value for name, value in asdict(row).items() if name != "seconds"} for row in rows],
+    }
+    data.write_text(json.dumps(content, indent=1) + "\n")
+    return data
+
+
+def _release(version: str) -> str:
+    return version.split("+")[0]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(_cell(cell) for cell in cells) + " |"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")

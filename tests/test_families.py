@@ -1,0 +1,182 @@
+"""Every model family of transformers with the store: bit for bit as with a DynamicCache that was kept in memory."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_families import crash, dawdle, well
+from typer.testing import CliRunner
+
+from hf_attnstore import AttentionStoreCache
+from hf_attnstore.cli import app
+from hf_attnstore.families import scenarios
+from hf_attnstore.families.feeding import feed_whole, some_ids
+from hf_attnstore.families.reference import examine
+from hf_attnstore.families.report import markdown, write
+from hf_attnstore.families.sweep import FAILED, NOT_BUILT, OUTSIDE, SAME, WRONG, Row, examine_family, sweep
+from hf_attnstore.families.tiny import build, families
+
+SAMPLE = (
+    "llama",  # full attention
+    "mistral",  # sliding windows
+    "gemma3_text",  # both
+    "gemma4_text",  # and layers that use the KV of others
+    "gpt2",  # learned positions
+    "bloom",  # ALiBi
+    "deepseek_v3",  # MLA
+    "glm_moe_dsa",  # MLA with an indexer
+    "deepseek_v4",  # compressed attention, kinds of its own
+    "llama4_text",  # chunks
+    "mamba2",  # running states only
+    "qwen3_next",  # Gated DeltaNet and full attention
+    "lfm2",  # convolutions and full attention
+    "falcon_h1",  # both in every layer
+    "zaya",  # the same with a sliding window
+    "kimi_linear",  # Kimi Delta Attention and MLA
+)
+OUT = {
+    "mamba": "one by one",
+    "jamba": "one by one",
+    "doge": "tokens that come later",
+    "moshi": "windows that it states",
+    "openai-gpt": "takes no cache",
+    "musicgen": "can't be run on token ids alone",
+}
+"""Families that no DynamicCache continues, and what is to be said of them."""
+FEWEST_REFERENCES = 120
+
+
+def needs(family: str) -> None:
+    if family not in families():
+        pytest.skip(f"this transformers has no {family}")
+
+
+@pytest.mark.parametrize("family", SAMPLE)
+def test_a_family_gives_the_logits_of_a_kept_dynamic_cache(family: str) -> None:
+    needs(family)
+    row = examine_family(family)
+    assert row.reference, row.reason
+    assert row.verdict == SAME, row.reason
+    assert row.reuse in ("token", "checkpoint")
+
+
+@pytest.mark.parametrize("family", OUT)
+def test_a_family_that_nothing_continues_has_its_reason_and_no_wrong_token(family: str) -> None:
+    needs(family)
+    row = examine_family(family)
+    assert not row.reference
+    assert OUT[family] in row.reason
+    assert row.verdict == OUTSIDE, row.reason
+
+
+@pytest.mark.parametrize("family", ["llama", "mamba2", "gemma3n_text", "qwen4_exp_text"])
+def test_equal_seeds_give_equal_models(family: str) -> None:
+    needs(family)
+    one, two, other = build(family), build(family), build(family, seed=1)
+    ids = some_ids(30, 1)
+    assert not one.training
+    assert sum(p.numel() for p in one.parameters()) < 600_000
+    assert all(p.dtype == torch.float32 for p in one.parameters())
+    assert torch.equal(feed_whole(one, ids), feed_whole(two, ids))
+    assert not torch.equal(feed_whole(one, ids), feed_whole(other, ids))
+
+
+def test_a_cache_that_loses_a_token_is_no_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.cache_utils import DynamicLayer
+
+    model, update = build("llama"), DynamicLayer.update
+
+    def forgetful(self: DynamicLayer, keys: torch.Tensor, values: torch.Tensor, *rest: Any, **kwargs: Any) -> Any:
+        both = update(self, keys, values, *rest, **kwargs)
+        self.keys[:, :, 3] = 0
+        return both
+
+    assert examine(model).continues
+    monkeypatch.setattr(DynamicLayer, "update", forgetful)
+    found = examine(model)
+    assert not found.continues
+    assert "logits differ" in found.reason
+
+
+class Forgetful(AttentionStoreCache):
+    """Saves nothing."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args, save=False)
+
+
+class Damaging(AttentionStoreCache):
+    """Changes a key a little, in every turn that takes up an earlier one."""
+
+    def begin_turn(self, *args: Any, **kwargs: Any) -> int:
+        reused = super().begin_turn(*args, **kwargs)
+        if reused:
+            keys = self.layers[0].keys
+            assert keys is not None
+            keys[..., 5, :] += 1e-3
+        return reused
+
+
+@pytest.mark.parametrize(
+    ("broken", "complaint"),
+    [
+        (Forgetful, "after a restart: reused 0 tokens instead of 46"),
+        (Damaging, "second turn: the logits of step 0 differ"),
+        (Damaging, "after a restart: the logits of step 0 differ"),
+        (Damaging, "exact repeat: the logits of step 0 differ"),
+    ],
+)
+def test_a_store_that_is_wrong_gives_another_verdict(
+    broken: type[AttentionStoreCache], complaint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scenarios, "AttentionStoreCache", broken)
+    row = examine_family("llama")
+    assert row.reference
+    assert row.verdict == WRONG
+    assert complaint in row.reason
+
+
+def test_a_family_can_neither_hang_nor_end_the_sweep() -> None:
+    rows = sweep(["bloom", "gpt2", "llama"], workers=2, work=crash)
+    assert [row.family for row in rows] == ["bloom", "gpt2", "llama"]
+    assert [row.verdict for row in rows] == [SAME, FAILED, SAME]
+    assert "its process ended" in rows[1].reason
+    rows = sweep(["gpt2", "llama"], workers=1, limit=3, work=dawdle)
+    assert [row.verdict for row in rows] == [FAILED, SAME]
+    assert "took longer than 3 seconds" in rows[0].reason
+
+
+def test_the_page_and_the_data_say_the_same(tmp_path: Path) -> None:
+    rows = [well("llama"), Row("mamba", "MambaForCausalLM", verdict=OUTSIDE, reason="a | b <c>")]
+    data = write(rows, tmp_path / "docs" / "models.md")
+    page = (tmp_path / "docs" / "models.md").read_text()
+    assert page == markdown(rows)
+    assert "| mamba |  |  |  | outside | a \\| b &lt;c> |" in page
+    assert "2 families, 1 of them references" in page
+    listed = json.loads(data.read_text())["families"]
+    assert [(row["family"], row["verdict"]) for row in listed] == [("llama", SAME), ("mamba", OUTSIDE)]
+
+
+def test_the_command_writes_the_page(tmp_path: Path) -> None:
+    page = tmp_path / "models.md"
+    done = CliRunner().invoke(app, ["models", "--family", "llama", "--output", str(page), "--workers", "1", "--check"])
+    assert done.exit_code == 0, done.output
+    assert "| llama | 2 × full_attention | token | rotated | same |  |" in page.read_text()
+    wrong = CliRunner().invoke(app, ["models", "--family", "no-such"])
+    assert wrong.exit_code == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_every_family_is_as_it_should_be() -> None:
+    rows = sweep(families(), workers=os.cpu_count() or 1)
+    assert {row.family for row in rows} == set(families())
+    bad = [f"{row.family}: {row.verdict} ({row.reason})" for row in rows if not row.well]
+    assert not bad, "\n".join(bad)
+    assert all(row.reason for row in rows if row.verdict in (OUTSIDE, NOT_BUILT))
+    assert sum(row.reference for row in rows) >= FEWEST_REFERENCES
