@@ -22,6 +22,7 @@ from hf_attnstore.bench.thinking_styles import STYLES, Script, Style, dress, fit
 from hf_attnstore.cache import prefill as prefilling
 from hf_attnstore.canonical import PLACEHOLDERS, BackgroundWork, certain_beginning
 from hf_attnstore.chat_model import small_model_path
+from hf_attnstore.families.tiny import build, families
 
 REASONING, ANSWER = 40, 12
 MESSAGES = ["the old prince looked at the letter", "and then", "what did the mother say", "so"]
@@ -31,10 +32,15 @@ BACKGROUND = "attnstore-canonicalize"
 class Talk:
     """A style, and models that speak in it: one that a store may touch, and one that none ever does."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, style: Style) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        style: Style,
+        make: Callable[[Any], Any] = lambda tokenizer: tiny_model(tokenizer, window=2048),
+    ) -> None:
         self.style = style
         self.tokenizer: Any = dress(tokenizer, style)
-        self.model, self.plain = (tiny_model(self.tokenizer, window=2048) for _ in range(2))
+        self.model, self.plain = (make(self.tokenizer) for _ in range(2))
         for model in (self.model, self.plain):
             fit(model, self.tokenizer)
 
@@ -186,6 +192,27 @@ def test_a_store_in_memory_alone_serves_too(tags: Talk, tmp_path: Path) -> None:
             chat.wait()
         assert chat.stats is not None
         assert chat.stats.prefilled_tokens <= tags.new_tokens(chat, MESSAGES[1])
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "mamba2", "lfm2"])
+@pytest.mark.parametrize("style", STYLES, ids=lambda style: style.name)
+def test_running_states_go_on_at_the_end_of_what_was_prefilled(
+    small_tokenizer: Any, tmp_path: Path, style: Style, family: str
+) -> None:
+    if family not in families():
+        pytest.skip(f"this transformers has no {family}")
+    talk = Talk(small_tokenizer, style, lambda _: build(family))
+    for turn, text in enumerate(MESSAGES[:3]):
+        with AttentionStore(tmp_path / "store", block_size=16) as store:
+            chat = ChatSession(talk.model, talk.tokenizer, store, "alice", canonicalize=True)
+            work = talk.send(chat, text, turn)
+            assert chat.stats is not None
+            assert chat.stats.cache.recomputed == ""
+            if turn:
+                assert chat.stats.prefilled_tokens <= talk.new_tokens(chat, text)
+        assert work is not None
+        assert work.outcome == "done"
+        assert work.prefilled_tokens > ANSWER // 2
 
 
 def test_answers_in_channels_become_messages_that_their_template_takes(
