@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import jinja2
 
 from .cache import AttentionStoreCache, TurnStats
+from .canonical import PLACEHOLDERS, BackgroundPrefill, BackgroundWork, certain_beginning, give_way
 from .errors import AttentionStoreError, ContextWindowError, SessionNotFoundError, StoreIOError
 from .store import AttentionStore
 from .timing import GenerateRun, timed_generate
@@ -54,6 +55,8 @@ class ChatTurn:
     seconds: float
     finish: Finish
     cache: TurnStats
+    background: BackgroundWork | None = None
+    """What was computed after the turn, where that was asked for (`canonicalize`)."""
 
 
 class ChatSession:
@@ -74,6 +77,10 @@ class ChatSession:
         keep_first: leading tokens that are never dropped, or "system" for those of the system message.
         drop: the share of the other tokens that goes when there is no room; 0 drops nothing, and a conversation
             that has filled the window is at its end.
+        canonicalize: for models that reason: whether to compute, in the background as soon as a turn has ended, the
+            conversation as the chat template will show it from then on, without the reasoning. The next turn then
+            computes no more than its message. Until `wait()` or `close()` has returned the model is in use: do not
+            change its weights or adapters. Past the window, other tokens may be dropped than without.
         template_kwargs: passed to the chat template, such as `{"enable_thinking": False}`.
         generate_defaults: arguments for every `generate`, such as `do_sample` or `max_new_tokens` (200 if not said).
 
@@ -93,6 +100,7 @@ class ChatSession:
         window: int | None = None,
         keep_first: int | Literal["system"] = 0,
         drop: float = 0.5,
+        canonicalize: bool = False,
         template_kwargs: dict[str, Any] | None = None,
         **generate_defaults: Any,
     ) -> None:
@@ -110,10 +118,13 @@ class ChatSession:
         self.window = window
         self.keep_first = keep_first
         self.drop = drop
+        self.canonicalize = canonicalize
         self.template_kwargs = template_kwargs or {}
         self.generate_defaults = generate_defaults
         self._turn: ChatTurn | None = None
         self._cache: AttentionStoreCache | None = None
+        self._background: BackgroundPrefill | None = None
+        self._warned = False
         self._metadata = self._saved_metadata()
         self._transcript = self._saved_transcript().with_system(system)
 
@@ -170,8 +181,21 @@ class ChatSession:
         there is none.
         """
         earlier, text = self._transcript.undone()
+        self.close()
         self._remember(earlier)
         return text
+
+    def wait(self) -> None:
+        """Returns when nothing of this session is computed in the background any more; see `canonicalize`."""
+        if self._background is not None:
+            self._background.wait()
+
+    def close(self) -> None:
+        """Ends what is computed in the background, after a few hundred tokens at most, and keeps what was. There
+        is nothing else to close: the session can go on.
+        """
+        if self._background is not None:
+            self._background.stop()
 
     def _answer(self, before: Transcript, text: str, stream: Stream, generate_kwargs: dict[str, Any]) -> str:
         prompt = self._prompt(before, text)
@@ -181,6 +205,9 @@ class ChatSession:
             **generate_kwargs,
         }
         wanted = _wanted_tokens(kwargs, len(prompt.ids))
+        give_way(self.store, self.session)
+        if self._background is not None and not self._background.cache_is_whole:
+            self._cache = None
         cache = self._cache or AttentionStoreCache(
             self.model,
             session=self.session,
@@ -208,10 +235,12 @@ class ChatSession:
         finally:
             if run.ids:
                 finish = self._finish(run, wanted, kwargs["max_new_tokens"]) if finished else "interrupted"
-                self._turn = _turn(run, cache, len(prompt.ids), finish)
+                self._turn = _turn(run, cache, len(prompt.ids), finish, BackgroundWork() if self.canonicalize else None)
                 self._remember(before.answered(text, prompt, tuple(run.ids), self.tokenizer))
         if stream is True:
             sys.stdout.write("\n")
+        if run.ids and self._turn is not None and self._turn.background is not None:
+            self._prefill_next(cache, self._turn.background)
         return self._transcript.messages[-1]["content"]
 
     def _prompt(self, transcript: Transcript, text: str) -> Prompt:
@@ -223,6 +252,40 @@ class ChatSession:
         except jinja2.TemplateError as error:
             raise ChatTemplateError(f"the model's chat template refuses the conversation: {error}") from error
         return transcript.prompt(str(rendered), self.tokenizer)
+
+    def _prefill_next(self, cache: AttentionStoreCache, work: BackgroundWork) -> None:
+        """Has what the next prompt will certainly begin with computed in the background, if it is not held already."""
+        try:
+            # here and not in the background: a tokenizer is not for two threads at once
+            ids = self._next_beginning()
+            window = cache.window or context_window(self.model)
+            if ids and (window is None or len(ids) < window):
+                self._background = BackgroundPrefill(cache, ids, work, self._background_failed)
+                self._background.start()
+        except Exception as error:
+            work.outcome = "failed"
+            self._background_failed(error)
+
+    def _next_beginning(self) -> list[int]:
+        """The ids with which the next prompt will begin, whatever its message; empty if it goes on where the last
+        answer ended.
+        """
+        prompts = [self._prompt(self._transcript, text) for text in PLACEHOLDERS]
+        if all(prompt.text.startswith(self._transcript.text) for prompt in prompts):
+            return []
+        ids = certain_beginning([prompt.ids for prompt in prompts])
+        return ids if ids != self.token_ids[: len(ids)] else []
+
+    def _background_failed(self, error: Exception) -> None:
+        if not self._warned:
+            self._warned = True
+            logger.warning(
+                "session %r: what the next prompt will begin with could not be computed in the background (%s: %s); "
+                "the next turns compute it themselves",
+                self.session,
+                type(error).__name__,
+                error,
+            )
 
     def _kept_first(self, prompt: Prompt) -> int:
         """How many leading tokens are never dropped."""
@@ -330,7 +393,13 @@ def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[
     return ends
 
 
-def _turn(run: GenerateRun, cache: AttentionStoreCache, prompt_tokens: int, finish: Finish) -> ChatTurn:
+def _turn(
+    run: GenerateRun,
+    cache: AttentionStoreCache,
+    prompt_tokens: int,
+    finish: Finish,
+    background: BackgroundWork | None,
+) -> ChatTurn:
     return ChatTurn(
         prompt_tokens=prompt_tokens,
         reused_tokens=cache.reused_tokens,
@@ -341,6 +410,7 @@ def _turn(run: GenerateRun, cache: AttentionStoreCache, prompt_tokens: int, fini
         seconds=run.seconds,
         finish=finish,
         cache=replace(cache.stats),
+        background=background,
     )
 
 

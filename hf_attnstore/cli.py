@@ -84,6 +84,12 @@ def chat(
         int | None,
         typer.Option(min=2, help="Tokens the model sees at once; by default all it can.", show_default=False),
     ] = None,
+    canonicalize: Annotated[
+        bool,
+        typer.Option(
+            "--canonicalize", help="For models that reason: compute while you type what the next prompt begins with."
+        ),
+    ] = False,
     sample: Annotated[bool, typer.Option(help="Sample answers instead of taking the likeliest token.")] = False,
     device: Device = None,
     dtype: Dtype = "auto",
@@ -101,7 +107,7 @@ def chat(
         loaded, tokenizer = load_chat_model(model, device=device, dtype=dtype)
     with AttentionStore(store) as opened:
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": sample}
-        options |= {"window": window, "keep_first": "system"}
+        options |= {"window": window, "keep_first": "system", "canonicalize": canonicalize}
         TerminalChat(loaded, tokenizer, opened, session, system, console, options).run()
 
 

@@ -35,7 +35,7 @@ HELP = """\
 class TerminalChat:
     """A chat that reads from standard input until it ends or `/quit`.
 
-    `options` are the arguments for every `generate`.
+    `options` are those of `ChatSession`, and the arguments for every `generate`.
     """
 
     def __init__(
@@ -124,6 +124,7 @@ class TerminalChat:
 
     def _switch(self, name: str) -> None:
         if self._named("/switch", name):
+            self.chat.close()
             self.chat = self._open(name)
             self._introduce()
 
@@ -139,6 +140,7 @@ class TerminalChat:
     def _delete(self, name: str) -> None:
         if not self._named("/delete", name):
             return
+        self.chat.close()
         self.store.delete(name)
         self.console.print(f"deleted {escape(name)}")
         if name == self.chat.session:

@@ -14,11 +14,13 @@ import hashlib
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from .answers import answer_content
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, str]
-"""One message of a conversation: {"role": …, "content": …}."""
+"""One message of a conversation: {"role": …, "content": …}, and "thinking" where a model reasons in a channel."""
 
 FORMAT = 1
 
@@ -72,16 +74,17 @@ class Transcript:
     ) -> Transcript:
         """The conversation after the user's message `user`, fed as `prompt`, was answered with `answer_ids`."""
         ids = prompt.ids + answer_ids
+        said = decode(tokenizer, answer_ids)
         extends = bool(self.ids) and prompt.ids[: len(self.ids)] == self.ids
         extends = extends and prompt.text.startswith(self.text)
         return Transcript(
             messages=(
                 *self.messages,
                 {"role": "user", "content": user},
-                {"role": "assistant", "content": decode(tokenizer, answer_ids, plain=True)},
+                {"role": "assistant", **answer_content(said, decode(tokenizer, answer_ids, plain=True))},
             ),
             ids=ids,
-            text=prompt.text + decode(tokenizer, answer_ids),
+            text=prompt.text + said,
             marks=(*self.marks, (len(self.ids), len(self.text))) if extends else ((0, 0),),
         )
 
@@ -116,7 +119,10 @@ class Transcript:
         """
         if saved.get("format") != FORMAT:
             raise ValueError(f"the conversation was saved in format {saved.get('format')!r}, not {FORMAT}")
-        messages = tuple({"role": m["role"], "content": m["content"]} for m in saved["messages"])
+        messages = tuple(
+            {"role": m["role"], "content": m["content"], **({"thinking": m["thinking"]} if "thinking" in m else {})}
+            for m in saved["messages"]
+        )
         ids = tuple(saved["ids"])
         try:
             same = _digest(decode(tokenizer, ids)) == saved["ids_decode_to"]

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from hf_attnstore.bench.reliability_cli import index, store
 from hf_attnstore.bench.study_cli import truncation
+from hf_attnstore.bench.thinking_cli import thinking
 
 if TYPE_CHECKING:
     from hf_attnstore.bench.report import Result
@@ -101,6 +102,7 @@ def bench(
 
 
 app.command("truncation")(truncation)
+app.command("thinking")(thinking)
 app.command("index")(index)
 app.command("store")(store)
 

@@ -287,7 +287,7 @@ class AttentionStoreCache(CacheForwards):
                 reused = self._stats.reused_tokens = 0
             if reused < self._view.settled:  # dropped tokens come after these: only together can they be left out
                 missing = self._view.in_view(ids)[None, reused : self._view.settled]
-                feed(self._model, self, torch.from_numpy(missing).to(_device_of(self._model)))
+                feed(self._model, self, torch.from_numpy(missing).to(device_of(self._model)))
         except BaseException:
             self.end_turn()
             raise
@@ -362,7 +362,7 @@ class AttentionStoreCache(CacheForwards):
         return twin
 
 
-def _device_of(model: nn.Module) -> torch.device:
+def device_of(model: nn.Module) -> torch.device:
     """Where a model wants its input."""
     embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)()
     weight = getattr(embeddings, "weight", None)

@@ -210,7 +210,7 @@ class CacheContent(Cache):
         held = self._held
         if not self._states or self._saver is None or self._store is None or self._untracked:
             return
-        if not held or self._states_at != held or len(self._chain) != held or self.rows != 1:
+        if self._saver.holds_back or not held or self._states_at != held or len(self._chain) != held or self.rows != 1:
             return
         key, nbytes = take_checkpoint(self.layers, self._chain, self._store, self._fingerprint, wait=wait)
         self._checkpoints[held] = key

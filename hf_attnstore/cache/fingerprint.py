@@ -8,6 +8,7 @@ tensor that are compared before every turn.
 import hashlib
 import json
 import secrets
+import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -161,6 +162,7 @@ class Fingerprint:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)
+        self._lock = threading.Lock()  # threads may be under different autocast, and must not get each other's
         self._marks: Any = None
         self._parameters: list[tuple[int, int]] = []
         self._content = ""
@@ -178,15 +180,16 @@ class Fingerprint:
         Raises:
             ValueError, RuntimeError: the weights can't be read.
         """
-        marks, parameters = self._current_marks()
-        if marks != self._marks:
-            content = self._compute()
-            if content != self._content:
-                self._salt = ""
-            elif parameters != self._parameters and _same_tensors(parameters, self._parameters):
-                self._salt = secrets.token_hex(20)
-            self._content, self._marks, self._parameters = content, marks, parameters
-        return self._salt or self._content
+        with self._lock:
+            marks, parameters = self._current_marks()
+            if marks != self._marks:
+                content = self._compute()
+                if content != self._content:
+                    self._salt = ""
+                elif parameters != self._parameters and _same_tensors(parameters, self._parameters):
+                    self._salt = secrets.token_hex(20)
+                self._content, self._marks, self._parameters = content, marks, parameters
+            return self._salt or self._content
 
     def _settings(self) -> str:
         config: Any = self.model.config

@@ -70,6 +70,8 @@ class BlockSaver:
         self._stalled = False
         self.due = False
         """Whether the forward that runs now completes a block: if not, its layers have nothing to hand over."""
+        self.holds_back = False
+        """Whether nothing is to be handed over before `finish`, checkpoints included."""
         self.saved_bytes = 0
         self.seconds = 0.0
 
@@ -83,7 +85,7 @@ class BlockSaver:
         self._drop_open()
         self._next = self._chain.block_at(in_store)
         self._tail = (self._next, tail) if tail is not None else None
-        self._stalled = False
+        self._stalled = self.holds_back = False
         self.saved_bytes = 0
         self.seconds = 0.0
         self._mark_saved()
@@ -93,6 +95,10 @@ class BlockSaver:
         tail = self._tail
         self.begin_turn(0, None)
         self._tail = tail
+
+    def hold(self) -> None:
+        """Nothing is handed over before `finish`."""
+        self._stalled = self.holds_back = True
 
     def crop(self, tokens: int) -> None:
         """The cache went back to `tokens` tokens: blocks behind that are put together anew."""
@@ -216,7 +222,7 @@ class BlockSaver:
         Waits for room in host memory where that will come. Returns the number of leading tokens that the store has.
         """
         began = time.perf_counter()
-        self._stalled = False
+        self._stalled = self.holds_back = False
         size = self._chain.block_size
         while self._chain.bounds(self._next)[0] < tokens:
             block = self._next

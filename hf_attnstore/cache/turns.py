@@ -167,6 +167,30 @@ class CacheTurns(CacheContent):
             finally:
                 self._close_turn()
 
+    def hold_back(self) -> None:
+        """Until the turn ends, what it computes is not handed over."""
+        if self._saver is not None:
+            self._saver.hold()
+
+    def is_of_its_model(self) -> bool:
+        """Whether the model is still the one that the turn began with. Where nobody can tell, it is not."""
+        try:
+            return self._attachment.fingerprint.current() == self._fingerprint
+        except Exception:
+            return False
+
+    def drop_turn(self, reason: str, *, expected: bool = False) -> None:
+        """Ends the turn and lets go of everything held: none of it is to be kept. What is `expected` is not logged."""
+        with self._guard:
+            self._untrack(reason, expected=expected)
+            self._clear()
+            self.end_turn()
+
+    @property
+    def unidentified(self) -> str:
+        """Why token ids do not identify what the turn computes, so that nothing is kept; empty if they do."""
+        return self._untracked
+
     def _acquire(self) -> None:
         """Makes this thread the only one that has a turn on this object, and this object the only one with a turn
         on the session."""
