@@ -228,13 +228,6 @@ class BatchCache(AttentionStoreCache):
             self._fed.append(self._feeding)
             self._feeding = None
 
-    def _drop_reused(self, named: Mapping[str, Any]) -> dict[str, Any] | None:
-        replaced = super()._drop_reused(named)
-        mask = named.get("attention_mask")
-        if replaced and self._attachment.cache_name != "past_key_values" and isinstance(mask, torch.Tensor):
-            replaced["attention_mask"] = mask[:, self._held :]
-        return replaced
-
     # the end
 
     def _hand_over(self) -> None:

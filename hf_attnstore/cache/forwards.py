@@ -107,14 +107,13 @@ class CacheForwards(CacheTurns):
         if not (self._checked and 0 < self._held < prompt and ids is not None and ids.shape[1] >= prompt):
             return None
         width = ids.shape[1]
+        names = {"input_ids", "position_ids", "cache_position", "token_type_ids", "mm_token_type_ids"}
+        if self._attachment.cache_name != "past_key_values":
+            names.add("attention_mask")  # a mask of what such a model is fed, not of all there is
         return {
             name: value[..., self._held :]
             for name, value in named.items()
-            if isinstance(value, torch.Tensor)
-            and name != "attention_mask"
-            and value.ndim
-            and value.shape[-1] == width
-            and name in ("input_ids", "position_ids", "cache_position", "token_type_ids", "mm_token_type_ids")
+            if name in names and isinstance(value, torch.Tensor) and value.ndim and value.shape[-1] == width
         }
 
     def _starts_elsewhere(self, ids: torch.Tensor | None, named: Mapping[str, Any]) -> bool:
