@@ -43,9 +43,9 @@ OUT = {
     "mamba": "one by one",
     "jamba": "one by one",
     "doge": "tokens that come later",
-    "moshi": "windows that it states",
+    "moshi": "logits differ",
     "openai-gpt": "takes no cache",
-    "musicgen": "can't be run on token ids alone",
+    "rwkv": "takes no cache",
 }
 """Families that no DynamicCache continues, and what is to be said of them."""
 FEWEST_REFERENCES = 120
