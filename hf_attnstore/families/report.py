@@ -25,8 +25,8 @@ family answers.
 The measure is transformers' own `DynamicCache`, kept in memory and fed in the same steps. Where a loop of forwards with
 it gives what one forward over everything gives, the family is a reference, and `generate` with the store must give the
 same logits bit for bit: turns in one process, turns across restarts, a history that was edited, and a prompt that is
-repeated. How many tokens were reused and computed is compared too, so that a store that does nothing would not pass; and
-all of it is compared with plain `generate`, to within rounding.
+repeated. How many tokens were reused and computed is compared too, so that a store that does nothing would not pass;
+and all of it is compared with plain `generate`, to within rounding.
 """
 
 _MEANINGS = {
