@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,9 @@ OUT = {
     "mamba": "one by one",
     "jamba": "one by one",
     "doge": "tokens that come later",
-    "moshi": "windows that it states",
+    "moshi": "logits differ",
     "openai-gpt": "takes no cache",
-    "musicgen": "can't be run on token ids alone",
+    "rwkv": "takes no cache",
 }
 """Families that no DynamicCache continues, and what is to be said of them."""
 FEWEST_REFERENCES = 120
@@ -126,7 +127,7 @@ class Damaging(AttentionStoreCache):
     ("broken", "complaint"),
     [
         (Forgetful, "after a restart: reused 0 tokens instead of 46"),
-        (Damaging, "second turn: the logits of step 0 differ"),
+        (Damaging, "second turn.*: the logits of step 0 differ"),
         (Damaging, "after a restart: the logits of step 0 differ"),
         (Damaging, "exact repeat: the logits of step 0 differ"),
     ],
@@ -138,7 +139,7 @@ def test_a_store_that_is_wrong_gives_another_verdict(
     row = examine_family("llama")
     assert row.reference
     assert row.verdict == WRONG
-    assert complaint in row.reason
+    assert re.search(rf"\b{complaint}", row.reason), row.reason
 
 
 def test_a_family_can_neither_hang_nor_end_the_sweep() -> None:

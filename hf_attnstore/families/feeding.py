@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -85,6 +86,34 @@ def generate(model: Any, ids: torch.Tensor, cache: Cache | None, tokens: int = 6
         output_logits=True,
         **passed,
     )
+
+
+@dataclass
+class Said:
+    """What `generate` returns, as far as it is looked at here."""
+
+    sequences: torch.Tensor
+    logits: list[torch.Tensor]
+
+
+def greedy(model: Any, ids: torch.Tensor, cache: Cache, held: int, lengths: Sequence[int], tokens: int = 6) -> Said:
+    """What a greedy `generate` on the conversation `ids` gives, in a loop of forwards.
+
+    Args:
+        held: how many tokens of it the cache holds.
+        lengths: of the forwards over the others.
+    """
+    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    made: list[torch.Tensor] = []
+    todo = list(lengths)
+    while len(made) < tokens:
+        count = todo.pop(0) if todo else 1
+        logits = feed(model, ids[:, held : held + count], cache, **positions(model, held, count), **last)[:, -1]
+        held += count
+        if not todo:
+            made.append(logits)
+            ids = torch.cat([ids, logits.argmax(dim=-1, keepdim=True)], dim=1)
+    return Said(ids, made)
 
 
 def _generate_name(model: Any) -> str:

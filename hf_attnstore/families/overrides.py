@@ -55,7 +55,7 @@ _DOTS3: dict[str, Any] = {
     "rope_parameters": LEAVE_OUT,
 }
 _QWEN4: dict[str, Any] = {
-    "layer_types": ["linear_attention", "linear_attention", "indexed_attention"],
+    "layer_types": ["linear_attention", "linear_attention", "full_attention"],  # newer versions: indexed_attention
     "num_hidden_layers": 3,
     "ple_layer_ids": [2],
     "ple_embed_dim": 16,

@@ -22,15 +22,17 @@ family a tiny model with random weights is built from its configuration class (f
 conversations with a store and without. Nothing is downloaded for it, and nothing here says how well a checkpoint of the
 family answers.
 
-The measure is transformers' own `DynamicCache`, kept in memory and fed in the same steps. Where that continues a model
-correctly (in a loop and in `generate`), the family is a reference, and with the store it must give the same logits bit
-for bit: turns in one process, turns across restarts, a history that was edited, and a prompt that is repeated. How many
-tokens were reused and computed is compared too, so that a store that does nothing would not pass.
+The measure is transformers' own `DynamicCache`, kept in memory and fed in the same steps. Where a loop of forwards with
+it gives what one forward over everything gives, the family is a reference, and `generate` with the store must give the
+same logits bit for bit: turns in one process, turns across restarts, a history that was edited, and a prompt that is
+repeated. How many tokens were reused and computed is compared too, so that a store that does nothing would not pass;
+and all of it is compared with plain `generate`, to within rounding.
 """
 
 _MEANINGS = {
     "layers": "the kinds of layers in the tiny model: one of each that the family has",
-    "reuse": "what a conversation is taken up by: any `token`; the last `checkpoint` of its running states; `none`",
+    "reuse": "what a conversation is taken up by: any `token`; the last `checkpoint` of its running states; "
+    "`some` of it or `none`, where that was not to be compared",
     "truncation": "when the window overflows, the keys of kept tokens are `rotated` to their new places, or the tokens "
     "are `recomputed`",
     "verdict": "see below",

@@ -85,7 +85,9 @@ def _fill(row: Row) -> None:
             run = run_scenarios if found.continues else run_unreferenced
             outcome = run(model, twin, Path(folder))
     except UnsupportedModelError as error:
-        row.verdict, row.reason = (NOT_KEPT, str(error)) if found.continues else (OUTSIDE, _joined(note, found.reason))
+        row.verdict, row.reason = (
+            (NOT_KEPT, _joined(str(error), found.note)) if found.continues else (OUTSIDE, _joined(note, found.reason))
+        )
         return
     except Exception as error:
         if found.continues or (found.runs and _takes_a_cache(twin)):
@@ -96,11 +98,12 @@ def _fill(row: Row) -> None:
     row.reuse = outcome.granularity
     row.truncation = "rotated" if geometry.movable and row.reuse != "none" else "recomputed"
     if found.continues and outcome.unused:
-        row.verdict, row.reason = NOT_KEPT, outcome.unused
+        row.verdict, row.reason = NOT_KEPT, _joined(outcome.unused, found.note)
     elif outcome.problems:
         row.verdict, row.reason = WRONG, _joined("; ".join(outcome.problems), found.reason)
     else:
-        row.verdict, row.reason = (SAME, "") if found.continues else (OUTSIDE, _joined(note, found.reason))
+        row.verdict = SAME if found.continues else OUTSIDE
+        row.reason = _joined(note, found.reason, found.note)
 
 
 def _takes_a_cache(model: Any) -> bool:

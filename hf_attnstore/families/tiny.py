@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -66,12 +66,8 @@ def build(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
         torch.manual_seed(seed)
         model: PreTrainedModel = _model_class(family)._from_config(config, dtype=torch.float32)
         _spread(model)
-    generation = model.generation_config
-    if generation is not None:  # none of the sequences ends early
-        generation.eos_token_id = None
-        generation.forced_eos_token_id = None
-        if generation.pad_token_id is None:
-            generation.pad_token_id = 0
+    # no length, no suppressed or forced tokens: the likeliest token is the next one
+    model.generation_config = GenerationConfig(pad_token_id=0, use_cache=True)
     return model.eval()
 
 
