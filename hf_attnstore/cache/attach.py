@@ -17,7 +17,7 @@ from .fingerprint import fingerprint_of
 from .positions import Geometry
 from .probing import PROBE_VERSION, probe
 from .restore import Pace
-from .structure import compute_device, decoder_layers
+from .structure import compute_device, decoder_config, decoder_layers, decoder_of
 
 _ATTRIBUTE = "_attnstore_attachment"
 _attaching = threading.Lock()
@@ -39,7 +39,7 @@ class Attachment:
             if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
         ]
         count = _layer_count(model)
-        layers = decoder_layers(model, count)
+        layers = decoder_layers(decoder_of(model), count)
         self.sees_layers = bool(layers)
         self.devices: list[torch.device | None] = [compute_device(layer) for layer in layers] or [None] * count
         self.computes_on_cpu = all(device is None or device.type == "cpu" for device in self.devices)
@@ -112,7 +112,7 @@ def _noted(store: AttentionStore | None, fingerprint: str) -> Geometry | None:
 def _layer_count(model: nn.Module) -> int:
     from .structure import layer_kinds
 
-    return len(layer_kinds(model.config))
+    return len(layer_kinds(decoder_config(model)))
 
 
 def owner_of(model: nn.Module) -> nn.Module:

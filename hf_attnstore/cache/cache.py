@@ -18,7 +18,7 @@ from .fingerprint import position_limit
 from .forwards import CacheForwards
 from .layers import SlidingLayer, make_layer
 from .stats import TurnStats
-from .structure import layer_kinds
+from .structure import decoder_config, is_encoder_decoder, layer_kinds
 from .truncation import window_of
 
 _MAX_PLANS = 8
@@ -54,6 +54,14 @@ class AttentionStoreCache(CacheForwards):
     the turn. One thread at a time uses an object.
     """
 
+    def __new__(cls, model: nn.Module | None = None, *args: Any, **kwargs: Any) -> "AttentionStoreCache":
+        """An encoder-decoder model gets the cache that its `generate` needs, which is of this class too."""
+        if cls is AttentionStoreCache and model is not None and is_encoder_decoder(owner_of(model)):
+            from .seq2seq import SequenceToSequenceCache
+
+            return object.__new__(SequenceToSequenceCache)
+        return object.__new__(cls)
+
     def __init__(
         self,
         model: nn.Module,
@@ -68,8 +76,8 @@ class AttentionStoreCache(CacheForwards):
     ) -> None:
         self._model = owner_of(model)
         config: Any = self._model.config
-        kinds = layer_kinds(config)
-        super().__init__(layers=[make_layer(kind.window) for kind in kinds])
+        kinds = layer_kinds(decoder_config(self._model))
+        Cache.__init__(self, layers=[make_layer(kind.window) for kind in kinds])
         self._attachment: Attachment = ensure_hooks(self._model)
         self._store: AttentionStore | None = store or self._attachment.store or _default_store()
         self.session = self._store.check_name(session) if session is not None else None

@@ -19,16 +19,39 @@ class LayerKind:
     window: int | None = None
 
 
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether a model has an encoder whose output its decoder attends to."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The part of a model that has the cache: the decoder of an encoder-decoder, else the model itself."""
+    if not is_encoder_decoder(model):
+        return model
+    get_decoder: Any = getattr(model, "get_decoder")  # noqa: B009
+    decoder: nn.Module = get_decoder()
+    return decoder
+
+
+def encoder_of(model: nn.Module) -> nn.Module:
+    """The encoder of an encoder-decoder."""
+    get_encoder: Any = getattr(model, "get_encoder")  # noqa: B009
+    encoder: nn.Module = get_encoder()
+    return encoder
+
+
+def decoder_config(model: nn.Module) -> Any:
+    """The configuration of the part of a model that has the cache. T5's decoder, say, has one of its own, which may
+    have another number of layers."""
+    return getattr(decoder_of(model), "config", None) or model.config
+
+
 def layer_kinds(config: Any) -> list[LayerKind]:
     """The kind of every cache layer, in order.
 
     Raises:
-        UnsupportedModelError: the model is an encoder-decoder, or has a layer of another kind.
+        UnsupportedModelError: the model has a layer of another kind.
     """
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(
-            f"{config.model_type} is an encoder-decoder model, which this version can't keep; use it without the store"
-        )
     text = config.get_text_config(decoder=True)
     layers = DynamicCache(config=text).layers
     names = getattr(text, "layer_types", None) or [None] * len(layers)

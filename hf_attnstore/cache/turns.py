@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from dataclasses import replace
 
 import numpy as np
 
@@ -9,7 +10,7 @@ from ..errors import ContextWindowError, LoadError, SessionBusyError, StoreClose
 from ..session.manifests import write_manifest
 from ..session.spans import Span, crop
 from ..session.view import View
-from ..store.keys import chain_root
+from ..store.keys import Key, chain_root
 from .content import CacheContent
 from .layers import FullLayer, SlidingLayer
 from .stats import TurnStats
@@ -235,6 +236,10 @@ class CacheTurns(CacheContent):
             self._saver = None
         logger.warning("the store was closed in the middle of a turn: what the turn computed is not saved")
 
+    def _blocks_beside(self) -> tuple[Key, ...]:
+        """Blocks that belong to the session though none of its tokens is in them."""
+        return ()
+
     def _commit(self, tokens: int) -> None:
         assert self._store is not None
         chain = self._chain
@@ -245,6 +250,7 @@ class CacheTurns(CacheContent):
             spans.append(Span(chain.key(block), 0, stop - start, start, stop - start))
         if self.session is not None:
             manifest = write_manifest(self._view, spans, self._view.logical(len(chain)))
+            manifest = replace(manifest, beside=self._blocks_beside())
             self._store.commit(self.session, self._fingerprint, manifest)
         elif spans:
             self._store.touch([span.block for span in spans])

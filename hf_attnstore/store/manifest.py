@@ -50,3 +50,6 @@ class Manifest:
     """Tokens in the window before that chain begins."""
     length: int = 0
     """Tokens of the conversation, those included that were dropped or are not there any more."""
+    beside: tuple[Key, ...] = ()
+    """Blocks that the session is to own from now on though none of its tokens is in them. Only for who commits: what
+    a session owns is kept apart from its manifest."""

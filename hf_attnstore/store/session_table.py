@@ -164,7 +164,7 @@ class SessionTable:
                 spans.append(span)
             there = {span.block for span in spans}
             blocks = {key: found for key, found in blocks.items() if key in there}
-            owned = {key for key in (*before.owned, *earlier) if key not in there}
+            owned = {key for key in (*before.owned, *earlier, *manifest.beside) if key not in there}
             still = _blocks(db, list(owned))
             record = SessionRecord(
                 namespace, name, fingerprint, before.created, now, before.metadata,
@@ -173,6 +173,8 @@ class SessionTable:
             )  # fmt: skip
             number = self._write(db, record, keep)
             self._set_spans(db, number, spans, {key: found[0] for key, found in blocks.items()})
+            beside = [(number, still[key][0]) for key in manifest.beside if key in still]
+            db.executemany("INSERT OR IGNORE INTO owners VALUES(?, ?)", beside)
             # who used the end of a chain used all of it: the rest follows when the end is evicted
             ends = set(blocks) - {predecessor for _, _, predecessor in blocks.values()}
             db.executemany("UPDATE blocks SET last_used = ? WHERE key = ?", [(now, key) for key in ends])
