@@ -17,7 +17,7 @@ from .fingerprint import fingerprint_of
 from .positions import Geometry
 from .probing import PROBE_VERSION, probe
 from .restore import Pace
-from .structure import compute_device, decoder_config, decoder_layers, decoder_of
+from .structure import cache_kinds, compute_device, decoder_layers, decoder_of
 
 _ATTRIBUTE = "_attnstore_attachment"
 _attaching = threading.Lock()
@@ -110,9 +110,7 @@ def _noted(store: AttentionStore | None, fingerprint: str) -> Geometry | None:
 
 
 def _layer_count(model: nn.Module) -> int:
-    from .structure import layer_kinds
-
-    return len(layer_kinds(decoder_config(model)))
+    return len(cache_kinds(model))
 
 
 def owner_of(model: nn.Module) -> nn.Module:

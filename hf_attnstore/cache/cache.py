@@ -18,7 +18,7 @@ from .fingerprint import position_limit
 from .forwards import CacheForwards
 from .layers import SlidingLayer, make_layer
 from .stats import TurnStats
-from .structure import decoder_config, is_encoder_decoder, layer_kinds
+from .structure import cache_kinds, is_encoder_decoder
 from .truncation import window_of
 
 _MAX_PLANS = 8
@@ -76,7 +76,7 @@ class AttentionStoreCache(CacheForwards):
     ) -> None:
         self._model = owner_of(model)
         config: Any = self._model.config
-        kinds = layer_kinds(decoder_config(self._model))
+        kinds = cache_kinds(self._model)
         Cache.__init__(self, layers=[make_layer(kind.window) for kind in kinds])
         self._attachment: Attachment = ensure_hooks(self._model)
         self._store: AttentionStore | None = store or self._attachment.store or _default_store()
@@ -183,7 +183,7 @@ class AttentionStoreCache(CacheForwards):
             if reused < self._view.settled:  # dropped tokens come after these: only together can they be left out
                 missing = self._view.in_view(ids)[None, reused : self._view.settled]
                 with torch.no_grad():
-                    self._model(input_ids=torch.from_numpy(missing).to(_device_of(self._model)), past_key_values=self)
+                    self._model(input_ids=torch.from_numpy(missing).to(device_of(self._model)), past_key_values=self)
         except BaseException:
             self.end_turn()
             raise
@@ -249,7 +249,7 @@ class AttentionStoreCache(CacheForwards):
         return twin
 
 
-def _device_of(model: nn.Module) -> torch.device:
+def device_of(model: nn.Module) -> torch.device:
     """Where a model wants its input."""
     embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)()
     weight = getattr(embeddings, "weight", None)

@@ -10,7 +10,7 @@ from ..store.sizes import format_bytes
 from .attach import owner_of
 from .fingerprint import fingerprint_of
 from .probing import probe
-from .structure import decoder_config, layer_kinds
+from .structure import cache_kinds
 from .truncation import window_of
 
 
@@ -26,9 +26,7 @@ def describe(model: nn.Module) -> str:
     try:
         kinds = [
             f"{len(list(group))} × {name}" + (f" (window {window:,})" if window else "")
-            for (name, window), group in groupby(
-                layer_kinds(decoder_config(model)), key=lambda kind: (kind.name, kind.window)
-            )
+            for (name, window), group in groupby(cache_kinds(model), key=lambda kind: (kind.name, kind.window))
         ]
         lines.append(f"layers       {', '.join(kinds)}")
     except UnsupportedModelError as error:

@@ -22,9 +22,11 @@ from ..session.units import find_unit, unit_ids
 from ..session.view import View
 from ..store.keys import Key, chain_root, input_root
 from ..store.store import AttentionStore
-from .cache import AttentionStoreCache
+from .cache import AttentionStoreCache, device_of
 from .cross import CrossAttentionSide, SelfAttentionSide
+from .decoder_facts import DecoderFacts, decoder_facts
 from .encoder_input import EncoderInput, encoder_input, encoder_inputs, is_for_decoder
+from .inputs import foreign_input, mask_problem, position_problem
 from .layers import FullLayer
 from .restore import Pace, Restore, plan_restore
 from .saver import BlockSaver
@@ -99,6 +101,8 @@ class SequenceToSequenceCache(AttentionStoreCache, EncoderDecoderCache):
         self._given: dict[str, bytes] = {}
         """Digests of the parts of the encoder's input, as far as they were given."""
         self._awaited: _Awaited | None = None
+        self._special: int | None = None
+        """The padding token, where what comes after one can't be kept."""
         self._runs = 0
         self._left_out = False
         self._encoder_pace = Pace()
@@ -226,9 +230,11 @@ class SequenceToSequenceCache(AttentionStoreCache, EncoderDecoderCache):
         self._left_out = True
 
     @property
-    def fingerprint(self) -> str:
-        """Of the model, as it was when the turn began."""
-        return self._fingerprint
+    def facts(self) -> DecoderFacts:
+        """What the model's decoder is like, as it is now."""
+        dtype: torch.dtype = getattr(self._model, "dtype", torch.float32)
+        like = torch.empty(0, dtype=dtype, device=device_of(self._model))
+        return decoder_facts(self._model, self._fingerprint, like, self._store)
 
     @property
     def encoder_sample(self) -> torch.Tensor:
@@ -284,6 +290,12 @@ class SequenceToSequenceCache(AttentionStoreCache, EncoderDecoderCache):
         if before != self._fingerprint:
             self._forget_encoder()
         wanted, self._wanted = self._wanted, None
+        if not self._untracked:
+            config: Any = self._model.config
+            facts = self.facts
+            self._special = int(config.pad_token_id) if facts.counts_padding else None
+            if facts.problem:
+                self._untrack(facts.problem)
         if self._untracked:
             self._forget_encoder()
         elif wanted is not None:
@@ -470,6 +482,8 @@ class SequenceToSequenceCache(AttentionStoreCache, EncoderDecoderCache):
                 self._untrack("the decoder's prompt is not given as ids [rows, tokens]")
             elif not bool((ids == ids[:1]).all()):
                 self._untrack("several rows that differ")
+            else:
+                self._check_prompt(named, ids.shape[1])
         if self._untracked:
             self._clear()
             if not self._left_out:
@@ -482,6 +496,28 @@ class SequenceToSequenceCache(AttentionStoreCache, EncoderDecoderCache):
             self._reopening = True  # the turn has begun already, only its prompt was not known
             self.begin_turn(row, limit=limit, new_tokens=awaited.new_tokens, checked=True)
         self._report_encoder()
+
+    def _check_prompt(self, named: Mapping[str, Any], count: int) -> None:
+        """Untracks a prompt that its ids do not identify: a model's own `generate` may mask some of it."""
+        others = {
+            name: value
+            for name, value in named.items()
+            if is_for_decoder(name)
+            and name not in ("decoder_input_ids", "decoder_attention_mask", "decoder_position_ids")
+        }
+        foreign = foreign_input(others)
+        problem = (
+            (f"{foreign} are not identified by token ids" if foreign else None)
+            or mask_problem(named.get("decoder_attention_mask"), count)
+            or position_problem(named.get("decoder_position_ids"), 0, count)
+        )
+        if problem:
+            self._untrack(problem)
+
+    def _track(self, ids: torch.Tensor | None, rows: int, count: int, named: Mapping[str, Any]) -> None:
+        if self._special is not None and not self._untracked and ids is not None and bool((ids == self._special).any()):
+            self._untrack("padding tokens among the decoder's ids, which this model does not count as positions")
+        super()._track(ids, rows, count, named)
 
     def _end_forward(self) -> None:
         super()._end_forward()

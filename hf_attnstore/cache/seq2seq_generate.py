@@ -12,8 +12,8 @@ from transformers import GenerationMixin
 from ..errors import CacheUseError, LoadError
 from ..store.store import AttentionStore
 from .cache import AttentionStoreCache
+from .decoder_facts import stand_in
 from .encoder_input import EncoderInput, encoder_input, encoder_inputs, is_for_decoder
-from .encoder_skip import stand_in
 from .generate import _MAX_RETRIES, _setting, _Stream
 from .inputs import foreign_input, mask_problem
 from .seq2seq import GenerateRunsAgainError, SequenceToSequenceCache
@@ -70,7 +70,7 @@ def _run(
             if attempt and changed.get("streamer") is not None:
                 changed["streamer"] = _Stream(changed["streamer"], None)
             if known and may_leave_out:
-                outputs = stand_in(cache.model, cache.fingerprint, known, cache.encoder_sample)
+                outputs = stand_in(cache.facts, known, cache.encoder_sample)
                 if outputs is not None:
                     cache.leave_out_encoder()
                     changed["encoder_outputs"] = outputs

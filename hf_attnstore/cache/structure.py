@@ -77,6 +77,22 @@ def _slides(text_config: Any, name: str | None) -> bool:
     return name is not None or getattr(text_config, "sliding_window", None) is not None
 
 
+def cache_kinds(model: nn.Module) -> list[LayerKind]:
+    """The kind of every cache layer of a model, in order; for an encoder-decoder, of its decoder.
+
+    Raises:
+        UnsupportedModelError: see `layer_kinds`.
+    """
+    kinds = layer_kinds(decoder_config(model))
+    if not is_encoder_decoder(model) or decoder_layers(decoder_of(model), len(kinds)):
+        return kinds
+    counts = {len(module) for module in decoder_of(model).modules() if isinstance(module, nn.ModuleList)}
+    there = [count for count in sorted(counts) if decoder_layers(decoder_of(model), count)]
+    if there and len(set(kinds)) == 1:  # the configuration speaks of the encoder's layers
+        return kinds[:1] * there[-1]
+    return kinds
+
+
 def decoder_layers(model: nn.Module, count: int) -> list[nn.Module]:
     """The modules that each hold the attention of one cache layer, in order; empty if they can't be told apart."""
     for module in model.modules():
