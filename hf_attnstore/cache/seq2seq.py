@@ -25,7 +25,7 @@ from ..store.store import AttentionStore
 from .cache import AttentionStoreCache, device_of
 from .cross import CrossAttentionSide, SelfAttentionSide
 from .decoder_facts import DecoderFacts, decoder_facts
-from .encoder_input import EncoderInput, encoder_input, encoder_inputs, is_for_decoder
+from .encoder_input import EncoderInput, content_digest, encoder_input, encoder_inputs, is_for_decoder
 from .inputs import foreign_input, mask_problem, position_problem
 from .layers import FullLayer
 from .restore import Pace, Restore, plan_restore
@@ -53,7 +53,8 @@ class GenerateRunsAgainError(Exception):
 class _Awaited:
     """A `generate` whose prompt is known when its first forward comes."""
 
-    limit: int | None
+    prompt: int | None
+    """How many of the first forward's tokens are the prompt; None for all, where there can't be drafts among them."""
     new_tokens: int
 
 
@@ -191,11 +192,11 @@ class SequenceToSequenceCache(AttentionStoreCache, EncoderDecoderCache):
 
     # turns
 
-    def begin_generation(self, given: EncoderInput, limit: int | None, new_tokens: int, unreadable: str = "") -> int:
+    def begin_generation(self, given: EncoderInput, prompt: int | None, new_tokens: int, unreadable: str = "") -> int:
         """Starts the turn of a `generate`, of which the decoder's prompt is known when its first forward comes.
 
         Args:
-            limit: reuse at most so many of the decoder's tokens; None for all but the last.
+            prompt: how many of the first forward's tokens are the prompt; None for all of them.
             new_tokens: how many are expected on top.
             unreadable: why nothing is to be loaded, if so; nothing is saved then.
 
@@ -217,7 +218,7 @@ class SequenceToSequenceCache(AttentionStoreCache, EncoderDecoderCache):
                     self._clear()
                 self._given = dict(given.parts) if self._digest else {}
                 self._reused_positions = self._take_up_encoder()
-                self._awaited = _Awaited(limit, new_tokens)
+                self._awaited = _Awaited(prompt, new_tokens)
             except BaseException:
                 self._clear()
                 self._clear_encoder()
@@ -491,10 +492,9 @@ class SequenceToSequenceCache(AttentionStoreCache, EncoderDecoderCache):
             self._prompt_tokens = self._stats.prompt_tokens = ids.shape[1] if isinstance(ids, torch.Tensor) else 0
         else:
             assert isinstance(ids, torch.Tensor)
-            row: np.ndarray = ids[0].detach().cpu().numpy()
-            limit = len(row) - 1 if awaited.limit is None else min(len(row) - 1, awaited.limit)
+            row: np.ndarray = ids[0, : awaited.prompt].detach().cpu().numpy()
             self._reopening = True  # the turn has begun already, only its prompt was not known
-            self.begin_turn(row, limit=limit, new_tokens=awaited.new_tokens, checked=True)
+            self.begin_turn(row, limit=len(row) - 1, new_tokens=awaited.new_tokens, checked=True)
         self._report_encoder()
 
     def _check_prompt(self, named: Mapping[str, Any], count: int) -> None:
@@ -506,10 +506,14 @@ class SequenceToSequenceCache(AttentionStoreCache, EncoderDecoderCache):
             and name not in ("decoder_input_ids", "decoder_attention_mask", "decoder_position_ids")
         }
         foreign = foreign_input(others)
+        mask = named.get(_MASK)
+        seen = content_digest(mask[:1]) if isinstance(mask, torch.Tensor) else None
         problem = (
             (f"{foreign} are not identified by token ids" if foreign else None)
             or mask_problem(named.get("decoder_attention_mask"), count)
             or position_problem(named.get("decoder_position_ids"), 0, count)
+            # prefilling in chunks cuts the encoder's mask as if it were the decoder's
+            or ("the decoder is given another mask than the encoder" if seen != self._given.get(_MASK) else None)
         )
         if problem:
             self._untrack(problem)

@@ -62,7 +62,7 @@ def _run(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    known = cache.begin_generation(plan.given, plan.limit, plan.new_tokens)
+    known = cache.begin_generation(plan.given, plan.prompt, plan.new_tokens)
     may_leave_out = plan.may_leave_out_encoder
     try:
         for attempt in range(_MAX_RETRIES + 2):
@@ -85,7 +85,7 @@ def _run(
             except GenerateRunsAgainError:
                 cache.abandon_run()
                 may_leave_out = False
-            known = cache.begin_generation(plan.given, plan.limit, plan.new_tokens, unreadable)
+            known = cache.begin_generation(plan.given, plan.prompt, plan.new_tokens, unreadable)
         raise AssertionError("a turn without loading can't fail to load")
     finally:
         cache.end_turn()
@@ -113,8 +113,8 @@ class _Plan:
         self._has_outputs = "encoder_outputs" in inputs
         self.problem = self.given.problem or _decoder_problem(kwargs) or _own_generate_problem(model, inputs, kwargs)
         ids = kwargs.get("decoder_input_ids")
-        prompt = ids.shape[1] if isinstance(ids, torch.Tensor) and ids.ndim == 2 else 0
-        self.limit: int | None = max(prompt - 1, 0) if self._drafts else None
+        given = ids.shape[1] if isinstance(ids, torch.Tensor) and ids.ndim == 2 else 1
+        self.prompt: int | None = given if self._drafts else None
         new_tokens = _setting(model, kwargs, "max_new_tokens") or _setting(model, kwargs, "max_length") or 0
         self.new_tokens = int(new_tokens)
 

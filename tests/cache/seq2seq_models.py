@@ -85,12 +85,16 @@ _BUILDERS: dict[str, tuple[str, Callable[[], Any]]] = {
     "longt5": ("LongT5ForConditionalGeneration", _plain("LongT5Config", _T5, local_radius=4, global_block_size=4)),
     "switch": (
         "SwitchTransformersForConditionalGeneration",
-        _plain("SwitchTransformersConfig", _T5, num_experts=2, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1),
+        _plain("SwitchTransformersConfig", _T5, num_experts=2, num_sparse_encoder_layers=1,
+               num_sparse_decoder_layers=1),
     ),
     "bart": ("BartForConditionalGeneration", _plain("BartConfig", _BART)),
     "mbart": ("MBartForConditionalGeneration", _plain("MBartConfig", _BART)),
     "pegasus": ("PegasusForConditionalGeneration", _plain("PegasusConfig", _BART)),
-    "pegasus-x": ("PegasusXForConditionalGeneration", _plain("PegasusXConfig", _BART, block_size=8, num_global_tokens=4)),
+    "pegasus-x": (
+        "PegasusXForConditionalGeneration",
+        _plain("PegasusXConfig", _BART, block_size=8, num_global_tokens=4),
+    ),
     "bigbird-pegasus": (
         "BigBirdPegasusForConditionalGeneration",
         _plain("BigBirdPegasusConfig", _BART, attention_type="original_full"),
