@@ -79,7 +79,7 @@ def _plain(name: str, settings: dict[str, Any], **changes: Any) -> Callable[[], 
 
 
 _BUILDERS: dict[str, tuple[str, Callable[[], Any]]] = {
-    "t5": ("T5ForConditionalGeneration", _plain("T5Config", _T5)),
+    "t5": ("T5ForConditionalGeneration", _plain("T5Config", _T5, num_layers=2)),
     "mt5": ("MT5ForConditionalGeneration", _plain("MT5Config", _T5)),
     "umt5": ("UMT5ForConditionalGeneration", _plain("UMT5Config", _T5)),
     "longt5": ("LongT5ForConditionalGeneration", _plain("LongT5Config", _T5, local_radius=4, global_block_size=4)),

@@ -62,18 +62,26 @@ class Reference:
         with torch.no_grad():
             self.output = model.get_encoder()(**inputs, return_dict=True)
         self.others = {name: value for name, value in inputs.items() if name == "attention_mask"}
-        config = decoder_config(model).get_text_config(decoder=True)
-        self.cache = EncoderDecoderCache(DynamicCache(config=config), DynamicCache())
-        self.cache.activate_past_recording()  # so that it can go back
+        self._start()
         self.keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
+    def _start(self) -> None:
+        config = decoder_config(self.model).get_text_config(decoder=True)
+        self.cache = EncoderDecoderCache(DynamicCache(config=config), DynamicCache())
+        self.past: dict[int, EncoderDecoderCache] = {}
+        """Copies of the cache by the number of tokens it held, so that it can go back."""
+
     def turn(self, ids: torch.Tensor, known: int, new: int = NEW) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Greedy tokens after `ids`, of which the cache holds the first `known`; and the logits of each step."""
-        held = self.cache.get_seq_length()
-        if known < held:
+        """Greedy tokens after `ids`, of which the cache shall hold the first `known`; and the logits of each step."""
+        held = min((length for length in self.past if length >= known), default=0)
+        if held:
+            self.cache = copy.deepcopy(self.past[held])
             self.cache.crop(known - held)
+        assert self.cache.get_seq_length() == known
+        self.past = {length: cache for length, cache in self.past.items() if length < known or length == held}
         logits = []
         for _ in range(new):
+            self.cache.activate_past_recording()
             with torch.no_grad():
                 out = self.model(
                     encoder_outputs=self.output,
@@ -83,9 +91,22 @@ class Reference:
                     **self.others,
                     **self.keep,
                 )
+            self.past[self.cache.get_seq_length()] = copy.deepcopy(self.cache)
+            self.cache.crop(0)
             logits.append(out.logits[:, -1].float())
             ids = torch.cat([ids, logits[-1].argmax(-1, keepdim=True)], dim=1)
         return ids, logits
+
+    def goes_on(self) -> bool:
+        """Whether tokens one after the other give what they give at once. One model does not in older transformers."""
+        logits = []
+        for lengths in ((5,), (1, 5)):
+            self._start()
+            for length in lengths:
+                step = self.turn(prompt(5)[:, :length], self.cache.get_seq_length(), new=1)[1]
+            logits.append(step[0])
+        self._start()
+        return torch.allclose(*logits, rtol=1e-3, atol=1e-3)
 
     def bytes_of_encoder(self) -> int:
         """Bytes of the cross attention's keys and values."""
@@ -118,6 +139,8 @@ def test_a_document_is_encoded_once_and_its_decoder_goes_on(family: str, tmp_pat
     model, inputs = make_seq2seq(family), encoder_input(family, padding=5)
     runs, reference = Runs(model), Reference(make_seq2seq(family), inputs)
     first, again = prompt(5), prompt(7, seed=8)
+    if not reference.goes_on():
+        pytest.skip("its decoder does not go on from a DynamicCache either")
     with AttentionStore(tmp_path, block_size=BLOCK) as store:
         cache = AttentionStoreCache(model, "document", store)
         assert isinstance(cache, EncoderDecoderCache)
@@ -353,9 +376,10 @@ def test_a_mode_gives_what_it_gives_without_a_store(family: str, mode: str, stor
         for a, b in zip(ours.scores, theirs.scores, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
         if mode == "attentions":
-            assert torch.equal(ours.encoder_attentions[0], theirs.encoder_attentions[0])
+            assert len(ours.encoder_attentions) == len(theirs.encoder_attentions)
+            assert all(map(torch.equal, ours.encoder_attentions, theirs.encoder_attentions))
         if mode == "hidden states":
-            assert torch.equal(ours.encoder_hidden_states[-1], theirs.encoder_hidden_states[-1])
+            assert all(map(torch.equal, ours.encoder_hidden_states, theirs.encoder_hidden_states))
         needs_encoder = mode in ("prompt lookup", "attentions", "hidden states")
         assert runs.take() == int(needs_encoder)
         if mode != "prefill in chunks":  # only the first chunk is known to be a prompt
