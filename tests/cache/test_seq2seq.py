@@ -555,6 +555,30 @@ def test_whisper_runs_as_ever_where_it_may_decode_more_than_once(
     assert not store.sessions()
 
 
+def test_whisper_that_decodes_again_starts_over_with_its_encoder(
+    store: AttentionStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs = make_seq2seq("whisper"), encoder_input("whisper")
+    plain = turn(make_seq2seq("whisper"), inputs, None, None)
+    turn(model, inputs, None, AttentionStoreCache(model, "audio", store))
+    runs, once = Runs(model), model.generate_with_fallback
+
+    def twice(**arguments: Any) -> Any:
+        once(**arguments)
+        return once(**arguments)
+
+    monkeypatch.setattr(model, "generate_with_fallback", twice)
+    cache = AttentionStoreCache(model, "audio", store)
+    ours = turn(model, inputs, None, cache)
+    assert torch.equal(ours.sequences, plain.sequences)
+    assert runs.take() == 2  # the encoder was left out at first, then ran for each
+    assert not cache.stats.encoder_skipped
+    assert "decodes several times" in cache.stats.recomputed
+    before = store.tokens("audio")
+    assert torch.equal(turn(model, inputs, None, cache).sequences, plain.sequences)
+    assert store.tokens("audio") == before
+
+
 # the surface of the cache
 
 
@@ -620,6 +644,24 @@ def make_seq2seq_attached(store: AttentionStore) -> Any:
     model = make_seq2seq("bart")
     attach(model, store)
     return model
+
+
+def test_padding_among_the_ids_of_a_decoder_that_counts_positions_by_it_is_not_kept(
+    store: AttentionStore, log: pytest.LogCaptureFixture
+) -> None:
+    for family, counts in (("m2m-100", True), ("bart", False)):
+        model, inputs, ids = make_seq2seq(family), encoder_input(family), prompt(20)
+        turn(model, inputs, ids, AttentionStoreCache(model, family, store))
+        padded = torch.cat([ids[:, :9], torch.zeros((1, 1), dtype=torch.long), ids[:, 10:]], dim=1)
+        cache = AttentionStoreCache(model, family, store)
+        ours = turn(model, inputs, padded, cache)
+        theirs = turn(make_seq2seq(family), inputs, padded, None)
+        assert torch.equal(ours.sequences, theirs.sequences)
+        assert cache.reused_tokens == 9
+        assert ("padding tokens among" in cache.stats.recomputed) == counts
+        again = AttentionStoreCache(model, family, store)
+        turn(model, inputs, padded, again)
+        assert again.reused_tokens == (9 if counts else 19)
 
 
 @pytest.mark.parametrize(
