@@ -15,8 +15,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import jinja2
 
 from .cache import AttentionStoreCache, TurnStats
+from .cache.structure import is_encoder_decoder
 from .canonical import PLACEHOLDERS, BackgroundPrefill, BackgroundWork, certain_beginning, give_way
-from .errors import AttentionStoreError, ContextWindowError, SessionNotFoundError, StoreIOError
+from .errors import (
+    AttentionStoreError,
+    ContextWindowError,
+    SessionNotFoundError,
+    StoreIOError,
+    UnsupportedModelError,
+)
 from .store import AttentionStore
 from .timing import GenerateRun, timed_generate
 from .transcript import Message, Prompt, Transcript, encode
@@ -87,6 +94,7 @@ class ChatSession:
     Raises:
         ChatTemplateError: the tokenizer has no chat template.
         SessionNameError: the name can't be used.
+        UnsupportedModelError: the model has an encoder.
     """
 
     def __init__(
@@ -104,6 +112,11 @@ class ChatSession:
         template_kwargs: dict[str, Any] | None = None,
         **generate_defaults: Any,
     ) -> None:
+        if is_encoder_decoder(model):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has an encoder: its conversations are not one text that goes on; use generate "
+                "with an AttentionStoreCache"
+            )
         if not tokenizer.chat_template:
             name = tokenizer.name_or_path or type(tokenizer).__name__
             raise ChatTemplateError(

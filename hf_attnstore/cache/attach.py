@@ -18,7 +18,7 @@ from .fingerprint import fingerprint_of
 from .positions import Geometry
 from .probing import PROBE_VERSION, probe
 from .restore import Pace
-from .structure import compute_device, decoder_layers
+from .structure import compute_device, decoder_layers, decoder_of, is_encoder_decoder
 
 _ATTRIBUTE = "_attnstore_attachment"
 _attaching = threading.Lock()
@@ -43,11 +43,11 @@ class Attachment:
         ]
         self.cache_name = "cache_params" if _only_as(self.parameter_names) else "past_key_values"
         """The name under which the model's forward takes a cache."""
-        self.verified = is_verified(model)
+        self.verified = is_verified(model) or is_encoder_decoder(model)  # those have a probe of their own
         """Whether it is known to continue its cache, and need not be asked."""
         self._warned: set[str] = set()
         count = _layer_count(model)
-        layers = decoder_layers(model, count)
+        layers = decoder_layers(decoder_of(model), count)
         self.sees_layers = bool(layers)
         self.devices: list[torch.device | None] = [compute_device(layer) for layer in layers] or [None] * count
         self.computes_on_cpu = all(device is None or device.type == "cpu" for device in self.devices)
@@ -144,7 +144,7 @@ def _only_as(names: list[str]) -> bool:
 def _layer_count(model: nn.Module) -> int:
     from .kinds import make_layers
 
-    return len(make_layers(model.config))
+    return len(make_layers(model))
 
 
 def owner_of(model: nn.Module) -> nn.Module:

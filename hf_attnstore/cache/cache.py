@@ -23,6 +23,7 @@ from .kinds import make_layers
 from .layers import KeptLayer, SlidingLayer, StoreLayer
 from .states import ConvolutionState, HybridLayer
 from .stats import TurnStats
+from .structure import is_encoder_decoder
 from .truncation import window_of
 
 _MAX_PLANS = 8
@@ -63,7 +64,11 @@ class AttentionStoreCache(CacheForwards):
     """
 
     def __new__(cls, model: Any = None, session: Any = None, *args: Any, **kwargs: Any) -> "AttentionStoreCache":
-        """A list of sessions gets the cache of a batch."""
+        """An encoder-decoder model gets the cache that its `generate` needs, a list of sessions that of a batch."""
+        if cls is AttentionStoreCache and model is not None and is_encoder_decoder(owner_of(model)):
+            from .seq2seq import SequenceToSequenceCache
+
+            return object.__new__(SequenceToSequenceCache)
         if cls is AttentionStoreCache and session is not None and not isinstance(session, str):
             from .batch import BatchCache
 
@@ -88,7 +93,8 @@ class AttentionStoreCache(CacheForwards):
         if checkpoint_every is not None and checkpoint_every < 1:
             raise CacheUseError(f"checkpoint_every is a number of tokens, not {checkpoint_every}")
         self._checkpoint_every = checkpoint_every
-        super().__init__(layers=make_layers(config))  # type: ignore[arg-type]
+        layers: list[Any] = list(make_layers(self._model))
+        Cache.__init__(self, layers=layers)
         self._attachment: Attachment = ensure_hooks(self._model)
         self._store: AttentionStore | None = store or self._attachment.store or _default_store()
         self.session = self._store.check_name(str(session)) if session is not None else None

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..errors import CacheUseError, LoadError, UnsupportedModelError
+from ..errors import CacheUseError, LoadError
 from .attach import attachment_of, feed
 from .batch import BatchCache
 from .batch_generate import generate_batch
 from .cache import AttentionStoreCache
 from .inputs import foreign_input, mask_problem, position_problem
+from .structure import is_encoder_decoder
 
 logger = logging.getLogger("hf_attnstore")
 
@@ -46,6 +47,10 @@ def generate_with_store(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     attachment = attachment_of(model)
     assert attachment is not None
     original = attachment.original_generate(model)
+    if is_encoder_decoder(model):
+        from .seq2seq_generate import generate_from_encoder
+
+        return generate_from_encoder(model, original, attachment.store, args, kwargs)
     cache = kwargs.pop("past_key_values", None)
     if cache is None:
         cache = kwargs.pop(attachment.cache_name, None)
@@ -164,8 +169,6 @@ class _Turn:
     """
 
     def __init__(self, cache: AttentionStoreCache, model: nn.Module, prompt: Any, kwargs: Mapping[str, Any]) -> None:
-        if getattr(model.config, "is_encoder_decoder", False):
-            raise UnsupportedModelError("encoder-decoder models can't be kept yet")
         self._cache = cache
         self._kwargs = kwargs
         self._history = _history(cache, prompt, kwargs)

@@ -30,6 +30,11 @@ def _settings() -> frozenset[str]:
     return frozenset(understood | {"streamer", "tokenizer", "assistant_tokenizer", "custom_generate"})
 
 
+def is_setting(name: str) -> bool:
+    """Whether an argument of `generate` says how tokens are chosen, rather than what the model sees."""
+    return name in _settings()
+
+
 def _is_data(value: Any) -> bool:
     if value is None or isinstance(value, _PLAIN):
         return False

@@ -30,7 +30,7 @@ def describe(model: nn.Module) -> str:
     size = sum(parameter.nbytes for parameter in model.parameters())
     lines = [f"{type(model).__name__}, {format_bytes(size)}", f"fingerprint  {fingerprint_of(model).current()}"]
     try:
-        layers = make_layers(config)
+        layers = make_layers(model)
         kinds = [
             f"{len(list(group))} × {name}" + (f" (window {window:,})" if window else "")
             for (name, window), group in groupby(layers, key=lambda layer: (layer.kind, getattr(layer, "window", None)))

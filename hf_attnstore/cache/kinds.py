@@ -4,12 +4,14 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from torch import nn
 from transformers import DynamicCache
 
 from ..errors import UnsupportedModelError
 from .indexed import IndexedLayer, SparseIndexLayer
 from .layers import FullLayer, KeptLayer, SlidingLayer
 from .states import HybridLayer, HybridSlidingLayer, SharedLayer, StateLayer, snapshot_of
+from .structure import decoder_config, decoder_layers, decoder_of, is_encoder_decoder
 
 logger = logging.getLogger("hf_attnstore")
 
@@ -52,20 +54,21 @@ def register_kind(name: str, maker: Maker) -> None:
     _MAKERS[name] = maker
 
 
-def make_layers(config: Any) -> list[KeptLayer]:
-    """The layers of a cache for a model, in order.
+def make_layers(model: nn.Module) -> list[KeptLayer]:
+    """The layers of a cache for a model, in order; for an encoder-decoder, of its decoder.
 
     Raises:
-        UnsupportedModelError: the model is an encoder-decoder, or does not say which layers it has.
+        UnsupportedModelError: the model does not say which layers it has.
     """
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(
-            f"{config.model_type} is an encoder-decoder model, which this version can't keep; use it without the store"
-        )
+    config = decoder_config(model)
     text = config.get_text_config(decoder=True)
-    templates = DynamicCache(config=text).layers
+    try:
+        templates = DynamicCache(config=text).layers
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise UnsupportedModelError(f"transformers can't make a cache for {config.model_type}: {error}") from error
     if not templates:
         raise UnsupportedModelError(f"{config.model_type} does not say which layers it has")
+    templates = _as_many_as_there_are(model, templates)
     names = getattr(text, "layer_types", None) or []
     layers = []
     for number, template in enumerate(templates):
@@ -79,6 +82,17 @@ def make_layers(config: Any) -> list[KeptLayer]:
             _warn(config.model_type, number, layer.kind, type(template).__name__)
         layers.append(layer)
     return layers
+
+
+def _as_many_as_there_are(model: nn.Module, templates: list[Any]) -> list[Any]:
+    """The configuration of an encoder-decoder may speak of the encoder's layers."""
+    if not is_encoder_decoder(model) or decoder_layers(decoder_of(model), len(templates)):
+        return templates
+    counts = {len(module) for module in decoder_of(model).modules() if isinstance(module, nn.ModuleList)}
+    there = [count for count in sorted(counts) if decoder_layers(decoder_of(model), count)]
+    if there and len({type(template) for template in templates}) == 1:
+        return templates[:1] * there[-1]
+    return templates
 
 
 _NAMES = {"DynamicLayer": "full_attention", "DynamicSlidingWindowLayer": "sliding_attention"}

@@ -45,6 +45,10 @@ class TurnStats:
     """Why something that could have been reused was not; empty if nothing was."""
     missed: str = ""
     """The kind of that reason, in few words."""
+    encoder_reused: int = 0
+    """Positions of an encoder's output whose keys and values were there already; encoder-decoder models only."""
+    encoder_skipped: bool = False
+    """Whether the encoder did not run at all."""
 
 
 def added_up(rows: Sequence[TurnStats], whole: TurnStats) -> TurnStats:

@@ -1,7 +1,36 @@
 """How a model is built: its decoder layers, and where each of them computes."""
 
+from typing import Any
+
 import torch
 from torch import nn
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether a model has an encoder whose output its decoder attends to."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The part of a model that has the cache: the decoder of an encoder-decoder, else the model itself."""
+    if not is_encoder_decoder(model):
+        return model
+    get_decoder: Any = getattr(model, "get_decoder")  # noqa: B009
+    decoder: nn.Module = get_decoder()
+    return decoder
+
+
+def encoder_of(model: nn.Module) -> nn.Module:
+    """The encoder of an encoder-decoder."""
+    get_encoder: Any = getattr(model, "get_encoder")  # noqa: B009
+    encoder: nn.Module = get_encoder()
+    return encoder
+
+
+def decoder_config(model: nn.Module) -> Any:
+    """The configuration of the part of a model that has the cache. T5's decoder, say, has one of its own, which may
+    have another number of layers."""
+    return getattr(decoder_of(model), "config", None) or model.config
 
 
 def decoder_layers(model: nn.Module, count: int) -> list[nn.Module]:

@@ -60,6 +60,12 @@ def state_root(before: Key, secret: bytes = b"") -> Key:
     return _digest(b"attnstore-state", secret, before)
 
 
+def input_root(root: Key, part: str, digest: bytes, secret: bytes = b"") -> Key:
+    """The parent of first blocks whose KV depends, beside the model that `root` stands for, on an input that their
+    ids do not name. `part` tells apart what is kept under the same `digest` of that input."""
+    return _digest(b"attnstore-input", secret, root, part.encode(), digest)
+
+
 def block_key(parent: Key, tokens: bytes, secret: bytes = b"") -> Key:
     """The key of the block that follows `parent` and holds `tokens` (as from `encode_tokens`)."""
     joined = _KEY_LENGTH + parent + _LENGTH(len(tokens)) + tokens  # as in `_digest`: this one is needed often

@@ -444,5 +444,5 @@ def test_transformers_own_classes_still_serve_their_kinds(caplog: pytest.LogCapt
     model = _built("deepseek_v4")
     before = dict(cache_utils.DYNAMIC_LAYER_TYPE_MAPPING)
     with caplog.at_level(logging.WARNING):
-        kinds.make_layers(model.config)
+        kinds.make_layers(model)
     assert before == cache_utils.DYNAMIC_LAYER_TYPE_MAPPING
