@@ -24,6 +24,7 @@ from ..store.locks import SessionLock
 from ..store.store import AttentionStore
 from .attach import Attachment
 from .layers import SlidingLayer, StoreLayer
+from .modalities import Content
 from .restore import Restore, plan_restore, resident_from
 from .saver import BlockSaver
 from .stats import TurnStats
@@ -81,6 +82,8 @@ class CacheContent(Cache):
         self._prompt: np.ndarray | None = None
         """The tokens of the prompt that are in view, where the caller vouches for what will be fed."""
         self._prompt_tokens = 0
+        self._content: Content | None = None
+        """What of the conversation's beginning is not text; None if all of it is, or nothing is known of that."""
         self._reopening = False
         self._lock: SessionLock | None = None
         self._stats = TurnStats()
@@ -140,11 +143,12 @@ class CacheContent(Cache):
             return 0, []
         if self.rows > 1:
             self.batch_select_indices(torch.tensor([0]))
-        own = min(common_prefix(self._chain.ids, ids), limit)
+        own = self._whole(min(common_prefix(self._chain.ids, ids), limit))
         self._drop_from(own)
         for _ in range(_MAX_PLANS):
             spans = crop(self._find(self._view, ids[:limit]), limit)
-            known = total_tokens(spans)
+            known = self._whole(total_tokens(spans))
+            spans = crop(spans, known)
             length = max(own, known)
             if own > known and not self._covers(own, spans):
                 length = known  # a sliding layer has let go of what it would need to stay at `own`
@@ -162,6 +166,10 @@ class CacheContent(Cache):
                 own = 0
         self._clear()
         return 0, []
+
+    def _whole(self, length: int) -> int:
+        """The longest beginning of at most `length` tokens that has no part of a picture."""
+        return self._content.floor(length) if self._content is not None else length
 
     def _drop_from(self, length: int) -> None:
         """Lets go of what is held beyond `length`, though a sliding layer may then lack the window before it."""

@@ -12,6 +12,7 @@ from ..session.view import View
 from ..store.keys import chain_root
 from .content import CacheContent
 from .layers import FullLayer, SlidingLayer
+from .modalities import Content, has_stand_ins
 from .stats import TurnStats
 
 logger = logging.getLogger("hf_attnstore")
@@ -36,7 +37,14 @@ class CacheTurns(CacheContent):
         return self._forward is not None and self._forward.thread != threading.get_ident()
 
     def begin_turn(
-        self, ids: np.ndarray, *, limit: int, new_tokens: int = 0, checked: bool = False, unreadable: str = ""
+        self,
+        ids: np.ndarray,
+        *,
+        limit: int,
+        new_tokens: int = 0,
+        checked: bool = False,
+        unreadable: str = "",
+        content: Content | None = None,
     ) -> int:
         """Starts a turn on the conversation `ids` `[tokens]`: finds and begins to load what is known of it.
 
@@ -45,6 +53,7 @@ class CacheTurns(CacheContent):
             new_tokens: how many tokens are expected on top: for the capacity of the layers, and for the window.
             checked: the caller vouches for masks and positions, so that forwards need not look at them.
             unreadable: why nothing is to be loaded, if so; nothing is saved then.
+            content: what of the conversation is not text; `ids` are its ids then.
 
         Returns:
             The tokens reused; `get_seq_length()` says the same from now on, though the data may still be coming.
@@ -58,8 +67,10 @@ class CacheTurns(CacheContent):
             try:
                 self._open()
                 self._checked = checked
+                self._content = content
                 if unreadable:
                     self._untrack(unreadable)
+                self._refuse_to_cut(ids, new_tokens)
                 self._see_through(self._choose_view(ids, limit, new_tokens))
                 shown, limit = self._view.in_view(ids), limit - self._view.dropped
                 if self._limit is not None and len(shown) > self._limit:
@@ -88,6 +99,14 @@ class CacheTurns(CacheContent):
                 stats.truncation = "rotated" if self._view.base else "recomputed"
         return reused
 
+    def _refuse_to_cut(self, ids: np.ndarray, new_tokens: int) -> None:
+        if self._window is not None and self._window.overflows(len(ids), new_tokens) and has_stand_ins(ids):
+            raise ContextWindowError(
+                f"{len(ids)} tokens and room for {new_tokens} do not fit into the window of {self._window.size} "
+                "tokens, and of a conversation with pictures, sounds or embeddings nothing can be dropped: leave out "
+                "its oldest messages with their pictures, or set a larger window"
+            )
+
     def prompt_in_view(self, ids: np.ndarray) -> np.ndarray:
         """Of the conversation `ids` that a turn was begun on, the tokens that the model is to see."""
         return self._view.in_view(ids)
@@ -99,6 +118,7 @@ class CacheTurns(CacheContent):
             try:
                 self._open()
                 self._checked = True
+                self._content = None
                 self._clear()
                 self._see_through(self._view.as_plain())
                 self._untrack(reason)
