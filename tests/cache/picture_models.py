@@ -212,7 +212,9 @@ def make_picture_model(family: str, seed: int = 0) -> PreTrainedModel:
         model = FAMILIES[family].build()
         with torch.no_grad():
             for name, parameter in model.named_parameters():  # attention must matter: a wrong key, a wrong token
-                if parameter.ndim > 1 and "embed" not in name:
+                if not parameter.any():  # pictures must matter, too
+                    parameter.normal_(std=0.1)
+                elif parameter.ndim > 1 and "embed" not in name:
                     parameter.mul_(5.0 if "language_model" in name else 2.0)
     return model.eval()
 
