@@ -112,6 +112,10 @@ class Content:
         """The token types `[1, stop]` called `name` that go with the first tokens; None if none are marked."""
         return None
 
+    def count(self, start: int, stop: int) -> int:
+        """How many pictures and the like belong to the tokens `[start, stop)`."""
+        return 0
+
     def identify(self, start: int, fed: torch.Tensor) -> np.ndarray | None:
         """What identifies tokens that are fed from position `start` on; None if they are not those of the prompt.
 
@@ -198,6 +202,10 @@ class Items(Content):
                 rows = (first.rows, last.rows) if name == modality.features else (first.numbers, last.numbers)
                 chosen[name] = value[rows[0][0] : rows[1][1]]
         return chosen
+
+    def count(self, start: int, stop: int) -> int:
+        inside = (item for _, items in self._parts for item in items if start <= item.start < stop)
+        return sum(item.numbers[1] - item.numbers[0] for item in inside)
 
     def types(self, name: str, stop: int) -> torch.Tensor | None:
         types = self._named.get(name)
@@ -322,7 +330,8 @@ def _items(config: Any, modality: Modality, raw: np.ndarray, named: Mapping[str,
     layout = modality.layout(config, features, beside, [len(run) for run in runs])
     if layout is None or sum(tokens for tokens, _ in layout) != len(places) or _rows_do_not_fit(layout, beside):
         # which belongs to which is not known: as one item, they are right in any case
-        items = [Item(places, (0, features.shape[0]), (0, max(map(len, beside.values()), default=0)))]
+        count = max(features.shape[0], *map(len, beside.values()))
+        items = [Item(places, (0, count), (0, count))]
     else:
         items = _cut(places, layout)
     if modality.whole_runs:

@@ -25,6 +25,10 @@ def fit_inputs(content: Content, start: int, count: int, named: Mapping[str, Any
     if vouched and start >= len(content):
         return {}
     expected = content.inputs(start, stop)
+    rows = next((named[name].shape[0] for name in ("input_ids", "inputs_embeds") if named.get(name) is not None), 1)
+    if rows > 1 and content.count(start, stop) > 1 and any(named.get(name) is not None for name in content.consumed):
+        # those that `generate` does not encode before, it repeats one by one, so that rows get each other's
+        raise NotIdentifiedError("several pictures or sounds for several rows")
     if not vouched:
         for name, value in expected.items():
             if not _same(named.get(name), value):

@@ -148,7 +148,7 @@ def _qwen2_audio() -> PreTrainedModel:
 
 
 def _random(*shape: int, seed: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,9 @@ def _sound(seed: int) -> Picture:
     frames = 24 if seed % 2 else 36
     mask = (torch.arange(40) < frames).long()[None]
     encoded = ((frames - 1) // 2 + 1 - 2) // 2 + 1
-    return Picture((PICTURE,) * encoded, {"input_features": _random(1, 8, 40, seed=seed), "feature_attention_mask": mask})
+    return Picture(
+        (PICTURE,) * encoded, {"input_features": _random(1, 8, 40, seed=seed), "feature_attention_mask": mask}
+    )
 
 
 @dataclass(frozen=True)
@@ -206,7 +208,8 @@ FAMILIES: dict[str, Family] = {
 
 
 def make_picture_model(family: str, seed: int = 0) -> PreTrainedModel:
-    """A model in eval mode. The same arguments give the same weights, in any process."""
+    """A model in eval mode, in double precision: how the rows of a product are grouped rounds differently, and random
+    weights blow that up. The same arguments give the same weights, in any process."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = FAMILIES[family].build()
@@ -216,7 +219,7 @@ def make_picture_model(family: str, seed: int = 0) -> PreTrainedModel:
                     parameter.normal_(std=0.1)
                 elif parameter.ndim > 1 and "embed" not in name:
                     parameter.mul_(5.0 if "language_model" in name else 2.0)
-    return model.eval()
+    return model.double().eval()
 
 
 def text(count: int, seed: int) -> list[int]:

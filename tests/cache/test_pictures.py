@@ -101,7 +101,7 @@ def assert_same(ours: Any, theirs: Any) -> None:
     """The same tokens, and logits that are equal but for the rounding of computing pictures together or apart."""
     assert torch.equal(ours.sequences, theirs.sequences)
     for step, (a, b) in enumerate(zip(ours.logits, theirs.logits, strict=True)):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3, msg=lambda m, step=step: f"step {step}: {m}")
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-7, msg=lambda m, step=step: f"step {step}: {m}")
 
 
 @pytest.fixture
@@ -207,9 +207,7 @@ def test_the_same_prompt_again_reuses_all_but_its_last_token(family: str, chat: 
 
 
 @families
-def test_text_edited_before_a_picture_has_the_picture_computed_again(
-    family: str, chat: Callable[..., Chat]
-) -> None:
+def test_text_edited_before_a_picture_has_the_picture_computed_again(family: str, chat: Callable[..., Chat]) -> None:
     chat(family).ask(reused=0)
     alice = chat(family)
     alice.parts[0] = text(21, 1)[:13] + text(8, 9)
