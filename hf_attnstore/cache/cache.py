@@ -161,6 +161,8 @@ class AttentionStoreCache(CacheForwards):
         if content is not None:
             self._inputs = {name: value for name, value in inputs.items() if name not in content.understood}
             self._inputs |= content.inputs(done, len(ids))
+            if inputs.get("inputs_embeds") is not None:
+                self._inputs["inputs_embeds"] = inputs["inputs_embeds"][:, done:]
             self._inputs |= {name: content.types(name, len(ids)) for name in TYPES if inputs.get(name) is not None}
             self._inputs["position_ids"] = content.positions_at(done, len(ids))
         return done

@@ -12,7 +12,7 @@ from ..session.chain import common_prefix
 from .content import Forward
 from .inputs import foreign_input, mask_problem, position_problem
 from .modalities import NotIdentifiedError, has_stand_ins, read_content
-from .modality_inputs import fit_inputs
+from .modality_inputs import check_inputs, whole_types
 from .spatial_positions import places_in_space, spatial_positions
 from .turns import CacheTurns
 
@@ -69,7 +69,8 @@ class CacheForwards(CacheTurns):
             if self._content is None and not self._checked and not self._held and not self._untracked:
                 self._content = read_content(self._model.config, ids, named)
             if self._content is not None and not self._untracked:
-                replaced = fit_inputs(self._content, self._held, count, named, vouched=self._checked)
+                replaced = whole_types(self._content, self._held, count, named)
+                check_inputs(self._content, self._held, count, named, vouched=self._checked)
             if named.get("position_ids") is None and places_in_space(self._model):
                 replaced |= self._spatial_positions(ids, count, named)
         except NotIdentifiedError as reason:

@@ -223,9 +223,9 @@ def make_picture_model(family: str, seed: int = 0) -> PreTrainedModel:
 
 
 def text(count: int, seed: int) -> list[int]:
-    """Random ids of text."""
+    """Random ids of text. Its last one says that a picture may come, which Qwen's models count."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, 90, (count,), generator=generator).tolist()
+    return [*torch.randint(3, 90, (count - 1,), generator=generator).tolist(), 96]
 
 
 def prompt(family: str, parts: Sequence[list[int] | Picture]) -> dict[str, Any]:
