@@ -330,7 +330,7 @@ def _items(config: Any, modality: Modality, raw: np.ndarray, named: Mapping[str,
     layout = modality.layout(config, features, beside, [len(run) for run in runs])
     if layout is None or sum(tokens for tokens, _ in layout) != len(places) or _rows_do_not_fit(layout, beside):
         # which belongs to which is not known: as one item, they are right in any case
-        count = max(features.shape[0], *map(len, beside.values()))
+        count = max(len(value) for value in (features, *beside.values()))
         items = [Item(places, (0, count), (0, count))]
     else:
         items = _cut(places, layout)
