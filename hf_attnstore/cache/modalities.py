@@ -172,12 +172,14 @@ class Items(Content):
         hasher = hashlib.blake2b(digest_size=32, person=b"attnstore-item")
         hasher.update(repr((modality.features, len(item.places), settings)).encode())
         hasher.update((item.places - item.start).tobytes())
-        for name in (modality.features, *modality.beside):
-            low, high = item.rows if name == modality.features else item.numbers
-            value = self._named.get(name)
-            if value is None:
-                continue
-            part = torch.as_tensor(value)[low:high].detach().cpu().contiguous()
+        beside = {
+            name: torch.as_tensor(self._named[name])[slice(*item.numbers)]
+            for name in modality.beside
+            if self._named.get(name) is not None
+        }
+        features = modality.trim(self._named[modality.features][slice(*item.rows)], beside)
+        for name, part in {modality.features: features, **beside}.items():
+            part = part.detach().cpu().contiguous()
             hasher.update(repr((name, str(part.dtype), tuple(part.shape))).encode())
             hasher.update(part.view(-1).view(torch.uint8).numpy().data)
         return hasher.digest()

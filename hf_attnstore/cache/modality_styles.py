@@ -32,6 +32,8 @@ class Modality:
     layout: Layout
     beside: tuple[str, ...] = ()
     """Inputs that say something of each item, one row for each."""
+    trim: Callable[[torch.Tensor, Mapping[str, Any]], torch.Tensor] = lambda rows, beside: rows
+    """What of one item's rows is content; the rest is there because another item is larger."""
     whole_runs: bool = False
     """Whether all placeholders that follow each other see each other, whichever item they belong to."""
 
@@ -84,6 +86,23 @@ def by_size(config: Any, features: torch.Tensor, beside: Mapping[str, Any], runs
     return [((int(height) // patch) * (int(width) // patch), 1) for height, width in torch.as_tensor(sizes).tolist()]
 
 
+def _within_size(rows: torch.Tensor, beside: Mapping[str, Any]) -> torch.Tensor:
+    """The pixels `[1, channels, height, width]` within the one row of `image_sizes`."""
+    sizes = beside.get("image_sizes")
+    if sizes is None or len(sizes) != 1:
+        return rows
+    height, width = torch.as_tensor(sizes)[0].tolist()
+    return rows[..., : int(height), : int(width)]
+
+
+def _without_empty_tiles(rows: torch.Tensor, beside: Mapping[str, Any]) -> torch.Tensor:
+    """The tiles `[1, tiles, …]` up to the last that is not empty; how many there are follows from `image_sizes`."""
+    if rows.ndim != 5 or len(rows) != 1 or beside.get("image_sizes") is None:
+        return rows
+    filled = rows[0].flatten(1).any(dim=1).nonzero()
+    return rows[:, : int(filled[-1]) + 1] if len(filled) else rows
+
+
 _IMAGE = ("image_token_id", "image_token_index")
 _VIDEO = ("video_token_id", "video_token_index")
 _AUDIO = ("audio_token_id", "audio_token_index")
@@ -93,14 +112,14 @@ _GRID = (
     Modality("pixel_values_videos", _VIDEO, 2, by_grid("video_grid_thw"), ("video_grid_thw", "second_per_grid_ts")),
 )
 _EQUAL = (Modality("pixel_values", _IMAGE, 1, equal),)
-_SIZED = (Modality("pixel_values", _IMAGE, 1, by_size, ("image_sizes",)),)
+_SIZED = (Modality("pixel_values", _IMAGE, 1, by_size, ("image_sizes",), _within_size),)
 
 STYLES: Mapping[str, tuple[Modality, ...]] = {
     "aya_vision": _EQUAL,
     "gemma3": (Modality("pixel_values", _IMAGE, 1, equal, whole_runs=True),),
     "internvl": _EQUAL,
     "llava": _SIZED,
-    "llava_next": (Modality("pixel_values", _IMAGE, 1, one_run, ("image_sizes",)),),
+    "llava_next": (Modality("pixel_values", _IMAGE, 1, one_run, ("image_sizes",), _without_empty_tiles),),
     "mistral3": _SIZED,
     "qwen2_5_vl": _GRID,
     "qwen2_audio": (Modality("input_features", _AUDIO, 3, one_run, ("feature_attention_mask",)),),

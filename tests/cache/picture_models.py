@@ -8,22 +8,39 @@ from typing import Any
 
 import torch
 from transformers import (
+    AyaVisionConfig,
+    AyaVisionForConditionalGeneration,
     CLIPVisionConfig,
+    Cohere2Config,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLVisionConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    MistralConfig,
     PixtralVisionConfig,
     PreTrainedModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2AudioConfig,
     Qwen2AudioForConditionalGeneration,
+    Qwen2Config,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
+    SiglipVisionConfig,
+    VipLlavaConfig,
+    VipLlavaForConditionalGeneration,
 )
 
 VOCABULARY = 101
@@ -76,6 +93,63 @@ def _pixtral() -> PreTrainedModel:
         vision_feature_select_strategy="full",
     )
     return LlavaForConditionalGeneration(config)
+
+
+def _vipllava() -> PreTrainedModel:
+    config = VipLlavaConfig(
+        vision_config=CLIPVisionConfig(**_CLIP, projection_dim=32),
+        text_config=LlamaConfig(**_TEXT),
+        image_token_index=PICTURE,
+        vision_feature_layers=[-1, -2],
+    )
+    return VipLlavaForConditionalGeneration(config)
+
+
+def _llava_next() -> PreTrainedModel:
+    config = LlavaNextConfig(
+        vision_config=CLIPVisionConfig(**_CLIP, projection_dim=32),
+        text_config=LlamaConfig(**_TEXT),
+        image_token_index=PICTURE,
+        vision_feature_layer=-1,
+        image_grid_pinpoints=[[16, 32], [32, 16], [32, 32]],
+    )
+    return LlavaNextForConditionalGeneration(config)
+
+
+def _mistral3() -> PreTrainedModel:
+    vision = PixtralVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=4
+    )
+    config = Mistral3Config(
+        vision_config=vision,
+        text_config=MistralConfig(**_TEXT, sliding_window=None),
+        image_token_index=PICTURE,
+        vision_feature_layer=-1,
+        spatial_merge_size=2,
+    )
+    return Mistral3ForConditionalGeneration(config)
+
+
+def _internvl() -> PreTrainedModel:
+    vision = InternVLVisionConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=[16, 16],
+        patch_size=[4, 4],
+    )
+    config = InternVLConfig(vision_config=vision, text_config=Qwen2Config(**_TEXT), image_token_id=PICTURE)
+    return InternVLForConditionalGeneration(config)
+
+
+def _aya_vision() -> PreTrainedModel:
+    config = AyaVisionConfig(
+        vision_config=SiglipVisionConfig(**_CLIP, vision_use_head=False),
+        text_config=Cohere2Config(**_TEXT, sliding_window=24),
+        image_token_index=PICTURE,
+    )
+    return AyaVisionForConditionalGeneration(config)
 
 
 def _gemma3() -> PreTrainedModel:
@@ -132,6 +206,31 @@ def _qwen3_vl() -> PreTrainedModel:
     return Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **_VIDEO_IDS))
 
 
+def _qwen3_vl_moe() -> PreTrainedModel:
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "out_hidden_size": 48,
+        "num_heads": 2,
+        "patch_size": 4,
+        "num_position_embeddings": 64,
+        "deepstack_visual_indexes": [0, 1],
+    }
+    text = {
+        **_TEXT,
+        "head_dim": 12,
+        "rope_parameters": {**_ROPE, "mrope_interleaved": True},
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+    }
+    config = Qwen3VLMoeConfig(text_config=text, vision_config=vision, **_VIDEO_IDS)
+    model = Qwen3VLMoeForConditionalGeneration(config)
+    model.set_experts_implementation("eager")  # the fused one has no double precision
+    return model
+
+
 def _qwen2_audio() -> PreTrainedModel:
     audio = {
         "num_mel_bins": 8,
@@ -165,9 +264,25 @@ def _image(placeholders: int) -> Callable[[int], Picture]:
 
 def _rows_of_patches(seed: int) -> Picture:
     """Pixtral's: each row of patches ends with an id of its own."""
-    ids = ((PICTURE,) * 4 + (94,)) * 3
-    sizes = torch.tensor([[12, 16]])
-    return Picture(ids, {"pixel_values": _random(1, 3, 16, 16, seed=seed), "image_sizes": sizes})
+    rows, columns = (3, 4) if seed % 2 else (4, 5)
+    values = _random(1, 3, 4 * rows, 4 * columns, seed=seed)
+    sizes = torch.tensor([[4 * rows, 4 * columns]])
+    return Picture(((PICTURE,) * columns + (94,)) * rows, {"pixel_values": values, "image_sizes": sizes})
+
+
+def _merged_rows(seed: int) -> Picture:
+    """Mistral's: four patches make one place."""
+    sizes = torch.tensor([[16, 24]])
+    ids = ((PICTURE,) * 3 + (94,)) * 2
+    return Picture(ids, {"pixel_values": _random(1, 3, 16, 24, seed=seed), "image_sizes": sizes})
+
+
+def _tiles(seed: int) -> Picture:
+    """Llava-NeXT's: the whole picture and two tiles side by side, each of whose rows ends with a place of its own."""
+    sizes = torch.tensor([[16, 32]])
+    return Picture(
+        (PICTURE,) * (16 + 4 * 9), {"pixel_values": _random(1, 3, 3, 16, 16, seed=seed), "image_sizes": sizes}
+    )
 
 
 def _patches(seed: int) -> Picture:
@@ -196,6 +311,16 @@ class Family:
     types: str = ""
 
 
+MORE_FAMILIES: dict[str, Family] = {
+    "aya-vision": Family(_aya_vision, _image(4)),
+    "internvl": Family(_internvl, _image(4)),
+    "llava-next": Family(_llava_next, _tiles),
+    "mistral3": Family(_mistral3, _merged_rows),
+    "qwen3-vl-moe": Family(_qwen3_vl_moe, _patches, "mm_token_type_ids"),
+    "vipllava": Family(_vipllava, _image(16)),
+}
+"""Those that take pictures like one of the others do, but for how many places they have."""
+
 FAMILIES: dict[str, Family] = {
     "llava": Family(_llava, _image(16)),
     "llava-pixtral": Family(_pixtral, _rows_of_patches),
@@ -205,6 +330,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3-vl": Family(_qwen3_vl, _patches, "mm_token_type_ids"),
     "qwen2-audio": Family(_qwen2_audio, _sound),
 }
+ALL_FAMILIES = FAMILIES | MORE_FAMILIES
 
 
 def make_picture_model(family: str, seed: int = 0) -> PreTrainedModel:
@@ -212,7 +338,7 @@ def make_picture_model(family: str, seed: int = 0) -> PreTrainedModel:
     weights blow that up. The same arguments give the same weights, in any process."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = FAMILIES[family].build()
+        model = ALL_FAMILIES[family].build()
         with torch.no_grad():
             for name, parameter in model.named_parameters():  # attention must matter: a wrong key, a wrong token
                 if not parameter.any():  # pictures must matter, too
@@ -228,6 +354,14 @@ def text(count: int, seed: int) -> list[int]:
     return [*torch.randint(3, 90, (count - 1,), generator=generator).tolist(), 96]
 
 
+def _of_one_size(values: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Pictures, with zeros to the right and below as processors put them; everything else as it is."""
+    if values[0].ndim != 4:
+        return values
+    height, width = (max(value.shape[axis] for value in values) for axis in (2, 3))
+    return [torch.nn.functional.pad(value, (0, width - value.shape[3], 0, height - value.shape[2])) for value in values]
+
+
 def prompt(family: str, parts: Sequence[list[int] | Picture]) -> dict[str, Any]:
     """What a processor would make of text and pictures: ids, mask, token types, and the pictures' inputs."""
     ids: list[int] = []
@@ -239,8 +373,8 @@ def prompt(family: str, parts: Sequence[list[int] | Picture]) -> dict[str, Any]:
                 inputs.setdefault(name, []).append(value)
     input_ids = torch.tensor([ids])
     made: dict[str, Any] = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
-    made |= {name: torch.cat(values) for name, values in inputs.items()}
-    types = FAMILIES[family].types
+    made |= {name: torch.cat(_of_one_size(values)) for name, values in inputs.items()}
+    types = ALL_FAMILIES[family].types
     if types:
         made[types] = (input_ids == PICTURE).long() + 2 * (input_ids == VIDEO).long()
     return made

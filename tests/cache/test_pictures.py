@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from picture_models import FAMILIES, PICTURE, VIDEO, Picture, make_picture_model, prompt, text
+from picture_models import ALL_FAMILIES, FAMILIES, PICTURE, VIDEO, Picture, make_picture_model, prompt, text
 
 from hf_attnstore import AttentionStore, AttentionStoreCache
 
@@ -110,7 +110,7 @@ def chat(store: AttentionStore) -> Callable[..., Chat]:
 
     def begin(family: str, picture: int = 1, session: str | None = "alice") -> Chat:
         begun = Chat(family, store, session)
-        begun.say(text(21, 1), FAMILIES[family].picture(picture), text(9, 2))
+        begun.say(text(21, 1), ALL_FAMILIES[family].picture(picture), text(9, 2))
         return begun
 
     return begin
@@ -130,7 +130,7 @@ def test_a_picture_of_the_first_turn_is_not_computed_again(family: str, chat: Ca
 def test_a_picture_is_reused_by_a_model_that_never_saw_it(family: str, tmp_path: Path) -> None:
     with AttentionStore(tmp_path / "store", block_size=16) as store:
         alice = Chat(family, store)
-        alice.say(text(21, 1), FAMILIES[family].picture(1), text(9, 2))
+        alice.say(text(21, 1), ALL_FAMILIES[family].picture(1), text(9, 2))
         alice.ask(reused=0)
     for seed in (3, 4):
         with AttentionStore(tmp_path / "store", block_size=16) as store:
@@ -141,7 +141,7 @@ def test_a_picture_is_reused_by_a_model_that_never_saw_it(family: str, tmp_path:
             assert alice.cache.stats.loaded_bytes > 0
 
 
-@families
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 @pytest.mark.parametrize("restarted", [False, True], ids=["same object", "restart"])
 def test_a_second_picture_in_a_later_turn_is_the_only_one_computed(
     restarted: bool, family: str, chat: Callable[..., Chat]
@@ -153,11 +153,11 @@ def test_a_second_picture_in_a_later_turn_is_the_only_one_computed(
         if restarted:
             alice.store.drop_memory()
             alice.restart()
-        alice.say(text(4, seed + 3), FAMILIES[family].picture(seed), text(6, seed + 5))
+        alice.say(text(4, seed + 3), ALL_FAMILIES[family].picture(seed), text(6, seed + 5))
         alice.ask(reused=known)
 
 
-@families
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_another_picture_between_the_same_words_is_not_taken_for_the_first(
     family: str, chat: Callable[..., Chat]
 ) -> None:
@@ -173,7 +173,7 @@ def test_another_picture_between_the_same_words_is_not_taken_for_the_first(
 
 @families
 def test_two_pictures_changing_places_are_two_other_pictures(family: str, chat: Callable[..., Chat]) -> None:
-    pictures = [FAMILIES[family].picture(seed) for seed in (1, 3)]
+    pictures = [ALL_FAMILIES[family].picture(seed) for seed in (1, 3)]
     for order, reused in (((0, 1), 0), ((1, 0), 21)):
         alice = chat(family)
         alice.parts = [text(21, 1), pictures[order[0]], text(4, 2), pictures[order[1]], text(5, 3)]
@@ -184,7 +184,7 @@ def test_two_pictures_changing_places_are_two_other_pictures(family: str, chat: 
 def test_the_first_of_two_pictures_is_reused_without_the_second(family: str, chat: Callable[..., Chat]) -> None:
     for session, seed, reused in (("alice", 3, 0), ("bob", 5, 1)):
         alice = chat(family, session=session)
-        alice.say(FAMILIES[family].picture(seed), text(5, 3))
+        alice.say(ALL_FAMILIES[family].picture(seed), text(5, 3))
         alice.ask(reused and lengths(alice.parts)[2])
 
 
