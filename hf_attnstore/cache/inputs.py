@@ -14,7 +14,7 @@ from transformers import GenerationConfig, GenerationMixin
 
 _NEUTRAL = frozenset(
     "input_ids inputs past_key_values attention_mask position_ids cache_position logits_to_keep num_logits_to_keep "
-    "labels generation_config negative_prompt_ids negative_prompt_attention_mask".split()
+    "labels return_dict generation_config negative_prompt_ids negative_prompt_attention_mask".split()
 )
 _NEUTRAL_IF_ZERO = frozenset("token_type_ids mm_token_type_ids moe_mm_token_type_ids".split())
 

@@ -97,7 +97,9 @@ def test_rows_beside_ids(store: AttentionStore) -> None:
 
 def test_ids_are_never_taken_for_rows(store: AttentionStore) -> None:
     model = make_model()
-    model.generate(tokens(40), past_key_values=AttentionStoreCache(model, "alice", store), **CALL)
+    cache = AttentionStoreCache(model, "alice", store)
+    model.generate(tokens(40), past_key_values=cache, **CALL)
+    assert len(store.tokens("alice")) == 45
     ask(model, AttentionStoreCache(model, "alice", store), model.get_input_embeddings()(tokens(40)).detach(), 0)
 
 

@@ -164,8 +164,10 @@ def test_what_is_not_identified_is_computed_and_not_kept(
 ) -> None:
     model, other = make_picture_model("gemma3"), make_picture_model("gemma3")
     inputs = prompt("gemma3", [text(21, 1), FAMILIES["gemma3"].picture(1), text(9, 2)])
-    model.generate(**inputs, past_key_values=AttentionStoreCache(model, "alice", store), **GREEDY)
+    cache = AttentionStoreCache(model, "alice", store)
+    model.generate(**inputs, past_key_values=cache, **GREEDY)
     blocks = store.stats()["saved_blocks"]
+    assert blocks
     inputs |= UNIDENTIFIED[what](inputs)
     cache = AttentionStoreCache(model, "alice", store)
     ours = model.generate(**inputs, past_key_values=cache, **GREEDY)

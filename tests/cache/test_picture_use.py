@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from picture_models import FAMILIES, PICTURE, VIDEO, Picture, prompt, text
+from picture_models import FAMILIES, PICTURE, VIDEO, Picture, make_picture_model, prompt, text
 from test_pictures import GREEDY, Chat, assert_same, features_encoded, lengths
 from transformers import DynamicCache, GenerationMixin
 
@@ -54,6 +54,24 @@ def test_positions_are_those_of_this_conversation_whatever_the_model_saw_last(
             known = chat.tokens if seed else 0
             chat.say(text(5, seed))
             chat.ask(reused=known)
+
+
+@pytest.mark.parametrize("family", SPATIAL)
+def test_words_outgrow_the_window_of_a_model_that_saw_a_picture(family: str, store: AttentionStore) -> None:
+    saw = begin(family, store, "picture")
+    saw.ask(reused=0)
+    answers = []
+    for name, model in (("alice", saw.model), ("bob", make_picture_model(family))):
+        cache = AttentionStoreCache(model, name, store, window=60)
+        ids = torch.tensor([text(40, 8)])
+        for seed in (2, 3):
+            out = model.generate(ids, past_key_values=cache, **GREEDY)
+            ids = torch.cat([out.sequences, torch.tensor([text(12, seed)])], dim=1)
+        assert cache.stats.dropped_tokens > 0
+        answers.append(out)
+        store.delete(name)  # with its blocks: the other model is to compute its own
+        assert store.tokens("picture")
+    assert_same(*answers)
 
 
 @pytest.mark.parametrize("family", SPATIAL)
