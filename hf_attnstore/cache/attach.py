@@ -185,7 +185,7 @@ def feed(model: nn.Module, cache: Any, ids: torch.Tensor) -> None:
 def attach(model: nn.Module, store: AttentionStore) -> None:
     """Makes plain `model.generate(**inputs)` reuse and save through `store`, by content and without a session.
 
-    What can't be kept (batches, embeddings, other caches …) runs as without it.
+    What can't be kept (batches, other caches …) runs as without it.
 
     Raises:
         UnsupportedModelError: the model has layers that this version can't keep.

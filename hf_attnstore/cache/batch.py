@@ -69,20 +69,23 @@ class BatchCache(AttentionStoreCache):
         """The numbers of the last turn, row by row."""
         return [row.stats for row in self._row_caches]
 
-    def match(self, input_ids: torch.Tensor, new_tokens: int = 0, attention_mask: torch.Tensor | None = None) -> int:
+    def match(self, input_ids: torch.Tensor, new_tokens: int = 0, **inputs: Any) -> int:
         """Loads what is known of the conversations, for a loop of one's own.
 
         Args:
             input_ids: `[rows, tokens]`, left-padded.
             new_tokens: how many more are to be generated.
-            attention_mask: `[rows, tokens]`, zeros on the padding.
+            inputs: `attention_mask` `[rows, tokens]`, zeros on the padding, and nothing else.
 
         Returns:
             The number of columns that are done with: feed the model the rest, with the whole mask and with
             `position_ids` that count every row's own tokens. `save` ends the turn.
         """
+        attention_mask = inputs.pop("attention_mask", None)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        if inputs:
+            raise CacheUseError(f"a batch is matched by ids alone, not by {', '.join(inputs)}")
         problem = batch_problem(input_ids, attention_mask, self._conversations)
         if problem is not None:
             raise CacheUseError(problem)

@@ -19,8 +19,11 @@ from ..store.store import AttentionStore
 from .attach import Attachment, ensure_hooks, feed, owner_of
 from .fingerprint import position_limit
 from .forwards import CacheForwards
+from .inputs import foreign_input
 from .kinds import make_layers
 from .layers import KeptLayer, SlidingLayer, StoreLayer
+from .modalities import TYPES, Content, NotIdentifiedError, read_content
+from .spatial_positions import places_in_space, spatial_positions
 from .states import ConvolutionState, HybridLayer
 from .stats import TurnStats
 from .structure import is_encoder_decoder
@@ -103,6 +106,7 @@ class AttentionStoreCache(CacheForwards):
         self._limit = position_limit(config.get_text_config(decoder=True))
         self._window = window_of(config, window, keep_first, drop)
         self._prepare_empty()
+        self._inputs: dict[str, Any] = {}
         self._store.register(self)
 
     @property
@@ -132,7 +136,8 @@ class AttentionStoreCache(CacheForwards):
 
     @property
     def token_ids(self) -> list[int]:
-        """The ids of the tokens held, as far as ids identify them."""
+        """The ids of the tokens held, as far as they are identified. Stand-ins, from 2³¹ up, are in the places of
+        pictures, sounds and embeddings."""
         return self._chain.ids.tolist()
 
     @property
@@ -148,30 +153,56 @@ class AttentionStoreCache(CacheForwards):
     def __repr__(self) -> str:
         return f"{type(self).__name__}(session={self.session!r}, tokens={self._held}, layers={len(self.layers)})"
 
-    def match(self, input_ids: torch.Tensor, new_tokens: int = 0) -> int:
+    def match(self, input_ids: torch.Tensor, new_tokens: int = 0, **inputs: Any) -> int:
         """Loads what is known of a conversation, for a loop of one's own.
 
         Args:
             input_ids: `[1, tokens]`, the whole conversation so far.
             new_tokens: how many more are to be generated: the window keeps room for them.
+            inputs: what goes with the ids, such as `pixel_values`: all of it, as for `generate`.
 
         Returns:
             The number of leading tokens that are done with, at most `tokens - 1`: they are in the cache, or were
-            dropped from the window. Feed the model the rest.
+            dropped from the window. Feed the model the rest, with `remaining_inputs()`.
 
         Raises:
             SessionBusyError: another turn is running on the session.
             ContextWindowError: what is new does not fit into the window.
         """
         ids = _one_row(input_ids)
-        return self._load_now(ids, len(ids) - 1, new_tokens)
+        try:
+            content = read_content(self._model.config, input_ids, inputs)
+            foreign = foreign_input({n: v for n, v in inputs.items() if content is None or n not in content.understood})
+            if content is not None and places_in_space(self._model):
+                content.positions = spatial_positions(self._model, input_ids, inputs, content)
+            problem = f"{foreign} are not identified by token ids" if foreign else ""
+        except NotIdentifiedError as reason:
+            problem = f"{reason} are not identified"
+        if problem:
+            self._inputs = dict(inputs)
+            return self._load_now(ids, 0, new_tokens, unreadable=problem)
+        self._inputs = {}
+        done = self._load_now(content.ids if content else ids, len(ids) - 1, new_tokens, content=content)
+        if content is not None:
+            self._inputs = {name: value for name, value in inputs.items() if name not in content.understood}
+            self._inputs |= content.inputs(done, len(ids))
+            if inputs.get("inputs_embeds") is not None:
+                self._inputs["inputs_embeds"] = inputs["inputs_embeds"][:, done:]
+            self._inputs |= {name: content.types(name, len(ids)) for name in TYPES if inputs.get(name) is not None}
+            self._inputs["position_ids"] = content.positions_at(done, len(ids))
+        return done
+
+    def remaining_inputs(self) -> dict[str, Any]:
+        """Of the inputs that `match` was given, those that go with what is to be fed: without pictures that are in
+        the cache already, and with positions where the model needs to be told."""
+        return {name: value for name, value in self._inputs.items() if value is not None}
 
     def resume(self) -> torch.Tensor:
         """Loads all that the store has of the session, for a loop of one's own.
 
         Returns:
             The ids `[1, tokens]` of what is now in the cache, without those dropped from the window: feed the
-            model what comes after.
+            model what comes after. Stand-ins are among them where there were pictures (see `token_ids`).
 
         Raises:
             SessionNotFoundError: there is no such session.
@@ -276,9 +307,26 @@ class AttentionStoreCache(CacheForwards):
                 self._chain.append(ids)
             self._changed = True
 
-    def _load_now(self, ids: np.ndarray, limit: int, new_tokens: int, *, own: bool = True) -> int:
+    def _load_now(
+        self,
+        ids: np.ndarray,
+        limit: int,
+        new_tokens: int,
+        unreadable: str = "",
+        content: Content | None = None,
+        *,
+        own: bool = True,
+    ) -> int:
         # `checked` until everything is there, so that a `flush` in another thread leaves the turn alone
-        begin = partial(self.begin_turn, ids, limit=limit, new_tokens=new_tokens, checked=True)
+        begin = partial(
+            self.begin_turn,
+            ids,
+            limit=limit,
+            new_tokens=new_tokens,
+            checked=True,
+            unreadable=unreadable,
+            content=content,
+        )
         reused = begin()
         try:
             for _ in range(_MAX_PLANS):
@@ -364,6 +412,8 @@ class AttentionStoreCache(CacheForwards):
         twin._change_view(self._view, self._chain.ids)
         twin._held = self._held
         twin._states_at = self._states_at
+        twin._content = self._content
+        twin._inputs = {}
         twin._stats = replace(self._stats)
         return twin
 

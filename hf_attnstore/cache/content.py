@@ -27,6 +27,7 @@ from .checkpoints import take_checkpoint
 from .continuing import Continues
 from .kinds import granularity
 from .layers import KeptLayer, SlidingLayer
+from .modalities import Content
 from .restore import Checkpoint, Restore, plan_restore, resident_from
 from .saver import BlockSaver
 from .states import RunningState
@@ -99,6 +100,8 @@ class CacheContent(Cache):
         self._prompt_tokens = 0
         self._stops: list[int] = []
         self._continues: Continues = "parts"
+        self._content: Content | None = None
+        """What of the conversation's beginning is not text; None if all of it is, or nothing is known of that."""
         self._reopening = False
         self._lock: SessionLock | None = None
         self._stats = TurnStats()
@@ -159,11 +162,12 @@ class CacheContent(Cache):
             return 0, []
         if self.rows > 1:
             self.batch_select_indices(torch.tensor([0]))
-        own = min(common_prefix(self._chain.ids, ids), limit)
+        own = self._whole(min(common_prefix(self._chain.ids, ids), limit))
         self._drop_from(own)
         for _ in range(_MAX_PLANS):
             spans = crop(self._find(self._view, ids[:limit]), limit)
-            known = total_tokens(spans)
+            known = self._whole(total_tokens(spans))
+            spans = crop(spans, known)
             length = max(own, known)
             if own > known and not self._covers(own, spans):
                 length = known  # a sliding layer has let go of what it would need to stay at `own`
@@ -216,6 +220,10 @@ class CacheContent(Cache):
         self._checkpoints[held] = key
         self._stats.saved_bytes += nbytes
         self._stats.checkpoints += nbytes > 0
+
+    def _whole(self, length: int) -> int:
+        """The longest beginning of at most `length` tokens that has no part of a picture."""
+        return self._content.floor(length) if self._content is not None else length
 
     def _drop_from(self, length: int) -> None:
         """Lets go of what is held beyond `length`, though a sliding layer may then lack the window before it."""

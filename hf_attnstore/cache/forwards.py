@@ -9,8 +9,12 @@ import numpy as np
 import torch
 
 from ..errors import CacheUseError, GradientError, SessionBusyError, StoreClosedError
+from ..session.chain import common_prefix
 from .content import Forward
 from .inputs import foreign_input, mask_problem, position_problem
+from .modalities import NotIdentifiedError, has_stand_ins, read_content
+from .modality_inputs import check_inputs, whole_types
+from .spatial_positions import places_in_space, spatial_positions
 from .turns import CacheTurns
 
 logger = logging.getLogger("hf_attnstore")
@@ -37,14 +41,15 @@ class CacheForwards(CacheTurns):
         self._settle(keep_load=True)
         if self._states:
             self._prepare_states()
-        replaced = self._drop_reused(named)
-        if replaced:
-            named = {**named, **replaced}
+        replaced = self._drop_reused(named) or {}
+        named = {**named, **replaced}
         ids = named.get("input_ids")
         data = ids if ids is not None else named.get("inputs_embeds")
         if data is None:
             raise CacheUseError("the forward has neither input_ids nor inputs_embeds")
         rows, count = data.shape[0], data.shape[1]
+        added = self._fit_inputs(ids, count, named)
+        replaced, named = {**replaced, **added}, {**named, **added}
         if self._starts_elsewhere(ids, named):
             # older transformers (5.17) prefill in chunks from the beginning, whatever the cache holds
             self._note(
@@ -67,6 +72,23 @@ class CacheForwards(CacheTurns):
             self._states_at = None
         if self._saver is not None:
             self._saver.begin_forward(self._chain.full_blocks())
+        return replaced or None
+
+    def _fit_inputs(self, ids: torch.Tensor | None, count: int, named: Mapping[str, Any]) -> dict[str, Any]:
+        """Looks at what comes beside ids. Returns inputs to replace."""
+        replaced: dict[str, Any] = {}
+        try:
+            if self._content is None and not self._checked and not self._held and not self._untracked:
+                self._content = read_content(self._model.config, ids, named)
+            if self._content is not None and not self._untracked:
+                replaced = whole_types(self._content, self._held, count, named)
+                check_inputs(self._content, self._held, count, named, vouched=self._checked)
+            if named.get("position_ids") is None and places_in_space(self._model):
+                replaced |= self._spatial_positions(ids, count, named)
+        except NotIdentifiedError as reason:
+            if self._content is not None and not self._held:
+                self._content = None
+            self._untrack(f"{reason} are not identified")
         return replaced
 
     def _prepare_states(self) -> None:
@@ -79,6 +101,26 @@ class CacheForwards(CacheTurns):
         if not self._attachment.sees_layers:
             for layer in self._states:
                 layer.settle()
+
+    def _spatial_positions(self, ids: torch.Tensor | None, count: int, named: Mapping[str, Any]) -> dict[str, Any]:
+        """Positions for a forward that is given none, of a model that would take them from another conversation."""
+        content = self._content
+        if content is not None:
+            if content.positions is None and not self._held:
+                content.positions = spatial_positions(self._model, ids, named, content)
+            positions = content.positions_at(self._held, self._held + count)
+        elif self._held and has_stand_ins(self._chain.ids):
+            raise CacheUseError(
+                "where these tokens are depends on the pictures before them, which the cache does not have: call "
+                "match() with the whole conversation and its inputs, or generate"
+            )
+        elif self._untracked or foreign_input(named) is not None:
+            return {}  # as the model does it
+        else:
+            positions = torch.arange(self._held, self._held + count)[None, None].expand(3, 1, -1)
+        data = ids if ids is not None else named["inputs_embeds"]
+        assert positions is not None
+        return {"position_ids": positions[-3:].expand(-1, data.shape[0], -1).to(data.device)}
 
     def _begin_own_turn(self) -> None:
         """The first forward of a loop of one's own, or since its last `save`."""
@@ -94,6 +136,10 @@ class CacheForwards(CacheTurns):
         except BaseException:
             self._close_turn()
             raise
+        if self._content is not None and common_prefix(self._content.ids, self._chain.ids) < min(
+            len(self._content), len(self._chain)
+        ):
+            self._content = None  # of another conversation
         if len(self._chain) < held:
             self._untrack("what came before is not identified by token ids", expected=True)
         if self._saver is not None:
@@ -121,34 +167,53 @@ class CacheForwards(CacheTurns):
         if self._prompt is None or ids is None or not self._held or not self._is_first():
             return False
         expected = self._prompt[self._held : self._held + ids.shape[1]]
-        fed = ids[0, : len(expected)].detach().cpu().numpy()
-        positions = position_problem(named.get("position_ids"), self._held, ids.shape[1])
-        return bool(positions) or not np.array_equal(fed, expected)
+        fed = self._identity_of(ids[0])
+        return (
+            bool(self._position_problem(named.get("position_ids"), ids.shape[1]))
+            or fed is None
+            or not np.array_equal(fed[: len(expected)], expected)
+        )
+
+    def _identity_of(self, fed: torch.Tensor) -> np.ndarray | None:
+        """What identifies the tokens of a forward, given as ids or embeddings; None if nothing does."""
+        if self._content is not None:
+            return self._content.identify(self._held, fed)
+        row: np.ndarray | None = fed.detach().cpu().numpy() if fed.ndim == 1 else None
+        return row
+
+    def _position_problem(self, positions: Any, count: int) -> str | None:
+        content = self._content
+        expected = content.positions_at(self._held, self._held + count) if content is not None else None
+        return position_problem(positions, self._held, count, expected)
 
     def _is_first(self) -> bool:
         return self._stats.prefilled_tokens == 0 and self._stats.generated_tokens == 0
 
     def _track(self, ids: torch.Tensor | None, rows: int, count: int, named: Mapping[str, Any]) -> None:
         """Takes down which tokens a forward adds, as long as ids identify them."""
-        if not self._untracked and ids is None:
+        fed = ids if ids is not None else named["inputs_embeds"]
+        if not self._untracked and ids is None and self._content is None:
             self._untrack("inputs_embeds are not identified by token ids")
         if not self._untracked and not self._checked:
-            foreign = foreign_input(named)
+            understood = self._content.understood if self._content is not None else ()
+            foreign = foreign_input({name: value for name, value in named.items() if name not in understood})
             problem = (
                 (f"{foreign} are not identified by token ids" if foreign else None)
                 or mask_problem(named.get("attention_mask"), self._held + count)
-                or position_problem(named.get("position_ids"), self._held, count)
+                or self._position_problem(named.get("position_ids"), count)
                 or position_problem(named.get("cache_position"), self._held, count)
             )
             if problem:
                 self._untrack(problem)
-        if self._untracked or ids is None:
+        if self._untracked:
             return
-        host = ids.detach().cpu().numpy()
-        if rows > 1 and not (host == host[0]).all():
+        if rows > 1 and not bool((fed == fed[0]).all()):
             self._untrack("several rows", expected=True)
             return
-        row = host[0]
+        row = self._identity_of(fed[0])
+        if row is None:
+            self._untrack("what is fed is not what was to come")
+            return
         if self._limit is not None and self._held + count > self._limit:
             row = row[: max(self._limit - self._held, 0)]
             self._untrack(f"positions beyond {self._limit} change the rotary frequencies of all", expected=True)

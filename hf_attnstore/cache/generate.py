@@ -16,6 +16,8 @@ from .batch import BatchCache
 from .batch_generate import generate_batch
 from .cache import AttentionStoreCache
 from .inputs import foreign_input, mask_problem, position_problem
+from .modalities import Content, Items, NotIdentifiedError, has_stand_ins, read_content
+from .spatial_positions import places_in_space, spatial_positions
 from .structure import is_encoder_decoder
 
 logger = logging.getLogger("hf_attnstore")
@@ -108,7 +110,7 @@ def _setting(model: nn.Module, kwargs: Mapping[str, Any], name: str) -> Any:
 def _can_be_kept(model: nn.Module, prompt: Any, kwargs: Mapping[str, Any]) -> bool:
     """Whether a plain `generate` is one that a store can serve; if not, it runs untouched."""
     return not (
-        _problem(model, prompt, kwargs)
+        _identify(model, prompt, kwargs)[1]
         or _setting(model, kwargs, "use_cache") is False
         or _setting(model, kwargs, "cache_implementation") is not None
         or getattr(kwargs.get("generation_config"), "is_assistant", False)
@@ -117,29 +119,67 @@ def _can_be_kept(model: nn.Module, prompt: Any, kwargs: Mapping[str, Any]) -> bo
     )
 
 
-def _problem(model: nn.Module, prompt: Any, kwargs: Mapping[str, Any], history: int = 0) -> str | None:
-    """Why token ids do not identify what the model is about to compute; None if they do."""
-    if not isinstance(prompt, torch.Tensor) or prompt.ndim != 2 or prompt.is_floating_point():
+def _identify(
+    model: nn.Module, prompt: Any, kwargs: Mapping[str, Any], history: int = 0
+) -> tuple[Content | None, str | None]:
+    """What of a prompt is not text, and why what the model is about to compute can't be identified, if so."""
+    try:
+        content = read_content(model.config, prompt, kwargs)
+        if content is not None and not history and places_in_space(model):
+            content.positions = spatial_positions(model, _ids(prompt), kwargs, content)
+    except NotIdentifiedError as reason:
+        return None, f"{reason} are not identified"
+    problem = _problem(model, prompt, kwargs, history, content)
+    return (None, problem) if problem else (content, None)
+
+
+def _problem(
+    model: nn.Module, prompt: Any, kwargs: Mapping[str, Any], history: int, content: Content | None
+) -> str | None:
+    """Why neither token ids nor `content` identify what the model is about to compute; None if they do."""
+    data = prompt
+    if content is not None:
+        if history:
+            return "new tokens alone, with pictures, sounds or embeddings among them"
+        if _setting(model, kwargs, "prefill_chunk_size"):
+            return "prefill_chunk_size, which may cut pictures, sounds or embeddings"
+        data = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else prompt
+    elif not isinstance(prompt, torch.Tensor) or prompt.ndim != 2 or prompt.is_floating_point():
         return "the prompt is not given as input_ids [1, tokens]"
-    if kwargs.get("inputs_embeds") is not None:
+    if kwargs.get("inputs_embeds") is not None and content is None:
         return "inputs_embeds are not identified by token ids"
-    if prompt.shape[0] != 1:
-        return f"a batch of {prompt.shape[0]} prompts"
-    if prompt.shape[1] == 0:
+    if data.shape[0] != 1:
+        return f"a batch of {data.shape[0]} prompts"
+    if data.shape[1] == 0:
         return "the prompt is empty"
-    foreign = foreign_input(kwargs)
+    understood = content.understood if content is not None else ()
+    foreign = foreign_input({name: value for name, value in kwargs.items() if name not in understood})
     if foreign is not None:
         return f"{foreign} are not identified by token ids"
     if _setting(model, kwargs, "token_healing"):
         return "token_healing changes the prompt"
-    count = prompt.shape[1]
+    count = data.shape[1]
     mask = kwargs.get("attention_mask")
-    if mask is None and _would_be_masked(model, prompt, kwargs):
+    if mask is None and data is prompt and _would_be_masked(model, prompt, kwargs):
         return "padding tokens in the prompt"
+    positions = content.positions if content is not None else None
     return (
         mask_problem(mask, history + count)
-        or position_problem(kwargs.get("position_ids"), history, count)
+        or position_problem(kwargs.get("position_ids"), history, count, positions)
         or position_problem(kwargs.get("cache_position"), history, count)
+    )
+
+
+def _ids(prompt: Any) -> torch.Tensor | None:
+    return prompt if isinstance(prompt, torch.Tensor) and prompt.ndim == 2 else None
+
+
+def _feeds_whole_prompts(model: nn.Module, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a way to generate feeds the prompt whatever the cache holds, or in its own way."""
+    return (
+        kwargs.get("assistant_model") is not None
+        or any(_setting(model, kwargs, name) for name in ("prompt_lookup_num_tokens", "assistant_early_exit"))
+        or kwargs.get("custom_generate") is not None
     )
 
 
@@ -171,8 +211,8 @@ class _Turn:
     def __init__(self, cache: AttentionStoreCache, model: nn.Module, prompt: Any, kwargs: Mapping[str, Any]) -> None:
         self._cache = cache
         self._kwargs = kwargs
-        self._history = _history(cache, prompt, kwargs)
-        self._problem = _problem(model, prompt, kwargs, self._history)
+        self._history = _history(cache, prompt, kwargs) if kwargs.get("inputs_embeds") is None else 0
+        self._content, self._problem = _identify(model, prompt, kwargs, self._history)
         self._model = model
         self._length = _length(prompt, kwargs)
         if self._problem is not None:
@@ -182,10 +222,23 @@ class _Turn:
                     f"({self._problem}); pass the ids of the whole conversation"
                 )
             return
-        self._ids: np.ndarray = prompt[0].detach().cpu().numpy()
-        self._prompt: torch.Tensor = prompt
+        self._ids: np.ndarray
+        if self._content is not None:
+            self._ids = self._content.ids
+            if isinstance(self._content, Items):
+                # `generate` counts the placeholders of the whole prompt to find out which row has which pictures
+                rows = max(int(_setting(model, kwargs, name) or 1) for name in ("num_beams", "num_return_sequences"))
+                self._content.all_or_none = rows > 1
+        else:
+            self._ids = prompt[0].detach().cpu().numpy()
+        ids = _ids(prompt)
+        self._prompt: torch.Tensor = ids if ids is not None else torch.empty((1, 0), dtype=torch.long)
         if self._history:
             self._ids = np.concatenate([np.asarray(cache.conversation_ids), self._ids])
+        self._positions = self._find_positions()
+        self._reusable = self._history or len(self._ids) - 1
+        if self._content is not None and _feeds_whole_prompts(model, kwargs):
+            self._reusable = 0
         new_tokens = _setting(model, kwargs, "max_new_tokens")
         if new_tokens is None:
             longest = _setting(model, kwargs, "max_length")
@@ -200,15 +253,26 @@ class _Turn:
             self._cache.begin_unidentified_turn(self._problem, self._length)
             return []
         if load:
-            limit = self._history or len(self._ids) - 1
+            limit = self._reusable
             unreadable = ""
         else:
             limit, unreadable = 0, f"{_MAX_RETRIES} loads failed one after the other"
         reused = self._cache.begin_turn(
-            self._ids, limit=limit, new_tokens=self._new_tokens, checked=True, unreadable=unreadable
+            self._ids,
+            limit=limit,
+            new_tokens=self._new_tokens,
+            checked=True,
+            unreadable=unreadable,
+            content=self._content,
         )
+        self._reused = reused
         self._shown = self._cache.prompt_in_view(self._ids)
         held = len(self._shown) - self._prompt.shape[1] if self._history else 0
+        if has_stand_ins(self._shown[reused:held]):
+            raise CacheUseError(
+                f"of the {held} tokens before these, {held - reused} have to be computed again, and pictures, sounds "
+                "or embeddings are among them: pass the ids of the whole conversation with all of its inputs"
+            )
         # a prompt of new tokens alone is fed by `generate` as it is, whatever the cache has of it
         ends = [held] if self._history else self._cache.stops
         chunk = _setting(self._model, self._kwargs, "prefill_chunk_size")
@@ -216,6 +280,32 @@ class _Turn:
             ends = sorted({*ends, *range(reused + chunk, ends[-1], chunk)})
         bounds = pairwise([reused, *(end for end in ends if end > reused)])
         return [torch.from_numpy(self._shown[None, a:b]).to(self._prompt.device) for a, b in bounds]
+
+    def _find_positions(self) -> torch.Tensor | None:
+        """Positions for a model that would take them from whichever conversation it saw last."""
+        if not places_in_space(self._model):
+            return None
+        if self._content is not None:
+            return self._content.positions
+        if has_stand_ins(self._ids):
+            raise CacheUseError(
+                "where new tokens are depends on the pictures before them: pass the ids of the whole conversation "
+                "with all of its inputs"
+            )
+        whole = torch.from_numpy(self._ids[None]).to(self._prompt.device)
+        return spatial_positions(self._model, whole, {}, None)
+
+    def _inputs(self) -> dict[str, Any]:
+        """What `generate` is to be given beside ids: pictures that are not reused, and positions. None for what it is
+        not to be given."""
+        if self._problem is not None:
+            return {}
+        changed: dict[str, Any] = {}
+        if self._content is not None:
+            changed = self._content.inputs(self._reused, len(self._content))
+        if self._positions is not None:
+            changed["position_ids"] = self._positions
+        return changed
 
     @property
     def _dropped(self) -> int:
@@ -230,7 +320,9 @@ class _Turn:
         Args:
             streamed: whether a streamer has been given the prompt already.
         """
-        changed = dict(kwargs)
+        inputs = self._inputs()
+        unused = [name for name, value in inputs.items() if value is None]
+        changed = {name: value for name, value in {**kwargs, **inputs}.items() if name not in unused}
         if changed.get("streamer") is not None and (streamed or self._dropped):
             changed["streamer"] = _Stream(changed["streamer"], None if streamed else self._prompt.cpu())
         if not self._dropped:
@@ -248,6 +340,8 @@ class _Turn:
             changed["attention_mask"] = torch.ones_like(mask[:, : len(self._shown)])
         for name in ("position_ids", "cache_position"):  # those of the whole conversation; `generate` makes its own
             changed.pop(name, None)
+        if self._positions is not None:  # or takes them from another conversation
+            changed["position_ids"] = self._positions[..., : len(self._shown)]
         if _setting(self._model, kwargs, "max_new_tokens") is None:
             self._shorten(changed, kwargs, "max_length")
         if _setting(self._model, kwargs, "min_new_tokens") is None:

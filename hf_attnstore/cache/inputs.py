@@ -14,7 +14,7 @@ from transformers import GenerationConfig, GenerationMixin
 
 _NEUTRAL = frozenset(
     "input_ids inputs past_key_values cache_params attention_mask position_ids cache_position "
-    "logits_to_keep num_logits_to_keep labels generation_config negative_prompt_ids "
+    "logits_to_keep num_logits_to_keep labels return_dict generation_config negative_prompt_ids "
     "negative_prompt_attention_mask".split()
 )
 _NEUTRAL_IF_ZERO = frozenset("token_type_ids mm_token_type_ids moe_mm_token_type_ids".split())
@@ -35,6 +35,11 @@ def is_setting(name: str) -> bool:
     return name in _settings()
 
 
+def is_harmless(name: str) -> bool:
+    """Whether an input says how tokens are chosen, or nothing that is not checked elsewhere."""
+    return name in _NEUTRAL or name in _settings()
+
+
 def _is_data(value: Any) -> bool:
     if value is None or isinstance(value, _PLAIN):
         return False
@@ -46,7 +51,7 @@ def _is_data(value: Any) -> bool:
 def foreign_input(named: Mapping[str, Any]) -> str | None:
     """The name of an input that carries content which the token ids do not identify; None if there is none."""
     for name, value in named.items():
-        if name in _NEUTRAL or not _is_data(value) or name in _settings():
+        if is_harmless(name) or not _is_data(value):
             continue
         if name in _NEUTRAL_IF_ZERO and isinstance(value, torch.Tensor) and not value.any():
             continue
@@ -63,11 +68,17 @@ def mask_problem(mask: Any, total: int) -> str | None:
     return None if bool((mask == 1).all()) else "an attention mask with zeros (padding)"
 
 
-def position_problem(position_ids: Any, start: int, count: int) -> str | None:
-    """Why position ids keep KV from being reusable; None if absent, or `start`, `start + 1`, … for `count` tokens."""
+def position_problem(position_ids: Any, start: int, count: int, expected: torch.Tensor | None = None) -> str | None:
+    """Why position ids keep KV from being reusable; None if absent, or as they must be for `count` tokens.
+
+    Args:
+        expected: `[…, count]`; by default `start`, `start + 1`, …
+    """
     if position_ids is None:
         return None
-    expected = torch.arange(start, start + count)
+    wanted = torch.arange(start, start + count) if expected is None else expected.cpu()
     given = position_ids.detach().cpu()
-    same = given.shape[-1] == count and bool((given == expected).all())
+    if given.ndim == wanted.ndim == 3:  # with a row for counting in front of the three of space, or without
+        wanted = wanted[-given.shape[0] :]
+    same = given.shape[-1] == count and bool((given == wanted).all())
     return None if same else "position ids of the caller's own"

@@ -13,6 +13,7 @@ from ..session.view import View
 from ..store.keys import Key, chain_root
 from .content import CacheContent
 from .layers import FullLayer
+from .modalities import Content, has_stand_ins
 from .states import RunningState
 from .stats import TurnStats
 
@@ -38,7 +39,14 @@ class CacheTurns(CacheContent):
         return self._forward is not None and self._forward.thread != threading.get_ident()
 
     def begin_turn(
-        self, ids: np.ndarray, *, limit: int, new_tokens: int = 0, checked: bool = False, unreadable: str = ""
+        self,
+        ids: np.ndarray,
+        *,
+        limit: int,
+        new_tokens: int = 0,
+        checked: bool = False,
+        unreadable: str = "",
+        content: Content | None = None,
     ) -> int:
         """Starts a turn on the conversation `ids` `[tokens]`: finds and begins to load what is known of it.
 
@@ -47,6 +55,7 @@ class CacheTurns(CacheContent):
             new_tokens: how many tokens are expected on top: for the capacity of the layers, and for the window.
             checked: the caller vouches for masks and positions, so that forwards need not look at them.
             unreadable: why nothing is to be loaded, if so; nothing is saved then.
+            content: what of the conversation is not text; `ids` are its ids then.
 
         Returns:
             The tokens reused; `get_seq_length()` says the same from now on, though the data may still be coming.
@@ -60,8 +69,12 @@ class CacheTurns(CacheContent):
             try:
                 self._open()
                 self._checked = checked
+                self._content = content
                 if unreadable:
                     self._untrack(unreadable)
+                if content is not None and self._continues != "parts":
+                    self._untrack("the model takes tokens one by one, and pictures or embeddings can't be fed so")
+                self._refuse_to_cut(ids, new_tokens)
                 self._see_through(self._choose_view(ids, limit, new_tokens))
                 shown, limit = self._view.in_view(ids), limit - self._view.dropped
                 if self._limit is not None and len(shown) > self._limit:
@@ -97,7 +110,7 @@ class CacheTurns(CacheContent):
         """Where a prefill of `[first, last]` is to pause, so that running states can be kept: before its last token,
         as nothing beyond that could ever be used for the same prompt; and where the user wants checkpoints. Models
         that continue in steps only pause after every token."""
-        if self._untracked:
+        if self._untracked or self._content is not None:  # pictures go with the ids that they belong to, in one forward
             return []
         if self._continues == "steps":
             return list(range(first + 1, last + 1)) if first else [last] if last else []
@@ -116,6 +129,14 @@ class CacheTurns(CacheContent):
         """Positions at which the prefill of this turn's prompt is to pause, by feeding it in parts."""
         return self._stops
 
+    def _refuse_to_cut(self, ids: np.ndarray, new_tokens: int) -> None:
+        if self._window is not None and self._window.overflows(len(ids), new_tokens) and has_stand_ins(ids):
+            raise ContextWindowError(
+                f"{len(ids)} tokens and room for {new_tokens} do not fit into the window of {self._window.size} "
+                "tokens, and of a conversation with pictures, sounds or embeddings nothing can be dropped: leave out "
+                "its oldest messages with their pictures, or set a larger window"
+            )
+
     def prompt_in_view(self, ids: np.ndarray) -> np.ndarray:
         """Of the conversation `ids` that a turn was begun on, the tokens that the model is to see."""
         return self._view.in_view(ids)
@@ -127,6 +148,7 @@ class CacheTurns(CacheContent):
             try:
                 self._open()
                 self._checked = True
+                self._content = None
                 self._clear()
                 self._see_through(self._view.as_plain())
                 self._untrack(reason)

@@ -121,14 +121,15 @@ def _generate_name(model: Any) -> str:
 
 
 @contextmanager
-def recorded(model: Any) -> Iterator[list[torch.Tensor]]:
-    """The ids `[1, tokens]` of each forward of a model while this lasts."""
+def recorded(model: Any, cache: Cache | None = None) -> Iterator[list[torch.Tensor]]:
+    """The ids `[1, tokens]` of each forward of a model while this lasts; only of those with `cache`, where given."""
     seen: list[torch.Tensor] = []
     names = list(inspect.signature(model.forward).parameters)
 
     def see(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids = {**dict(zip(names, args, strict=False)), **kwargs}.get("input_ids")
-        if ids is not None:
+        named = {**dict(zip(names, args, strict=False)), **kwargs}
+        ids = named.get("input_ids")
+        if ids is not None and (cache is None or any(value is cache for value in named.values())):
             seen.append(ids.detach().cpu().clone())
 
     handle = model.register_forward_pre_hook(see, with_kwargs=True)

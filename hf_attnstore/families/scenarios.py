@@ -109,7 +109,7 @@ class _Conversation:
             loads: whether what is reused has to come from the store.
         """
         expected = self.known(prompt)
-        with recorded(self.model) as fed:
+        with recorded(self.model, cache) as fed:
             ours = generate(self.model, prompt, cache, NEW)
         stats = cache.stats
         step = Step(name, stats.reused_tokens, expected, recomputed=stats.recomputed)
@@ -130,7 +130,7 @@ class _Conversation:
 
     def unreferenced_turn(self, name: str, prompt: torch.Tensor, cache: AttentionStoreCache) -> tuple[Step, Any]:
         """One `generate` with a cache, of which nothing is asked but the tokens of plain `generate`."""
-        with recorded(self.model) as fed:
+        with recorded(self.model, cache) as fed:
             ours = generate(self.model, prompt, cache, NEW)
         reused = cache.stats.reused_tokens
         lengths = [ids.shape[1] for ids in fed]

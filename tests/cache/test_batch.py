@@ -233,7 +233,7 @@ def test_a_loop_of_ones_own(llama: Any, store: AttentionStore) -> None:
     mask = inputs["attention_mask"]
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
     cache = AttentionStoreCache(llama, ["a", "b"], store)
-    done = cache.match(inputs["input_ids"], 3, mask)
+    done = cache.match(inputs["input_ids"], 3, attention_mask=mask)
     assert done == inputs["input_ids"].shape[1] - 5
     reference = DynamicCache(config=llama.config)
     with torch.no_grad():
@@ -246,7 +246,7 @@ def test_a_loop_of_ones_own(llama: Any, store: AttentionStore) -> None:
     cache.save()
     assert [store.tokens(name) for name in "ab"] == rows
     cache = AttentionStoreCache(llama, ["a", "b"], store)
-    done = cache.match(inputs["input_ids"], 3, mask)
+    done = cache.match(inputs["input_ids"], 3, attention_mask=mask)
     with torch.no_grad(), pytest.raises(CacheUseError, match="position_ids"):
         llama(inputs["input_ids"][:, done:], attention_mask=mask, past_key_values=cache)
     cache.save()

@@ -47,7 +47,9 @@ def hole(model: Any) -> dict[str, Any]:
 
 
 INPUTS: dict[str, Callable[[Any], dict[str, Any]]] = {
-    "inputs_embeds": lambda model: {"inputs_embeds": model.get_input_embeddings()(tokens(40)) * 1.1},
+    "a batch of inputs_embeds": lambda model: {
+        "inputs_embeds": model.get_input_embeddings()(torch.cat([tokens(40), tokens(40)])) * 1.1
+    },
     "left padding": left_padded,
     "a hole in the mask": hole,
     "pad tokens without a mask": lambda model: {
