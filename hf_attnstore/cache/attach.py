@@ -13,6 +13,7 @@ from torch import nn
 
 from ..errors import CacheUseError
 from ..store.store import AttentionStore
+from .compiled import outside_graphs, uncompiled
 from .fingerprint import fingerprint_of
 from .positions import Geometry
 from .probing import PROBE_VERSION, probe
@@ -116,9 +117,13 @@ def _layer_count(model: nn.Module) -> int:
 
 
 def owner_of(model: nn.Module) -> nn.Module:
-    """The transformers model itself, below PEFT's wrapper."""
-    base = getattr(model, "get_base_model", None)
-    return base() if callable(base) else model
+    """The transformers model itself, below the wrappers of PEFT and of `torch.compile`, in whatever order."""
+    while True:
+        base = getattr(uncompiled(model), "get_base_model", None)
+        inner = base() if callable(base) else uncompiled(model)
+        if inner is model:
+            return model
+        model = inner
 
 
 def attachment_of(model: nn.Module) -> Attachment | None:
@@ -183,6 +188,7 @@ def _cache_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     return next((value for value in args if isinstance(value, AttentionStoreCache)), None)
 
 
+@outside_graphs
 def _before_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     cache = _cache_in(args, kwargs)
     if cache is None:
@@ -198,18 +204,21 @@ def _before_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     return (), {**named, **replaced}
 
 
+@outside_graphs
 def _after_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     cache = _cache_in(args, kwargs)
     if cache is not None:
         cache.end_forward()
 
 
+@outside_graphs
 def _before_layer(number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     cache = _cache_in(args, kwargs)
     if cache is not None:
         cache.before_layer(number)
 
 
+@outside_graphs
 def _after_layer(number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     cache = _cache_in(args, kwargs)
     if cache is not None:

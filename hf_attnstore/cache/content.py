@@ -10,7 +10,6 @@ from itertools import takewhile
 import numpy as np
 import torch
 from torch import nn
-from transformers import Cache
 
 from ..errors import CacheUseError, LoadError
 from ..session.chain import TokenChain, common_prefix
@@ -23,6 +22,7 @@ from ..store.keys import Key, chain_root
 from ..store.locks import SessionLock
 from ..store.store import AttentionStore
 from .attach import Attachment
+from .compiled import OutsideGraphsCache
 from .layers import SlidingLayer, StoreLayer
 from .restore import Restore, plan_restore, resident_from
 from .saver import BlockSaver
@@ -44,7 +44,7 @@ class Forward:
     thread: int
 
 
-class CacheContent(Cache):
+class CacheContent(OutsideGraphsCache):
     """A cache that holds tokens of a conversation, seen through a view, and can load more of them.
 
     What it counts as held, its layers, the chain of ids and what is being saved agree after every method.

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from ..errors import CacheUseError, GradientError, SessionBusyError, StoreClosedError
+from .compiled import outside_graphs
 from .content import Forward
 from .inputs import foreign_input, mask_problem, position_problem
 from .turns import CacheTurns
@@ -147,6 +148,7 @@ class CacheForwards(CacheTurns):
             except StoreClosedError:
                 self._stop_saving()
 
+    @outside_graphs
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
