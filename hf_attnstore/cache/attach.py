@@ -34,6 +34,8 @@ class Attachment:
         self.store: AttentionStore | None = None
         self.fingerprint = fingerprint_of(model)
         self.pace = Pace()
+        self.told: set[str] = set()
+        """What the log has said of the model, and need not say again."""
         self.parameter_names = [
             name
             for name, parameter in inspect.signature(model.forward).parameters.items()

@@ -67,6 +67,7 @@ class AttentionStoreCache(CacheForwards):
         wait: float = 0.0,
     ) -> None:
         self._model = owner_of(model)
+        self._given_model = model
         config: Any = self._model.config
         kinds = layer_kinds(config)
         super().__init__(layers=[make_layer(kind.window) for kind in kinds])
@@ -226,6 +227,7 @@ class AttentionStoreCache(CacheForwards):
             if isinstance(layer, SlidingLayer):
                 layer.saved_to = None
         twin._model = self._model
+        twin._given_model = self._given_model
         twin._attachment = self._attachment
         twin._store = None
         twin.session = None

@@ -53,6 +53,8 @@ class CacheContent(OutsideGraphsCache):
     layers: list[StoreLayer]  # type: ignore[assignment]
     session: str | None
     _model: nn.Module
+    _given_model: nn.Module
+    """The model as it was given: with PEFT's wrapper, if it has one."""
     _attachment: Attachment
     _store: AttentionStore | None
     _saving: bool
@@ -313,13 +315,20 @@ class CacheContent(OutsideGraphsCache):
         self._stats.recomputed, self._stats.missed = reason, missed
         logger.warning(reason)
 
-    def _untrack(self, reason: str, *, expected: bool = False) -> None:
-        """From here on the cache holds tokens that ids do not identify: they serve this turn and are not kept."""
+    def _untrack(self, reason: str, *, expected: bool = False, once: bool = False) -> None:
+        """From here on the cache holds tokens that ids do not identify: they serve this turn and are not kept.
+
+        Args:
+            expected: nothing to tell anybody about.
+            once: tell the log only the first time for this model.
+        """
         if not self._untracked:
             self._untracked = reason
             if not expected:
                 self._stats.recomputed, self._stats.missed = reason, "not identified by ids"
-                logger.warning("not reused and not saved from token %d on: %s", len(self._chain), reason)
+                level = logging.DEBUG if once and reason in self._attachment.told else logging.WARNING
+                self._attachment.told.add(reason)
+                logger.log(level, "not reused and not saved from token %d on: %s", len(self._chain), reason)
 
 
 def resident_from_window(layer: StoreLayer, length: int) -> bool:

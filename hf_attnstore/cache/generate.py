@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import CacheUseError, LoadError, UnsupportedModelError
+from .adapters import adapter_problem
 from .attach import attachment_of
 from .cache import AttentionStoreCache
 from .inputs import foreign_input, mask_problem, position_problem
@@ -116,6 +117,9 @@ def _problem(model: nn.Module, prompt: Any, kwargs: Mapping[str, Any], history: 
         return f"{foreign} are not identified by token ids"
     if _setting(model, kwargs, "token_healing"):
         return "token_healing changes the prompt"
+    adapters = adapter_problem(model)
+    if adapters is not None:
+        return adapters
     count = prompt.shape[1]
     mask = kwargs.get("attention_mask")
     if mask is None and _would_be_masked(model, prompt, kwargs):

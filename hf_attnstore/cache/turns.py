@@ -10,6 +10,7 @@ from ..session.manifests import write_manifest
 from ..session.spans import Span, crop
 from ..session.view import View
 from ..store.keys import chain_root
+from .adapters import adapter_problem, prompt_learning
 from .content import CacheContent
 from .layers import FullLayer, SlidingLayer
 from .stats import TurnStats
@@ -180,10 +181,13 @@ class CacheTurns(CacheContent):
         """Makes sure that what is held, and the chain it goes by, belong to the model as it is now."""
         if self._model.training:
             self._untrack("the model is in training mode (model.eval() makes its KV reproducible)")
+        adapters = adapter_problem(self._model) or prompt_learning(self._given_model)
+        if adapters is not None:
+            self._untrack(adapters)
         try:
             fingerprint = self._attachment.fingerprint.current()
         except Exception as error:
-            self._untrack(f"the model's weights can't be identified ({error})")
+            self._untrack(f"the model's weights can't be identified ({error})", once=True)
             return
         if fingerprint != self._fingerprint:
             if self._held:
