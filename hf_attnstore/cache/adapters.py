@@ -23,16 +23,15 @@ def is_adapted(module: nn.Module) -> bool:
 
 def adapters_of(layer: Any) -> list[Any]:
     """Which adapters are active, merged and disabled in a layer, and their settings; cheap, and JSON-able."""
-    hooks = _call_hooks(layer)
-    active = list(map(str, layer.active_adapters))
     used = _used(layer)
+    if used is not None:
+        return [len(used), _numbers(layer, "scaling", used)]
     return [
-        active if used is None else used,
-        sorted(map(str, getattr(layer, "merged_adapters", ()))) if used is None else [],
-        bool(layer.disable_adapters) if used is None else False,
-        _numbers(layer, "scaling", used),
-        [[name, _numbers(layer, name, None)] for name in _setting_names(layer) if used is None],
-        hooks,
+        list(map(str, layer.active_adapters)),
+        sorted(map(str, getattr(layer, "merged_adapters", ()))),
+        bool(layer.disable_adapters),
+        [[name, _numbers(layer, name, None)] for name in ("scaling", *_setting_names(layer))],
+        _call_hooks(layer),
     ]
 
 

@@ -54,6 +54,9 @@ class AttentionStoreCache(CacheForwards):
     the turn. One thread at a time uses an object.
     """
 
+    max_cache_len = -1
+    """PEFT asks caches for it when it puts learned KV before a prompt; this is how it says that there is no limit."""
+
     def __init__(
         self,
         model: nn.Module,
