@@ -4,7 +4,7 @@ Nothing here imports PEFT: a layer with adapters is known by the properties that
 """
 
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from torch import nn
@@ -15,7 +15,11 @@ _KNOWN_VARIANTS = ("DoraLinearVariant", "DoraEmbeddingVariant")
 
 def is_adapted(module: nn.Module) -> bool:
     """Whether a module is a layer that has adapters, or stands for one that a fine-tuning replaced."""
-    kind = type(module)
+    return _has_adapters(type(module))  # type: ignore[arg-type]
+
+
+@cache
+def _has_adapters(kind: type) -> bool:
     return isinstance(getattr(kind, "active_adapters", None), property) and isinstance(
         getattr(kind, "disable_adapters", None), property
     )
@@ -112,7 +116,8 @@ def adapter_problem(model: nn.Module) -> str | None:
         problem = prompt_learning(wrapper)
         if problem:
             return problem
-    for name, config in _configs(model):
+    configs = list(_configs(model))
+    for name, config in configs:
         kind = str(getattr(config, "peft_type", "")).rpartition(".")[2]
         if getattr(config, "alora_invocation_tokens", None):
             return f"adapter {name!r} is an activated LoRA: what it does to a token depends on later ones"
@@ -120,7 +125,7 @@ def adapter_problem(model: nn.Module) -> str | None:
             return f"adapter {name!r} is an X-LoRA, which runs the model twice"
         if getattr(config, "sample_at_inference", False):
             return f"adapter {name!r} is random ({kind})"
-    for module in model.modules():
+    for module in model.modules() if configs else ():
         layer: Any = module
         if is_adapted(module) and getattr(layer, "merged_adapters", None) and layer.disable_adapters:
             return "its merged adapters are disabled, and will be taken out of the weights by this forward"

@@ -17,6 +17,7 @@ from .compiled import outside_graphs, uncompiled
 from .fingerprint import fingerprint_of
 from .positions import Geometry
 from .probing import PROBE_VERSION, probe
+from .ranks import Ranks, ranks_of
 from .restore import Pace
 from .structure import compute_device, decoder_layers
 
@@ -33,6 +34,7 @@ class Attachment:
     def __init__(self, model: nn.Module) -> None:
         self.store: AttentionStore | None = None
         self.fingerprint = fingerprint_of(model)
+        self.ranks = _ranks_of(model)
         self.pace = Pace()
         self.told: set[str] = set()
         """What the log has said of the model, and need not say again."""
@@ -62,12 +64,21 @@ class Attachment:
             self.generate = model.__dict__.get("generate")
             model.__dict__["generate"] = types.MethodType(generate_with_store, model)
 
-    def geometry(self, model: nn.Module, fingerprint: str, store: AttentionStore | None) -> Geometry:
+    def geometry(
+        self, model: nn.Module, fingerprint: str, store: AttentionStore | None, ranks: Ranks | None = None
+    ) -> Geometry:
         """How positions are in the model's KV. Found out once for each fingerprint, by a few forwards; the store
-        remembers it beyond the process."""
+        remembers it beyond the process.
+
+        Args:
+            ranks: who all ask for it at this moment: if one does not know it, all find it out, together.
+        """
         with _probing:
+            found = _geometries.get(fingerprint) or _noted(store, fingerprint)
+            if ranks is not None and not ranks.all(found is not None):
+                found = None
+                _geometries.pop(fingerprint, None)
             if fingerprint not in _geometries:
-                found = _noted(store, fingerprint)
                 if found is None:
                     found = probe(model)
                     if store is not None:
@@ -100,6 +111,13 @@ class Attachment:
         twin.fingerprint = fingerprint_of(memo.get(id(original), original))
         twin.pace = Pace()
         return twin
+
+
+def _ranks_of(model: nn.Module) -> Ranks:
+    try:
+        return ranks_of(model)
+    except ValueError:
+        return Ranks()  # the fingerprint can't be had either: nothing is kept, and nobody has to agree
 
 
 def _noted(store: AttentionStore | None, fingerprint: str) -> Geometry | None:

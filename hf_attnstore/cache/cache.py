@@ -77,6 +77,7 @@ class AttentionStoreCache(CacheForwards):
         self._attachment: Attachment = ensure_hooks(self._model)
         self._store: AttentionStore | None = store or self._attachment.store or _default_store()
         self.session = self._store.check_name(session) if session is not None else None
+        self._ranks = self._attachment.ranks
         self._saving = save
         self._wait = wait
         self._limit = position_limit(config.get_text_config(decoder=True))
@@ -157,7 +158,8 @@ class AttentionStoreCache(CacheForwards):
         """
         if self._store is None or self.session is None:
             raise CacheUseError("resume() needs a cache with a session and a store")
-        ids = np.asarray(self._store.tokens(self.session, dropped=True), dtype=np.int64)
+        known = self._ranks.attempt(partial(self._store.tokens, self._kept_as or "", dropped=True))
+        ids = np.asarray(known[: self._ranks.least(len(known))], dtype=np.int64)
         self._load_now(ids, len(ids), 0)
         return torch.from_numpy(self._chain.ids.copy())[None]
 
@@ -232,6 +234,7 @@ class AttentionStoreCache(CacheForwards):
         twin._model = self._model
         twin._given_model = self._given_model
         twin._attachment = self._attachment
+        twin._ranks = self._ranks
         twin._store = None
         twin.session = None
         twin._saving = False

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from .adapters import adapters_of, is_adapted, is_inert, names_of_parts, state_of
+from .ranks import ranks_of
 from .weights import Part, attribute_parts, hidden_parts, module_parts, plain_parts
 
 LAYOUT_VERSION = 1
@@ -241,6 +242,9 @@ class Fingerprint:
             ],
             "layout": LAYOUT_VERSION,
         }
+        ranks = ranks_of(self.model)
+        if not ranks.alone:
+            settings["rank"] = [ranks.rank, ranks.size]
         return json.dumps(settings, sort_keys=True)
 
     @torch.no_grad()
@@ -260,8 +264,11 @@ class Fingerprint:
             version = -1 if tensor.is_inference() else tensor._version
             versions.append((identity, version, tensor.data_ptr()))
             if tensor.numel():
-                plain = _comparable(tensor)
-                samples.setdefault((tensor.device, plain.dtype), []).append(_few_values(plain))
+                dtype = tensor.dtype
+                if dtype not in _ORDINARY_DTYPES:
+                    tensor = _comparable(tensor)
+                    dtype = tensor.dtype
+                samples.setdefault((tensor.device, dtype), []).append(_few_values(tensor))
             return version
 
         def watch_parts(parts: Iterator[Part]) -> list[int]:

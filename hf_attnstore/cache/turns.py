@@ -13,6 +13,7 @@ from ..store.keys import chain_root
 from .adapters import adapter_problem, prompt_learning
 from .content import CacheContent
 from .layers import FullLayer, SlidingLayer
+from .ranks import OtherRankError
 from .stats import TurnStats
 
 logger = logging.getLogger("hf_attnstore")
@@ -54,13 +55,14 @@ class CacheTurns(CacheContent):
         Raises:
             ContextWindowError: what is new, or `new_tokens`, does not fit into the window.
         """
-        self._acquire()
+        self._acquire_with_others()
         with self._guard:
             try:
-                self._open()
+                self._ranks.attempt(self._open)
                 self._checked = checked
                 if unreadable:
                     self._untrack(unreadable)
+                self._untrack_with_others()
                 self._see_through(self._choose_view(ids, limit, new_tokens))
                 shown, limit = self._view.in_view(ids), limit - self._view.dropped
                 if self._limit is not None and len(shown) > self._limit:
@@ -70,8 +72,12 @@ class CacheTurns(CacheContent):
                         layer.expected = len(shown) + min(new_tokens, max(_MAX_EXPECTED_NEW, len(shown)))
                     elif isinstance(layer, SlidingLayer):
                         layer.record_past = False  # of an earlier turn; who needs it asks again
-                reused, spans = self._take_up(shown, limit)
-                self._adopt(shown[:reused], spans)
+                if self._ranks.alone:
+                    reused, spans = self._take_up(shown, limit)
+                    self._adopt(shown[:reused], spans)
+                else:
+                    self._take_up_together(shown, limit)
+                    reused = self._held
             except ContextWindowError:
                 self._close_turn()
                 raise
@@ -95,10 +101,10 @@ class CacheTurns(CacheContent):
 
     def begin_unidentified_turn(self, reason: str, prompt_tokens: int = 0) -> None:
         """Starts a turn whose content token ids do not identify: nothing is reused and nothing kept."""
-        self._acquire()
+        self._acquire_with_others()
         with self._guard:
             try:
-                self._open()
+                self._ranks.attempt(self._open)
                 self._checked = True
                 self._clear()
                 self._see_through(self._view.as_plain())
@@ -133,6 +139,18 @@ class CacheTurns(CacheContent):
             finally:
                 self._close_turn()
 
+    def _acquire_with_others(self) -> None:
+        try:
+            self._ranks.attempt(self._acquire)
+        except OtherRankError:
+            self._close_turn()
+            raise
+
+    def _untrack_with_others(self) -> None:
+        """What one rank of a tensor-parallel model can't keep, none does."""
+        if not self._ranks.all(not self._untracked):
+            self._untrack("another rank of this tensor-parallel model can't keep it")
+
     def _acquire(self) -> None:
         """Makes this thread the only one that has a turn on this object, and this object the only one with a turn
         on the session."""
@@ -147,8 +165,9 @@ class CacheTurns(CacheContent):
                     raise StoreClosedError(
                         f"the store {self._store.path} of this cache is closed; make a new cache with an open store"
                     )
-                if self.session is not None and self._saving:
-                    self._lock = self._store.lock_session(self.session, self._wait)
+                name = self._kept_as
+                if name is not None and self._saving:
+                    self._lock = self._store.lock_session(name, self._wait)
         except BaseException:
             self._close_turn()
             raise
@@ -201,8 +220,9 @@ class CacheTurns(CacheContent):
             else:
                 plain = View.plain(chain_root(fingerprint, ""))
             self._change_view(plain, np.empty(0, dtype=np.int64))
-        if self._store is not None and self.session is not None:
-            before = self._store.session_fingerprint(self.session)
+        name = self._kept_as
+        if self._store is not None and name is not None:
+            before = self._store.session_fingerprint(name)
             if before not in (None, "", fingerprint):
                 self._note(
                     f"session {self.session!r} was computed by a model with other weights or settings "
@@ -247,8 +267,9 @@ class CacheTurns(CacheContent):
             start, stop = chain.bounds(block)
             stop = min(stop, tokens)
             spans.append(Span(chain.key(block), 0, stop - start, start, stop - start))
-        if self.session is not None:
+        name = self._kept_as
+        if name is not None:
             manifest = write_manifest(self._view, spans, self._view.logical(len(chain)))
-            self._store.commit(self.session, self._fingerprint, manifest)
+            self._store.commit(name, self._fingerprint, manifest)
         elif spans:
             self._store.touch([span.block for span in spans])
