@@ -118,12 +118,13 @@ class CacheContent(OutsideGraphsCache):
         choose = partial(choose_view, ids, limit, new_tokens, self._window, plain)
         if self._ranks.alone:
             return choose(views, find, history, self._can_move_keys)
+        history = -self._ranks.least(-history)  # what one of them remembers is not new
         movable = self._can_move_keys()  # by a forward of all ranks, perhaps: not only where one finds that it matters
         view = self._ranks.attempt(partial(choose, views, find, history, lambda: movable))
         if self._ranks.same(view.shape()):
             return view
         # what the ranks know of it differs: none makes use of it
-        return choose([plain], lambda view, ids: [], self._ranks.least(history), lambda: False)
+        return choose([plain], lambda view, ids: [], history, lambda: False)
 
     def _can_move_keys(self) -> bool:
         geometry = self._attachment.geometry(self._model, self._fingerprint, self._store, self._ranks)
