@@ -76,9 +76,7 @@ class Linear4(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         state = self.weight.quant_state
-        return functional.linear(
-            x, state.code[self.weight.data.long()] * (state.absmax * state.state2.absmax)[:, None]
-        )
+        return functional.linear(x, state.code[self.weight.data.long()] * (state.absmax * state.state2.absmax)[:, None])
 
 
 class LinearWithBuffers(nn.Module):

@@ -21,7 +21,7 @@ SECONDS = 60
 """After which a collective that the other rank does not join is an error."""
 
 
-def run(number: int, stages: list[Callable[..., None]], folder: str, port: int, how: str) -> None:
+def run(number: int, stages: list[Callable[..., None]], folder: str, port: int) -> None:
     """The life of a process."""
     os.environ.update(
         RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE=str(RANKS), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
@@ -32,7 +32,7 @@ def run(number: int, stages: list[Callable[..., None]], folder: str, port: int, 
         "gloo", rank=number, world_size=RANKS, timeout=datetime.timedelta(seconds=SECONDS)
     )
     try:
-        model = {"plan": by_plan, "hand": by_hand}[how](folder)
+        model = by_plan(folder)
         for stage in stages:
             stage(number, model, folder)
             torch.distributed.barrier()
@@ -46,7 +46,7 @@ def by_plan(folder: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(f"{folder}/model", tp_plan="auto").eval()
 
 
-def by_hand(folder: str) -> Any:
+def by_hand() -> Any:
     """Sharded with torch's own means, as a user would who has no plan."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -204,3 +204,10 @@ def deleted_by_one_rank(number: int, model: Any, folder: str) -> None:
         for name in ("copy", "copy\x1f1", "alice\x1f1"):
             with pytest.raises(SessionNotFoundError):
                 store.session(name)
+
+
+def sharded_by_hand(number: int, model: Any, folder: str) -> None:
+    model, folder = by_hand(), f"{folder}/hand"
+    first_turn(number, model, folder)
+    torch.distributed.barrier()
+    after_a_restart(number, model, folder)

@@ -20,7 +20,8 @@ from hf_attnstore import AttentionStore, AttentionStoreCache, attach, detach
 def nothing_compiled() -> Iterator[None]:
     logging.getLogger("torch.__trace").setLevel(logging.ERROR)  # what pytest captures, the compiler writes
     torch._dynamo.reset()
-    yield
+    with torch._dynamo.config.patch(recompile_limit=2):  # after which a function runs as it is: saves time
+        yield
     torch._dynamo.reset()
 
 
@@ -59,10 +60,13 @@ WAYS: dict[str, Callable[..., Any]] = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+SLOW = ("its forward", "each layer wrapped")
+
+
+@pytest.mark.parametrize("way", [pytest.param(way, marks=[pytest.mark.slow] if way in SLOW else []) for way in WAYS])
 def test_a_compiled_model_goes_on_where_a_plain_one_would(way: str, store: AttentionStore) -> None:
     plain, model = tiny(), tiny()
-    early = way == "its forward"  # hooks that come before the compiler, and after it
+    early = way == "each layer"  # hooks that come before the compiler, and after it
     if early:
         AttentionStoreCache(model, None, store)
     model = WAYS[way](model, backend="eager")

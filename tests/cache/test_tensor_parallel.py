@@ -17,13 +17,13 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def alive(stages: list[Callable[..., None]], folder: Path, how: str = "plan") -> None:
+def alive(stages: list[Callable[..., None]], folder: Path) -> None:
     """Two ranks go through the stages; both end well, and in time."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = torch.multiprocessing.start_processes(
-        ranks.run, (stages, str(folder), port, how), nprocs=ranks.RANKS, join=False, start_method="spawn"
+        ranks.run, (stages, str(folder), port), nprocs=ranks.RANKS, join=False, start_method="spawn"
     )
     deadline = time.monotonic() + 3 * ranks.SECONDS
     try:
@@ -51,10 +51,7 @@ def test_ranks_take_up_a_conversation_and_agree_on_what_one_of_them_lost(folder:
             ranks.one_rank_can_not_identify_its_weights,
             ranks.out_of_the_window,
             ranks.deleted_by_one_rank,
+            ranks.sharded_by_hand,
         ],
         folder,
     )
-
-
-def test_a_model_that_was_sharded_by_hand(folder: Path) -> None:
-    alive([ranks.first_turn, ranks.after_a_restart], folder, "hand")
