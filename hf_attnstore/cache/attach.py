@@ -17,7 +17,7 @@ from .compiled import outside_graphs, uncompiled
 from .fingerprint import fingerprint_of
 from .positions import Geometry
 from .probing import PROBE_VERSION, probe
-from .ranks import Ranks, ranks_of
+from .ranks import Ranks
 from .restore import Pace
 from .structure import compute_device, decoder_layers
 
@@ -34,7 +34,6 @@ class Attachment:
     def __init__(self, model: nn.Module) -> None:
         self.store: AttentionStore | None = None
         self.fingerprint = fingerprint_of(model)
-        self.ranks = _ranks_of(model)
         self.pace = Pace()
         self.told: set[str] = set()
         """What the log has said of the model, and need not say again."""
@@ -111,13 +110,6 @@ class Attachment:
         twin.fingerprint = fingerprint_of(memo.get(id(original), original))
         twin.pace = Pace()
         return twin
-
-
-def _ranks_of(model: nn.Module) -> Ranks:
-    try:
-        return ranks_of(model)
-    except ValueError:
-        return Ranks()  # the fingerprint can't be had either: nothing is kept, and nobody has to agree
 
 
 def _noted(store: AttentionStore | None, fingerprint: str) -> Geometry | None:

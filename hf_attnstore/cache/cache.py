@@ -17,6 +17,7 @@ from .attach import Attachment, ensure_hooks, owner_of
 from .fingerprint import position_limit
 from .forwards import CacheForwards
 from .layers import SlidingLayer, make_layer
+from .ranks import known_ranks
 from .stats import TurnStats
 from .structure import layer_kinds
 from .truncation import window_of
@@ -77,7 +78,7 @@ class AttentionStoreCache(CacheForwards):
         self._attachment: Attachment = ensure_hooks(self._model)
         self._store: AttentionStore | None = store or self._attachment.store or _default_store()
         self.session = self._store.check_name(session) if session is not None else None
-        self._ranks = self._attachment.ranks
+        self._ranks = known_ranks(self._model)
         self._saving = save
         self._wait = wait
         self._limit = position_limit(config.get_text_config(decoder=True))

@@ -86,6 +86,15 @@ def ranks_of(model: nn.Module) -> Ranks:
     return Ranks() if mesh is None or mesh.size() == 1 else ManyRanks(mesh)
 
 
+def known_ranks(model: nn.Module) -> Ranks:
+    """`ranks_of`; of a model spread in a way that is not known, nothing is kept (it has no fingerprint), and nobody has
+    to agree."""
+    try:
+        return ranks_of(model)
+    except ValueError:
+        return Ranks()
+
+
 def _mesh_of(model: nn.Module) -> Any:
     """The device mesh over which heads are spread; None if they are not."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
