@@ -13,10 +13,12 @@ from torch import nn
 
 from ..errors import CacheUseError
 from ..store.store import AttentionStore
+from .compiled import outside_graphs, uncompiled
 from .continuing import CONTINUING_VERSION, Continues, is_verified, probe_continuing
 from .fingerprint import fingerprint_of
 from .positions import Geometry
 from .probing import PROBE_VERSION, probe
+from .ranks import Ranks
 from .restore import Pace
 from .structure import compute_device, decoder_layers, decoder_of, is_encoder_decoder
 
@@ -36,6 +38,8 @@ class Attachment:
         self.store: AttentionStore | None = None
         self.fingerprint = fingerprint_of(model)
         self.pace = Pace()
+        self.told: set[str] = set()
+        """What the log has said of the model, and need not say again."""
         self.parameter_names = [
             name
             for name, parameter in inspect.signature(model.forward).parameters.items()
@@ -73,12 +77,21 @@ class Attachment:
             self.generate = model.__dict__.get("generate")
             model.__dict__["generate"] = types.MethodType(generate_with_store, model)
 
-    def geometry(self, model: nn.Module, fingerprint: str, store: AttentionStore | None) -> Geometry:
+    def geometry(
+        self, model: nn.Module, fingerprint: str, store: AttentionStore | None, ranks: Ranks | None = None
+    ) -> Geometry:
         """How positions are in the model's KV. Found out once for each fingerprint, by a few forwards; the store
-        remembers it beyond the process."""
+        remembers it beyond the process.
+
+        Args:
+            ranks: who all ask for it at this moment: if one does not know it, all find it out, together.
+        """
         with _probing:
+            found = _geometries.get(fingerprint) or _noted(store, fingerprint)
+            if ranks is not None and not ranks.all(found is not None):
+                found = None
+                _geometries.pop(fingerprint, None)
             if fingerprint not in _geometries:
-                found = _noted(store, fingerprint)
                 if found is None:
                     found = probe(model)
                     if store is not None:
@@ -148,9 +161,13 @@ def _layer_count(model: nn.Module) -> int:
 
 
 def owner_of(model: nn.Module) -> nn.Module:
-    """The transformers model itself, below PEFT's wrapper."""
-    base = getattr(model, "get_base_model", None)
-    return base() if callable(base) else model
+    """The transformers model itself, below the wrappers of PEFT and of `torch.compile`, in whatever order."""
+    while True:
+        base = getattr(uncompiled(model), "get_base_model", None)
+        inner = base() if callable(base) else uncompiled(model)
+        if inner is model:
+            return model
+        model = inner
 
 
 def attachment_of(model: nn.Module) -> Attachment | None:
@@ -229,6 +246,7 @@ def _cache_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     return next((value for value in args if isinstance(value, AttentionStoreCache)), None)
 
 
+@outside_graphs
 def _before_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     cache = _cache_in(args, kwargs)
     if cache is None:
@@ -244,18 +262,21 @@ def _before_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     return (), {**named, **replaced}
 
 
+@outside_graphs
 def _after_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     cache = _cache_in(args, kwargs)
     if cache is not None:
         cache.end_forward()
 
 
+@outside_graphs
 def _before_layer(number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     cache = _cache_in(args, kwargs)
     if cache is not None:
         cache.before_layer(number)
 
 
+@outside_graphs
 def _after_layer(number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     cache = _cache_in(args, kwargs)
     if cache is not None:

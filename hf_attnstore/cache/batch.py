@@ -140,6 +140,8 @@ class BatchCache(AttentionStoreCache):
         """Whether rows of a batch are the same as conversations of their own."""
         if self.granularity == "none":
             self._given_up = True
+        elif not self._ranks.alone:
+            self._give_up("the model is tensor-parallel, and ranks would have to agree on every row")
         elif any(self._pads) and not self._states and "position_ids" not in self._attachment.parameter_names:
             self._give_up("the model takes no position_ids, so padding may move its positions")
         elif not all(isinstance(layer, ConvolutionState) for layer in self._states):

@@ -17,12 +17,14 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerM
 from ..errors import CacheUseError, LoadError
 from ..store.store import AttentionStore
 from .attach import Attachment, ensure_hooks, feed, owner_of
+from .compiled import outside_graphs
 from .fingerprint import position_limit
 from .forwards import CacheForwards
 from .inputs import foreign_input
 from .kinds import make_layers
 from .layers import KeptLayer, SlidingLayer, StoreLayer
 from .modalities import TYPES, Content, NotIdentifiedError, read_content
+from .ranks import known_ranks
 from .spatial_positions import places_in_space, spatial_positions
 from .states import ConvolutionState, HybridLayer
 from .stats import TurnStats
@@ -66,6 +68,9 @@ class AttentionStoreCache(CacheForwards):
     the turn. One thread at a time uses an object.
     """
 
+    max_cache_len = -1
+    """PEFT asks caches for it when it puts learned KV before a prompt; this is how it says that there is no limit."""
+
     def __new__(cls, model: Any = None, session: Any = None, *args: Any, **kwargs: Any) -> "AttentionStoreCache":
         """An encoder-decoder model gets the cache that its `generate` needs, a list of sessions that of a batch."""
         if cls is AttentionStoreCache and model is not None and is_encoder_decoder(owner_of(model)):
@@ -92,6 +97,7 @@ class AttentionStoreCache(CacheForwards):
         wait: float = 0.0,
     ) -> None:
         self._model = owner_of(model)
+        self._given_model = model
         config: Any = self._model.config
         if checkpoint_every is not None and checkpoint_every < 1:
             raise CacheUseError(f"checkpoint_every is a number of tokens, not {checkpoint_every}")
@@ -101,6 +107,7 @@ class AttentionStoreCache(CacheForwards):
         self._attachment: Attachment = ensure_hooks(self._model)
         self._store: AttentionStore | None = store or self._attachment.store or _default_store()
         self.session = self._store.check_name(str(session)) if session is not None else None
+        self._ranks = known_ranks(self._model)
         self._saving = save
         self._wait = wait
         self._limit = position_limit(config.get_text_config(decoder=True))
@@ -209,7 +216,8 @@ class AttentionStoreCache(CacheForwards):
         """
         if self._store is None or self.session is None:
             raise CacheUseError("resume() needs a cache with a session and a store")
-        ids = np.asarray(self._store.tokens(self.session, dropped=True), dtype=np.int64)
+        known = self._ranks.attempt(partial(self._store.tokens, self._kept_as or "", dropped=True))
+        ids = np.asarray(known[: self._ranks.least(len(known))], dtype=np.int64)
         self._load_now(ids, len(ids), 0)
         return torch.from_numpy(self._chain.ids.copy())[None]
 
@@ -223,31 +231,37 @@ class AttentionStoreCache(CacheForwards):
             for layer in self.layers
         ]
 
+    @outside_graphs
     def get_seq_length(self, layer_idx: int = 0) -> int:
         if not any(layer.by_token for layer in self.layers) and self.granularity != "none":
             return self._held
         length: int = super().get_seq_length(layer_idx)
         return length
 
+    @outside_graphs
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         if not any(isinstance(layer, CacheLayerMixin) for layer in self.layers):
             return self._held + query_length, 0
         sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
         return sizes
 
+    @outside_graphs
     def get_conv_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         self.layers[layer_idx].settle()
         return super().get_conv_state(layer_idx, *args, **kwargs)
 
+    @outside_graphs
     def get_recurrent_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         self.layers[layer_idx].settle()
         return super().get_recurrent_state(layer_idx, *args, **kwargs)
 
+    @outside_graphs
     def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         self._check_forward()
         self.layers[layer_idx].settle()
         return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
 
+    @outside_graphs
     def update_recurrent_state(self, recurrent_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         self._check_forward()
         self.layers[layer_idx].settle()
@@ -399,7 +413,9 @@ class AttentionStoreCache(CacheForwards):
             if isinstance(layer, SlidingLayer):
                 layer.saved_to = None
         twin._model = self._model
+        twin._given_model = self._given_model
         twin._attachment = self._attachment
+        twin._ranks = self._ranks
         twin._store = None
         twin.session = None
         twin._saving = False

@@ -10,7 +10,6 @@ from itertools import takewhile
 import numpy as np
 import torch
 from torch import nn
-from transformers import Cache
 
 from ..errors import CacheUseError, LoadError
 from ..session.chain import TokenChain, common_prefix
@@ -21,13 +20,16 @@ from ..session.view import View
 from ..session.window import Window
 from ..store.keys import Key, chain_root
 from ..store.locks import SessionLock
+from ..store.parts import part_name
 from ..store.store import AttentionStore
 from .attach import Attachment
 from .checkpoints import take_checkpoint
+from .compiled import OutsideGraphsCache
 from .continuing import Continues
 from .kinds import granularity
 from .layers import KeptLayer, SlidingLayer
 from .modalities import Content
+from .ranks import Ranks
 from .restore import Checkpoint, Restore, plan_restore, resident_from
 from .saver import BlockSaver
 from .states import RunningState
@@ -49,7 +51,7 @@ class Forward:
     thread: int
 
 
-class CacheContent(Cache):
+class CacheContent(OutsideGraphsCache):
     """A cache that holds tokens of a conversation, seen through a view, and can load more of them.
 
     What it counts as held, its layers, the chain of ids and what is being saved agree after every method.
@@ -57,7 +59,10 @@ class CacheContent(Cache):
 
     layers: list[KeptLayer]  # type: ignore[assignment]
     session: str | None
+    _ranks: Ranks
     _model: nn.Module
+    _given_model: nn.Module
+    """The model as it was given: with PEFT's wrapper, if it has one."""
     _attachment: Attachment
     _store: AttentionStore | None
     _saving: bool
@@ -107,6 +112,11 @@ class CacheContent(Cache):
         self._stats = TurnStats()
 
     @property
+    def _kept_as(self) -> str | None:
+        """The name of the session in the store: on further ranks of a tensor-parallel model, of their part of it."""
+        return part_name(self.session, self._ranks.rank) if self.session is not None else None
+
+    @property
     def rows(self) -> int:
         """The batch size of what is held; 0 if nothing is."""
         return max((layer.rows for layer in self.layers), default=0)
@@ -116,8 +126,9 @@ class CacheContent(Cache):
         if self._window is None or not self._window.overflows(len(ids), new_tokens):
             return plain
         manifest = None
-        if self._store is not None and self.session is not None:
-            manifest = self._store.latest_manifest(self.session)
+        name = self._kept_as
+        if self._store is not None and name is not None:
+            manifest = self._store.latest_manifest(name)
         views = [self._view]
         if self._store is not None and manifest is not None:
             describe = partial(self._store.describe_block, fingerprint=self._fingerprint)
@@ -125,10 +136,19 @@ class CacheContent(Cache):
         own = common_prefix(self._view.whole(self._chain.ids), ids)
         history = max(own, manifest.length if manifest is not None else 0)
         find = self._find if not self._untracked else lambda view, ids: []
-        return choose_view(ids, limit, new_tokens, self._window, plain, views, find, history, self._can_move_keys)
+        choose = partial(choose_view, ids, limit, new_tokens, self._window, plain)
+        if self._ranks.alone:
+            return choose(views, find, history, self._can_move_keys)
+        history = -self._ranks.least(-history)  # what one of them remembers is not new
+        movable = self._can_move_keys()  # by a forward of all ranks, perhaps: not only where one finds that it matters
+        view = self._ranks.attempt(partial(choose, views, find, history, lambda: movable))
+        if self._ranks.same(view.shape()):
+            return view
+        # what the ranks know of it differs: none makes use of it
+        return choose([plain], lambda view, ids: [], history, lambda: False)
 
     def _can_move_keys(self) -> bool:
-        geometry = self._attachment.geometry(self._model, self._fingerprint, self._store)
+        geometry = self._attachment.geometry(self._model, self._fingerprint, self._store, self._ranks)
         if not geometry.movable:
             self._note(
                 f"kept keys can't be moved, so their tokens are computed again: {geometry.refused}", "keys not movable"
@@ -224,6 +244,34 @@ class CacheContent(Cache):
     def _whole(self, length: int) -> int:
         """The longest beginning of at most `length` tokens that has no part of a picture."""
         return self._content.floor(length) if self._content is not None else length
+
+    def _take_up_together(self, ids: np.ndarray, limit: int) -> None:
+        """What `_take_up` and `_adopt` do, for ranks that have to agree on how much: as much as all of them have.
+
+        Everything is loaded before any of them computes: a load that failed in the middle of a forward would leave
+        the others waiting there.
+        """
+        for _ in range(_MAX_PLANS):
+            reused = self._ranks.attempt(partial(self._take_up_whole, ids, limit))
+            limit = self._ranks.least(reused)
+            if self._ranks.same(reused):
+                return
+        self._clear()
+        self._adopt(ids[:0], [])
+
+    def _take_up_whole(self, ids: np.ndarray, limit: int) -> int:
+        for _ in range(_MAX_PLANS):
+            reused, spans = self._take_up(ids, limit)
+            try:
+                self._finish_restore()
+            except LoadError as error:
+                self._note(f"a load failed, its tokens are computed again: {error}", "load failed")
+                continue
+            self._adopt(ids[:reused], spans)
+            return reused
+        self._clear()
+        self._adopt(ids[:0], [])
+        return 0
 
     def _drop_from(self, length: int) -> None:
         """Lets go of what is held beyond `length`, though a sliding layer may then lack the window before it."""
@@ -410,13 +458,20 @@ class CacheContent(Cache):
         self._stats.recomputed, self._stats.missed = reason, missed
         logger.warning(reason)
 
-    def _untrack(self, reason: str, *, expected: bool = False) -> None:
-        """From here on the cache holds tokens that ids do not identify: they serve this turn and are not kept."""
+    def _untrack(self, reason: str, *, expected: bool = False, once: bool = False) -> None:
+        """From here on the cache holds tokens that ids do not identify: they serve this turn and are not kept.
+
+        Args:
+            expected: nothing to tell anybody about.
+            once: tell the log only the first time for this model.
+        """
         if not self._untracked:
             self._untracked = reason
             if not expected:
                 self._stats.recomputed, self._stats.missed = reason, "not identified by ids"
-                logger.warning("not reused and not saved from token %d on: %s", len(self._chain), reason)
+                level = logging.DEBUG if once and reason in self._attachment.told else logging.WARNING
+                self._attachment.told.add(reason)
+                logger.log(level, "not reused and not saved from token %d on: %s", len(self._chain), reason)
 
 
 def resident_from_window(layer: KeptLayer, length: int) -> bool:

@@ -1,8 +1,8 @@
 """The identity of what computes the KV: two models with the same fingerprint make the same keys and values.
 
-Weights are identified by content, from bounded samples of every tensor, so that a name never decides. Changes
-in place are noticed by the tensors' version counters and, since `.data` bypasses those, by a few values of each
-tensor that are compared before every turn.
+Weights are identified by content, from bounded samples of every tensor, so that a name never decides; quantised ones
+with all that says what their bytes mean (see `weights`). Changes in place are noticed by the tensors' version
+counters and, since `.data` bypasses those, by a few values of each tensor that are compared before every turn.
 """
 
 import hashlib
@@ -11,11 +11,14 @@ import secrets
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+
+from .adapters import adapters_of, is_adapted, is_inert, names_of_parts, state_of
+from .ranks import ranks_of
+from .weights import Part, attribute_parts, hidden_parts, module_parts, plain_parts
 
 LAYOUT_VERSION = 1
 
@@ -80,34 +83,60 @@ def _offloaded_in_memory(module: nn.Module, name: str) -> torch.Tensor | None:
     return None
 
 
-def _tensors(model: nn.Module, *, fetch_offloaded: bool) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every parameter and buffer by name, shared ones by each of their names (once they are offloaded, nobody can
-    tell any more); offloaded ones with their content if asked."""
-    for prefix, module in model.named_modules():
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+_Names = Mapping[tuple[str, ...], tuple[str, ...] | None]
+
+
+def _step(name: str, child: str, names: _Names) -> tuple[str | None, _Names]:
+    """The name of a part of what is called `name`, None if it does not count; and how the parts below it are called."""
+    below = {path[1:]: to if to is None else to[1:] for path, to in names.items() if path[0] == child and path[1:]}
+    to = names.get((child,), (child,))
+    return (None if to is None else ".".join(filter(None, (name, *to)))), below
+
+
+def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, _Names]]:
+    """Every module that computes, once, by the name under which it counts, and how its parts are called."""
+    seen: set[int] = set()
+
+    def visit(name: str, module: nn.Module, names: _Names) -> Iterator[tuple[str, nn.Module, _Names]]:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        if is_adapted(module):
+            names = names_of_parts(module)
+        yield name, module, names
+        for child_name, child in module._modules.items():
+            if child is not None:
+                called, below = _step(name, child_name, names)
+                if called is not None:
+                    yield from visit(called, child, below)
+
+    yield from visit("", model, {})
+
+
+def _tensors(name: str, module: nn.Module, names: _Names) -> Iterator[tuple[str, torch.Tensor]]:
+    """A module's own parameters and buffers by name, offloaded ones with their content; shared ones by each of their
+    names (once they are offloaded, nobody can tell any more)."""
+    for own, tensor in (*module._parameters.items(), *module._buffers.items()):
+        called = names.get((own,), (own,))
+        if tensor is None or called is None:
+            continue
+        if tensor.device.type == "meta":
+            tensor = _offloaded(module, own)
             if tensor is None:
-                continue
-            if tensor.device.type == "meta" and fetch_offloaded:
-                tensor = _offloaded(module, name)
-                if tensor is None:
-                    raise ValueError(f"the content of {prefix}.{name} is not available")
-            yield f"{prefix}.{name}", tensor
+                raise ValueError(f"the content of {name}.{own} is not available")
+        yield f"{name}.{'.'.join(called)}", tensor
 
 
-def _is_adapted(module: nn.Module) -> bool:
-    return hasattr(type(module), "merged_adapters") or "merged_adapters" in module.__dict__
+_COMPARED_AS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_ORDINARY_DTYPES = frozenset(
+    getattr(torch, name)
+    for name in "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool complex64 complex128".split()
+)
 
 
-def _layer_adapters(layer: Any) -> list[Any]:
-    """Which adapters are active, merged and disabled in a layer that can have some (PEFT)."""
-    return [
-        sorted(map(str, layer.active_adapters)),
-        sorted(map(str, layer.merged_adapters)),
-        bool(layer.disable_adapters),
-        sorted((str(name), float(scale)) for name, scale in getattr(layer, "scaling", {}).items()),
-        # adapters chosen for one call (`adapter_names=`) come as a hook for as long as it lasts
-        [str(hook.keywords) for hook in layer._forward_pre_hooks.values() if isinstance(hook, partial)],
-    ]
+def _comparable(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of a dtype that everything can be done with, and the same bytes."""
+    return tensor if tensor.dtype in _ORDINARY_DTYPES else tensor.view(_COMPARED_AS[tensor.dtype.itemsize])
 
 
 def _relevant(config: Any) -> Any:
@@ -164,9 +193,12 @@ class Fingerprint:
         self._model = weakref.ref(model)
         self._lock = threading.Lock()  # threads may be under different autocast, and must not get each other's
         self._marks: Any = None
-        self._parameters: list[tuple[int, int]] = []
+        self._parameters: list[tuple[int, Any]] = []
         self._content = ""
         self._salt = ""
+        self._unusual: list[weakref.ref[nn.Module]] = []
+        """Modules that compute with more than their parameters and buffers."""
+        self._failure: tuple[Any, str] | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -181,15 +213,28 @@ class Fingerprint:
             ValueError, RuntimeError: the weights can't be read.
         """
         with self._lock:
-            marks, parameters = self._current_marks()
-            if marks != self._marks:
+            return self._current()
+
+    def _current(self) -> str:
+        marks, parameters = self._current_marks()
+        if marks != self._marks:
+            if self._failure is not None and self._failure[0] == marks:
+                raise ValueError(self._failure[1])
+            found = self._unusual
+            try:
                 content = self._compute()
-                if content != self._content:
-                    self._salt = ""
-                elif parameters != self._parameters and _same_tensors(parameters, self._parameters):
-                    self._salt = secrets.token_hex(20)
-                self._content, self._marks, self._parameters = content, marks, parameters
-            return self._salt or self._content
+            except Exception as error:
+                self._failure = marks, str(error)
+                raise
+            if found != self._unusual:  # there is more to be watched: what was there before it is taken as it is now
+                marks, parameters = self._current_marks()
+                content = self._compute()
+            if content != self._content:
+                self._salt = ""
+            elif parameters != self._parameters and _same_tensors(parameters, self._parameters):
+                self._salt = secrets.token_hex(20)
+            self._content, self._marks, self._parameters = content, marks, parameters
+        return self._salt or self._content
 
     def _settings(self) -> str:
         config: Any = self.model.config
@@ -198,35 +243,54 @@ class Fingerprint:
             "config": _relevant(config.to_dict()),
             "attention": str(getattr(config, "_attn_implementation", "")),
             "autocast": self._autocast(),
-            "adapters": [_layer_adapters(module) for module in self.model.modules() if _is_adapted(module)],
+            "adapters": [
+                [name, *adapters_of(module)]
+                for name, module, _ in _named_modules(self.model)
+                if is_adapted(module) and not is_inert(module)
+            ],
             "layout": LAYOUT_VERSION,
         }
+        ranks = ranks_of(self.model)
+        if not ranks.alone:
+            settings["rank"] = [ranks.rank, ranks.size]
         return json.dumps(settings, sort_keys=True)
 
-    def _wanted(self, *, fetch_offloaded: bool) -> Iterator[tuple[str, torch.Tensor]]:
-        config: Any = self.model.config
-        varying = has_length_dependent_rope(config.get_text_config(decoder=True))
-        for name, tensor in _tensors(self.model, fetch_offloaded=fetch_offloaded):
-            if not (varying and name.endswith("inv_freq")):
-                yield name, tensor
-
     @torch.no_grad()
-    def _current_marks(self) -> tuple[tuple[Any, ...], list[tuple[int, int]]]:
+    def _current_marks(self) -> tuple[tuple[Any, ...], list[tuple[int, Any]]]:
         """What tells that something changed, and the version counter of each parameter. Runs before every turn, so
         it does little and names nothing."""
         config: Any = self.model.config
         text = config.get_text_config(decoder=True)
         varying = has_length_dependent_rope(text)
         versions: list[Any] = []
-        parameters: list[tuple[int, int]] = []
+        parameters: list[tuple[int, Any]] = []
         adapters: list[Any] = []
         samples: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+
+        def watch(tensor: torch.Tensor, identity: int) -> int:
+            # inference tensors have no version counter; nothing but the sample watches them
+            version = -1 if tensor.is_inference() else tensor._version
+            versions.append((identity, version, tensor.data_ptr()))
+            if tensor.numel():
+                dtype = tensor.dtype
+                if dtype not in _ORDINARY_DTYPES:
+                    tensor = _comparable(tensor)
+                    dtype = tensor.dtype
+                samples.setdefault((tensor.device, dtype), []).append(_few_values(tensor))
+            return version
+
+        def watch_parts(parts: Iterator[Part]) -> list[int]:
+            found = list(parts)
+            versions.append([part for _, part in found if isinstance(part, str)])
+            # the object may be made anew every time; the memory is the same
+            return [watch(part, 0) for _, part in found if isinstance(part, torch.Tensor)]
+
         modules = [self.model]
         while modules:
             module = modules.pop()
             modules.extend(child for child in module._modules.values() if child is not None)
-            if _is_adapted(module):
-                adapters.append(_layer_adapters(module))
+            if is_adapted(module):
+                adapters.append(state_of(module))
             for tensors in (module._parameters, module._buffers):
                 for name, tensor in tensors.items():
                     if tensor is None or (varying and name.endswith("inv_freq")):
@@ -237,41 +301,67 @@ class Fingerprint:
                             versions.append(name)
                             continue
                         tensor = held
-                    device = tensor.device
-                    # inference tensors have no version counter; nothing but the sample watches them
-                    version = -1 if tensor.is_inference() else tensor._version
-                    versions.append((id(tensor), version, tensor.data_ptr()))
+                    version: Any
+                    if tensor.is_quantized:
+                        version = tensor._version
+                        versions.append((id(tensor), version, tensor.data_ptr()))
+                    elif type(tensor) in (nn.Parameter, torch.Tensor):
+                        version = watch(tensor, id(tensor))
+                    else:
+                        version = watch_parts(plain_parts("", tensor))
+                        watch_parts(attribute_parts("", tensor))
                     if tensors is module._parameters:
                         parameters.append((id(tensor), version))
-                    if tensor.numel():
-                        samples.setdefault((device, tensor.dtype), []).append(_few_values(tensor))
+        for reference in self._unusual:
+            unusual = reference()
+            if unusual is not None:
+                watch_parts(hidden_parts("", unusual, unpack=False))
         quick = [_raw_bytes(torch.cat(values)) for values in samples.values()]
         settings = (str(config.__dict__), str(text.__dict__), self._autocast(), self.model.training)
         return (settings, adapters, versions, quick), parameters
 
     def _autocast(self) -> str:
-        device = next(self.model.parameters()).device.type
+        first = next(self.model.parameters(), None)
+        device = first.device.type if first is not None else "cpu"
         return str(torch.get_autocast_dtype(device)) if _autocast_enabled(device) else ""
 
+    def _parts(self) -> Iterator[Part]:
+        config: Any = self.model.config
+        varying = has_length_dependent_rope(config.get_text_config(decoder=True))
+        self._unusual = []
+        for name, module, names in _named_modules(self.model):
+            for called, tensor in _tensors(name, module, names):
+                if not (varying and called.endswith("inv_freq")):
+                    yield from plain_parts(called, tensor)
+            beside = list(module_parts(name, module))
+            if beside:
+                self._unusual.append(weakref.ref(module))
+                yield from beside
+
+    @torch.no_grad()
     def _compute(self) -> str:
         hasher = hashlib.blake2b(digest_size=20, person=b"attnstore-model")
         hasher.update(self._settings().encode())
         described: list[str] = []
-        samples: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
-        for name, tensor in sorted(self._wanted(fetch_offloaded=True), key=lambda item: item[0]):
-            described.append(f"{name} {tensor.dtype} {tuple(tensor.shape)}")
-            if tensor.numel():
+        samples: dict[torch.dtype, list[torch.Tensor]] = {}
+        for name, part in sorted(self._parts(), key=lambda item: item[0]):
+            if isinstance(part, str):
+                described.append(f"{name} {part}")
+                continue
+            described.append(f"{name} {part.dtype} {tuple(part.shape)}")
+            if part.numel():
+                plain = _comparable(part.detach())
                 # the few values that are watched between turns count too: a change of them must be one of the digest
-                part = torch.cat([_sample(tensor, _RUNS, _RUN_LENGTH), _few_values(tensor.detach())])
+                sample = torch.cat([_sample(plain, _RUNS, _RUN_LENGTH), _few_values(plain)])
                 # where a weight lies must not matter, so samples are put in order by dtype alone
-                samples.setdefault((torch.device("cpu"), tensor.dtype), []).append(part.cpu())
+                samples.setdefault(plain.dtype, []).append(sample.cpu())
         hasher.update("\n".join(described).encode())
-        for key in sorted(samples, key=str):
-            hasher.update(_raw_bytes(torch.cat(samples[key])))
+        for dtype in sorted(samples, key=str):
+            hasher.update(_raw_bytes(torch.cat(samples[dtype])))
         return hasher.hexdigest()
 
 
-def _same_tensors(a: list[tuple[int, int]], b: list[tuple[int, int]]) -> bool:
+def _same_tensors(a: list[tuple[int, Any]], b: list[tuple[int, Any]]) -> bool:
     return [tensor for tensor, _ in a] == [tensor for tensor, _ in b]
 
 

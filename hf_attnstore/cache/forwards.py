@@ -10,6 +10,7 @@ import torch
 
 from ..errors import CacheUseError, GradientError, SessionBusyError, StoreClosedError
 from ..session.chain import common_prefix
+from .compiled import outside_graphs
 from .content import Forward
 from .inputs import foreign_input, mask_problem, position_problem
 from .modalities import NotIdentifiedError, has_stand_ins, read_content
@@ -232,6 +233,7 @@ class CacheForwards(CacheTurns):
             except StoreClosedError:
                 self._stop_saving()
 
+    @outside_graphs
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:

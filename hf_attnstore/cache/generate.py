@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import CacheUseError, LoadError
+from .adapters import adapter_problem
 from .attach import attachment_of, feed
 from .batch import BatchCache
 from .batch_generate import generate_batch
@@ -158,6 +159,9 @@ def _problem(
         return f"{foreign} are not identified by token ids"
     if _setting(model, kwargs, "token_healing"):
         return "token_healing changes the prompt"
+    adapters = adapter_problem(model)
+    if adapters is not None:
+        return adapters
     count = data.shape[1]
     mask = kwargs.get("attention_mask")
     if mask is None and data is prompt and _would_be_masked(model, prompt, kwargs):

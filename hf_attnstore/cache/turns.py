@@ -11,9 +11,11 @@ from ..session.manifests import write_manifest
 from ..session.spans import Span, crop
 from ..session.view import View
 from ..store.keys import Key, chain_root
+from .adapters import adapter_problem, prompt_learning
 from .content import CacheContent
 from .layers import FullLayer
 from .modalities import Content, has_stand_ins
+from .ranks import OtherRankError
 from .states import RunningState
 from .stats import TurnStats
 
@@ -64,16 +66,17 @@ class CacheTurns(CacheContent):
         Raises:
             ContextWindowError: what is new, or `new_tokens`, does not fit into the window.
         """
-        self._acquire()
+        self._acquire_with_others()
         with self._guard:
             try:
-                self._open()
+                self._ranks.attempt(self._open)
                 self._checked = checked
                 self._content = content
                 if unreadable:
                     self._untrack(unreadable)
                 if content is not None and self._continues != "parts":
                     self._untrack("the model takes tokens one by one, and pictures or embeddings can't be fed so")
+                self._untrack_with_others()
                 self._refuse_to_cut(ids, new_tokens)
                 self._see_through(self._choose_view(ids, limit, new_tokens))
                 shown, limit = self._view.in_view(ids), limit - self._view.dropped
@@ -86,8 +89,12 @@ class CacheTurns(CacheContent):
                         if isinstance(layer, RunningState):
                             layer.step_back(0)
                         layer.record_past = False  # type: ignore[attr-defined]
-                reused, spans = self._take_up(shown, limit)
-                self._adopt(shown[:reused], spans)
+                if self._ranks.alone:
+                    reused, spans = self._take_up(shown, limit)
+                    self._adopt(shown[:reused], spans)
+                else:
+                    self._take_up_together(shown, limit)
+                    reused = self._held
             except ContextWindowError:
                 self._close_turn()
                 raise
@@ -143,10 +150,10 @@ class CacheTurns(CacheContent):
 
     def begin_unidentified_turn(self, reason: str, prompt_tokens: int = 0) -> None:
         """Starts a turn whose content token ids do not identify: nothing is reused and nothing kept."""
-        self._acquire()
+        self._acquire_with_others()
         with self._guard:
             try:
-                self._open()
+                self._ranks.attempt(self._open)
                 self._checked = True
                 self._content = None
                 self._clear()
@@ -213,6 +220,18 @@ class CacheTurns(CacheContent):
         """Why token ids do not identify what the turn computes, so that nothing is kept; empty if they do."""
         return self._untracked
 
+    def _acquire_with_others(self) -> None:
+        try:
+            self._ranks.attempt(self._acquire)
+        except OtherRankError:
+            self._close_turn()
+            raise
+
+    def _untrack_with_others(self) -> None:
+        """What one rank of a tensor-parallel model can't keep, none does."""
+        if not self._ranks.all(not self._untracked):
+            self._untrack("another rank of this tensor-parallel model can't keep it")
+
     def _acquire(self) -> None:
         """Makes this thread the only one that has a turn on this object, and this object the only one with a turn
         on the session."""
@@ -227,8 +246,9 @@ class CacheTurns(CacheContent):
                     raise StoreClosedError(
                         f"the store {self._store.path} of this cache is closed; make a new cache with an open store"
                     )
-                if self.session is not None and self._saving:
-                    self._lock = self._store.lock_session(self.session, self._wait)
+                name = self._kept_as
+                if name is not None and self._saving:
+                    self._lock = self._store.lock_session(name, self._wait)
         except BaseException:
             self._close_turn()
             raise
@@ -250,8 +270,11 @@ class CacheTurns(CacheContent):
         self._settle()
         self._identify()
         self._continues = "parts"
-        if not self._attachment.verified and self.granularity != "none" and not self._untracked:
-            self._continues = self._attachment.continues(self._model, self._fingerprint, self._store)
+        asks = not self._attachment.verified and self.granularity != "none"
+        if asks and self._ranks.all(not self._untracked):
+            # ranks have to ask together, whatever one of them may know
+            store = self._store if self._ranks.alone else None
+            self._continues = self._attachment.continues(self._model, self._fingerprint, store)
             if not self._continues:
                 self._untrack("the model does not go on correctly after what its own cache holds", expected=True)
                 self._stats.recomputed, self._stats.missed = self._untracked, "model does not continue"
@@ -276,10 +299,13 @@ class CacheTurns(CacheContent):
         """Makes sure that what is held, and the chain it goes by, belong to the model as it is now."""
         if self._model.training:
             self._untrack("the model is in training mode (model.eval() makes its KV reproducible)")
+        adapters = adapter_problem(self._model) or prompt_learning(self._given_model)
+        if adapters is not None:
+            self._untrack(adapters)
         try:
             fingerprint = self._attachment.fingerprint.current()
         except Exception as error:
-            self._untrack(f"the model's weights can't be identified ({error})")
+            self._untrack(f"the model's weights can't be identified ({error})", once=True)
             return
         if fingerprint != self._fingerprint:
             if self._held:
@@ -293,8 +319,9 @@ class CacheTurns(CacheContent):
             else:
                 plain = View.plain(chain_root(fingerprint, ""))
             self._change_view(plain, np.empty(0, dtype=np.int64))
-        if self._store is not None and self.session is not None:
-            before = self._store.session_fingerprint(self.session)
+        name = self._kept_as
+        if self._store is not None and name is not None:
+            before = self._store.session_fingerprint(name)
             if before not in (None, "", fingerprint):
                 self._note(
                     f"session {self.session!r} was computed by a model with other weights or settings "
@@ -349,10 +376,11 @@ class CacheTurns(CacheContent):
             start, stop = chain.bounds(block)
             stop = min(stop, tokens)
             spans.append(Span(chain.key(block), 0, stop - start, start, stop - start))
-        if self.session is not None:
+        name = self._kept_as
+        if name is not None:
             manifest = write_manifest(self._view, spans, self._view.logical(len(chain)))
             manifest = replace(manifest, beside=self._blocks_beside())
-            self._store.commit(self.session, self._fingerprint, manifest)
+            self._store.commit(name, self._fingerprint, manifest)
         elif spans:
             self._store.touch([span.block for span in spans])
         if self._checkpoints:

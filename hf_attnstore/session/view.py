@@ -4,6 +4,7 @@ Positions in the view count the tokens in the window; logical positions count th
 dropped ones included. A view that has dropped nothing is plain: both are the same.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -144,6 +145,12 @@ class View:
     def settled(self) -> int:
         """How many tokens in view the view depends on: what comes after them may differ."""
         return int(np.count_nonzero(self.kept))
+
+    def shape(self) -> int:
+        """A number that tells views apart by what they show and how it is put together, not by where that lies."""
+        parts = [(span.first, span.last, span.shift) for span in self.prefix]
+        told = hashlib.blake2b(repr(parts).encode() + self.kept.tobytes() + self.ids.tobytes(), digest_size=7)
+        return int.from_bytes(told.digest())
 
     def runs(self) -> list[tuple[int, int, bool]]:
         """The runs `[start, stop)` of `ids` that are all in view, or all dropped."""

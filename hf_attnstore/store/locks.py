@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 
 from ..errors import SessionBusyError, StoreFormatError, StoreIOError
 from .keys import name_digest
+from .parts import whole_name
 
 logger = logging.getLogger("hf_attnstore")
 
@@ -238,7 +239,7 @@ class SessionLocks:
     @staticmethod
     def _busy(session: str) -> SessionBusyError:
         return SessionBusyError(
-            f"session {session!r} is in the middle of another turn; wait for it (`wait=` seconds), "
+            f"session {whole_name(session)!r} is in the middle of another turn; wait for it (`wait=` seconds), "
             "or `store.fork` the session and use the copy"
         )
 

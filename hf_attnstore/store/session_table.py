@@ -15,6 +15,7 @@ from ..errors import LoadError, SessionNotFoundError
 from .database import DamagedDatabaseError, Database
 from .keys import Key, name_digest
 from .manifest import Manifest, SessionInfo, SpanRow
+from .parts import is_part
 from .records import SessionRecord
 from .schema import row_digest
 from .vault import Vault
@@ -37,8 +38,10 @@ class SessionTable:
     def _handle(self, namespace: str, name: str) -> bytes:
         return name_digest("session", namespace, name, secret=self._vault.secret)
 
-    def _space(self, namespace: str) -> bytes:
-        return name_digest("namespace", namespace, secret=self._vault.secret)[:16]
+    def _space(self, namespace: str, name: str = "") -> bytes:
+        """What is listed together: the sessions of a namespace, and apart from them those that are parts of one."""
+        kind = "parts" if is_part(name) else "namespace"
+        return name_digest(kind, namespace, secret=self._vault.secret)[:16]
 
     # one session
 
@@ -134,8 +137,8 @@ class SessionTable:
             "last_used = excluded.last_used, metadata = excluded.metadata, root = excluded.root, base = excluded.base, "
             "length = excluded.length, bytes = excluded.bytes, digest = excluded.digest",
             (
-                handle, self._space(record.namespace), label, record.fingerprint, record.created, record.last_used,
-                metadata, root, base, length, keep(record), digest,
+                handle, self._space(record.namespace, record.name), label, record.fingerprint, record.created,
+                record.last_used, metadata, root, base, length, keep(record), digest,
             ),
         )  # fmt: skip
         ((number,),) = db.execute("SELECT id FROM sessions WHERE handle = ?", (handle,))

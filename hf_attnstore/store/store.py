@@ -13,6 +13,7 @@ from .locks import SessionLock
 from .maintenance import Garbage, Report, collect, repair, verify
 from .manifest import Manifest, SessionInfo
 from .opened import default_path
+from .parts import MOST, part_name
 from .portable import Exported, export_session, import_session
 from .rebuild import Progress, no_progress
 from .settings import open_folder
@@ -70,6 +71,12 @@ class AttentionStore(BlockStore):
 
     # sessions
 
+    def _parts(self, name: str) -> list[int]:
+        """The numbers of a session's parts, where several processes keep one each; at least the first."""
+        exists = self._disk.index.sessions.exists
+        found = [n for n in range(MOST) if exists(self.namespace, part_name(name, n))]
+        return found or [0]
+
     def sessions(self, limit: int | None = None, offset: int = 0) -> list[SessionInfo]:
         """The sessions of this namespace, last used first: all, or a page of them."""
         self._settle()
@@ -102,12 +109,16 @@ class AttentionStore(BlockStore):
             StoreIOError: the disk would not.
         """
         self._check_open()
-        lock = self.lock_session(name, wait=0)
+        locks = [self.lock_session(name, wait=0)]
         try:
             self._writer.drain()
-            self._disk.delete_session(self.namespace, name, self._memory.discard, secure=secure)
+            parts = [part_name(name, number) for number in self._parts(name)]
+            locks += [self.lock_session(part, wait=0) for part in parts if part != name]
+            for part in reversed(parts):
+                self._disk.delete_session(self.namespace, part, self._memory.discard, secure=secure)
         finally:
-            lock.release()
+            for lock in locks:
+                lock.release()
 
     def fork(self, src: str, dst: str) -> None:
         """Makes session `dst` with all that `src` has. No KV is copied: both use the same blocks.
@@ -119,7 +130,8 @@ class AttentionStore(BlockStore):
         """
         self.check_name(dst)
         self._settle()
-        if not self._disk.fork(self.namespace, src, dst):
+        pairs = [(part_name(src, number), part_name(dst, number)) for number in self._parts(src)]
+        if not all(self._disk.fork(self.namespace, *pair) for pair in pairs):
             raise AttentionStoreError(f"session {dst!r} exists already; delete it first or choose another name")
 
     def rename(self, src: str, dst: str) -> None:
@@ -133,13 +145,16 @@ class AttentionStore(BlockStore):
         """
         self.check_name(dst)
         self._check_open()
-        lock = self.lock_session(src, wait=0)
+        locks = [self.lock_session(src, wait=0)]
         try:
             self._writer.drain()
-            if not self._disk.rename(self.namespace, src, dst):
+            pairs = [(part_name(src, number), part_name(dst, number)) for number in self._parts(src)]
+            locks += [self.lock_session(part, wait=0) for part, _ in pairs if part != src]
+            if not all(self._disk.rename(self.namespace, *pair) for pair in pairs):
                 raise AttentionStoreError(f"session {dst!r} exists already; delete it first or choose another name")
         finally:
-            lock.release()
+            for lock in locks:
+                lock.release()
 
     def metadata(self, name: str) -> dict[str, Any]:
         """What `set_metadata` kept with a session; an empty dict if nothing.
@@ -161,6 +176,8 @@ class AttentionStore(BlockStore):
 
     def export_session(self, name: str, path: str | os.PathLike[str]) -> Exported:
         """Writes a session, with all of its KV, to one portable safetensors file, private to the user, not encrypted.
+
+        Of a session of a tensor-parallel model this is the part of its first rank.
 
         Raises:
             SessionNotFoundError: there is no such session.

@@ -1,0 +1,57 @@
+"""Tensor parallelism: each rank keeps its own share, and all of them reuse the same."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tensor_parallel as ranks
+import torch
+from tiny_models import make_model
+
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="torch without gloo"
+)
+
+
+def alive(stages: list[Callable[..., None]], folder: Path) -> None:
+    """Two ranks go through the stages; both end well, and in time."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = torch.multiprocessing.start_processes(
+        ranks.run, (stages, str(folder), port), nprocs=ranks.RANKS, join=False, start_method="spawn"
+    )
+    deadline = time.monotonic() + 3 * ranks.SECONDS
+    try:
+        while not context.join(timeout=5):
+            assert time.monotonic() < deadline, "the ranks wait for each other"
+    finally:
+        for process in context.processes:
+            process.kill() if process.is_alive() else None
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    make_model("llama-gqa").save_pretrained(tmp_path / "model")
+    return tmp_path
+
+
+def test_ranks_take_up_a_conversation_and_agree_on_what_one_of_them_lost(folder: Path) -> None:
+    alive([ranks.first_turn], folder)
+    alive(
+        [
+            ranks.after_a_restart,
+            ranks.a_block_is_gone,
+            ranks.a_block_is_damaged,
+            ranks.one_rank_is_busy,
+            ranks.one_rank_can_not_identify_its_weights,
+            ranks.out_of_the_window,
+            ranks.deleted_by_one_rank,
+            ranks.sharded_by_hand,
+        ],
+        folder,
+    )
