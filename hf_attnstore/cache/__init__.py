@@ -2,6 +2,9 @@
 
 from .attach import attach, detach
 from .cache import AttentionStoreCache
+from .dispatch import install
 from .stats import TurnStats
+
+install()
 
 __all__ = ["AttentionStoreCache", "TurnStats", "attach", "detach"]

@@ -23,6 +23,8 @@ from .restore import Pace
 from .structure import compute_device, decoder_layers, decoder_of, is_encoder_decoder
 
 _ATTRIBUTE = "_attnstore_attachment"
+DISPATCHED = "_attnstore_dispatched"
+"""Where transformers' `generate`, once it passes on calls with a cache of ours (`dispatch.py`), keeps what it was."""
 _attaching = threading.Lock()
 _probing = threading.Lock()
 _geometries: dict[str, Geometry] = {}
@@ -125,7 +127,8 @@ class Attachment:
         if self.generate is not None:
             generate: Callable[..., Any] = self.generate
             return generate
-        return types.MethodType(getattr(type(model), "generate"), model)  # noqa: B009
+        function = getattr(type(model), "generate")  # noqa: B009
+        return types.MethodType(getattr(function, DISPATCHED, function), model)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Attachment":
         """A copy of an attached model is attached too (its hooks are copied with it), with a fingerprint of its own."""

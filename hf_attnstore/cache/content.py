@@ -96,6 +96,7 @@ class CacheContent(OutsideGraphsCache):
         self._restore: Restore | None = None
         self._from_disk: list[Key] = []
         self._in_turn = False
+        self._turn_thread = 0
         self._checked = False
         self._changed = False
         self._speculating = False

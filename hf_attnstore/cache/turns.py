@@ -164,11 +164,17 @@ class CacheTurns(CacheContent):
                 raise
             self._stats.prompt_tokens = self._prompt_tokens = prompt_tokens
 
+    @property
+    def in_generate(self) -> bool:
+        """Whether a `generate` of this thread is running with this cache."""
+        return self._in_turn and self._checked and self._turn_thread == threading.get_ident()
+
     def end_of_generate(self) -> None:
         """`generate` has returned: notes it if the model computed without the cache that it was given."""
         stats = self._stats
         if not stats.prefilled_tokens and not stats.generated_tokens:
-            self._note("the model let go of its cache and computed all of the prompt", "cache not used")
+            if not self._untracked:
+                self._note("the model let go of its cache and computed all of the prompt", "cache not used")
             stats.reused_tokens, stats.prefilled_tokens = 0, stats.prompt_tokens
 
     def abandon(self, error: LoadError) -> None:
@@ -240,6 +246,7 @@ class CacheTurns(CacheContent):
         self.save()
         if not self._busy.acquire(blocking=False):
             raise SessionBusyError("this cache object is in the middle of another turn; make one object per thread")
+        self._turn_thread = threading.get_ident()
         try:
             if self._store is not None:
                 if self._store.closed:

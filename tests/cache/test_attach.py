@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -408,3 +410,38 @@ def test_a_session_moves_between_gpu_and_cpu_offload(store: AttentionStore) -> N
     assert torch.equal(turn(offloaded, prompt, cache).sequences, turn(model, prompt, None).sequences)
     assert cache.reused_tokens in (0, 65)  # the fingerprint may tell devices apart; never wrong tokens
     assert {str(layer.device) for layer in cache.layers} == {"cuda:0"}
+
+
+# the one-liner
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "gpt2"])
+def test_a_cache_made_in_the_call_itself_reuses_and_saves_from_the_first_call_on(family: str, tmp_path: Path) -> None:
+    """`model.generate` is looked up before the cache is made, and with it the model attached."""
+    ids = tokens(40)
+    forwards: list[int] = []
+    for number in range(2):
+        model = make_model(family)  # as in a new process: nothing is attached
+        model.register_forward_pre_hook(
+            lambda _, args, kwargs: forwards.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+        )
+        plain = make_model(family).generate(ids, max_new_tokens=4, do_sample=False)
+        with AttentionStore(tmp_path / "store", block_size=16) as store:
+            ours = model.generate(
+                ids, max_new_tokens=4, do_sample=False, past_key_values=AttentionStoreCache(model, "alice", store)
+            )
+            assert [(info.name, info.tokens) for info in store.sessions()] == [("alice", 43)]
+        assert torch.equal(ours, plain)
+        assert forwards[0] == (1 if number else 40)
+        forwards.clear()
+
+
+def test_calls_without_our_cache_go_straight_through_transformers_generate() -> None:
+    model = make_model()
+    before = full_state(model)
+    ids = tokens(20)
+    cache = DynamicCache(config=model.config)
+    first = model.generate(ids, max_new_tokens=4, do_sample=False)
+    assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False, past_key_values=cache), first)
+    assert full_state(model) == before
+    assert inspect.signature(GenerationMixin.generate) == inspect.signature(inspect.unwrap(GenerationMixin.generate))
