@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import jinja2
+import numpy as np
 
 from .cache import AttentionStoreCache, TurnStats
 from .cache.structure import is_encoder_decoder
@@ -24,6 +25,7 @@ from .errors import (
     StoreIOError,
     UnsupportedModelError,
 )
+from .session.chain import common_prefix
 from .store import AttentionStore
 from .timing import GenerateRun, timed_generate
 from .transcript import Message, Prompt, Transcript, encode
@@ -229,7 +231,9 @@ class ChatSession:
             keep_first=self._kept_first(prompt),
             drop=self.drop,
         )
-        kwargs["max_new_tokens"] = self._fitting_tokens(wanted, cache, prompt, len(before.ids))
+        # a template that cuts the reasoning out of earlier answers makes all that follows new
+        known = common_prefix(np.asarray(before.ids), np.asarray(prompt.ids))
+        kwargs["max_new_tokens"] = self._fitting_tokens(wanted, cache, prompt, known)
         self._cache = None  # an interrupted turn's cache is not used again
         run = GenerateRun()
         finished = False
@@ -312,8 +316,7 @@ class ChatSession:
         except jinja2.TemplateError:  # a template that wants a user's message too
             return 0
         ids = encode(self.tokenizer, str(rendered))
-        agree = [a == b for a, b in zip(ids, prompt.ids, strict=False)]
-        return agree.index(False) if False in agree else len(agree)
+        return common_prefix(np.asarray(ids), np.asarray(prompt.ids))
 
     def _fitting_tokens(self, wanted: int, cache: AttentionStoreCache, prompt: Prompt, known: int) -> int:
         """How long the answer may be: as long as it fits into the window beside what can't be dropped."""

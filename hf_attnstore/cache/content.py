@@ -20,6 +20,7 @@ from ..session.view import View
 from ..session.window import Window
 from ..store.keys import Key, chain_root
 from ..store.locks import SessionLock
+from ..store.manifest import Manifest
 from ..store.parts import part_name
 from ..store.store import AttentionStore
 from .attach import Attachment
@@ -135,7 +136,7 @@ class CacheContent(OutsideGraphsCache):
             describe = partial(self._store.describe_block, fingerprint=self._fingerprint)
             views.append(read_manifest(manifest, plain, describe))
         own = common_prefix(self._view.whole(self._chain.ids), ids)
-        history = max(own, manifest.length if manifest is not None else 0)
+        history = max(own, self._old_tokens(name, manifest, ids))
         find = self._find if not self._untracked else lambda view, ids: []
         choose = partial(choose_view, ids, limit, new_tokens, self._window, plain)
         if self._ranks.alone:
@@ -147,6 +148,15 @@ class CacheContent(OutsideGraphsCache):
             return view
         # what the ranks know of it differs: none makes use of it
         return choose([plain], lambda view, ids: [], history, lambda: False)
+
+    def _old_tokens(self, name: str | None, manifest: Manifest | None, ids: np.ndarray) -> int:
+        """How many of a conversation's leading tokens its session had before, though their KV may be gone."""
+        if self._store is None or name is None or manifest is None:
+            return 0
+        kept = np.asarray(self._store.tokens(name, dropped=True), dtype=np.int64)
+        agreed = common_prefix(kept, ids)
+        # where all that is there agrees, so did the rest; a prompt that differs somewhere is new from there on
+        return manifest.length if agreed == len(kept) else agreed
 
     def _can_move_keys(self) -> bool:
         geometry = self._attachment.geometry(self._model, self._fingerprint, self._store, self._ranks)

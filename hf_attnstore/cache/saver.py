@@ -67,6 +67,8 @@ class BlockSaver:
         self._open: dict[int, _Piecewise] = {}
         self._known: dict[int, bool] = {}
         self._tail: tuple[int, Key] | None = None
+        self._superseded: set[Key] = set()
+        """Short blocks that others took the place of: the store may have them now, and not when it has written."""
         self._stalled = False
         self.due = False
         """Whether the forward that runs now completes a block: if not, its layers have nothing to hand over."""
@@ -170,7 +172,8 @@ class BlockSaver:
 
     def _in_store(self, block: int) -> bool:
         if block not in self._known:
-            self._known[block] = self._store.has(self._chain.key(block))
+            key = self._chain.key(block)
+            self._known[block] = key not in self._superseded and self._store.has(key)
         return self._known[block]
 
     def _copy(self, block: int, number: int, *, wait: bool) -> bool:
@@ -210,6 +213,9 @@ class BlockSaver:
             continues=self._continues if block == 0 else b"",
         )
         supersedes = self._tail[1] if self._tail is not None and self._tail[0] == block else None
+        self._superseded.discard(meta.key)
+        if supersedes is not None:
+            self._superseded.add(supersedes)
         self._store.put(Block(meta, tensors, piecewise.arriving), supersedes)
         self.saved_bytes += piecewise.reserved
         self._tail = (block, meta.key) if meta.token_count < self._chain.block_size else None

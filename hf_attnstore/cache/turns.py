@@ -340,12 +340,11 @@ class CacheTurns(CacheContent):
         if self._store is None:
             return
         stats = self._stats
-        if self._saver is not None:
+        if self._saver is not None and self._changed:  # what was not computed now was handed over before, or let go
             saved = self._saver.finish(len(self._chain))
-            if self._changed:
-                self._take_checkpoint(wait=True)
-            # a turn that computed nothing, or nothing that ids identify, leaves the session as it was
-            if self._changed and (len(self._chain) or not self._untracked):
+            self._take_checkpoint(wait=True)
+            # a turn that computed nothing that ids identify leaves the session as it was
+            if len(self._chain) or not self._untracked:
                 self._commit(saved)
             stats.saved_bytes += self._saver.saved_bytes
             stats.save_seconds = self._saver.seconds

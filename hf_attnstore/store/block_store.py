@@ -156,6 +156,9 @@ class BlockStore(OpenStore):
         """
         self._check_open()
         if not self._memory.insert(block, dirty=True):
+            held = self._memory.get(block.meta.key)
+            if held is not None:  # what is about to be written may take its place: then it is to be written again
+                self._writer.submit(partial(self._write, held, supersedes))
             return
         self._accounts.count_all({"saved_blocks": 1, "saved_bytes": block.nbytes})
         self._writer.submit(partial(self._write, block, supersedes))

@@ -384,3 +384,36 @@ def test_memory_given_back_by_one_cache_is_not_seen_by_another() -> None:
         layer.reset()
     for keys, content in held:
         assert torch.equal(keys, content)
+
+
+def test_going_back_behind_a_block_that_took_a_short_ones_place_loses_nothing(store: AttentionStore) -> None:
+    model = make_model()
+    with torch.no_grad():
+        cache = AttentionStoreCache(model, "alice", store)
+        model(input_ids=tokens(47), past_key_values=cache)
+        cache.save()
+        cache = AttentionStoreCache(model, "alice", store)
+        cache.resume()
+        model(input_ids=tokens(6, 2), past_key_values=cache)  # fills the last block, which replaces the short one
+        cache.crop(-6)
+        cache.save()
+    store.flush()
+    assert store.tokens("alice") == tokens(47)[0].tolist()
+    store.drop_memory()
+    again = AttentionStoreCache(model, "alice", store)
+    assert again.resume().shape[1] == 47
+
+
+def test_a_turn_that_computed_nothing_does_not_bring_a_deleted_session_back(store: AttentionStore) -> None:
+    model = make_model()
+    cache = AttentionStoreCache(model, "alice", store)
+    with torch.no_grad():
+        model(input_ids=tokens(40), past_key_values=cache)
+    cache.save()
+    store.flush()
+    store.delete("alice")
+    cache.match(tokens(41))
+    cache.save()
+    store.flush()
+    assert store.sessions() == []
+    assert store.stats()["disk_blocks"] == 0

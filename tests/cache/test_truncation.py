@@ -174,6 +174,24 @@ def test_windows_that_make_no_sense(settings: dict[str, Any], error: type[Except
         AttentionStoreCache(make_model(), "alice", store, **settings)
 
 
+def test_of_a_message_that_takes_another_s_place_nothing_is_dropped(store: AttentionStore) -> None:
+    """Templates that cut the reasoning out of earlier answers render a history that is shorter than what was held."""
+    model = make_model()
+    held = turn(model, tokens(60), AttentionStoreCache(model, "alice", store, window=80)).sequences
+    prompt = torch.cat([held[:, :20], tokens(56, 7)], dim=1)
+    cache = AttentionStoreCache(model, "alice", store, window=80)
+    ours = turn(model, prompt, cache)
+    assert cache.stats.dropped_tokens == 10  # half of the 20 that are old, and nothing of what is new
+    assert cache.prefilled_tokens == 56
+    with pytest.raises(ContextWindowError, match="75 new tokens"):
+        turn(
+            model,
+            torch.cat([held[:, :20], tokens(75, 7)], dim=1),
+            AttentionStoreCache(model, "alice", store, window=80),
+        )
+    assert torch.equal(ours.sequences[:, : prompt.shape[1]], prompt)
+
+
 def test_no_room_for_the_answer_is_said_at_the_call(store: AttentionStore) -> None:
     model = make_model()
     cache = AttentionStoreCache(model, "alice", store, window=64, keep_first=10)
