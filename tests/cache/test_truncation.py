@@ -183,12 +183,9 @@ def test_of_a_message_that_takes_another_s_place_nothing_is_dropped(store: Atten
     ours = turn(model, prompt, cache)
     assert cache.stats.dropped_tokens == 10  # half of the 20 that are old, and nothing of what is new
     assert cache.prefilled_tokens == 56
+    longer = torch.cat([held[:, :20], tokens(75, 8)], dim=1)
     with pytest.raises(ContextWindowError, match="75 new tokens"):
-        turn(
-            model,
-            torch.cat([held[:, :20], tokens(75, 7)], dim=1),
-            AttentionStoreCache(model, "alice", store, window=80),
-        )
+        turn(model, longer, AttentionStoreCache(model, "alice", store, window=80))
     assert torch.equal(ours.sequences[:, : prompt.shape[1]], prompt)
 
 
