@@ -30,14 +30,15 @@ def models(
 
     Needs no network and no checkpoints: the weights are random.
     """
+    from .encoder_decoders import listed
     from .report import COLUMNS, summary, write
     from .sweep import Row, sweep
     from .tiny import families
 
-    known = families()
+    known = [*families(), *listed()]
     unknown = [name for name in family or () if name not in known]
     if unknown:
-        raise AttentionStoreError(f"transformers has no causal language model called {', '.join(unknown)}")
+        raise AttentionStoreError(f"there is no family called {', '.join(unknown)}")
     names = sorted(set(family)) if family else known
     told = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

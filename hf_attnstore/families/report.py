@@ -27,6 +27,10 @@ it gives what one forward over everything gives, the family is a reference, and 
 same logits bit for bit: turns in one process, turns across restarts, a history that was edited, and a prompt that is
 repeated. How many tokens were reused and computed is compared too, so that a store that does nothing would not pass;
 and all of it is compared with plain `generate`, to within rounding.
+
+The main families of encoder-decoders are there too, with a document for the encoder. There the measure is plain
+`generate`, to within rounding and over restarts: the same document and words again, an answer that is gone on with,
+another document.
 """
 
 _MEANINGS = {

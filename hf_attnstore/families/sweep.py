@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 
+from ..cache.structure import decoder_of
 from ..errors import UnsupportedModelError
+from .encoder_decoders import class_of, family_of, make_seq2seq
 from .feeding import generate, new_cache, some_ids
 from .notes import NOTES
 from .reference import examine, in_words
@@ -56,10 +58,14 @@ class Row:
 
 def examine_family(family: str) -> Row:
     """Everything about one family. Never raises: what fails is the verdict."""
-    row = Row(family, class_name(family))
+    encoder_decoder = family_of(family)
+    row = Row(family, class_name(family) if encoder_decoder is None else class_of(encoder_decoder))
     begun = time.perf_counter()
     try:
-        _fill(row)
+        if encoder_decoder is None:
+            _fill(row)
+        else:
+            _fill_encoder_decoder(row, encoder_decoder)
     except Exception as error:
         row.verdict, row.reason = FAILED, in_words(error)
     row.seconds = time.perf_counter() - begun
@@ -104,6 +110,26 @@ def _fill(row: Row) -> None:
     else:
         row.verdict = SAME if found.continues else OUTSIDE
         row.reason = _joined(note, found.reason, found.note)
+
+
+def _fill_encoder_decoder(row: Row, family: str) -> None:
+    from .encoder_sweep import read_documents
+
+    decoder: Any = decoder_of(make_seq2seq(family))
+    row.layers = layers_in_words(decoder)
+    with tempfile.TemporaryDirectory(prefix="attnstore-models-") as folder:
+        found = read_documents(family, Path(folder))
+    row.reuse = "token" if found.kept else "none"
+    row.truncation = "nothing is dropped"
+    row.reference = found.kept
+    row.reason = "; ".join(found.problems)
+    if found.problems:
+        row.verdict = WRONG
+    elif found.kept:
+        row.verdict = SAME
+        row.reason = "" if found.encoder_left_out else "the encoder runs every time"
+    else:
+        row.verdict, row.reason = OUTSIDE, found.why_not
 
 
 def _takes_a_cache(model: Any) -> bool:

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from seq2seq_models import FAMILIES, MAIN_FAMILIES, START, encoder_input, make_seq2seq, prompt
 from transformers import DynamicCache, EncoderDecoderCache, set_seed
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import BaseModelOutput
@@ -29,6 +28,7 @@ from hf_attnstore import (
     detach,
 )
 from hf_attnstore.cache.structure import decoder_config
+from hf_attnstore.families.encoder_decoders import FAMILIES, MAIN_FAMILIES, START, encoder_input, make_seq2seq, prompt
 
 BLOCK = 16
 NEW = 12

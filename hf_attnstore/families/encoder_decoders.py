@@ -139,6 +139,25 @@ _BUILDERS: dict[str, tuple[str, Callable[[], Any]]] = {
 }  # fmt: skip
 
 FAMILIES = tuple(_BUILDERS)
+_SUFFIX = " (encoder-decoder)"
+"""Some families are in both of transformers' lists, as BART is: with its encoder, and its decoder alone."""
+
+
+def listed() -> list[str]:
+    """The families, under the names that they have beside decoders alone."""
+    return sorted(name + _SUFFIX for name in FAMILIES)
+
+
+def family_of(name: str) -> str | None:
+    """The family behind a name as from `listed`; None if it is none."""
+    family = name.removesuffix(_SUFFIX)
+    return family if name.endswith(_SUFFIX) and family in _BUILDERS else None
+
+
+def class_of(family: str) -> str:
+    return _BUILDERS[family][0]
+
+
 MAIN_FAMILIES = ("t5", "bart", "mbart", "marian", "pegasus", "t5gemma", "whisper")
 
 
