@@ -14,11 +14,12 @@ from tiny_families import crash, dawdle, well
 from typer.testing import CliRunner
 
 from hf_attnstore import AttentionStoreCache
+from hf_attnstore.cache.continuing import is_verified
 from hf_attnstore.cli import app
 from hf_attnstore.families import scenarios
 from hf_attnstore.families.feeding import feed_whole, some_ids
 from hf_attnstore.families.reference import examine
-from hf_attnstore.families.report import markdown, write
+from hf_attnstore.families.report import markdown, write, write_verified
 from hf_attnstore.families.sweep import FAILED, NOT_BUILT, OUTSIDE, SAME, WRONG, Row, examine_family, sweep
 from hf_attnstore.families.tiny import build, families
 
@@ -161,6 +162,24 @@ def test_the_page_and_the_data_say_the_same(tmp_path: Path) -> None:
     assert "2 families, 1 of them references" in page
     listed = json.loads(data.read_text())["families"]
     assert [(row["family"], row["verdict"]) for row in listed] == [("llama", SAME), ("mamba", OUTSIDE)]
+
+
+def test_what_was_verified_is_what_was_the_same_token_by_token(tmp_path: Path) -> None:
+    rows = [
+        Row("llama", "L", reference=True, reuse="token", verdict=SAME),
+        Row("mamba2", "M", reference=True, reuse="checkpoint", verdict=SAME),
+        Row("gpt2", "G", reference=True, reuse="token", verdict=WRONG),
+        Row("t5 (encoder-decoder)", "T", reference=True, reuse="token", verdict=SAME),
+    ]
+    assert json.loads(write_verified(rows, tmp_path / "verified.json").read_text())["model_types"] == ["llama"]
+    assert is_verified(build("llama"))
+    assert not is_verified(build("mamba2"))
+
+
+@pytest.mark.parametrize("family", ["t5 (encoder-decoder)", "whisper (encoder-decoder)"])
+def test_an_encoder_decoder_is_in_the_table(family: str) -> None:
+    row = examine_family(family)
+    assert (row.verdict, row.reuse, row.reason) == (SAME, "token", "")
 
 
 def test_the_command_writes_the_page(tmp_path: Path) -> None:

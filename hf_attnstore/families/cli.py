@@ -24,6 +24,10 @@ def models(
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes at once.")] = 2,
     limit: Annotated[float, typer.Option(min=1, help="Seconds that a family may take.")] = 120.0,
+    verified: Annotated[
+        Path | None,
+        typer.Option(help="Write the families that need not be asked whether they continue: cache/verified.json."),
+    ] = None,
     check: Annotated[bool, typer.Option("--check", help="Exit with 1 if any family is not as it should be.")] = False,
 ) -> None:
     """Build a tiny model of every family of transformers, and see what the store does for it.
@@ -31,7 +35,7 @@ def models(
     Needs no network and no checkpoints: the weights are random.
     """
     from .encoder_decoders import listed
-    from .report import COLUMNS, summary, write
+    from .report import COLUMNS, summary, write, write_verified
     from .sweep import Row, sweep
     from .tiny import families
 
@@ -50,6 +54,8 @@ def models(
 
         rows = sweep(names, workers, limit, tell)
     console = Console(highlight=False)
+    if verified is not None:
+        console.print(f"wrote {escape(str(write_verified(rows, verified)))}")
     if output is not None:
         data = write(rows, output)
         console.print(f"wrote {escape(str(output))} and {escape(data.name)}")

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import transformers
 
+from .encoder_decoders import family_of
 from .sweep import FAILED, NOT_BUILT, NOT_KEPT, OUTSIDE, SAME, WRONG, Row, counted
 
 COLUMNS = ("family", "layers", "reuse", "truncation", "verdict", "reason")
@@ -106,3 +107,12 @@ def _line(cells: Sequence[str]) -> str:
 
 def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def write_verified(rows: Sequence[Row], path: Path) -> Path:
+    """Writes which families are known to continue their cache, token by token: `cache/continuing.py` does not ask
+    their models."""
+    types = sorted(row.family for row in rows if row.verdict == SAME and row.reuse == "token" and row.reference)
+    content = {"transformers": transformers.__version__, "model_types": [t for t in types if family_of(t) is None]}
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    return path
