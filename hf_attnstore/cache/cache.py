@@ -77,7 +77,7 @@ class AttentionStoreCache(CacheForwards):
             from .seq2seq import SequenceToSequenceCache
 
             return object.__new__(SequenceToSequenceCache)
-        if cls is AttentionStoreCache and session is not None and not isinstance(session, str):
+        if cls is AttentionStoreCache and isinstance(session, (list, tuple)):
             from .batch import BatchCache
 
             return object.__new__(BatchCache)
@@ -106,7 +106,7 @@ class AttentionStoreCache(CacheForwards):
         Cache.__init__(self, layers=layers)
         self._attachment: Attachment = ensure_hooks(self._model)
         self._store: AttentionStore | None = store or self._attachment.store or _default_store()
-        self.session = self._store.check_name(str(session)) if session is not None else None
+        self.session = self._store.check_name(session) if session is not None else None  # type: ignore[arg-type]
         self._ranks = known_ranks(self._model)
         self._saving = save
         self._wait = wait
