@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from ..cache.structure import decoder_of
+from ..cache.structure import decoder_config
 from ..errors import UnsupportedModelError
 from .encoder_decoders import class_of, family_of, make_seq2seq
 from .feeding import generate, new_cache, some_ids
@@ -115,8 +116,7 @@ def _fill(row: Row) -> None:
 def _fill_encoder_decoder(row: Row, family: str) -> None:
     from .encoder_sweep import read_documents
 
-    decoder: Any = decoder_of(make_seq2seq(family))
-    row.layers = layers_in_words(decoder)
+    row.layers = layers_in_words(SimpleNamespace(config=decoder_config(make_seq2seq(family))))
     with tempfile.TemporaryDirectory(prefix="attnstore-models-") as folder:
         found = read_documents(family, Path(folder))
     row.reuse = "token" if found.kept else "none"
