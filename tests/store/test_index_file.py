@@ -2,6 +2,7 @@
 
 import logging
 import sqlite3
+import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from store_blocks import make_chain, save
 
 from hf_attnstore import AttentionStore
+from hf_attnstore.store.database import Database
 from hf_attnstore.store.files import tree_bytes
 
 SIZE = 16
@@ -107,3 +109,25 @@ def test_a_store_that_is_opened_leaves_the_locks_of_another_in_the_process_alone
             assert held() >= before
             save(second, make_chain(tokens(2), SIZE), "bob")
         assert held() >= before
+
+
+def test_several_may_make_a_database_at_once(tmp_path: Path) -> None:
+    """SQLite lets one of them set its mode, and refuses the others at once."""
+    schema = "CREATE TABLE IF NOT EXISTS things(name TEXT);"
+    failures: list[BaseException] = []
+    for number in range(30):
+        together = threading.Barrier(6)
+
+        def make(path: Path = tmp_path / f"{number}.sqlite", together: threading.Barrier = together) -> None:
+            together.wait()
+            try:
+                Database(path, schema, sync=False, on_damage=lambda: None).close()
+            except BaseException as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=make) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert failures == []
