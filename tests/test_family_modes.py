@@ -24,12 +24,13 @@ SAMPLE = ("llama", "gemma3_text", "qwen3_next")
 
 def _ours(model: Any, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
     """A decoding loop of a user's own, for `custom_generate`: greedy, ten tokens."""
-    cache = kwargs.pop("past_key_values", None)
+    name = "cache_params" if "cache_params" in kwargs else "past_key_values"  # Mamba's name for it
+    cache = kwargs.pop(name, None)
     ids = input_ids
     for _ in range(6):
         inputs = model.prepare_inputs_for_generation(
             ids,
-            past_key_values=cache,
+            **{name: cache},
             attention_mask=torch.ones_like(ids),
             use_cache=cache is not None,
             next_sequence_length=ids.shape[1] - cache.get_seq_length() if cache is not None else None,
