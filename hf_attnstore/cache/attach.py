@@ -51,7 +51,6 @@ class Attachment:
         """The name under which the model's forward takes a cache."""
         self.verified = is_verified(model) or is_encoder_decoder(model)  # those have a probe of their own
         """Whether it is known to continue its cache, and need not be asked."""
-        self._warned: set[str] = set()
         count = _layer_count(model)
         layers = decoder_layers(decoder_of(model), count)
         self.sees_layers = bool(layers)
@@ -60,12 +59,6 @@ class Attachment:
         self.generate: Any = None
         """An instance attribute `generate` that was there before, if any."""
         self._install(model, layers)
-
-    def warn_once(self, kind: str) -> bool:
-        """Whether a warning of some kind is the first of its kind on this model."""
-        first = kind not in self._warned
-        self._warned.add(kind)
-        return first
 
     def _install(self, model: nn.Module, layers: list[nn.Module]) -> None:
         model.register_forward_pre_hook(_before_model, with_kwargs=True)

@@ -110,18 +110,8 @@ class BatchCache(AttentionStoreCache):
         Returns:
             The columns that are done with.
         """
-        self._acquire()
-        with self._guard:
-            try:
-                self._open()
-                self._checked = True
-                self._clear()
-                self._see_through(self._view.as_plain())
-                self._untrack("the rows of a batch are kept one by one", expected=True)
-            except BaseException:
-                self._close_turn()
-                raise
-        self._width = self._prompt_tokens = input_ids.shape[1]
+        self._width = input_ids.shape[1]
+        self.begin_unidentified_turn("the rows of a batch are kept one by one", self._width, expected=True)
         self._given_up = False
         self._pads = (attention_mask == 0).sum(dim=1).tolist()
         self._ends, self._fed, self._begin = ends, [], 0

@@ -1,6 +1,5 @@
 """Forwards of a model as its cache sees them, through the hooks: which tokens they add."""
 
-import logging
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -17,8 +16,6 @@ from .modalities import NotIdentifiedError, has_stand_ins, read_content
 from .modality_inputs import check_inputs, whole_types
 from .spatial_positions import places_in_space, spatial_positions
 from .turns import CacheTurns
-
-logger = logging.getLogger("hf_attnstore")
 
 
 class CacheForwards(CacheTurns):
@@ -309,12 +306,8 @@ class CacheForwards(CacheTurns):
         if self._saver is not None:
             self._saver.begin_turn(0, None)
         self._chain.crop(0)
-        self._untrack(
-            f"after {self._held} tokens the layers of {type(self._model).__name__} hold {lengths}", expected=True
-        )
-        self._stats.recomputed, self._stats.missed = self._untracked, "not one entry per token"
-        if self._attachment.warn_once("uneven"):
-            logger.warning("nothing is reused and nothing kept: %s", self._untracked)
+        self._untrack(f"after {self._held} tokens the layers of {type(self._model).__name__} hold {lengths}", once=True)
+        self._stats.missed = "not one entry per token"
 
     def _is_due(self) -> bool:
         """Whether a checkpoint was asked for at every so many tokens, and it is so many now."""

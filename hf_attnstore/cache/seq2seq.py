@@ -243,8 +243,8 @@ class SequenceToSequenceCache(AttentionStoreCache, EncoderDecoderCache):
         layer = self._cross_side.layers[0]
         return torch.empty(0, dtype=layer.dtype, device=layer.device)
 
-    def begin_unidentified_turn(self, reason: str, prompt_tokens: int = 0) -> None:
-        super().begin_unidentified_turn(reason, prompt_tokens)
+    def begin_unidentified_turn(self, reason: str, prompt_tokens: int = 0, *, expected: bool = False) -> None:
+        super().begin_unidentified_turn(reason, prompt_tokens, expected=expected)
         self._runs = 0
         self._left_out = False
         self._awaited = None

@@ -148,8 +148,9 @@ class CacheTurns(CacheContent):
         """Of the conversation `ids` that a turn was begun on, the tokens that the model is to see."""
         return self._view.in_view(ids)
 
-    def begin_unidentified_turn(self, reason: str, prompt_tokens: int = 0) -> None:
-        """Starts a turn whose content token ids do not identify: nothing is reused and nothing kept."""
+    def begin_unidentified_turn(self, reason: str, prompt_tokens: int = 0, *, expected: bool = False) -> None:
+        """Starts a turn whose content token ids do not identify: nothing is reused and nothing kept. What is `expected`
+        is not logged."""
         self._acquire_with_others()
         with self._guard:
             try:
@@ -158,7 +159,7 @@ class CacheTurns(CacheContent):
                 self._content = None
                 self._clear()
                 self._see_through(self._view.as_plain())
-                self._untrack(reason)
+                self._untrack(reason, expected=expected)
             except BaseException:
                 self._close_turn()
                 raise
@@ -283,10 +284,8 @@ class CacheTurns(CacheContent):
             store = self._store if self._ranks.alone else None
             self._continues = self._attachment.continues(self._model, self._fingerprint, store)
             if not self._continues:
-                self._untrack("the model does not go on correctly after what its own cache holds", expected=True)
-                self._stats.recomputed, self._stats.missed = self._untracked, "model does not continue"
-                if self._attachment.warn_once("continues"):
-                    logger.warning("nothing is reused and nothing kept: %s", self._untracked)
+                self._untrack("the model does not go on correctly after what its own cache holds", once=True)
+                self._stats.missed = "model does not continue"
         if self.granularity == "none":
             kinds = ", ".join(sorted({layer.kind for layer in self.layers if not layer.reusable}))
             self._untrack(f"nothing is known of layers of kind {kinds}", expected=True)
