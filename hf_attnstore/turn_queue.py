@@ -137,6 +137,7 @@ class TurnQueue:
         # takes notes from destructors too, which no lock may stop
         self._news: queue.SimpleQueue[Turn[Any] | bool] = queue.SimpleQueue()
         self._warned = False
+        self._ended = threading.Event()
         self._worker = threading.Thread(target=self._work, name="attnstore-turns", daemon=True)
         self._herald = threading.Thread(target=self._tell, name="attnstore-turns-news", daemon=True)
         self._worker.start()
@@ -338,13 +339,13 @@ class TurnQueue:
             self._cancel_all()
         if threading.current_thread() in (self._worker, self._herald):
             return
+        # not `join`: in Python 3.11, one that was interrupted takes the thread to be over
         try:
-            self._worker.join()
+            self._ended.wait()
         except BaseException:
             self._cancel_all()
-            self._worker.join()
+            self._ended.wait()
             raise
-        self._herald.join()
 
     def _cancel_all(self) -> None:
         with self._changed:
@@ -521,6 +522,12 @@ class TurnQueue:
     # the thread that tells the store what comes, and sees to those whose time is over
 
     def _tell(self) -> None:
+        try:
+            self._tell_until_the_end()
+        finally:
+            self._ended.set()
+
+    def _tell_until_the_end(self) -> None:
         goes_on = True
         while goes_on:
             for note in self._notes():
@@ -546,12 +553,16 @@ class TurnQueue:
             return notes
 
     def _upcoming(self) -> list[str]:
-        """The sessions that will run, each once, in order. One that runs is among them until it has what it came for:
-        not if it began before the store had heard of it, as it is loading by itself then."""
-        running = self._running
-        first = [running] if running is not None and self._running_was_told and running._first_piece is None else []
-        names = [turn.session for turn in [*first, *self._waiting.order()] if turn.session is not None]
-        return list(dict.fromkeys(names))
+        """The sessions that will run, each once, in order. The one that runs is among them until it has what it came
+        for, if the store had heard of it; if not, it loads by itself, and so does one that is about to begin."""
+        turns = self._waiting.order()
+        if self._running is not None:
+            if self._running_was_told and self._running._first_piece is None:
+                turns = [self._running, *turns]
+        else:
+            begins = self._waiting.first(time.monotonic())
+            turns = [turn for turn in turns if turn is not begins or turn.session in self._told]
+        return list(dict.fromkeys(turn.session for turn in turns if turn.session is not None))
 
     def _schedule(self, upcoming: list[str]) -> None:
         try:
