@@ -1,19 +1,13 @@
-"""TurnQueue: who runs when, what comes out, what the store is told, and that nothing is left hanging."""
+"""TurnQueue: who runs when, what comes out, what the store is told, and what goes wrong."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import gc
-import os
-import random
-import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
+from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +16,7 @@ import torch
 from chat_fixtures import FORGETFUL, tiny_model, tiny_tokenizer
 from tiny_models import BLOCK, make_model, tokens
 from transformers.generation.streamers import BaseStreamer
+from turn_queue_fixtures import PATIENCE, Gate, Held, Recording, fails, noting, until
 from turns import GREEDY, follow_up, turn
 
 from hf_attnstore import (
@@ -32,86 +27,16 @@ from hf_attnstore import (
     QueueFullError,
     SessionBusyError,
     SessionNameError,
-    StoreClosedError,
     Turn,
     TurnQueue,
     TurnQueueError,
-    TurnTimeoutError,
 )
-
-LONG = {**GREEDY, "max_new_tokens": 400}
-PATIENCE = 60
-"""Seconds after which a test that waits gives up."""
-
-
-class Recording(AttentionStore):
-    """A store that notes what it is told, beside doing it."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.told: list[list[str]] = []
-
-    def schedule(self, upcoming: Sequence[str]) -> None:
-        self.told.append(list(upcoming))
-        super().schedule(upcoming)
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Recording]:
     with Recording(tmp_path / "store", block_size=BLOCK) as opened:
         yield opened
-
-
-class Gate:
-    """A turn that runs until it is let go, so that what comes after it has to wait."""
-
-    def __init__(self, queue: TurnQueue, session: str | None = None) -> None:
-        self.reached, self.go_on = threading.Event(), threading.Event()
-        self.turn = queue.run(session, self._hold)
-        assert self.reached.wait(PATIENCE)
-
-    def _hold(self, turn: Turn[str]) -> str:
-        self.reached.set()
-        assert self.go_on.wait(PATIENCE)
-        return "gate"
-
-
-class Held(BaseStreamer):
-    """Holds a generate up before its token number `at` until it is let go."""
-
-    def __init__(self, at: int) -> None:
-        self.at, self.count = at, 0
-        self.reached, self.go_on = threading.Event(), threading.Event()
-
-    def put(self, value: torch.Tensor) -> None:
-        if self.count == self.at + 1:  # the prompt comes first
-            self.reached.set()
-            assert self.go_on.wait(PATIENCE)
-        self.count += 1
-
-    def end(self) -> None: ...
-
-
-def next_token(streamer: Held) -> tuple[int, int]:
-    """How many tokens there may be when a turn was told to stop while it was held: transformers asks whether to stop
-    before it streams a token, or after that."""
-    return streamer.at + 1, streamer.at + 2
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Waits for something that another thread is about to do."""
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
-def noting(order: list[str], name: str) -> Callable[[Turn[None]], None]:
-    return lambda _: order.append(name)
-
-
-def fails(_: Turn[Any]) -> Any:
-    raise LookupError("this one fails")
 
 
 # tokens
@@ -299,6 +224,28 @@ def test_a_session_stays_on_the_list_until_its_turn_has_what_it_came_for(store: 
         handle.remove()
 
 
+def test_equal_names_in_several_namespaces_are_several_sessions(store: Recording) -> None:
+    model = make_model()
+    with Recording(store.path, namespace="other") as other, TurnQueue(model, store, session_wait=PATIENCE) as queue:
+        gate = Gate(queue)
+        lock = store.lock_session("alice", wait=0)
+        here = queue.submit("alice", tokens(40), **GREEDY)
+        there = queue.submit("alice", tokens(40), store=other, priority=-1, **GREEDY)
+        queue.run("bob", lambda _: None, store=other, priority=-1)
+        until(lambda: (store.told[-1:], other.told[-1:]) == ([["alice"]], [["alice", "bob"]]))
+        gate.go_on.set()
+        assert there.result(PATIENCE).shape[1] == 46  # it does not wait for the session of its name
+        assert here.state == "waiting"
+        assert here.store is store
+        assert there.store is other
+        lock.release()
+        assert torch.equal(here.result(PATIENCE), there.result(PATIENCE))
+        assert here.stats is not None
+        assert here.stats.reused_tokens == 0
+    assert (store.told[-1], other.told[-1]) == ([], [])
+    assert store.tokens("alice") == here.result()[0, :-1].tolist()
+
+
 def test_a_store_that_can_not_be_told_disturbs_no_turn(store: Recording, log: pytest.LogCaptureFixture) -> None:
     def refuses(_: Sequence[str]) -> None:
         raise RuntimeError("no schedule today")
@@ -311,140 +258,6 @@ def test_a_store_that_can_not_be_told_disturbs_no_turn(store: Recording, log: py
         assert all(one.result(PATIENCE).shape[1] == 26 for one in turns)
     assert log.text.count("no schedule today") >= 1
     assert log.text.count("could not be told") == 1
-
-
-# cancelling
-
-
-def test_a_waiting_turn_that_is_cancelled_never_runs(store: Recording) -> None:
-    order: list[str] = []
-    with TurnQueue(make_model(), store) as queue:
-        gate = Gate(queue)
-        first, second = queue.run("a", noting(order, "first")), queue.run("a", noting(order, "second"))
-        called: list[Any] = []
-        first.add_done_callback(called.append)
-        assert first.cancel()
-        assert called == [first]
-        assert (first.state, first.position, second.position) == ("cancelled", None, 0)
-        assert wait([first], PATIENCE).done == {first}
-        with pytest.raises(CancelledError):
-            first.result()
-        assert list(first.stream()) == []
-        assert first.cancel()
-        gate.go_on.set()
-        second.result(PATIENCE)
-        assert not second.cancel()
-        assert queue.stats().cancelled == 1
-    assert order == ["second"]
-
-
-def test_a_running_turn_stops_at_the_next_token_and_keeps_what_is_complete(store: Recording) -> None:
-    model, plain, prompt = make_model(), make_model(), tokens(40)
-    whole = turn(plain, prompt, None, max_new_tokens=400).sequences
-    with TurnQueue(model, store) as queue:
-        streamer = Held(20)
-        stopped = queue.submit("alice", prompt, streamer=streamer, **LONG)
-        assert streamer.reached.wait(PATIENCE)
-        assert stopped.cancel()
-        assert not stopped.done()
-        streamer.go_on.set()
-        with pytest.raises(CancelledError):
-            stopped.result(PATIENCE)
-        with pytest.raises(CancelledError):
-            stopped.exception(PATIENCE)
-        assert (stopped.state, stopped.cancelled(), stopped.done()) == ("cancelled", True, True)
-        said = stopped.pieces
-        assert said == whole[0, 40 : 40 + len(said)].tolist()
-        assert len(said) in next_token(streamer)
-        assert stopped.stats is not None
-
-        again = queue.submit("alice", whole[:, :60], **GREEDY)
-        assert torch.equal(again.result(PATIENCE), turn(plain, whole[:, :60], None).sequences)
-        assert again.stats is not None
-        assert again.stats.reused_tokens == 59
-    assert store.tokens("alice")[:60] == whole[0, :60].tolist()
-
-
-@pytest.mark.parametrize("how", ["close", "drop", "break"])
-def test_a_listener_that_goes_away_cancels(how: str, store: Recording) -> None:
-    with TurnQueue(make_model(), store) as queue:
-        running = queue.submit("alice", tokens(20), **LONG)
-        if how == "break":
-            for number, _ in enumerate(running.stream()):
-                if number == 3:
-                    break
-        else:
-            stream = running.stream()
-            assert next(stream) == running.pieces[0]
-            if how == "close":
-                stream.close()
-            else:
-                del stream
-                gc.collect()
-        assert wait([running], PATIENCE).done
-        assert running.cancelled()
-
-
-def test_a_listener_that_only_looks_on_cancels_nothing_and_may_come_late(store: Recording) -> None:
-    prompt = tokens(20)
-    expected = turn(make_model(), prompt, None).sequences[0, 20:].tolist()
-    with TurnQueue(make_model(), store) as queue:
-        streamer = Held(3)
-        running = queue.submit("alice", prompt, streamer=streamer, **GREEDY)
-        looks = running.stream(cancel=False)
-        assert next(looks) == expected[0]
-        looks.close()
-        del looks
-        streamer.go_on.set()
-        assert list(running.stream()) == expected
-        unused = running.stream()
-        del unused
-        assert running.result(PATIENCE)[0, 20:].tolist() == expected
-        assert running.state == "done"
-
-
-def test_time_runs_out_for_who_waits_and_for_who_runs(store: Recording) -> None:
-    order: list[str] = []
-    with TurnQueue(make_model(), store) as queue:
-        gate = Gate(queue)
-        late = queue.run("a", noting(order, "late"), timeout=0.02)
-        with pytest.raises(TurnTimeoutError, match="waited for"):
-            late.result(PATIENCE)
-        assert (late.state, late.cancelled()) == ("failed", False)
-        gate.go_on.set()
-
-        streamer = Held(5)
-        running = queue.submit("b", tokens(20), timeout=0.5, streamer=streamer, **LONG)
-        assert streamer.reached.wait(PATIENCE)
-        time.sleep(0.6)
-        streamer.go_on.set()
-        with pytest.raises(TurnTimeoutError):
-            list(running.stream())
-        assert len(running.pieces) in next_token(streamer)
-        assert queue.run("a", lambda _: "in time", timeout=float("inf")).result(PATIENCE) == "in time"
-        assert queue.stats().timed_out == 2
-    assert order == []
-    assert len(store.tokens("b")) == 19 + len(running.pieces)
-
-
-def test_a_turn_can_be_awaited(store: Recording) -> None:
-    prompt = tokens(20)
-
-    async def talk(queue: TurnQueue) -> Any:
-        sequence = await asyncio.wrap_future(queue.submit("alice", prompt, **GREEDY))
-        stopped = queue.submit("bob", prompt, **LONG)
-        task = asyncio.ensure_future(asyncio.wrap_future(stopped))
-        await asyncio.sleep(0)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        return sequence, stopped
-
-    with TurnQueue(make_model(), store) as queue:
-        sequence, stopped = asyncio.run(talk(queue))
-        assert torch.equal(sequence, turn(make_model(), prompt, None).sequences)
-        assert wait([stopped], PATIENCE).done
-        assert stopped.cancelled()
 
 
 # back-pressure
@@ -566,19 +379,17 @@ def test_waiting_for_oneself_is_an_error_and_submitting_from_a_turn_is_not(store
         assert chained[0].result(PATIENCE) == "second"
 
 
-def test_what_is_wrong_with_a_turn_is_said_when_it_is_submitted(store: Recording, tmp_path: Path) -> None:
+def test_what_is_wrong_with_a_turn_is_said_when_it_is_submitted(store: Recording) -> None:
     tokenizer = tiny_tokenizer()
     model = tiny_model(tokenizer)
-    with TurnQueue(model, store) as queue, AttentionStore(tmp_path / "other") as other:
+    with TurnQueue(model, store) as queue:
         with pytest.raises(SessionNameError):
             queue.submit("", tokens(5))
         with pytest.raises(TurnQueueError, match="past_key_values"):
             queue.submit("a", tokens(5), past_key_values=AttentionStoreCache(model, "a", store))
         with pytest.raises(TurnQueueError, match="priority"):
             queue.run("a", lambda _: None, priority=float("nan"))
-        with pytest.raises(TurnQueueError, match="another model or store"):
-            queue.send(ChatSession(model, tokenizer, other, "a"), "hello")
-        with pytest.raises(TurnQueueError, match="another model or store"):
+        with pytest.raises(TurnQueueError, match="another model"):
             queue.retry(ChatSession(tiny_model(tokenizer), tokenizer, store, "a"))
         assert queue.stats().submitted == 0
 
@@ -639,120 +450,6 @@ def test_a_session_held_by_another_process_is_waited_for(store: Recording) -> No
             assert alice.state == "waiting"
             there.communicate("let go\n", timeout=PATIENCE)
             assert alice.result(PATIENCE).shape[1] == 26
-
-
-# its end
-
-
-def test_close_runs_what_waits_and_takes_nothing_more(store: Recording) -> None:
-    queue = TurnQueue(make_model(), store)
-    gate = Gate(queue)
-    turns = [queue.submit(name, tokens(20), **GREEDY) for name in "abc"]
-    with ThreadPoolExecutor(1) as pool:
-        closing = pool.submit(queue.close)
-        until(lambda: queue._closing)
-        with pytest.raises(TurnQueueError, match="closed"):
-            queue.submit("d", tokens(20))
-        gate.go_on.set()
-        closing.result(PATIENCE)
-    assert all(one.state == "done" for one in turns)
-    queue.close()
-    queue.close(cancel=True)
-
-
-def test_close_can_cancel_all(store: Recording) -> None:
-    queue = TurnQueue(make_model(), store, max_waiting=3)
-    streamer = Held(4)
-    running = queue.submit("a", tokens(20), streamer=streamer, **LONG)
-    assert streamer.reached.wait(PATIENCE)
-    turns = [queue.submit(name, tokens(20), **GREEDY) for name in "abc"]
-    with ThreadPoolExecutor(2) as pool:
-        blocked = pool.submit(queue.submit, "d", tokens(20), wait=PATIENCE)
-        closing = pool.submit(queue.close, cancel=True)
-        with pytest.raises(TurnQueueError, match="closed"):
-            blocked.result(PATIENCE)
-        until(lambda: all(one.cancelled() for one in turns))
-        streamer.go_on.set()
-        closing.result(PATIENCE)
-    assert running.cancelled()
-    assert len(running.pieces) in next_token(streamer)
-    assert len(store.tokens("a")) == 19 + len(running.pieces)
-
-
-def test_an_error_in_the_block_of_a_queue_cancels_its_turns(store: Recording) -> None:
-    turns: list[Turn[Any]] = []
-
-    def leaves() -> None:
-        with TurnQueue(make_model(), store) as queue:
-            turns.extend(queue.submit(name, tokens(20), **LONG) for name in "abc")
-            raise LookupError
-
-    with pytest.raises(LookupError):
-        leaves()
-    assert all(one.done() for one in turns)
-    assert turns[-1].cancelled()
-
-
-def test_an_interrupted_close_cancels_and_leaves_nothing_hanging(store: Recording) -> None:
-    queue = TurnQueue(make_model(), store)
-    streamer = Held(4)
-    turns = [queue.submit("a", tokens(20), streamer=streamer, **LONG), queue.submit("b", tokens(20), **GREEDY)]
-    assert streamer.reached.wait(PATIENCE)
-
-    def interrupt() -> None:
-        until(lambda: queue._closing)
-        os.kill(os.getpid(), signal.SIGINT)
-        until(turns[1].cancelled)
-        streamer.go_on.set()
-
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    with pytest.raises(KeyboardInterrupt):
-        queue.close()
-    thread.join()
-    assert all(one.cancelled() for one in turns)
-    assert len(turns[0].pieces) in next_token(streamer)
-
-
-def test_a_turn_may_close_its_queue(store: Recording) -> None:
-    queue = TurnQueue(make_model(), store)
-    gate = Gate(queue)
-    closes, after = queue.run("a", lambda _: queue.close(cancel=True)), queue.run("b", lambda _: None)
-    gate.go_on.set()
-    assert wait([closes, after], PATIENCE).not_done == set()
-    queue.close()
-    assert (closes.state, after.state) == ("cancelled", "cancelled")
-
-
-def test_turns_of_a_closed_store_fail_and_the_queue_goes_on(tmp_path: Path) -> None:
-    store = Recording(tmp_path / "store", block_size=BLOCK)
-    with TurnQueue(make_model(), store) as queue:
-        store.close()
-        for _ in range(2):
-            with pytest.raises(StoreClosedError):
-                queue.submit("a", tokens(20), **GREEDY).result(PATIENCE)
-
-
-def test_a_process_that_just_ends_keeps_what_was_complete(tmp_path: Path) -> None:
-    script = """
-import sys
-from tiny_models import make_model, tokens
-from hf_attnstore import AttentionStore, TurnQueue
-queue = TurnQueue(make_model(), AttentionStore(sys.argv[1], block_size=16))
-running = queue.submit("alice", tokens(40), max_new_tokens=400, do_sample=False)
-waiting = queue.submit("bob", tokens(40), max_new_tokens=400, do_sample=False)
-waiting.add_done_callback(lambda turn: print(turn.state))
-print(next(running.stream(cancel=False)) > 0)
-"""
-    paths = os.pathsep.join([str(Path(__file__).parent / "cache"), str(Path(__file__).parents[1])])
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "store")],
-        check=True, timeout=120, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths},
-    )  # fmt: skip
-    assert done.stdout.split() == ["True", "cancelled"]
-    with AttentionStore(tmp_path / "store", block_size=BLOCK) as store:
-        assert [session.name for session in store.sessions()] == ["alice"]
-        assert 40 <= len(store.tokens("alice")) < 439
 
 
 # chats
@@ -835,113 +532,3 @@ def test_what_a_chat_computes_in_the_background_gives_way_to_who_waits(store: Re
     ]
     plain.store.close()
     assert [first.result(), third.result()] == answers
-
-
-# races
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_submitting_and_cancelling_from_many_threads_resolves_every_turn(seed: int, store: Recording) -> None:
-    model, plain = make_model(), make_model()
-    prompts = {name: tokens(24, seed=ord(name)) for name in "abcdef"}
-    whole = {name: turn(plain, prompt, None, max_new_tokens=30).sequences for name, prompt in prompts.items()}
-    everything: list[Turn[Any]] = []
-    called: list[Any] = []
-    running: list[str] = []
-    began: dict[str, list[int]] = {name: [] for name in prompts}
-
-    def one_at_a_time(number: int, name: str, turn: Turn[Any]) -> str:
-        running.append(name)
-        began[name].append(number)
-        turn.put(name)
-        assert running == [name]
-        running.remove(name)
-        if number % 5 == 0:
-            raise LookupError(name)
-        return name
-
-    def user(thread: int) -> None:
-        chooses = random.Random(100 * seed + thread)
-        mine = "abcdef"[thread % 6]  # two threads share a session
-        for number in range(8):
-            name = chooses.choice([mine, *prompts])
-            more = {"priority": chooses.choice([0, 0, 1, 5]), "wait": chooses.choice([0, 0.01, PATIENCE])}
-            if chooses.random() < 0.15:
-                more["timeout"] = chooses.choice([0.001, 0.02])
-            try:
-                if chooses.random() < 0.5:
-                    ids, new = prompts[name], chooses.choice([1, 8, 30])
-                    given = queue.submit(name, ids, max_new_tokens=new, do_sample=False, **more)
-                else:
-                    work = lambda turn, number=number, name=name: one_at_a_time(number, name, turn)  # noqa: E731
-                    given = queue.run(name, work, **more)
-            except (QueueFullError, TurnQueueError):
-                continue
-            given.add_done_callback(called.append)
-            everything.append(given)
-            action = chooses.random()
-            if action < 0.2:
-                given.cancel()
-            elif action < 0.4:
-                stream = given.stream()
-                if chooses.random() < 0.5:
-                    with contextlib.suppress(LookupError, TurnTimeoutError):
-                        next(stream, None)
-                del stream
-            elif action < 0.6:
-                wait([given], chooses.choice([0, 0.05]))
-                given.cancel()
-
-    queue = TurnQueue(model, store, max_waiting=6, patience=0.01)
-    with ThreadPoolExecutor(8) as pool:
-        users = [pool.submit(user, thread) for thread in range(8)]
-        if seed == 2:  # closed in the middle of it all
-            until(lambda: queue.stats().done >= 5)
-            queue.close(cancel=True)
-        for one in users:
-            one.result(PATIENCE)
-    queue.close()
-    assert wait(everything, PATIENCE).not_done == set()
-    until(lambda: len(called) == len(everything))
-    assert set(map(id, called)) == set(map(id, everything))
-    stats = queue.stats()
-    assert stats.submitted == len(everything)
-    assert stats.submitted == stats.done + stats.failed + stats.cancelled + stats.timed_out
-    assert (stats.waiting, stats.running) == (0, 0)
-    for given in everything:
-        assert given.session is not None
-        if given.state == "done" and not isinstance(given.result(), str):
-            sequence = given.result()
-            assert torch.equal(sequence, whole[given.session][:, : sequence.shape[1]])
-        elif given.state == "done":
-            assert given.result() == given.session
-        elif given.state == "failed":
-            assert isinstance(given.exception(), (LookupError, TurnTimeoutError))
-        if given.pieces and isinstance(given.pieces[0], int):  # also of those that were stopped
-            assert given.pieces == whole[given.session][0, 24 : 24 + len(given.pieces)].tolist()
-    assert sum(one.state == "done" for one in everything) == stats.done > 0
-    assert store.told[-1:] in ([], [[]])
-    store.flush()
-    for name in prompts:
-        if name in {session.name for session in store.sessions()}:
-            held = store.tokens(name)
-            assert held == whole[name][0, : len(held)].tolist()
-            store.lock_session(name, wait=0).release()
-
-
-def test_turns_of_one_session_begin_in_the_order_in_which_they_were_submitted(store: Recording) -> None:
-    began: dict[str, list[int]] = {name: [] for name in "abcd"}
-
-    def user(name: str) -> None:
-        chooses = random.Random(name)
-        for number in range(30):
-            queue.run(
-                name,
-                lambda _, number=number: began[name].append(number),
-                priority=chooses.randint(0, 5),
-                wait=PATIENCE,
-            )
-
-    with TurnQueue(make_model(), store, max_waiting=10) as queue, ThreadPoolExecutor(4) as pool:
-        list(pool.map(user, "abcd"))
-    assert began == {name: list(range(30)) for name in "abcd"}

@@ -88,8 +88,7 @@ def generate_with_store(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
                 cache.end_of_generate()
                 return output
             except LoadError as error:
-                # the load belongs to the first forward: no token has been made yet, and only the prompt was streamed, if
-                # that was not a forward of a part before
+                # the load belongs to the first forward: no token has been made yet; at most the prompt was streamed
                 cache.abandon(error)
                 parts = turn.begin(load=attempt + 1 < _MAX_RETRIES)
         raise AssertionError("a turn without loading can't fail to load")
