@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -249,6 +250,12 @@ class AttentionStore(UpcomingTurns):
             SessionBusyError: another turn holds it.
         """
         return self._locks.acquire(self.namespace, self.check_name(name), wait)
+
+    # what comes
+
+    def schedule(self, upcoming: Sequence[str]) -> None:
+        """Says which sessions will run, in this order; replaces what was said before."""
+        self._check_open()
 
     # turns
 
