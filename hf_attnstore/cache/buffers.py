@@ -37,9 +37,9 @@ class HostBuffers:
         """An uninitialised CPU tensor, in memory that was used before if there is some of about its size."""
         nbytes = math.prod(shape) * dtype.itemsize
         buffer = self._take(nbytes)
-        lease = buffer[:nbytes].view(_Lease)
+        lease = buffer.view(_Lease)  # all of it: the tensor's storage is then as large as what is in use
         weakref.finalize(lease, self._give_back, buffer).atexit = False
-        return torch.from_numpy(lease).view(dtype).view(shape)
+        return torch.from_numpy(lease)[:nbytes].view(dtype).view(shape)
 
     def _take(self, nbytes: int) -> np.ndarray:
         size = max(-(-nbytes // _GRANULE) * _GRANULE, _GRANULE)

@@ -17,6 +17,7 @@ from ..errors import (
     StoreClosedError,
 )
 from .accounts import MISSED, Accounts, readable
+from .device_tier import DeviceTier
 from .locks import SessionLocks
 from .manifest import Manifest
 from .memory import MemoryTier
@@ -74,6 +75,7 @@ class OpenStore:
         io_threads: int | None = None,
         durability: Durability = "process",
         encryption_key: str | bytes | None = None,
+        device: int | str = 0,
     ) -> None:
         if block_size is not None and block_size < 1:
             raise AttentionStoreError(f"block_size is a number of tokens, at least 1, not {block_size}")
@@ -83,6 +85,8 @@ class OpenStore:
         self.namespace = self.check_namespace(namespace)
         self.disk_capacity = parse_bytes(disk)
         self._memory = MemoryTier(parse_bytes(memory))
+        self.device_tier = DeviceTier(parse_bytes(device))
+        """KV that stays where it was computed between two turns; caches park it there and take it."""
         self._accounts = Accounts()
         key = parse_key(encryption_key)
         folder = open_folder(self.path, block_size, key)
@@ -135,6 +139,7 @@ class OpenStore:
             return
         self.flush()
         self._closed = True
+        self.device_tier.close()
         self._readers.close()
         with self._right_of_way.hurry():
             self._writer.close()
@@ -185,8 +190,9 @@ class OpenStore:
     # memory
 
     def drop_memory(self) -> None:
-        """Empties the memory tier of everything that is on disk."""
+        """Empties the device tier, and the memory tier of everything that is on disk."""
         self.flush()
+        self.device_tier.clear()
         self._memory.drop_clean()
 
     # models
@@ -251,6 +257,9 @@ class OpenStore:
         self._check_open()
         usage = self._disk.index.usage()
         return {
+            "device_bytes": self.device_tier.used,
+            "device_capacity": self.device_tier.capacity,
+            "device_sessions": len(self.device_tier),
             "memory_bytes": self._memory.used,
             "memory_capacity": self._memory.capacity,
             "memory_blocks": len(self._memory),
@@ -260,6 +269,7 @@ class OpenStore:
             "sessions": usage.sessions,
             "index_bytes": self._disk.index.database.file_bytes(),
             "quarantine_bytes": self._disk.files.quarantine_bytes(),
+            "evicted_from_device": self.device_tier.evicted,
             "evicted_from_memory": self._memory.evicted,
             **readable(self._accounts.counts()),
         }

@@ -50,6 +50,8 @@ class AttentionStore(BlockStore):
         path: the folder; created if missing. Default `$HF_HOME/attnstore`.
         memory: bytes of host memory for blocks, those being written included; an int, or a string like "2GiB".
         disk: bytes on disk, index included; 0 keeps blocks in memory only.
+        device: bytes of KV that stay where they were computed, between two turns of a session, for the sessions used
+            last: of all devices together, the buffers' spare room included. 0 keeps none.
         block_size: tokens per block, 256 if not said. A store keeps the size it was made with.
         namespace: blocks and sessions of different namespaces never meet: one for each user, for instance.
         io_threads: threads that read; default by the number of cores.
@@ -117,6 +119,7 @@ class AttentionStore(BlockStore):
             for part in reversed(parts):
                 self._disk.delete_session(self.namespace, part, self._memory.discard, secure=secure)
         finally:
+            self.device_tier.forget(name)
             for lock in locks:
                 lock.release()
 
@@ -152,6 +155,7 @@ class AttentionStore(BlockStore):
             locks += [self.lock_session(part, wait=0) for part, _ in pairs if part != src]
             if not all(self._disk.rename(self.namespace, *pair) for pair in pairs):
                 raise AttentionStoreError(f"session {dst!r} exists already; delete it first or choose another name")
+            self.device_tier.rename(src, dst)
         finally:
             for lock in locks:
                 lock.release()
@@ -224,6 +228,8 @@ class AttentionStore(BlockStore):
             StoreIOError: the disk would not.
         """
         self._settle()
+        if unowned and not dry_run:
+            self.device_tier.forget_unnamed()
         return collect(
             self._disk,
             self._locks,
