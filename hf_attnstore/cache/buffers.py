@@ -12,6 +12,8 @@ import weakref
 import numpy as np
 import torch
 
+from ..store.memory_size import on_pressure
+
 MAX_IDLE_BYTES = 512 << 20
 """Bytes that may wait for their next use; what does not fit goes back to the system."""
 
@@ -67,6 +69,7 @@ class HostBuffers:
 
 host_buffers = HostBuffers()
 """The process's buffers."""
+on_pressure(host_buffers.clear)
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -97,13 +97,22 @@ class DeviceTier:
                     self.drop(older)
             if self._closed or not 0 < nbytes <= self.capacity:
                 return None
-            while self._used + nbytes > self.capacity:
-                self.drop(next(iter(self._entries.values())))
-                self.evicted += 1
+            self._make_room(nbytes)
             owner.uses(self)
             self._entries[id(entry)] = entry
             self._used += nbytes
         return entry
+
+    def resize(self, capacity: int) -> None:
+        """Sets the capacity, and evicts what is over it."""
+        with self._lock:
+            self.capacity = capacity
+            self._make_room(0)
+
+    def _make_room(self, nbytes: int) -> None:
+        while self._entries and self._used + nbytes > self.capacity:
+            self.drop(next(iter(self._entries.values())))
+            self.evicted += 1
 
     def entries(self, owner: Owner, session: str | None) -> list[DeviceEntry]:
         """An owner's entries of a session, last used first: at most one, unless the session is None."""

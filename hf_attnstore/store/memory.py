@@ -27,7 +27,7 @@ class MemoryTier:
 
     @property
     def used(self) -> int:
-        """Bytes held or reserved; never more than `capacity`."""
+        """Bytes held or reserved; never more than `capacity`, but for what was dirty or reserved when that shrank."""
         return self._used
 
     def __len__(self) -> int:
@@ -43,6 +43,13 @@ class MemoryTier:
                 self._changed.wait(timeout=1)
             self._used += nbytes
             return True
+
+    def resize(self, capacity: int) -> None:
+        """Sets the capacity. Evicts what is over it and on disk; what is dirty follows when it has been written."""
+        with self._changed:
+            self.capacity = capacity
+            self._make_room(0, evict=True)
+            self._changed.notify_all()
 
     def release(self, nbytes: int) -> None:
         """Gives reserved bytes back."""
@@ -86,12 +93,15 @@ class MemoryTier:
             self._by_parent[block.meta.parent].add(key)
             if dirty:
                 self._dirty.add(key)
+            else:
+                self._make_room(0, evict=True)  # the capacity may have shrunk since the bytes were reserved
             return True
 
     def mark_clean(self, key: Key) -> None:
         """The block is on disk, or will never be: it may be evicted from now on."""
         with self._changed:
             self._dirty.discard(key)
+            self._make_room(0, evict=True)
             self._changed.notify_all()
 
     def get(self, key: Key) -> Block | None:

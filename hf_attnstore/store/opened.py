@@ -21,6 +21,7 @@ from .device_tier import DeviceTier
 from .locks import SessionLocks
 from .manifest import Manifest
 from .memory import MemoryTier
+from .memory_size import AUTO, AutomaticSize
 from .rebuild import open_disk_store
 from .settings import open_folder
 from .sizes import parse_bytes
@@ -84,7 +85,7 @@ class OpenStore:
         self.path = Path(path).expanduser() if path is not None else default_path()
         self.namespace = self.check_namespace(namespace)
         self.disk_capacity = parse_bytes(disk)
-        self._memory = MemoryTier(parse_bytes(memory))
+        self._memory = MemoryTier(0 if memory == AUTO else parse_bytes(memory))
         self.device_tier = DeviceTier(parse_bytes(device))
         """KV that stays where it was computed between two turns; caches park it there and take it."""
         self._accounts = Accounts()
@@ -106,6 +107,7 @@ class OpenStore:
         self._committing: dict[str, tuple[str, Manifest]] = {}
         """Fingerprint and manifest of sessions whose commit waits for the writer."""
         self._closed = False
+        self._automatic = AutomaticSize(self._memory) if memory == AUTO else None
         _open_stores.add(self)
 
     # life
@@ -140,6 +142,8 @@ class OpenStore:
         self.flush()
         self._closed = True
         self.device_tier.close()
+        if self._automatic is not None:
+            self._automatic.close()
         self._readers.close()
         with self._right_of_way.hurry():
             self._writer.close()

@@ -49,6 +49,7 @@ class AttentionStore(BlockStore):
     Args:
         path: the folder; created if missing. Default `$HF_HOME/attnstore`.
         memory: bytes of host memory for blocks, those being written included; an int, or a string like "2GiB".
+            "auto" follows what is free: it shrinks when other programs need memory, and grows back.
         disk: bytes on disk, index included; 0 keeps blocks in memory only.
         device: bytes of KV that stay where they were computed, between two turns of a session, for the sessions used
             last: of all devices together, the buffers' spare room included. 0 keeps none.
