@@ -128,17 +128,15 @@ def _limit(folder: Path, limit: str, usage: str, inactive: str, active: str) -> 
 class AutomaticSize:
     """Keeps a memory tier as large as the rule says, until it is closed or nobody has it any more.
 
-    Args:
-        ask: what is free; it is asked every few seconds.
+    What is free is asked every few seconds.
     """
 
-    def __init__(self, memory: MemoryTier, ask: Callable[[], FreeMemory | None] = free_memory) -> None:
+    def __init__(self, memory: MemoryTier) -> None:
         self._memory = memory
-        self._ask = ask
         self._checked = 0.0
         self._checking = threading.Lock()
         self._ended = threading.Event()
-        free = ask()
+        free = free_memory()
         if free is None:
             logger.warning(
                 'nobody can say how much memory is free here: memory="auto" is %d GiB', WITHOUT_KNOWLEDGE // _GIB
@@ -162,7 +160,7 @@ class AutomaticSize:
             return  # another thread is just doing it
         try:
             self._checked = time.monotonic()
-            free = self._ask()
+            free = free_memory()
             if free is None:  # for a moment, perhaps: what was known stays
                 return
             before = self._memory.capacity
