@@ -261,7 +261,7 @@ def _write(console: Console, output: Path, label: str, record: dict[str, Any], r
     try:
         from hf_attnstore.bench.plot import draw
     except ImportError:
-        console.print("No picture: matplotlib is not installed (pip install 'hf-attnstore[bench]').", style="yellow")
+        console.print("No picture: matplotlib is not installed (pip install 'hf-attnstore\\[bench]').", style="yellow")
     else:
         draw(label, results, output / f"{stem}.png")
         picture = f"\n![{label}]({stem}.png)\n"
