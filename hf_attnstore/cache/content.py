@@ -45,7 +45,7 @@ logger = logging.getLogger("hf_attnstore")
 _UNKNOWN = "unknown"
 _MAX_PLANS = 8
 _MAX_CHECKPOINTS = 3
-"""How many checkpoints of a text are considered, the longest first."""
+"""How many checkpoints of a text are considered: the longest, then each of clearly fewer tokens than the one before."""
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,7 @@ class CacheContent(OutsideGraphsCache):
             while shorter is not None and shorter.tokens > lengths[0]:
                 found[shorter.tokens] = shorter
                 again = self._gate.can_choose() and len(found) < _MAX_CHECKPOINTS
-                shorter = self._find_checkpoint(ids[: shorter.tokens - 1]) if again else None
+                shorter = self._find_checkpoint(ids[: shorter.tokens * 3 // 4]) if again else None
             lengths = sorted({n for n in (*lengths, *found) if n >= floor} | {length})
         else:
             floor = max(floor, own if self._covers(own, spans) else 0)

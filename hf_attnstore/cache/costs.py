@@ -27,6 +27,7 @@ _PRIOR = 0.5
 """How many observations close by the fit itself counts for."""
 _SURPRISE = math.log(2.0)
 _EPSILON = 1e-9
+_STEPS = 6
 
 Terms = Callable[[np.ndarray], np.ndarray]
 
@@ -48,7 +49,9 @@ class Fit:
         self._seconds: list[float] = []
         self._weights: list[float] = []
         self._factors: np.ndarray | None = None
-        self._near: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+        self._near = (np.empty(0), np.empty(0), np.empty(0))
+        """Of the observations, in order of how far they are off the fit: sizes and offset (logarithms), and weight.
+        Among them is the fit itself, which is off by nothing, near everything."""
         self._surprises = 0
         self.count = 0
         """Observations ever made."""
@@ -83,8 +86,7 @@ class Fit:
             return
         self.surprised = True
         self._surprises = max(self._surprises, 0) + 1 if off > 0 else min(self._surprises, 0) - 1
-        if abs(self._surprises) >= 2:
-            # all but the surprise before this one
+        if abs(self._surprises) >= 2:  # the surprise before this one goes on counting
             self._weights = [weight / 8 for weight in self._weights[:-1]] + self._weights[-1:]
 
     def _forget(self) -> None:
@@ -103,30 +105,28 @@ class Fit:
         """Seconds `[count]` for points `[count, sizes]`. There must have been an observation."""
         self.refresh()
         assert self._factors is not None
-        assert self._near is not None
         base = np.maximum(self._terms(points) @ self._factors, _EPSILON)
         places, offs, weights = self._near
-        distances = ((np.log1p(points)[:, None] - places[None]) / _CLOSE) ** 2
-        votes = weights * np.exp(-distances.sum(axis=2) / 2)
-        # the weighted median of how far observations close by are off; the fit itself votes for not at all
-        votes = np.concatenate([votes, np.full((len(points), 1), _PRIOR)], axis=1)
-        offs = np.append(offs, 0.0)
-        order = np.argsort(offs)
-        share = np.cumsum(votes[:, order], axis=1)
+        apart = (np.log1p(points)[:, None] - places) / _CLOSE
+        apart[:, np.isnan(places[:, 0])] = 0.0
+        # the weighted median of how far observations close by are off
+        share = np.cumsum(weights * np.exp(-np.einsum("ijk,ijk->ij", apart, apart) / 2), axis=1)
         middle = (share >= share[:, -1:] / 2).argmax(axis=1)
-        found: np.ndarray = base * np.exp(offs[order][middle])
+        found: np.ndarray = base * np.exp(offs[middle])
         return found
 
     def refresh(self) -> None:
         """Fits anew what was observed since the last time: at the end of a turn rather than while somebody waits."""
         if self._factors is not None:
             return
-        points, seconds = np.array(self._points), np.array(self._seconds)
-        weights = np.array(self._weights)
+        points, seconds, weights = np.array(self._points), np.array(self._seconds), np.array(self._weights)
         terms = self._terms(points)
         self._factors = _least_deviations(terms, seconds, weights)
-        base = np.maximum(terms @ self._factors, _EPSILON)
-        self._near = np.log1p(points), np.log(seconds / base), weights
+        offs = np.log(seconds / np.maximum(terms @ self._factors, _EPSILON))
+        places = np.concatenate([np.log1p(points), np.full((1, points.shape[1]), np.nan)])
+        offs, weights = np.append(offs, 0.0), np.append(weights, _PRIOR)
+        order = np.argsort(offs)
+        self._near = places[order], offs[order], weights[order]
 
     def to_json(self) -> dict[str, Any]:
         found = zip(self._points, self._seconds, strict=True)
@@ -136,7 +136,7 @@ class Fit:
         """Begins with what another process has learned, which counts half of what is observed from now on.
 
         Raises:
-            KeyError, TypeError, ValueError: it is something else.
+            IndexError, KeyError, TypeError, ValueError: it is something else.
         """
         for *point, seconds in [[float(value) for value in sample] for sample in found["samples"]]:
             self._terms(np.array([point]))  # raises where the number of sizes is another
@@ -157,35 +157,53 @@ def _least_deviations(terms: np.ndarray, seconds: np.ndarray, weights: np.ndarra
     """The factors, none negative, that make the sum of weighted relative deviations small."""
     scale = np.maximum(terms.max(axis=0), _EPSILON)
     rows = terms / scale / seconds[:, None]
-    trust = weights.copy()
+    trust = weights
     factors = np.zeros(rows.shape[1])
-    for _ in range(8):
-        factors = _non_negative(rows, trust)
+    for _ in range(_STEPS):
+        trusted = rows * trust[:, None]
+        found = np.array(_non_negative((trusted.T @ rows).tolist(), trusted.sum(axis=0).tolist()))
+        if np.abs(found - factors).max() <= 1e-3 * np.abs(found).max():
+            break
+        factors = found
         trust = weights / np.maximum(np.abs(rows @ factors - 1), 0.02)
-    found: np.ndarray = factors / scale
-    return found
+    result: np.ndarray = factors / scale
+    return result
 
 
-def _non_negative(rows: np.ndarray, trust: np.ndarray) -> np.ndarray:
-    """The factors, none negative, for which `rows @ factors` is closest to 1."""
-    count = rows.shape[1]
-    square = (rows * trust[:, None]).T @ rows
-    right = rows.T @ trust
-    square += np.eye(count) * np.trace(square) * 1e-7  # where sizes hardly differ, terms share what they explain
-    best, least = np.zeros(count), math.inf
+def _non_negative(square: list[list[float]], right: list[float]) -> list[float]:
+    """The factors x, none negative, for which x * square * x - 2 * right * x is smallest."""
+    count = len(right)
+    # where sizes hardly differ, terms share what they explain
+    ridge = 1e-7 * sum(square[n][n] for n in range(count))
+    best, least = [0.0] * count, 0.0
     for size in range(count, 0, -1):
         for chosen in combinations(range(count), size):
-            part = list(chosen)
-            found = np.linalg.solve(square[np.ix_(part, part)], right[part])
-            if (found < 0).any():
-                continue
-            error = found @ square[np.ix_(part, part)] @ found - 2 * right[part] @ found
-            if error < least:
-                best, least = np.zeros(count), error
-                best[part] = found
-        if size == count and least < math.inf:
-            break
+            part = [[square[a][b] + (ridge if a == b else 0.0) for b in chosen] + [right[a]] for a in chosen]
+            found = _solve(part)
+            # at the solution the error is this, so that the largest set without negative factors need not be the best
+            error = -sum(right[a] * x for a, x in zip(chosen, found, strict=True))
+            if min(found) >= 0 and error < least:
+                best, least = [0.0] * count, error
+                for a, x in zip(chosen, found, strict=True):
+                    best[a] = x
+        if size == count and least < 0:
+            break  # nothing held back, nothing better
     return best
+
+
+def _solve(rows: list[list[float]]) -> list[float]:
+    """The solution of a few linear equations, positive definite, each with its right side at its end."""
+    count = len(rows)
+    for pivot in range(count):
+        for row in range(pivot + 1, count):
+            factor = rows[row][pivot] / rows[pivot][pivot]
+            for column in range(pivot, count + 1):
+                rows[row][column] -= factor * rows[pivot][column]
+    found = [0.0] * count
+    for row in range(count - 1, -1, -1):
+        known = sum(rows[row][column] * found[column] for column in range(row + 1, count))
+        found[row] = (rows[row][count] - known) / rows[row][row]
+    return found
 
 
 def _prefill_terms(points: np.ndarray) -> np.ndarray:

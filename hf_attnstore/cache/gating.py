@@ -92,12 +92,15 @@ class Gate:
         self._fingerprint = self._label = ""
         self._forward: tuple[int, int, float, Any] | None = None
         self._events: list[tuple[int, int, Any, Any]] = []
+        self._computed: list[tuple[int, int, float]] = []
+        self._loaded: list[tuple[str, int, float]] = []
 
     # choosing
 
     def begin_turn(self, fingerprint: str, store: AttentionStore | None) -> None:
         """A turn of the model of that fingerprint begins."""
-        self._forward, self._events = None, []
+        self._forward = None
+        self._events, self._computed, self._loaded = [], [], []
         self._fingerprint, self._label = fingerprint, device_label(self._devices)
         self._learned = learned_of(fingerprint, self._label, store) if store is not None and self._learns else None
 
@@ -199,7 +202,7 @@ class Gate:
             ended.record(torch.cuda.current_stream(self._cuda))
             self._events.append((history, new, event, ended))
         else:
-            learned.costs.observe_prefill(history, new, time.perf_counter() - elsewhere - began)
+            self._computed.append((history, new, time.perf_counter() - elsewhere - began))
 
     def loaded(self, restore: Restore) -> None:
         """A load has ended well."""
@@ -213,8 +216,7 @@ class Gate:
         taken = restore.load.needed_from()
         for tier, nbytes in tiers.items():
             seconds = taken.get(tier, 0.0) + (restore.planning_seconds if tier == opening else 0.0)
-            surprise = learned.costs.observe_load(tier, nbytes, seconds)
-            learned.exploration.loaded(tier, surprise=surprise)
+            self._loaded.append((tier, nbytes, seconds))
         if restore.load.whole_bytes:
             learned.costs.state_bytes = restore.load.whole_bytes
 
@@ -224,10 +226,15 @@ class Gate:
         if learned is None:
             return
         costs = learned.costs
-        for history, new, began, ended in self._events:
+        for history, new, event, ended in self._events:
             if ended.query():
-                costs.observe_prefill(history, new, began.elapsed_time(ended) / 1e3)
-        self._events = []
+                self._computed.append((history, new, event.elapsed_time(ended) / 1e3))
+        for history, new, seconds in self._computed:
+            costs.observe_prefill(history, new, seconds)
+        for tier, nbytes, seconds in self._loaded:
+            surprise = costs.observe_load(tier, nbytes, seconds)
+            learned.exploration.loaded(tier, surprise=surprise)
+        self._events, self._computed, self._loaded = [], [], []
         sizes = [_token_bytes(layer) for layer in layers]
         if any(sizes):
             costs.layer_bytes = sizes
