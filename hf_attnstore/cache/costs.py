@@ -23,8 +23,8 @@ REACH = 4.0
 _PER_BUCKET = 8
 _CLOSE = 0.25
 """Observations whose sizes differ by this factor, about, speak for each other."""
-_PRIOR = 0.5
-"""How many observations close by the fit itself counts for."""
+_PRIOR = 1.2
+"""How many observations close by the fit itself counts for: one alone may be an accident."""
 _SURPRISE = math.log(2.0)
 _EPSILON = 1e-9
 _STEPS = 6
@@ -87,7 +87,7 @@ class Fit:
         self.surprised = True
         self._surprises = max(self._surprises, 0) + 1 if off > 0 else min(self._surprises, 0) - 1
         if abs(self._surprises) >= 2:  # the surprise before this one goes on counting
-            self._weights = [weight / 8 for weight in self._weights[:-1]] + self._weights[-1:]
+            self._weights = [weight / 32 for weight in self._weights[:-1]] + self._weights[-1:]
 
     def _forget(self) -> None:
         """Of similar sizes only the last few observations stay, and not too many of all."""
