@@ -84,11 +84,11 @@ class Gate:
 
     def __init__(self, *, enabled: bool, devices: Sequence[torch.device | None], learns: bool = True) -> None:
         self.enabled = enabled and learns
-        self._learns = learns
-        self._devices = devices
+        self.learns = learns
+        self.devices = devices
         self._on_cpu = all(device is None or device.type == "cpu" for device in devices)
         self._cuda = next((d for d in devices if d is not None and d.type == "cuda"), None)
-        self._learned: Learned | None = None
+        self.learned: Learned | None = None
         self._fingerprint = self._label = ""
         self._forward: tuple[int, int, float, Any] | None = None
         self._events: list[tuple[int, int, Any, Any]] = []
@@ -101,21 +101,21 @@ class Gate:
         """A turn of the model of that fingerprint begins."""
         self._forward = None
         self._events, self._computed, self._loaded = [], [], []
-        self._fingerprint, self._label = fingerprint, device_label(self._devices)
-        self._learned = learned_of(fingerprint, self._label, store) if store is not None and self._learns else None
+        self._fingerprint, self._label = fingerprint, device_label(self.devices)
+        self.learned = learned_of(fingerprint, self._label, store) if store is not None and self.learns else None
 
     @property
     def costs(self) -> Costs | None:
         """What the turn's model is known to cost; None where nobody asks."""
-        return self._learned.costs if self._learned is not None else None
+        return self.learned.costs if self.learned is not None else None
 
     def estimate(self, prompt: int) -> float | None:
         """Seconds to compute a prompt of so many tokens from nothing; None while unknown."""
-        return self._learned.costs.estimate(prompt) if self._learned is not None and prompt else None
+        return self.learned.costs.estimate(prompt) if self.learned is not None and prompt else None
 
     def can_choose(self) -> bool:
         """Whether enough was measured to choose at all."""
-        return self._learned is not None and self._learned.costs.can_choose()
+        return self.learned is not None and self.learned.costs.can_choose()
 
     def choose(
         self,
@@ -138,7 +138,7 @@ class Gate:
         """
         last = len(lengths) - 1
         known = lengths[last]
-        learned = self._learned
+        learned = self.learned
         if learned is None or not learned.costs.can_choose() or len(learned.costs.layer_bytes) != len(layers):
             return Choice(last, f"reuse {known:,} of {known:,}: too little was measured yet")
         costs = learned.costs
@@ -178,7 +178,7 @@ class Gate:
             elsewhere: seconds that were spent on loading and saving so far.
         """
         self._forward = None
-        if new < 2 or self._learned is None:
+        if new < 2 or self.learned is None:
             return
         event = None
         if not self._on_cpu:
@@ -191,7 +191,7 @@ class Gate:
     def end_forward(self, elsewhere: float) -> None:
         """The forward has ended; `elsewhere` as in `begin_forward`, of now."""
         forward, self._forward = self._forward, None
-        learned = self._learned
+        learned = self.learned
         if forward is None or learned is None:
             return
         history, new, began, event = forward
@@ -206,7 +206,7 @@ class Gate:
 
     def loaded(self, restore: Restore) -> None:
         """A load has ended well."""
-        learned = self._learned
+        learned = self.learned
         if learned is None:
             return
         tiers = {tier: nbytes for tier, nbytes in restore.load.stats.bytes_from.items() if nbytes}
@@ -222,7 +222,7 @@ class Gate:
 
     def end_turn(self, layers: Sequence[KeptLayer], store: AttentionStore | None) -> None:
         """The turn has ended: works out what was learned, and has the store remember it."""
-        learned = self._learned
+        learned = self.learned
         if learned is None:
             return
         costs = learned.costs
