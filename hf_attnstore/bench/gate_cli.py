@@ -78,7 +78,15 @@ def _gate(
     import torch
 
     from hf_attnstore.bench.gate_bench import measure
-    from hf_attnstore.bench.gate_report import REGRET_BAR, as_markdown, draw, mean_regret, print_cells, worst
+    from hf_attnstore.bench.gate_report import (
+        REGRET_BAR,
+        as_markdown,
+        draw,
+        mean_choice_regret,
+        mean_regret,
+        print_cells,
+        worst,
+    )
     from hf_attnstore.bench.machine import ForeignLoad, describe_machine, in_words, versions
     from hf_attnstore.bench.shapes import choose_model, load_model
 
@@ -102,11 +110,12 @@ def _gate(
             "new": new,
             "repeats": repeats,
             "mean_regret": mean_regret(cells),
+            "mean_choice_regret": mean_choice_regret(cells),
             "largest_regret": worst(cells).regret,
             "others_share_of_cpu": round(share, 3),
             "machine": machine,
             "versions": versions(),
-            "cells": [{**asdict(cell), "regret": cell.regret} for cell in cells],
+            "cells": [{**asdict(cell), "regret": cell.regret, "choice_regret": cell.choice_regret} for cell in cells],
         }
         (output / "gate.json").write_text(json.dumps(record, indent=1) + "\n")
         draw(about, cells, output / "gate.png")

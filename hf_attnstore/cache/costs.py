@@ -19,6 +19,8 @@ ENOUGH = 3
 """Observations after which a prediction is relied on."""
 REACH = 4.0
 """How many times as far as the largest observation a prediction is relied on."""
+CAUTIOUS_REACH = 64.0
+"""The same, of a prediction that takes what is beyond the largest observation for more expensive than it will be."""
 
 _PER_BUCKET = 8
 _CLOSE = 0.25
@@ -262,16 +264,18 @@ class Costs:
 
     # predicting
 
-    def prefill(self, points: Sequence[tuple[int, int]], enough: int = ENOUGH) -> np.ndarray | None:
+    def prefill(
+        self, points: Sequence[tuple[int, int]], enough: int = ENOUGH, reach: float = CAUTIOUS_REACH
+    ) -> np.ndarray | None:
         """Seconds `[count]` to compute `new` tokens after `history`, for every (history, new) of `points`.
 
-        None where too little was observed, or only much smaller prompts. Beyond the largest that was observed, a
-        token is taken to cost at least as much as it did there.
+        None where too little was observed, or only prompts `reach` times smaller. Beyond the largest that was observed,
+        a token is taken to cost at least as much as it did there, where fixed costs were spread over fewer.
         """
         with self._lock:
             fit = self._prefill
             largest = fit.largest(1)
-            if len(fit) < enough or max((new for _, new in points), default=0) > REACH * largest:
+            if len(fit) < enough or max((new for _, new in points), default=0) > reach * largest:
                 return None
             wanted = np.array(points, dtype=float)
             found = fit.predict(wanted)
@@ -301,7 +305,7 @@ class Costs:
 
     def estimate(self, prompt: int) -> float | None:
         """Seconds to compute a prompt of so many tokens from nothing; None while unknown."""
-        found = self.prefill([(0, prompt)], enough=1)
+        found = self.prefill([(0, prompt)], enough=1, reach=REACH)
         return float(found[0]) if found is not None else None
 
     # remembering

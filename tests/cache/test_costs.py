@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_attnstore.cache.costs import ENOUGH, REACH, Costs, _non_negative
+from hf_attnstore.cache.costs import CAUTIOUS_REACH, ENOUGH, REACH, Costs, _non_negative
 
 
 def prefill_seconds(history: int, new: int, a: float = 2e-3, b: float = 1e-4, c: float = 2e-8) -> float:
@@ -92,7 +92,8 @@ def test_nothing_is_said_beyond_what_observations_tell() -> None:
     assert costs.load([{"disk": 10}]) is not None
     assert costs.load([{"disk": 10, "memory": 1}]) is None
     assert costs.load([{"disk": int(1000 * REACH) + 1}]) is None
-    assert costs.prefill([(0, int(22 * REACH) + 1)]) is None
+    assert costs.prefill([(0, int(22 * CAUTIOUS_REACH) + 1)]) is None
+    assert costs.estimate(int(22 * REACH) + 1) is None
     # beyond the largest that was seen, a token costs no less than there: small prompts do not make large ones cheap
     most = costs.prefill([(1000, 22), (1000, 80)])
     assert most is not None

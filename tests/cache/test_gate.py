@@ -189,7 +189,7 @@ def force(monkeypatch: pytest.MonkeyPatch) -> Any:
     def set_to(tokens: int | None) -> Forced:
         forced = Forced(tokens)
         monkeypatch.setattr(Costs, "can_choose", lambda self: True)
-        monkeypatch.setattr(Costs, "prefill", lambda self, points, enough=3: forced.prefill(points))
+        monkeypatch.setattr(Costs, "prefill", lambda self, points, **_: forced.prefill(points))
         monkeypatch.setattr(Costs, "load", lambda self, loads: forced.load(loads))
         return forced
 
