@@ -1,7 +1,8 @@
 """Load or recompute: what the gate chooses, against always loading and always computing.
 
 A conversation is resumed from tiers of different speed, among them a disk that is made slow so that loading takes about
-as long as computing. The gate begins each of them knowing nothing, and learns from its own turns alone.
+as long as computing. The gate begins each of them knowing nothing, and learns from its own turns alone: first turns, of
+which nothing is known, and resumed ones.
 """
 
 from __future__ import annotations
@@ -176,6 +177,10 @@ def _all_histories(
     _know_nothing(model, store)
     cells = [Cell(tier.label, tier.bandwidth, history) for history in prompts]
     number = 0
+    for cell in cells:  # as every conversation begins: with turns of which nothing is known
+        number += 1
+        progress(f"{tier.label}, {cell.history:,} tokens: a first turn")
+        _turn(model, store, "gate", random_ids(model, cell.history + new, (seed, 1, number)))
     for learning in (True, False):
         for repeat in range(4 if learning else repeats):
             for cell in cells:

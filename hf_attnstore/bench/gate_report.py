@@ -101,8 +101,8 @@ def as_markdown(
         "the same tokens. Regret is the gate's time against the better of always loading and always computing, both "
         "through the same cache; plain `generate`, without any, is beside them. The regret of the choice is by the "
         "times of the method that always does what the gate chose: it leaves out what choosing takes, and noise. In "
-        "each tier the gate began knowing nothing, had four turns of each history to learn, and learned from its own "
-        "turns only. Slow disks are the same disk, read no faster than they say.",
+        "each tier the gate began knowing nothing, had a first turn of each length and four resumed ones to learn, and "
+        "learned from its own turns only. Slow disks are the same disk, read no faster than they say.",
     ]
     words = ", ".join(f"{name} {version}" for name, version in versions.items())
     busy = f" Other processes used {others:.0%} of the processors meanwhile"
