@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from hf_attnstore.bench.gate_cli import gate
 from hf_attnstore.bench.reliability_cli import index, store
 from hf_attnstore.bench.study_cli import truncation
 from hf_attnstore.bench.thinking_cli import thinking
@@ -96,6 +97,7 @@ def bench(
 
 app.command("truncation")(truncation)
 app.command("thinking")(thinking)
+app.command("gate")(gate)
 app.command("index")(index)
 app.command("store")(store)
 

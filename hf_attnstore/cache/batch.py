@@ -29,7 +29,8 @@ logger = logging.getLogger("hf_attnstore")
 class BatchCache(AttentionStoreCache):
     """The cache of a batch of conversations: what `AttentionStoreCache` makes for a list of sessions.
 
-    `stats` adds up those of the rows, which are in `row_stats`. Nothing is dropped when a window overflows.
+    `stats` adds up those of the rows, which are in `row_stats`. Nothing is dropped when a window overflows, and all
+    that the rows have in common is reused, whatever `gate` says.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class BatchCache(AttentionStoreCache):
         wait: float = 0.0,
         checkpoint_every: int | None = None,
         drop: float = 0.0,
+        gate: bool | None = None,
     ) -> None:
         names = list(session)
         named = [name for name in names if name is not None]
@@ -51,13 +53,19 @@ class BatchCache(AttentionStoreCache):
             raise CacheUseError("two rows of a batch can't be the same session")
         if drop:
             raise CacheUseError("a batch of conversations drops nothing: leave out `drop`")
-        super().__init__(model, None, store, drop=0, save=False)
+        super().__init__(model, None, store, drop=0, save=False, gate=False)
         assert self._store is not None
         self.sessions = names
         """The session of every row; None for a row that is kept by content only."""
         self._conversations = len(names)
         self.parks = False
-        settings: dict[str, Any] = {"save": save, "wait": wait, "checkpoint_every": checkpoint_every, "drop": 0}
+        settings: dict[str, Any] = {
+            "save": save,
+            "wait": wait,
+            "checkpoint_every": checkpoint_every,
+            "drop": 0,
+            "gate": False,
+        }
         self._row_caches = [AttentionStoreCache(self._model, name, self._store, **settings) for name in names]
         for row in self._row_caches:
             row.parks = False  # they hold but the tail of their conversations

@@ -20,6 +20,7 @@ from .attach import Attachment, ensure_hooks, feed, owner_of
 from .compiled import outside_graphs
 from .fingerprint import position_limit
 from .forwards import CacheForwards
+from .gating import Gate, wanted
 from .inputs import foreign_input
 from .kinds import make_layers
 from .layers import KeptLayer, SlidingLayer, StoreLayer
@@ -56,6 +57,9 @@ class AttentionStoreCache(CacheForwards):
             parts of at most so many tokens.
         save: whether to keep what is computed. False reads only.
         wait: seconds to wait where another turn is running on the session, instead of failing at once.
+        gate: whether to compute again what would take longer to load, as measured on this machine; the tokens are the
+            same either way. False reuses all that is known. Default: yes, unless the environment variable
+            `ATTNSTORE_GATE` is `off`.
 
     Raises:
         UnsupportedModelError: the model is of a kind that can't be kept; the message says why.
@@ -95,6 +99,7 @@ class AttentionStoreCache(CacheForwards):
         checkpoint_every: int | None = None,
         save: bool = True,
         wait: float = 0.0,
+        gate: bool | None = None,
     ) -> None:
         self._model = owner_of(model)
         self._given_model = model
@@ -112,6 +117,9 @@ class AttentionStoreCache(CacheForwards):
         self._wait = wait
         self._limit = position_limit(config.get_text_config(decoder=True))
         self._window = window_of(config, window, keep_first, drop)
+        # what an encoder takes can't be told by tokens
+        learns = not is_encoder_decoder(self._model)
+        self._gate = Gate(enabled=wanted(gate), devices=self._attachment.devices, learns=learns)
         self._prepare_empty()
         self._inputs: dict[str, Any] = {}
         self._store.register(self)
@@ -381,6 +389,7 @@ class AttentionStoreCache(CacheForwards):
                 self._held = max(0, self._held + tokens_to_remove)
                 return
             self._crop_to(max(0, self._held + tokens_to_remove))
+            self._known = 0
             if self._states and self._states_at != self._held:
                 self._reload(self._held)
             self._changed = True
@@ -424,6 +433,7 @@ class AttentionStoreCache(CacheForwards):
         twin._limit = self._limit
         twin._window = self._window
         twin._checkpoint_every = self._checkpoint_every
+        twin._gate = Gate(enabled=False, devices=self._attachment.devices, learns=False)
         twin._prepare_empty()
         twin._fingerprint = self._fingerprint
         twin._change_view(self._view, self._chain.ids)

@@ -70,6 +70,8 @@ class CacheForwards(CacheTurns):
             self._states_at = None
         if self._saver is not None:
             self._saver.begin_forward(self._chain.full_blocks())
+        if count > 1 and rows == 1 and self._content is None:
+            self._gate.begin_forward(self._held, count, self._elsewhere())
         return replaced or None
 
     def _fit_inputs(self, ids: torch.Tensor | None, count: int, named: Mapping[str, Any]) -> dict[str, Any]:
@@ -273,6 +275,8 @@ class CacheForwards(CacheTurns):
         forward, self._forward = self._forward, None
         if forward is None:
             return
+        if forward.count > 1:
+            self._gate.end_forward(self._elsewhere())
         self._changed = True
         before, self._held = self._held, self._held + forward.count
         for layer in self.layers:

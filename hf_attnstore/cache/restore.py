@@ -80,12 +80,18 @@ class Restore:
         self._waited = 0.0
         self._compute: list[float] = []
         self.exposed_seconds = 0.0
+        self.planning_seconds = 0.0
+        """What it took to plan the load: finding room, opening blocks."""
         for number, layer in enumerate(layers):
             layer.pending = partial(self._wait, number)
 
     @property
     def load(self) -> Load:
         return self._load
+
+    def look_ahead(self, layers: int) -> None:
+        """Sets how many layers are asked for beyond the one that computes."""
+        self._depth = layers
 
     def start(self) -> None:
         """Asks for the first layers; returns at once."""

@@ -87,10 +87,11 @@ class SequenceToSequenceCache(AttentionStoreCache, EncoderDecoderCache):
         drop: float = 0.0,
         save: bool = True,
         wait: float = 0.0,
+        gate: bool | None = None,
     ) -> None:
         if window is not None or keep_first:
             raise CacheUseError("encoder-decoder models have no window: leave out window and keep_first")
-        super().__init__(model, session, store, drop=0, save=save, wait=wait)
+        super().__init__(model, session, store, drop=0, save=save, wait=wait, gate=gate)
 
     def _prepare_empty(self) -> None:
         super()._prepare_empty()

@@ -45,6 +45,10 @@ class TurnStats:
     """Why something that could have been reused was not; empty if nothing was."""
     missed: str = ""
     """The kind of that reason, in few words."""
+    gate: str = ""
+    """What was chosen to be reused of what is known, and why, in words; empty where there was nothing to choose."""
+    recompute_seconds: float | None = None
+    """How long computing the whole prompt would have taken, estimated; None while unknown."""
     encoder_reused: int = 0
     """Positions of an encoder's output whose keys and values were there already; encoder-decoder models only."""
     encoder_skipped: bool = False
@@ -56,7 +60,7 @@ def added_up(rows: Sequence[TurnStats], whole: TurnStats) -> TurnStats:
     total = TurnStats(recomputed=whole.recomputed, missed=whole.missed)
     for name in (entry.name for entry in fields(TurnStats)):
         values = [getattr(row, name) for row in rows]
-        if isinstance(values[0], (int, float)):
+        if all(isinstance(value, (int, float)) for value in values):
             setattr(total, name, sum(values))
     total.blocks_from = dict(sum((Counter(row.blocks_from) for row in rows), Counter()))
     for row in rows:

@@ -283,6 +283,7 @@ class CacheTurns(ParkingCache):
             layer.thaw()
         self._settle()
         self._identify()
+        self._gate.begin_turn(self._fingerprint, self._store if not self._untracked else None)
         self._continues = "parts"
         asks = not self._attachment.verified and self.granularity != "none"
         if asks and self._ranks.all(not self._untracked):
@@ -348,11 +349,14 @@ class CacheTurns(ParkingCache):
         if self._saver is not None and self._changed:  # what was not computed now was handed over before, or let go
             saved = self._saver.finish(len(self._chain))
             self._take_checkpoint(wait=True)
-            # a turn that computed nothing that ids identify leaves the session as it was
-            if len(self._chain) or not self._untracked:
+            # a turn that computed nothing that ids identify leaves the session as it was, and so does one that was
+            # interrupted while it computed again what the store has
+            if len(self._chain) >= self._known and (len(self._chain) or not self._untracked):
                 self._commit(saved)
             stats.saved_bytes += self._saver.saved_bytes
             stats.save_seconds = self._saver.seconds
+        self._gate.end_turn(self.layers, self._store)
+        stats.recompute_seconds = self._gate.estimate(self._prompt_tokens)
         self._store.count_turn(
             stats.reused_tokens,
             stats.prompt_tokens,

@@ -38,6 +38,10 @@ class BlockStore(OpenStore):
         missing = set(elsewhere) - self._disk.has(elsewhere) if elsewhere else set()
         return next((place for place, key in enumerate(keys) if key in missing), len(keys))
 
+    def tier_of(self, key: Key) -> str:
+        """The tier that a block, which is somewhere, would be loaded from."""
+        return "memory" if self._memory.get(key) is not None else "disk"
+
     def nearest(self, parent: Key, ids: Sequence[int]) -> Match | None:
         """The block after `parent` that shares the longest beginning with `ids`; None if none shares a token."""
         tokens = encode_tokens(ids)
@@ -165,6 +169,10 @@ class BlockStore(OpenStore):
             return
         self._accounts.count_all({"saved_blocks": 1, "saved_bytes": block.nbytes})
         self._writer.submit(partial(self._write, block, supersedes))
+
+    def keep_in_memory(self, block: Block) -> None:
+        """Takes over a complete block, whose bytes were reserved, that is on disk already."""
+        self._memory.insert(block, dirty=False)
 
     def touch(self, keys: Sequence[Key]) -> None:
         """Marks blocks as just used."""
