@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -304,3 +305,25 @@ class AttentionStore(BlockStore):
                 break
             ids += found[1][span.start : span.stop].tolist()
         return ids
+
+    # what comes next
+
+    def schedule(self, upcoming: Sequence[str]) -> None:
+        """Says which sessions will run, in order: what of them is on disk only is fetched into memory, as long as there
+        is room, in the background."""
+        self._check_open()
+        for name in upcoming:
+            manifest = self.latest_manifest(name)
+            for span in manifest.spans if manifest is not None else ():
+                if span.block:
+                    self._readers.submit(partial(self._promote, span.block))
+
+    def residence(self, name: str) -> dict[str, int]:
+        """Bytes of a session's blocks by tier: "memory", and "disk" for those that are there alone."""
+        found = {"memory": 0, "disk": 0}
+        manifest = self.latest_manifest(name)
+        for span in manifest.spans if manifest is not None else ():
+            if span.block:
+                specs = self.describe(span.block).values()
+                found["disk" if self._memory.get(span.block) is None else "memory"] += sum(s.nbytes for s in specs)
+        return found
