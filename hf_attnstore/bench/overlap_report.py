@@ -16,6 +16,7 @@ from hf_attnstore.bench.overlap import (
     FETCHED,
     FIRST,
     MEASURED,
+    MEMORY,
     ONE,
     THREADS,
     TURNS,
