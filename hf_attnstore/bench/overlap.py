@@ -157,6 +157,7 @@ class Bench:
         detach(model)
         self._model = model
         self._seed = seed
+        self._traces = 0
         self.history = random_ids(model, history, (seed, history))
         kept = baselines.filled_cache(model, self.history)
         nbytes = baselines.kv_bytes(kept)
@@ -317,11 +318,12 @@ class Bench:
             upcoming: tokens of the session that is scheduled next, and fetched meanwhile; 0 for none.
         """
         setting = self.setting
-        fresh = random_ids(self._model, new, (self._seed, setting.history, new, 5))
-        ids = torch.cat([self.history, fresh], dim=1)
         if upcoming:
             self._fill("upcoming", random_ids(self._model, upcoming, (self._seed, upcoming, 6)))
         for name in ("warm-up", "traced"):
+            self._traces += 1  # on new tokens each time: what was saved is not saved again
+            fresh = random_ids(self._model, new, (self._seed, setting.history, self._traces, 5))
+            ids = torch.cat([self.history, fresh], dim=1)
             self.store.fork(SESSION, name)
             (StoreCold if disk.cold else StoreDisk)(setting).prepare()
 
@@ -330,11 +332,27 @@ class Bench:
                 cache.overlap = overlap
                 return cache
 
-            with slow_disk(disk.bytes_per_second):
-                if upcoming and name == "traced":
-                    self.store.schedule(["upcoming"])
+            with slow_disk(disk.bytes_per_second), self._scheduled("upcoming" if upcoming else None):
                 sample, cache = timed_generate(self._model, ids, setting.decode, make)
                 self.store.flush()
             check_reuse(cache, "the traced turn", setting.history, setting.kv_bytes, "disk")
             self.store.delete(name)
         return cache.timeline, self._with_load(sample, cache)
+
+    @contextmanager
+    def _scheduled(self, name: str | None) -> Iterator[None]:
+        """Until this ends, a session is scheduled as soon as the model begins to compute."""
+        if name is None:
+            yield
+            return
+
+        def schedule(*_: object) -> None:
+            hook.remove()
+            self.store.schedule([name])
+
+        hook = self._model.register_forward_pre_hook(schedule)
+        try:
+            yield
+        finally:
+            hook.remove()
+            self.store.schedule([])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import tempfile
@@ -233,8 +234,14 @@ class _Setting:
             machine = describe_machine(root)
             about = in_words(machine)
             console.print(f"{self.label} on {about}", highlight=False)
-            with torch.inference_mode(), no_gate():
-                yield load_model(self._spec), root, about, machine
+            model = load_model(self._spec)
+            gc.collect()
+            gc.freeze()  # what is there already need not be looked through before every turn that is timed
+            try:
+                with torch.inference_mode(), no_gate():
+                    yield model, root, about, machine
+            finally:
+                gc.unfreeze()
 
     @contextmanager
     def bench(self, model: Any, history: int, folder: Path) -> Iterator[Bench]:
