@@ -17,6 +17,7 @@ from ..errors import CacheUseError
 from ..session.matching import match_prefix
 from ..session.spans import total_tokens
 from ..store.store import AttentionStore
+from ..timeline import Event, in_order
 from .attach import feed
 from .cache import AttentionStoreCache
 from .layers import SlidingLayer, StoreLayer
@@ -39,6 +40,7 @@ class BatchCache(AttentionStoreCache):
         session: Sequence[str | None],
         store: AttentionStore | None = None,
         *,
+        record: bool = False,
         save: bool = True,
         wait: float = 0.0,
         checkpoint_every: int | None = None,
@@ -53,7 +55,7 @@ class BatchCache(AttentionStoreCache):
             raise CacheUseError("two rows of a batch can't be the same session")
         if drop:
             raise CacheUseError("a batch of conversations drops nothing: leave out `drop`")
-        super().__init__(model, None, store, drop=0, save=False, gate=False)
+        super().__init__(model, None, store, drop=0, save=False, record=record, gate=False)
         assert self._store is not None
         self.sessions = names
         """The session of every row; None for a row that is kept by content only."""
@@ -79,6 +81,12 @@ class BatchCache(AttentionStoreCache):
     def row_stats(self) -> list[TurnStats]:
         """The numbers of the last turn, row by row."""
         return [row.stats for row in self._row_caches]
+
+    @property
+    def timeline(self) -> tuple[Event, ...]:
+        """The events of all rows, in the order of beginning; what is loaded is loaded row by row."""
+        found = {*super().timeline}  # what the store does in the background, all of them have recorded
+        return in_order(found.union(*(row.timeline for row in self._row_caches)))
 
     def match(self, input_ids: torch.Tensor, new_tokens: int = 0, **inputs: Any) -> int:
         """Loads what is known of the conversations, for a loop of one's own.
@@ -271,6 +279,8 @@ class BatchCache(AttentionStoreCache):
 
     def _open(self) -> None:
         super()._open()
+        for row in self._row_caches:
+            row.record_timeline = self.record_timeline
         self._given_up = True
         self._feeding = None
 

@@ -16,6 +16,7 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerM
 
 from ..errors import CacheUseError, LoadError
 from ..store.store import AttentionStore
+from ..timeline import Event
 from .attach import Attachment, ensure_hooks, feed, owner_of
 from .compiled import outside_graphs
 from .fingerprint import position_limit
@@ -55,6 +56,7 @@ class AttentionStoreCache(CacheForwards):
         checkpoint_every: for models with layers that keep a running state (linear attention, SSM, convolution): keep
             it at every so many tokens too, beside the end of every prompt and of every turn. Prompts are then fed in
             parts of at most so many tokens.
+        record: whether `timeline` is to say what happened when; `record_timeline` changes it later.
         save: whether to keep what is computed. False reads only.
         wait: seconds to wait where another turn is running on the session, instead of failing at once.
         gate: whether to compute again what would take longer to load, as measured on this machine; the tokens are the
@@ -97,6 +99,7 @@ class AttentionStoreCache(CacheForwards):
         keep_first: int = 0,
         drop: float = 0.5,
         checkpoint_every: int | None = None,
+        record: bool = False,
         save: bool = True,
         wait: float = 0.0,
         gate: bool | None = None,
@@ -107,6 +110,7 @@ class AttentionStoreCache(CacheForwards):
         if checkpoint_every is not None and checkpoint_every < 1:
             raise CacheUseError(f"checkpoint_every is a number of tokens, not {checkpoint_every}")
         self._checkpoint_every = checkpoint_every
+        self.record_timeline = record
         layers: list[Any] = list(make_layers(self._model))
         Cache.__init__(self, layers=layers)
         self._attachment: Attachment = ensure_hooks(self._model)
@@ -138,6 +142,12 @@ class AttentionStoreCache(CacheForwards):
     def stats(self) -> TurnStats:
         """The numbers of the last turn, or of the one that runs."""
         return self._stats
+
+    @property
+    def timeline(self) -> tuple[Event, ...]:
+        """What happened when in the last turn, or in the one that runs, in the order of beginning; empty if that is not
+        recorded. Files that are written behind a turn come in until all of them are."""
+        return self._recorder.events() if self._recorder is not None else ()
 
     @property
     def reused_tokens(self) -> int:

@@ -33,7 +33,9 @@ from .gating import Gate, lengths_between
 from .kinds import granularity
 from .layers import KeptLayer, SlidingLayer
 from .modalities import Content, last_stand_in
+from .overlap import Overlap
 from .ranks import Ranks
+from .recording import TurnRecorder
 from .restore import Checkpoint, Restore, plan_restore, resident_from
 from .saver import BlockSaver
 from .states import RunningState
@@ -77,6 +79,10 @@ class CacheContent(OutsideGraphsCache):
     _window: Window | None
     _checkpoint_every: int | None
     _gate: Gate
+    record_timeline = False
+    """Whether turns are recorded, from the next one on: see `timeline`."""
+    overlap = Overlap()
+    _recorder: TurnRecorder | None = None
 
     def _prepare_empty(self) -> None:
         self._busy = threading.Lock()
@@ -407,6 +413,12 @@ class CacheContent(OutsideGraphsCache):
         if checkpoint is not None:
             self._checkpoints[length] = checkpoint.key
         self._stats.rotated_tokens = restore.rotated_tokens if restore is not None else 0
+        return self._watched(restore)
+
+    def _watched(self, restore: Restore | None) -> Restore | None:
+        """A load as the user wants to have it: recorded, or not as it is best."""
+        if restore is not None:
+            restore.recorder, restore.overlap = self._recorder, self.overlap
         return restore
 
     def _whole_from(self, length: int) -> int:

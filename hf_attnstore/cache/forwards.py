@@ -29,7 +29,12 @@ class CacheForwards(CacheTurns):
                 "or torch.inference_mode(), or train without a cache"
             )
         with self._guard:
-            return self._begin_forward(named)
+            replaced = self._begin_forward(named)
+            if self._recorder is not None and self._forward is not None:
+                count = self._forward.count
+                decoding = count == 1 and (not self._checked or self._held >= self._prompt_tokens)
+                self._recorder.begin_forward(count, decoding=decoding)
+            return replaced
 
     def _begin_forward(self, named: Mapping[str, Any]) -> dict[str, Any] | None:
         if not self._in_turn:
@@ -221,14 +226,22 @@ class CacheForwards(CacheTurns):
 
     def before_layer(self, number: int) -> None:
         """A decoder layer is about to compute."""
+        if self._recorder is not None:
+            self._recorder.before_layer(number)
         if self._restore is not None:
             self._restore.before_layer(number)
 
     def after_layer(self, number: int) -> None:
         """A decoder layer has computed."""
+        recorder = self._recorder
+        if recorder is not None:
+            recorder.after_layer(number)
         if self._saver is not None and self._saver.due and self._forward is not None:
             try:
+                began = recorder.now(number) if recorder is not None else 0.0
                 self._saver.layer_done(number)
+                if recorder is not None:
+                    recorder.saved(number, began)
             except StoreClosedError:
                 self._stop_saving()
 
@@ -269,6 +282,8 @@ class CacheForwards(CacheTurns):
     def end_forward(self) -> None:
         """A forward of the model has ended well."""
         with self._guard:
+            if self._recorder is not None:
+                self._recorder.end_forward()
             self._end_forward()
 
     def _end_forward(self) -> None:

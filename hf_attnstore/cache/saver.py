@@ -118,7 +118,7 @@ class BlockSaver:
             if (
                 device is not None and device.type == "cuda"
             ):  # what is on its way to the host must not be overwritten before it is there
-                torch.cuda.current_stream(device).wait_stream(_save_stream(device))
+                torch.cuda.current_stream(device).wait_stream(save_stream(device))
         self._mark_saved()
 
     def _mark_saved(self) -> None:
@@ -291,7 +291,7 @@ def copy_to_host(
         if tensor.device.type != "cuda":
             return take(tensor).copy_(tensor)
         copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    stream = _save_stream(tensor.device)
+    stream = save_stream(tensor.device)
     stream.wait_stream(torch.cuda.current_stream(tensor.device))
     with torch.cuda.stream(stream):
         copy.copy_(tensor, non_blocking=True)
@@ -305,7 +305,7 @@ def copy_to_host(
 _streams: dict[torch.device, torch.cuda.Stream] = {}
 
 
-def _save_stream(device: torch.device) -> torch.cuda.Stream:
+def save_stream(device: torch.device) -> torch.cuda.Stream:
     """The stream, one for each device, on which KV leaves it."""
     if device not in _streams:
         _streams[device] = torch.cuda.Stream(device)

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +17,8 @@ from .layers import FullLayer
 from .modalities import Content, has_stand_ins
 from .parking import ParkingCache
 from .ranks import OtherRankError
+from .recording import TurnRecorder
+from .saver import BlockSaver
 from .states import RunningState
 from .stats import TurnStats
 
@@ -107,6 +110,8 @@ class CacheTurns(ParkingCache):
                 raise
             self._prompt = shown if checked else None
             self._prompt_tokens = len(shown)
+            if self.overlap.save_late:
+                self.hold_back()
             self._stops = self._choose_stops(reused, len(shown) - 1) if checked else []
             stats = self._stats
             stats.prompt_tokens = len(ids)
@@ -271,6 +276,7 @@ class CacheTurns(ParkingCache):
         self._in_turn = True
         if self._store is not None and self._attachment.computes_on_cpu:
             self._store.begin_computing(id(self))
+        self._begin_recording()
         before = self._stats if self._reopening else TurnStats()
         self._stats = TurnStats(recomputed=before.recomputed, missed=before.missed)
         self._reopening = False
@@ -298,7 +304,27 @@ class CacheTurns(ParkingCache):
             self._untrack(f"nothing is known of layers of kind {kinds}", expected=True)
             self._stats.recomputed, self._stats.missed = self._untracked, "unknown kind of layer"
 
+    def _begin_recording(self) -> None:
+        """Where turns are recorded, this one has a recorder of its own, unless it goes on after a load that failed."""
+        if not self._reopening or not self.record_timeline:
+            self._end_recording()
+            self._recorder = TurnRecorder(self._store, self._attachment.devices) if self.record_timeline else None
+
+    def _end_recording(self) -> None:
+        """What was recorded stays until the next turn."""
+        if self._recorder is not None:
+            self._recorder.end()
+
+    def _finish_saving(self, saver: BlockSaver) -> int:
+        """Hands over what was not yet. Returns how many leading tokens the store has."""
+        began = time.perf_counter()
+        saved = saver.finish(len(self._chain))
+        if self._recorder is not None:
+            self._recorder.saved("end of the turn", began)
+        return saved
+
     def _close_turn(self) -> None:
+        self._end_recording()
         if self._store is not None:
             self._store.end_computing(id(self))
         if self._lock is not None:
@@ -347,7 +373,7 @@ class CacheTurns(ParkingCache):
             return
         stats = self._stats
         if self._saver is not None and self._changed:  # what was not computed now was handed over before, or let go
-            saved = self._saver.finish(len(self._chain))
+            saved = self._finish_saving(self._saver)
             self._take_checkpoint(wait=True)
             # a turn that computed nothing that ids identify leaves the session as it was, and so does one that was
             # interrupted while it computed again what the store has

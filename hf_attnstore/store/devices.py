@@ -49,6 +49,10 @@ class DeviceCopies:
         """Whether sources should lie in pinned memory."""
         return bool(self._streams)
 
+    def stream(self, device: torch.device) -> torch.cuda.Stream | None:
+        """The stream on which copies to a device go; None if it has none of its own."""
+        return self._streams.get(device)
+
     def copy(
         self,
         stage: int,

@@ -17,12 +17,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, groupby
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from ..errors import LoadError
+from ..timeline import Time
 from .blocks import Block, as_bytes
+from .device_times import DeviceTimes
 from .devices import DeviceCopies, host_tensors
 from .disk import BlockFile
 from .keys import Key
@@ -131,8 +134,19 @@ class LoadStats:
             self.seconds_from[tier] = self.seconds_from.get(tier, 0.0) + taken
 
 
+class LoadRecorder(Protocol):
+    """Somebody who takes down what a load does, when it happens. Called by any thread."""
+
+    times: DeviceTimes
+
+    def brought(self, stage: int, how: str, begin: Time, end: Time) -> None:
+        """A part of a stage was put in place; `how`, if there is more than one step on the way."""
+
+
 class Load:
     """A running load. Made by `AttentionStore.load`; used by one thread."""
+
+    recorder: LoadRecorder | None = None
 
     def __init__(
         self,
@@ -179,6 +193,10 @@ class Load:
     def from_disk(self) -> list[Key]:
         """The blocks that are not in memory, in the order of their use."""
         return self._from_disk
+
+    def use_threads(self) -> None:
+        """Has the I/O threads bring what is for host memory too. To be called before anything is asked for."""
+        self._here = [False for _ in self._stages]
 
     def request(self, stage: int) -> None:
         """Asks for every stage up to and including `stage`; returns at once."""
@@ -300,6 +318,9 @@ class Load:
         with self._lock:
             self.stats.add(seconds, bytes_from, reading)
             self.stage_seconds[number] += seconds
+        if self.recorder is not None:
+            end = time.perf_counter()
+            self.recorder.brought(number, "read" if self._devices.pinned else "", end - seconds, end)
 
     # on the I/O threads
 
@@ -310,14 +331,31 @@ class Load:
         whole = host_tensors(self._sources[piece.key][1], targets, _read_adjacent, pinned=self._devices.pinned)
         sources = {name: whole[name][:, piece.start : piece.stop] for name in targets}
         arrived = partial(stage.arrived, piece.shift) if stage.arrived is not None and piece.shift else None
-        self._devices.copy(number, sources, targets, arrived)
+        self._copy(number, sources, targets, arrived)
         return sum(target.nbytes for target in targets.values())
 
     def _bring_whole(self, number: int) -> int:
         """Brings a stage's part of a checkpoint to a device."""
         stage = self._stages[number]
-        self._devices.copy(number, self._whole_tensors(stage), stage.whole, None)
+        self._copy(number, self._whole_tensors(stage), stage.whole, None)
         return sum(target.nbytes for target in stage.whole.values())
+
+    def _copy(
+        self,
+        number: int,
+        sources: Mapping[str, torch.Tensor],
+        targets: Mapping[str, torch.Tensor],
+        arrived: Callable[[Mapping[str, torch.Tensor]], None] | None,
+    ) -> None:
+        """Copies a part of a stage to a device."""
+        device = next(iter(targets.values())).device
+        stream = self._devices.stream(device)
+        if self.recorder is None or stream is None:
+            self._devices.copy(number, sources, targets, arrived)
+            return
+        began = self.recorder.times.mark(device, stream)
+        self._devices.copy(number, sources, targets, arrived)
+        self.recorder.brought(number, "copy", began, self.recorder.times.mark(device, stream))
 
     def _bring(self, number: int, key: Key, bring: Callable[[], int]) -> None:
         """Runs one part of a stage's way to a device."""
