@@ -22,6 +22,14 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+ENVIRONMENT = {
+    "PYTHONPATH": str(ROOT),
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "ATTNSTORE_GATE": "off",  # what is reused is not to depend on how fast this machine is today
+}
+
+
 class Turn(NamedTuple):
     """What an example printed about one turn."""
 
@@ -37,7 +45,7 @@ def run(name: str, *arguments: str | Path, typed: str = "") -> str:
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, **ENVIRONMENT},
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
