@@ -15,7 +15,6 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
-NOT_RUN_HERE = {"train_small_model.py"}  # it has tests of its own
 
 pytestmark = pytest.mark.skipif(
     not (EXAMPLES / "small-model" / "config.json").is_file(), reason="the small model is not in this checkout"
