@@ -30,6 +30,9 @@ _MAX_EXPECTED_NEW = 4096
 class CacheTurns(ParkingCache):
     """A cache that has turns: one `generate` each, or the forwards of a loop of one's own up to `save`."""
 
+    _began = 0.0
+    """When the turn began, on the clock of `time.perf_counter`."""
+
     def save(self) -> None:
         """Ends a turn of one's own loop: everything complete is handed to the store, the session updated.
 
@@ -178,8 +181,15 @@ class CacheTurns(ParkingCache):
         """Whether a `generate` of this thread is running with this cache."""
         return self._in_turn and self._checked and self._turn_thread == threading.get_ident()
 
+    def note_first_token(self) -> None:
+        """`generate` has a new token, as it goes on or has returned. On a GPU that is when there really is one: it
+        has looked at it by then, so nothing of the prompt is still being computed."""
+        if self._checked and self._stats.ttft_seconds is None and 0 < self._prompt_tokens <= self._held:
+            self._stats.ttft_seconds = time.perf_counter() - self._began
+
     def end_of_generate(self) -> None:
         """`generate` has returned: notes it if the model computed without the cache that it was given."""
+        self.note_first_token()
         stats = self._stats
         if not stats.prefilled_tokens and not stats.generated_tokens:
             if not self._untracked:
@@ -210,6 +220,7 @@ class CacheTurns(ParkingCache):
                 except StoreClosedError:
                     self._stop_saving()
             finally:
+                self._stats.seconds = time.perf_counter() - self._began
                 self._close_turn()
 
     def hold_back(self) -> None:
@@ -253,6 +264,7 @@ class CacheTurns(ParkingCache):
         on the session."""
         if self._reopening:
             return
+        self._began = time.perf_counter()
         self.save()
         if not self._busy.acquire(blocking=False):
             raise SessionBusyError("this cache object is in the middle of another turn; make one object per thread")
