@@ -237,7 +237,7 @@ class AttentionStore(BlockStore):
 
     def session_fingerprint(self, name: str) -> str | None:
         """The model fingerprint that a session was last saved with; None if there is no such session."""
-        pending = self._committing.get(name)
+        pending = self._committing.get((self.namespace, name))
         return pending[0] if pending is not None else self._disk.fingerprint(self.namespace, name)
 
     def lock_session(self, name: str, wait: float) -> SessionLock:
@@ -263,7 +263,8 @@ class AttentionStore(BlockStore):
         Blocks of earlier branches stay the session's own, so that `delete` removes them too.
         """
         self._check_open()
-        pending = self._committing[session] = (fingerprint, manifest)
+        place = self.namespace, session
+        pending = self._committing[place] = (fingerprint, manifest)
         hold = self._locks.keep(self.namespace, session)
 
         def change() -> None:
@@ -271,8 +272,8 @@ class AttentionStore(BlockStore):
                 self._disk.commit(self.namespace, session, fingerprint, manifest)
                 self._keep_totals()
             finally:
-                if self._committing.get(session) is pending:
-                    del self._committing[session]
+                if self._committing.get(place) is pending:
+                    del self._committing[place]
                 if hold is not None:
                     hold.done()
 
@@ -289,7 +290,7 @@ class AttentionStore(BlockStore):
 
     def latest_manifest(self, session: str) -> Manifest | None:
         """What a session consists of, or will when what was handed over is on disk; None if there is none."""
-        pending = self._committing.get(session)
+        pending = self._committing.get((self.namespace, session))
         return pending[1] if pending is not None else self._disk.manifest(self.namespace, session)
 
     def tokens(self, session: str, *, dropped: bool = False) -> list[int]:
