@@ -255,6 +255,22 @@ class AttentionStore(BlockStore):
         """Says which sessions will run, in this order; replaces what was said before."""
         self._check_open()
 
+    def expect(self, session: str, within: float = 60.0) -> None:
+        """Says that a turn on a session is likely within so many seconds: its KV is fetched into memory."""
+        self._check_open()
+        manifest = self.latest_manifest(session)
+        if manifest is not None:
+            self.promote([span.block for span in manifest.spans if span.block])
+
+    def residence(self, session: str) -> dict[str, int]:
+        """Bytes of a session's blocks that are in "memory" and on "disk"."""
+        manifest = self.latest_manifest(session)
+        keys = {span.block for span in manifest.spans if span.block} if manifest is not None else set()
+        held = [self._memory.get(key) for key in keys]
+        rows = [self._disk.row(key) for key in keys]
+        memory, disk = sum(block.nbytes for block in held if block), sum(row.file_bytes for row in rows if row)
+        return {"memory": memory, "disk": disk}
+
     # turns
 
     def commit(self, session: str, fingerprint: str, manifest: Manifest) -> None:
