@@ -268,7 +268,7 @@ class AttentionStore(BlockStore):
         keys = {span.block for span in manifest.spans if span.block} if manifest is not None else set()
         held = [self._memory.get(key) for key in keys]
         rows = [self._disk.row(key) for key in keys]
-        memory, disk = sum(block.nbytes for block in held if block), sum(row.file_bytes for row in rows if row)
+        memory, disk = sum(block.nbytes for block in held if block), sum(row.bytes for row in rows if row)
         return {"memory": memory, "disk": disk}
 
     # turns
