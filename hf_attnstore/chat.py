@@ -146,6 +146,7 @@ class ChatSession:
         self._cache: AttentionStoreCache | None = None
         self._background: BackgroundPrefill | None = None
         self._warned = False
+        self._timeline: list[Any] = []
         self._metadata = self._saved_metadata()
         self._transcript = self._saved_transcript().with_system(system)
 
@@ -163,6 +164,11 @@ class ChatSession:
     def stats(self) -> ChatTurn | None:
         """What the last turn of this object was; `None` before the first."""
         return self._turn
+
+    @property
+    def timeline(self) -> list[Any]:
+        """What happened when in the last turn, as `AttentionStoreCache.timeline` has it."""
+        return list(self._timeline)
 
     def prompt_ids(self, text: str) -> list[int]:
         """The token ids that `send(text)` would feed: the exact conversation so far, and what the chat
@@ -221,10 +227,10 @@ class ChatSession:
 
     def annotation(self, key: str) -> Any:
         """What `annotate` kept under `key`; None if nothing."""
-        return self._metadata.get(ANNOTATIONS_KEY, {}).get(key)
+        return annotation_in(self._metadata, key)
 
     def annotate(self, key: str, value: Any) -> None:
-        """Keeps something JSON-able of the caller's own with the conversation: forks have it too, `delete` removes it."""
+        """Keeps something JSON-able of the caller's own with the conversation; forks have it too, `delete` removes it."""
         self._metadata = {
             **self._metadata,
             ANNOTATIONS_KEY: {**self._metadata.get(ANNOTATIONS_KEY, {}), key: value},
@@ -274,6 +280,7 @@ class ChatSession:
             finished = True
             self._cache = cache if self.reuse else None
         finally:
+            self._timeline = list(getattr(cache, "timeline", ()))
             if run.ids:
                 finish = self._finish(run, wanted, kwargs["max_new_tokens"]) if finished else "interrupted"
                 self._turn = _turn(run, cache, len(prompt.ids), finish, BackgroundWork() if self.canonicalize else None)
@@ -410,6 +417,11 @@ class ChatSession:
             self.store.set_metadata(self.session, self._metadata)
         except StoreIOError as error:  # the next turn tries again, with all messages
             logger.warning("the messages of session %r are not kept for now: %s", self.session, error)
+
+
+def annotation_in(metadata: dict[str, Any], key: str) -> Any:
+    """What `ChatSession.annotate` kept under `key`, in a session's metadata; None if nothing."""
+    return metadata.get(ANNOTATIONS_KEY, {}).get(key)
 
 
 def context_window(model: PreTrainedModel) -> int | None:
