@@ -230,7 +230,7 @@ class ChatSession:
         return annotation_in(self._metadata, key)
 
     def annotate(self, key: str, value: Any) -> None:
-        """Keeps something JSON-able of the caller's own with the conversation; forks have it too, `delete` removes it."""
+        """Keeps something JSON-able of the caller's own with the conversation; forks have it, `delete` removes it."""
         self._metadata = {
             **self._metadata,
             ANNOTATIONS_KEY: {**self._metadata.get(ANNOTATIONS_KEY, {}), key: value},

@@ -44,7 +44,7 @@ def build(
     with gr.Blocks(title="hf-attnstore", analytics_enabled=False, fill_height=True, fill_width=True) as page:
         current = gr.Textbox(visible=False)
         ticket = gr.Textbox(visible=False)
-        with gr.Sidebar(width=290, position="left", elem_id="left"):
+        with gr.Sidebar(width=270, position="left", elem_id="left"):
             gr.HTML("<h2>Conversations</h2>")
             new = gr.Button("New conversation", variant="primary", size="sm")
             search = gr.Textbox(placeholder="Search", show_label=False, container=False, elem_id="search")
@@ -59,7 +59,7 @@ def build(
                 rename_now = gr.Button("Rename it", size="sm", variant="primary")
             with gr.Group(visible=False) as delete_row:
                 delete_now = gr.Button("Delete it for good", size="sm", variant="stop")
-        with gr.Sidebar(width=330, position="right", elem_id="right"):
+        with gr.Sidebar(width=310, position="right", elem_id="right"):
             gr.HTML("<h2>What it took</h2>")
             panel = gr.HTML(conversation_panel(None))
             numbers = gr.HTML()
@@ -87,7 +87,6 @@ def build(
             lines=1,
             max_lines=8,
             submit_btn=True,
-            autofocus=True,
             elem_id="message",
         )
         parts = Parts(

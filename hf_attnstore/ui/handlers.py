@@ -22,7 +22,7 @@ from . import messages
 from .identity import namespace_of
 from .panel import conversation_panel, store_panel
 from .restart import Restart
-from .sessions import Conversation, Entry, UserSessions
+from .sessions import Conversation, Entry, UserSessions, shortened
 from .turns import Running, Turns, Wish
 
 logger = logging.getLogger("hf_attnstore")
@@ -30,6 +30,8 @@ logger = logging.getLogger("hf_attnstore")
 LOOK_EVERY = 0.12
 """Seconds between two looks at a running turn: often enough to read along, seldom enough to cost nothing."""
 MOST_PAGES = 10_000
+LABEL_CHARACTERS = 30
+"""Of a name in the list, so that it is on one line."""
 
 T = TypeVar("T")
 Update = dict[Any, Any]
@@ -85,7 +87,7 @@ class Handlers:
 
     def _listed(self, entries: tuple[list[Entry], int], current: str) -> Update:
         found, more = entries
-        choices = [(f"{entry.name}\n{entry.details}", entry.name) for entry in found]
+        choices = [(f"{shortened(entry.name, LABEL_CHARACTERS)}\n{entry.details}", entry.name) for entry in found]
         value = current if any(entry.name == current for entry in found) else None
         said = f"and {more:,} more: search for them" if more else "" if found else "no conversation yet"
         return {

@@ -52,7 +52,7 @@ def _digest(kind: str, what: str) -> str:
 
 
 class IdentityCookie:
-    """ASGI middleware: gives each browser its cookie with the page, and the same again at each visit so that it lasts."""
+    """ASGI middleware: gives each browser its cookie with the page, and the same one again at each visit."""
 
     def __init__(self, app: Any) -> None:
         self.app = app

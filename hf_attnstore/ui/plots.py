@@ -85,9 +85,8 @@ def timeline_plot(events: Sequence[tuple[str, str, float, float]]) -> str:
         y = row * tracks.index(track) + 2
         kind = track if track in TRACKS else "compute"
         label = escape(f"{track}: {name}, {milliseconds(last - first)}")
-        parts.append(
-            f'<rect class="track-{kind}" x="{x:.1f}" y="{y}" width="{width:.1f}" height="11"><title>{label}</title></rect>'
-        )
+        box = f'class="track-{kind}" x="{x:.1f}" y="{y}" width="{width:.1f}" height="11"'
+        parts.append(f"<rect {box}><title>{label}</title></rect>")
     bottom = row * len(tracks) + 12
     parts.append(_text(left, bottom, "0", "start"))
     parts.append(_text(WIDTH, bottom, milliseconds(length), "end"))

@@ -116,8 +116,8 @@ def from_json(saved: Any, turns: int) -> list[TurnRecord | None]:
 def cost_of_recomputing(records: Sequence[TurnRecord | None], number: int) -> tuple[float, Known] | None:
     """Seconds to the first token of turn `number` without the store; None while nothing is known.
 
-    Measured, if the switch was used on this conversation: on this very turn, or on the turn nearest in length, of which
-    it then is the share. Else it is an estimate: that of the cache, or a line through the prefills of this conversation.
+    Measured, if the switch was used on this conversation: on this very turn, or on the turn nearest in length, of
+    which it then is the share. Else it is an estimate: that of the cache, or a line through the prefills that were.
     """
     record = records[number]
     if record is None:

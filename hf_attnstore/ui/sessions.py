@@ -97,7 +97,7 @@ class UserSessions:
         memory, disk = places.get("memory", 0), places.get("disk", 0)
         if not memory:
             return "disk" if disk else ""
-        return "memory" if memory >= 0.99 * info.bytes else "disk, partly memory"
+        return "memory" if memory >= 0.9 * info.bytes else "disk, partly memory"
 
     def exists(self, name: str) -> bool:
         try:
@@ -149,8 +149,7 @@ class UserSessions:
     def free_name(self, text: str) -> str:
         """A name for a conversation that begins with `text`."""
         words = _tidy(text)
-        name = words if len(words) <= MOST_NAME_CHARACTERS else words[: MOST_NAME_CHARACTERS - 1].rstrip() + "…"
-        name = name or "conversation"
+        name = shortened(words, MOST_NAME_CHARACTERS) or "conversation"
         number, found = 1, name
         while self.exists(found):
             number += 1
@@ -173,6 +172,11 @@ class UserSessions:
 def _tidy(name: str) -> str:
     """A name on one line, without what is not shown."""
     return "".join(c for c in " ".join(name.split()) if c.isprintable())[:200]
+
+
+def shortened(text: str, most: int) -> str:
+    """At most so many characters of a text, with a mark where it was cut."""
+    return text if len(text) <= most else text[: most - 1].rstrip(" ,.") + "…"
 
 
 def ago(moment: float, now: float | None = None) -> str:

@@ -80,7 +80,7 @@ class Running:
         self.turn.cancel()
 
     def failure(self) -> str:
-        """Why there is no (whole) answer, in words for the user; empty if there is nothing wrong. For one that is done."""
+        """Why there is no (whole) answer, in words for the user; empty if nothing is wrong. Of one that is done."""
         try:
             error = self.turn.exception()
         except CancelledError:
@@ -278,7 +278,7 @@ def _interruptible(model: nn.Module, turn: Turn[Any]) -> Iterator[None]:
 
 
 def in_words(error: BaseException) -> str:
-    """What went wrong, for a user: this package's errors as they are, of others the first line. The rest is in the log."""
+    """What went wrong, for a user: errors of this package as they are, the first line of others; the log has all."""
     if isinstance(error, AttentionStoreError):
         return str(error)
     logger.error("a turn failed", exc_info=error)
