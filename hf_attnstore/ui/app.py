@@ -16,7 +16,13 @@ from .turns import Turns
 STATIC = Path(__file__).parent / "static"
 STYLE = STATIC / "style.css"
 
-_READ_ADDRESS = "() => decodeURIComponent(location.hash.slice(1))"
+_READ_ADDRESS = """() => {
+  const narrow = window.innerWidth < 768
+  if (narrow) document.querySelectorAll(".sidebar.open .toggle-button").forEach((button) => button.click())
+  document.documentElement.classList.add("ready")
+  return decodeURIComponent(location.hash.slice(1))
+}"""
+"""What the address says is open. On a phone there is room for the chat alone, so what is beside it is closed first."""
 _WRITE_ADDRESS = (
     "(name) => { history.replaceState(null, '', name ? '#' + encodeURIComponent(name) : location.pathname) }"
 )

@@ -17,7 +17,7 @@ def conversation_panel(conversation: Conversation | None) -> str:
     last = next((r for r in reversed(records) if r is not None and r.with_store), None)
     times = times_plot(
         [r.ttft_with if r is not None else None for r in records],
-        [(cost[0], cost[1] == "measured") if cost is not None else None for cost in costs],
+        [(cost[0], cost[1] != "estimated") if cost is not None else None for cost in costs],
     )
     legend = (
         '<p class="legend"><span class="with">with the store</span> <span class="without">without: measured</span> '
@@ -37,9 +37,9 @@ def _of_turns(records: Sequence[TurnRecord | None], last: TurnRecord | None) -> 
     bandwidth = "–"
     if last is not None and last.loaded_bytes and last.load_seconds:
         where = " and ".join(sorted(last.blocks_from))
-        bandwidth = f"{format_bytes(last.loaded_bytes / last.load_seconds)}/s" + (f" from {where}" if where else "")
+        bandwidth = f"{format_bytes(last.loaded_bytes / last.load_seconds)}/s" + (f", {where}" if where else "")
     return [
-        ("hit rate", f"{reused / prompt:.0%} of {prompt:,} tokens" if prompt else "–"),
+        ("hit rate", f"{reused / prompt:.0%} of {prompt:,}" if prompt else "–"),
         ("load bandwidth", bandwidth),
         ("exposed load time", milliseconds(last.exposed_seconds) if last is not None and last.loaded_bytes else "–"),
     ]
@@ -53,8 +53,8 @@ def store_panel(stats: Mapping[str, int | float]) -> str:
         if stats.get(f"{tier}_capacity")
     ]
     prompt = stats["prompt_tokens"]
-    rate = f"{stats['reused_tokens'] / prompt:.0%} of {int(prompt):,} tokens" if prompt else "–"
-    return _section("Store", tiers_plot(tiers) + _numbers([("hit rate since the start", rate)]))
+    rate = f"{stats['reused_tokens'] / prompt:.0%} of {int(prompt):,}" if prompt else "–"
+    return _section("Store", tiers_plot(tiers) + _numbers([("hit rate, all turns", rate)]))
 
 
 def _section(title: str, body: str) -> str:

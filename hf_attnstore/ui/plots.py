@@ -11,7 +11,7 @@ from html import escape
 from ..store.sizes import format_bytes
 from .records import milliseconds
 
-WIDTH = 300
+WIDTH = 240
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 6, 8, 18
 TRACKS = ("compute", "load", "fetch", "save", "write")
 

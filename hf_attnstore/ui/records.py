@@ -15,7 +15,7 @@ from ..store.sizes import format_bytes
 TURNS, TIMELINE = "ui-turns", "ui-timeline"
 """Under which keys records and the last turn's timeline are kept with a conversation."""
 
-Known = Literal["measured", "estimated"]
+Known = Literal["measured", "measured nearby", "estimated"]
 
 
 @dataclass(frozen=True)
@@ -116,33 +116,43 @@ def from_json(saved: Any, turns: int) -> list[TurnRecord | None]:
 def cost_of_recomputing(records: Sequence[TurnRecord | None], number: int) -> tuple[float, Known] | None:
     """Seconds to the first token of turn `number` without the store; None while nothing is known.
 
-    Measured, if the switch was used on this conversation: on this very turn, or on the turn nearest in length, of
-    which it then is the share. Else it is an estimate: that of the cache, or a line through the prefills that were.
+    "measured" if it was measured on this very turn, by trying it with the switch or because nothing could be reused.
+    "measured nearby" if the switch was used on this conversation: then it is that time, and what more or fewer tokens
+    take. Else it is "estimated": by the cache, or from the prefills of this conversation.
     """
     record = records[number]
     if record is None:
         return None
     if record.ttft_without is not None:
         return record.ttft_without, "measured"
-    tried = [(r.seen, r.ttft_without) for r in records if r is not None and r.ttft_without is not None and r.seen]
+    if not record.reused:
+        return (record.ttft, "measured") if record.ttft is not None else None
+    known = [r for r in records if r is not None]
+    tried = [(r.seen, r.ttft_without) for r in known if r.ttft_without is not None]
+    if not tried and record.recompute_estimate is not None:
+        return record.recompute_estimate, "estimated"
+    prefills = [(r.prefilled, r.ttft - r.exposed_seconds) for r in known if r.with_store and r.ttft is not None]
+    slope = _seconds_by_token([*prefills, *tried])
     if tried:
         seen, seconds = min(tried, key=lambda point: abs(point[0] - record.seen))
-        return seconds * record.seen / seen, "measured"
-    if record.recompute_estimate is not None:
-        return record.recompute_estimate, "estimated"
-    line = _line([(r.prefilled, r.ttft - r.exposed_seconds) for r in records if r is not None and r.ttft is not None])
-    return (line[0] + line[1] * record.seen, "estimated") if line is not None and record.reused else None
+        return max(0.0, seconds + (slope or 0.0) * (record.seen - seen)), "measured nearby"
+    if slope is None:
+        return None
+    prefilled, seconds = max(prefills)
+    return seconds + slope * (record.seen - prefilled), "estimated"
 
 
-def _line(points: Sequence[tuple[int, float]]) -> tuple[float, float] | None:
-    """Seconds before any token, and by token; None where the points are too near to each other to say."""
+def _seconds_by_token(points: Sequence[tuple[int, float]]) -> float | None:
+    """What a token more takes, from the shortest and the longest prefill; None where these are too near to each other.
+
+    A line through both is careful: what a forward takes however short it is, is not counted for every token.
+    """
     if not points:
         return None
     low, high = min(points), max(points)
     if high[0] < 2 * low[0] + 16 or high[1] <= low[1]:
         return None
-    slope = (high[1] - low[1]) / (high[0] - low[0])
-    return low[1] - slope * low[0], slope
+    return (high[1] - low[1]) / (high[0] - low[0])
 
 
 def footer(records: Sequence[TurnRecord | None], number: int) -> list[str]:
@@ -157,7 +167,7 @@ def footer(records: Sequence[TurnRecord | None], number: int) -> list[str]:
         )
     parts.append(f"{record.reused:,} tokens reused, {record.prefilled:,} prefilled")
     cost = cost_of_recomputing(records, number)
-    if record.with_store and cost is not None:
+    if record.with_store and cost is not None and (record.reused or record.other_ttft is not None):
         parts.append(f"recomputing: {milliseconds(cost[0])} ({cost[1]})")
     elif not record.with_store and record.ttft_with is not None:
         parts.append(f"with the store: {milliseconds(record.ttft_with)} (measured)")

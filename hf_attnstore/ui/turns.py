@@ -235,6 +235,7 @@ class Turns:
                 turn.chat_turn, turn.stats = chat.stats, chat.stats.cache
                 self._keep(chat, number, record_of(chat.stats, with_store=wish.reuse, waited=waited, fetched=fetched))
                 self.expectations.learn(chat.stats.cache)
+            self.expectations.forget(store, running.name)
             chat.close()
 
     @staticmethod
