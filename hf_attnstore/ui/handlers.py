@@ -30,7 +30,7 @@ logger = logging.getLogger("hf_attnstore")
 LOOK_EVERY = 0.12
 """Seconds between two looks at a running turn: often enough to read along, seldom enough to cost nothing."""
 MOST_PAGES = 10_000
-LABEL_CHARACTERS = 24
+LABEL_CHARACTERS = 21
 """Of a name in the list, so that it is on one line."""
 
 T = TypeVar("T")

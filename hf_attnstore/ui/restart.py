@@ -20,6 +20,10 @@ BEGAN = "ATTNSTORE_UI_RESTARTED"
 """Environment variable with the time at which the restart was asked for, in seconds since the epoch."""
 
 
+class RestartNotAllowedError(AttentionStoreError):
+    """Others use the process too."""
+
+
 class Restart:
     """Whether the process is to be restarted. A ticket is for one restart, so that no link can cause one.
 
@@ -36,12 +40,10 @@ class Restart:
 
     def ticket(self) -> str:
         """Raises:
-        AttentionStoreError: it is not allowed.
+        RestartNotAllowedError: see there.
         """
         if not self.allowed:
-            raise AttentionStoreError(
-                "the process can only be restarted from the page where it serves this machine alone"
-            )
+            raise RestartNotAllowedError("the process is for others too: who runs it restarts it")
         self._ticket = secrets.token_urlsafe(16)
         return self._ticket
 
