@@ -68,7 +68,7 @@ def build(
         with gr.Sidebar(width=310, position="right", elem_id="right"):
             gr.HTML("<h2>What it took</h2>")
             panel = gr.HTML(conversation_panel(None))
-            numbers = gr.HTML()
+            numbers = gr.HTML(elem_id="numbers")
             restart_now = gr.Button("Restart the process", size="sm", visible=restart.allowed)
         with gr.Row(elem_id="head"):
             heading = gr.HTML(title(""), elem_id="title")

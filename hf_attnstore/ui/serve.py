@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import secrets
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ import gradio as gr
 import uvicorn
 from fastapi import FastAPI
 from starlette.background import BackgroundTask
-from starlette.responses import HTMLResponse, RedirectResponse, Response
+from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 
 from ..store import AttentionStore
 from .app import STYLE, build, theme
@@ -42,6 +43,13 @@ def web_app(page: gr.Blocks, restart: Restart, accounts: Sequence[tuple[str, str
         accounts: names and passwords; without any, whoever reaches the page may use it.
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+
+    began = secrets.token_hex(8)
+
+    @app.get("/process")
+    async def process() -> Response:
+        """Tells one process from the next."""
+        return PlainTextResponse(began)
 
     @app.get("/restarting")
     async def restarting(ticket: str = "") -> Response:
