@@ -54,7 +54,7 @@ def build(
             gr.HTML("<h2>Conversations</h2>")
             new = gr.Button("New conversation", variant="primary", size="sm")
             search = gr.Textbox(placeholder="Search", show_label=False, container=False, elem_id="search")
-            entries = gr.Radio([], show_label=False, elem_id="entries", container=False)
+            entries = gr.Radio([], show_label=False, elem_id="entries", container=False, interactive=True)
             more = gr.HTML()
             with gr.Row():
                 rename = gr.Button("Rename", size="sm", min_width=60)

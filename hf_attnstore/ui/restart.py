@@ -9,15 +9,12 @@ import os
 import secrets
 import socket
 import sys
-import time
 from collections.abc import Callable
 
 from ..errors import AttentionStoreError
 
 SOCKET = "ATTNSTORE_UI_SOCKET"
 """Environment variable with the number of the socket that was handed over."""
-BEGAN = "ATTNSTORE_UI_RESTARTED"
-"""Environment variable with the time at which the restart was asked for, in seconds since the epoch."""
 
 
 class RestartNotAllowedError(AttentionStoreError):
@@ -82,16 +79,10 @@ def listening_socket(host: str, port: int) -> socket.socket:
     return opened
 
 
-def seconds_since_restart() -> float | None:
-    """How long ago the process before was asked to end; None if there was none."""
-    began = os.environ.pop(BEGAN, "")
-    return time.time() - float(began) if began else None
-
-
-def replace_process(listening: socket.socket, began: float) -> None:
+def replace_process(listening: socket.socket) -> None:
     """Runs the same command again in place of this process. Does not return."""
     os.set_inheritable(listening.fileno(), True)
-    environment = {**os.environ, SOCKET: str(listening.fileno()), BEGAN: repr(began)}
+    environment = {**os.environ, SOCKET: str(listening.fileno())}
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)  # noqa: S606

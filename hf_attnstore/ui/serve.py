@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import secrets
 import socket
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -112,16 +112,16 @@ def serve(
 
     restart.shut_down = shut_down
     ready(_address(host, listening))
-    began = 0.0
     try:
-        # the server closes what it is given; the socket itself is to go on listening
-        server.run(sockets=[listening.dup()])
-        began = time.time()
+        # uvicorn passes an interruption on after it has ended in order
+        with contextlib.suppress(KeyboardInterrupt):
+            # the server closes what it is given; the socket itself is to go on listening
+            server.run(sockets=[listening.dup()])
     finally:
         turns.close()
         store.close()
     if restart.requested:
-        replace_process(listening, began)
+        replace_process(listening)
     listening.close()
 
 

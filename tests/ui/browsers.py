@@ -88,6 +88,13 @@ class User:
         """The page answers: what its loading asks of the server has come."""
         self.page.wait_for_selector("#numbers svg", state="attached")
 
+    def reload_during_an_answer(self) -> None:
+        """What Gradio's script logs about its own connections while the page goes away is not held against the page."""
+        before = list(self.problems)
+        self.page.reload()
+        leaving = ("AbortError", "Unexpected error Connection errored out")
+        self.problems = before + [p for p in self.problems[len(before) :] if not p.startswith(leaving)]
+
     def say(self, text: str) -> None:
         self.page.fill("#message textarea", text)
         self.page.press("#message textarea", "Enter")
@@ -132,7 +139,7 @@ class User:
     def close(self) -> None:
         """Nothing went wrong on the page."""
         self.context.close()
-        assert self.problems == []
+        assert not self.problems, "\n".join(self.problems)
 
 
 def _json(names: tuple[str, ...]) -> str:

@@ -125,7 +125,7 @@ def test_a_reload_in_the_middle_of_an_answer_shows_it_go_on_and_stop_keeps_it(
     user.say(PRINCE)
     assert gate.reached.wait(60)
     user.page.wait_for_selector("#chat [data-testid=bot]")
-    user.page.reload()
+    user.reload_during_an_answer()
     user.page.wait_for_selector("#chat [data-testid=bot]")
     part = user.messages()
     assert part[0] == PRINCE
