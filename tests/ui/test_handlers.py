@@ -68,7 +68,7 @@ def test_no_handler_does_anything_with_a_conversation_of_another_browser(handler
     asyncio.run(handlers.stop(bob, name))
     asyncio.run(handlers.typing(bob, name))
     shown = last(handlers.open(ann, name))
-    assert [message["content"] for message in shown["chat"]][0] == "the old prince"
+    assert shown["chat"][0]["content"] == "the old prince"
 
     mine = last(handlers.send(bob, "and then", name, False, ""))  # the same name is another conversation
     assert [m["content"] for m in mine["chat"] if m["role"] == "user"] == ["and then"]
