@@ -278,7 +278,8 @@ class ChatSession:
                 **kwargs,
             )
             finished = True
-            self._cache = cache if self.reuse else None
+            # with a device tier, that decides whose KV stays on the device
+            self._cache = cache if self.reuse and not self.store.device_tier.capacity else None
         finally:
             self._timeline = list(getattr(cache, "timeline", ()))
             if run.ids:

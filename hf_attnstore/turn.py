@@ -16,6 +16,7 @@ from .errors import TurnQueueError
 if TYPE_CHECKING:
     from .cache import TurnStats
     from .chat import ChatTurn
+    from .store import AttentionStore
 
 T = TypeVar("T")
 
@@ -50,9 +51,17 @@ class Turn(Future[T], Generic[T]):
     """
 
     def __init__(
-        self, queue: Owner, session: str | None, work: Callable[[Turn[T]], T], priority: float, timeout: float | None
+        self,
+        queue: Owner,
+        store: AttentionStore,
+        session: str | None,
+        work: Callable[[Turn[T]], T],
+        priority: float,
+        timeout: float | None,
     ) -> None:
         super().__init__()
+        self.store = store
+        """The store that the session is in."""
         self.session = session
         """The session's name; None for a turn that is of none."""
         self.priority = priority
@@ -87,6 +96,11 @@ class Turn(Future[T], Generic[T]):
         if self.cancelled():
             return "cancelled"
         return "failed" if super().exception() is not None else "done"
+
+    @property
+    def key(self) -> tuple[AttentionStore, str] | None:
+        """What tells sessions apart: names of different namespaces may be equal."""
+        return (self.store, self.session) if self.session is not None else None
 
     @property
     def position(self) -> int | None:

@@ -83,7 +83,7 @@ class TurnQueue:
 
     Args:
         model: the model. Nobody else needs to be kept from using it, but what else uses it slows the turns down.
-        store: where the sessions are.
+        store: where the sessions are, those of turns that do not name another store, such as one of another namespace.
         max_waiting: how many turns may wait beside the one that runs; None for any number.
         patience: what a step of priority is worth, in seconds: a turn of priority 1 goes before those of priority 0
             that came up to so many seconds earlier, one of priority 2 before those of twice as many, but never before
@@ -131,12 +131,13 @@ class TurnQueue:
         self._closing = False
         self._counts: Counter[str] = Counter()
         self._waited = self._ran = 0.0
-        self._told: list[str] = []
-        """The sessions that the store was last told of."""
+        self._told: dict[AttentionStore, list[str]] = {}
+        """The sessions that each store was last told of."""
         self._running_was_told = False
         # takes notes from destructors too, which no lock may stop
         self._news: queue.SimpleQueue[Turn[Any] | bool] = queue.SimpleQueue()
         self._warned = False
+        self._ended = threading.Event()
         self._worker = threading.Thread(target=self._work, name="attnstore-turns", daemon=True)
         self._herald = threading.Thread(target=self._tell, name="attnstore-turns-news", daemon=True)
         self._worker.start()
@@ -153,6 +154,7 @@ class TurnQueue:
         priority: float = 0,
         timeout: float | None = None,
         wait: float = 0.0,
+        store: AttentionStore | None = None,
         **generate_kwargs: Any,
     ) -> Turn[Any]:
         """Queues `model.generate` for a conversation; the turn's `result()` is what that returns.
@@ -165,6 +167,7 @@ class TurnQueue:
             timeout: seconds from now in which the turn is to be done. One that still waits then does not run, one that
                 runs stops at the next token, and what is complete is kept; the result is a `TurnTimeoutError`.
             wait: seconds to wait for room where the queue is full.
+            store: where the session is, if not in the queue's store: in another namespace, for instance.
             generate_kwargs: passed on, such as `attention_mask`, `max_new_tokens` or a `streamer`, which is called in
                 the thread of the turns.
 
@@ -181,9 +184,10 @@ class TurnQueue:
             generate_kwargs["input_ids"] = input_ids
 
         def work(turn: Turn[Any]) -> Any:
-            return turn_work.generate(turn, self._cache(session=session), self.model, generate_kwargs)
+            cache = self._cache(session=session, store=turn.store)
+            return turn_work.generate(turn, cache, self.model, generate_kwargs)
 
-        return self.run(session, work, priority=priority, timeout=timeout, wait=wait)
+        return self.run(session, work, priority=priority, timeout=timeout, wait=wait, store=store)
 
     def send(
         self,
@@ -205,7 +209,7 @@ class TurnQueue:
             stream: called with each piece of text too, in the thread of the turns.
 
         Raises:
-            TurnQueueError: the chat has another model or store, or the queue is closed.
+            TurnQueueError: the chat has another model, or the queue is closed.
             QueueFullError: see `submit`, also for the other arguments.
         """
         return self._answer(chat, partial(chat.send, text), stream, priority, timeout, wait, generate_kwargs)
@@ -233,15 +237,15 @@ class TurnQueue:
         wait: float,
         generate_kwargs: dict[str, Any],
     ) -> Turn[str]:
-        if owner_of(chat.model) is not owner_of(self.model) or chat.store is not self.store:
-            raise TurnQueueError(f"the chat {chat.session!r} has another model or store than this queue")
+        if owner_of(chat.model) is not owner_of(self.model):
+            raise TurnQueueError(f"the chat {chat.session!r} has another model than this queue")
 
         def work(turn: Turn[str]) -> str:
             if chat.canonicalize:
                 self._last_chat = chat
             return turn_work.answer(turn, chat, call, stream, generate_kwargs)
 
-        return self.run(chat.session, work, priority=priority, timeout=timeout, wait=wait)
+        return self.run(chat.session, work, priority=priority, timeout=timeout, wait=wait, store=chat.store)
 
     def run(
         self,
@@ -251,6 +255,7 @@ class TurnQueue:
         priority: float = 0,
         timeout: float | None = None,
         wait: float = 0.0,
+        store: AttentionStore | None = None,
     ) -> Turn[T]:
         """Queues a piece of work of one's own on a session: what `submit` and `send` are made of.
 
@@ -265,10 +270,10 @@ class TurnQueue:
             self.store.check_name(session)
         if not math.isfinite(priority):
             raise TurnQueueError(f"a priority is a finite number, not {priority}")
-        turn = Turn(self, session, work, priority, timeout)
+        turn = Turn(self, store or self.store, session, work, priority, timeout)
         with self._changed:
             self._wait_for_room(turn, wait)
-            self._waiting.add(turn, session, priority, turn._submitted)
+            self._waiting.add(turn, turn.key, priority, turn._submitted)
             self._counts["submitted"] += 1
             self._changed.notify_all()
         self._news.put(True)
@@ -338,13 +343,13 @@ class TurnQueue:
             self._cancel_all()
         if threading.current_thread() in (self._worker, self._herald):
             return
+        # not `join`: in Python 3.11, one that was interrupted takes the thread to be over
         try:
-            self._worker.join()
+            self._ended.wait()
         except BaseException:
             self._cancel_all()
-            self._worker.join()
+            self._ended.wait()
             raise
-        self._herald.join()
 
     def _cancel_all(self) -> None:
         with self._changed:
@@ -411,7 +416,7 @@ class TurnQueue:
                     self._changed.wait(self._waiting.seconds_to_next(time.monotonic()))
             error = self._held_up(turn)
             with self._changed:
-                if error is None and self._waiting.is_deferred(turn.session, time.monotonic()):
+                if error is None and self._waiting.is_deferred(turn.key, time.monotonic()):
                     continue
                 if not self._waiting.remove(turn):  # cancelled meanwhile
                     continue
@@ -426,7 +431,7 @@ class TurnQueue:
         turn._began = time.monotonic()
         self._waited += turn.waiting_seconds
         self._running = turn
-        self._running_was_told = turn.session in self._told
+        self._running_was_told = self._has_told(turn)
         self._news.put(True)
 
     def _held_up(self, turn: Turn[Any]) -> Exception | None:
@@ -434,8 +439,8 @@ class TurnQueue:
         if turn.session is None:
             return None
         try:
-            give_way(self.store, turn.session)
-            self.store.lock_session(turn.session, wait=0).release()
+            give_way(turn.store, turn.session)
+            turn.store.lock_session(turn.session, wait=0).release()
         except SessionBusyError as error:
             now = time.monotonic()
             with self._changed:
@@ -443,7 +448,7 @@ class TurnQueue:
                     return None
                 if now - self._busy_since.setdefault(turn, now) >= self._session_wait:
                     return error
-                self._waiting.defer(turn.session, now + _BUSY_POLL_SECONDS)
+                self._waiting.defer(turn.key, now + _BUSY_POLL_SECONDS)
         except Exception as error:
             return error
         return None
@@ -521,6 +526,12 @@ class TurnQueue:
     # the thread that tells the store what comes, and sees to those whose time is over
 
     def _tell(self) -> None:
+        try:
+            self._tell_until_the_end()
+        finally:
+            self._ended.set()
+
+    def _tell_until_the_end(self) -> None:
         goes_on = True
         while goes_on:
             for note in self._notes():
@@ -530,10 +541,12 @@ class TurnQueue:
                     _guarded(note.cancel)
             self._end_late_ones()
             with self._changed:
-                upcoming = self._upcoming() if goes_on else []
+                upcoming = self._upcoming() if goes_on else {}
                 told, self._told = self._told, upcoming
-            if upcoming != told:
-                self._schedule(upcoming)
+            for store in {**told, **upcoming}:
+                if upcoming.get(store) != told.get(store):
+                    self._schedule(store, upcoming.get(store, []))
+            told = upcoming = {}  # while waiting for news, no store is kept that nobody needs
 
     def _notes(self) -> list[Turn[Any] | bool]:
         """Waits for news, or for the end of somebody's time; all of it that has come."""
@@ -545,18 +558,31 @@ class TurnQueue:
         except queue.Empty:
             return notes
 
-    def _upcoming(self) -> list[str]:
-        """The sessions that will run, each once, in order. One that runs is among them until it has what it came for:
-        not if it began before the store had heard of it, as it is loading by itself then."""
-        running = self._running
-        first = [running] if running is not None and self._running_was_told and running._first_piece is None else []
-        names = [turn.session for turn in [*first, *self._waiting.order()] if turn.session is not None]
-        return list(dict.fromkeys(names))
+    def _has_told(self, turn: Turn[Any]) -> bool:
+        return turn.session in self._told.get(turn.store, [])
 
-    def _schedule(self, upcoming: list[str]) -> None:
+    def _upcoming(self) -> dict[AttentionStore, list[str]]:
+        """The sessions that will run, each once, in order, by store.
+
+        The one that runs is among them until it has what it came for, if its store had heard of it; if not, it loads by
+        itself, and so does one that is about to begin.
+        """
+        turns = self._waiting.order()
+        if self._running is not None:
+            if self._running_was_told and self._running._first_piece is None:
+                turns = [self._running, *turns]
+        else:
+            begins = self._waiting.first(time.monotonic())
+            turns = [turn for turn in turns if turn is not begins or self._has_told(turn)]
+        upcoming: dict[AttentionStore, list[str]] = {}
+        for store, name in dict.fromkeys(turn.key for turn in turns if turn.key is not None):
+            upcoming.setdefault(store, []).append(name)
+        return upcoming
+
+    def _schedule(self, store: AttentionStore, upcoming: list[str]) -> None:
         try:
-            if not self.store.closed:
-                self.store.schedule(upcoming)
+            if not store.closed:
+                store.schedule(upcoming)
         except Exception as error:
             if not self._warned:
                 self._warned = True

@@ -15,7 +15,7 @@ Rank = tuple[float, int]
 @dataclass(frozen=True)
 class _Entry(Generic[T]):
     item: T
-    session: str | None
+    session: Hashable | None
     rank: Rank
     number: int
 
@@ -37,7 +37,7 @@ class WaitingTurns(Generic[T]):
     def __init__(self, patience: float) -> None:
         self._patience = patience
         self._entries: dict[T, _Entry[T]] = {}
-        self._deferred: dict[str, float] = {}
+        self._deferred: dict[Hashable, float] = {}
         self._count = 0
         self._order: list[_Entry[T]] | None = []
 
@@ -47,7 +47,7 @@ class WaitingTurns(Generic[T]):
     def __contains__(self, item: T) -> bool:
         return item in self._entries
 
-    def add(self, item: T, session: str | None, priority: float, now: float) -> None:
+    def add(self, item: T, session: Hashable | None, priority: float, now: float) -> None:
         """Adds a turn that comes `now` (seconds of any clock). `session` is None for one that is of no session."""
         self._count += 1
         rank = (-priority, self._count)
@@ -72,7 +72,7 @@ class WaitingTurns(Generic[T]):
 
     def _ordered(self) -> list[_Entry[T]]:
         if self._order is None:
-            ranks: dict[str, Rank] = {}
+            ranks: dict[Hashable, Rank] = {}
             ranked: list[tuple[Rank, int, _Entry[T]]] = []
             for entry in reversed(self._entries.values()):  # the last that came first: it lends its rank
                 rank = entry.rank
@@ -86,11 +86,11 @@ class WaitingTurns(Generic[T]):
         """The turn that is to run next; None if none can."""
         return next((e.item for e in self._ordered() if not self.is_deferred(e.session, now)), None)
 
-    def defer(self, session: str, until: float) -> None:
+    def defer(self, session: Hashable, until: float) -> None:
         """Passes over the turns of a session until then; their places stay theirs."""
         self._deferred[session] = until
 
-    def is_deferred(self, session: str | None, now: float) -> bool:
+    def is_deferred(self, session: Hashable | None, now: float) -> bool:
         """Whether the turns of a session are passed over at the moment."""
         return session is not None and self._deferred.get(session, now) > now
 

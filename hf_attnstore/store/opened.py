@@ -8,6 +8,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self, cast
@@ -18,9 +19,13 @@ from ..errors import (
     StoreClosedError,
 )
 from .accounts import MISSED, Accounts, readable
+from .device_tier import DeviceTier
+from .eviction import Order
 from .locks import SessionLocks
 from .manifest import Manifest
 from .memory import MemoryTier
+from .memory_size import AUTO, AutomaticSize
+from .policies import DEFAULT, make_policy
 from .rebuild import open_disk_store
 from .settings import open_folder
 from .sizes import parse_bytes
@@ -75,6 +80,8 @@ class OpenStore:
         io_threads: int | None = None,
         durability: Durability = "process",
         encryption_key: str | bytes | None = None,
+        policy: str = DEFAULT,
+        device: int | str = 0,
     ) -> None:
         if block_size is not None and block_size < 1:
             raise AttentionStoreError(f"block_size is a number of tokens, at least 1, not {block_size}")
@@ -83,7 +90,11 @@ class OpenStore:
         self.path = Path(path).expanduser() if path is not None else default_path()
         self.namespace = self.check_namespace(namespace)
         self.disk_capacity = parse_bytes(disk)
-        self._memory = MemoryTier(parse_bytes(memory))
+        self._order = Order(make_policy(policy))
+        capacity = 0 if memory == AUTO else parse_bytes(memory)
+        self._memory = MemoryTier(capacity, self._order.policy, self._order.lookahead)
+        self.device_tier = DeviceTier(parse_bytes(device))
+        """KV that stays where it was computed between two turns; caches park it there and take it."""
         self._accounts = Accounts()
         key = parse_key(encryption_key)
         folder = open_folder(self.path, block_size, key)
@@ -91,11 +102,12 @@ class OpenStore:
         self.secret = folder.vault.secret
         """Keys the names of blocks; empty without encryption."""
         self._disk, self._open_lock = open_disk_store(
-            folder, self.disk_capacity, self._accounts, sync=durability == "power"
+            folder, self.disk_capacity, self._accounts, self._order, sync=durability == "power"
         )
         self._locks = SessionLocks(self._disk.locks_folder, self.secret)
         cores = os.cpu_count() or 1
         self._readers = IOThreads(io_threads or min(4, cores), "read")
+        self._fetcher = IOThreads(1, "fetch")
         self._right_of_way = RightOfWay()
         self._writer = IOThreads(1, "write", self._right_of_way)
         self._savers: weakref.WeakSet[Saver] = weakref.WeakSet()
@@ -105,7 +117,13 @@ class OpenStore:
         self._end = threading.Event()
         """Set when it is closed, for all of its namespaces."""
         self._views: weakref.WeakValueDictionary[str, OpenStore] = weakref.WeakValueDictionary({self.namespace: self})
+        self._prepare_upcoming()
+        self._order.policy.recall(self._learned() or {})
+        self._automatic = AutomaticSize(self._memory) if memory == AUTO else None
         _open_stores.add(self)
+
+    def _prepare_upcoming(self) -> None:
+        """For who looks ahead."""
 
     # life
 
@@ -138,10 +156,15 @@ class OpenStore:
             return
         self.flush()
         self._end.set()
+        self._fetcher.close()
+        self.device_tier.close()
+        if self._automatic is not None:
+            self._automatic.close()
         self._readers.close()
         with self._right_of_way.hurry():
             self._writer.close()
         self._keep_totals()
+        self._keep_learned()
         self._disk.close()
         self._open_lock.release()
 
@@ -211,8 +234,9 @@ class OpenStore:
     # memory
 
     def drop_memory(self) -> None:
-        """Empties the memory tier of everything that is on disk."""
+        """Empties the device tier, and the memory tier of everything that is on disk."""
         self.flush()
+        self.device_tier.clear()
         self._memory.drop_clean()
 
     # models
@@ -231,6 +255,24 @@ class OpenStore:
         self._check_open()
         keep = partial(self._disk.index.set_note, fingerprint, json.dumps(note))
         self._writer.submit(partial(self._guarded, keep))
+
+    @property
+    def _policy_note(self) -> str:
+        return f"policy {self._order.policy.name}"
+
+    def _learned(self) -> dict[str, Any] | None:
+        """What the policy of an earlier process found out."""
+        try:
+            found = json.loads(self._disk.note(self._policy_note) or "null")
+        except ValueError:
+            return None
+        return found if isinstance(found, dict) else None
+
+    def _keep_learned(self) -> None:
+        learned = self._order.policy.learned()
+        if learned:
+            with suppress(AttentionStoreError):
+                self._disk.index.set_note(self._policy_note, json.dumps(learned))
 
     def _guarded(self, change: Callable[[], None]) -> None:
         """Runs an index change in the writer thread, which must outlive whatever happens there."""
@@ -277,6 +319,9 @@ class OpenStore:
         self._check_open()
         usage = self._disk.index.usage()
         return {
+            "device_bytes": self.device_tier.used,
+            "device_capacity": self.device_tier.capacity,
+            "device_sessions": len(self.device_tier),
             "memory_bytes": self._memory.used,
             "memory_capacity": self._memory.capacity,
             "memory_blocks": len(self._memory),
@@ -286,6 +331,7 @@ class OpenStore:
             "sessions": usage.sessions,
             "index_bytes": self._disk.index.database.file_bytes(),
             "quarantine_bytes": self._disk.files.quarantine_bytes(),
+            "evicted_from_device": self.device_tier.evicted,
             "evicted_from_memory": self._memory.evicted,
             **readable(self._accounts.counts()),
         }

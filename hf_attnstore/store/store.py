@@ -2,13 +2,11 @@
 
 import json
 import os
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..errors import AttentionStoreError
-from .block_store import BlockStore
 from .keys import decode_tokens
 from .locks import SessionLock
 from .maintenance import Garbage, Report, collect, repair, verify
@@ -18,6 +16,7 @@ from .parts import MOST, part_name
 from .portable import Exported, export_session, import_session
 from .rebuild import Progress, no_progress
 from .settings import open_folder
+from .upcoming import UpcomingTurns
 from .vault import parse_key
 
 
@@ -44,19 +43,24 @@ def repair_store(
     return repair(open_folder(where, None, key, create=False), progress, dry_run=dry_run)
 
 
-class AttentionStore(BlockStore):
+class AttentionStore(UpcomingTurns):
     """Keeps the KV of conversations in memory and on disk.
 
     Args:
         path: the folder; created if missing. Default `$HF_HOME/attnstore`.
         memory: bytes of host memory for blocks, those being written included; an int, or a string like "2GiB".
+            "auto" follows what is free: it shrinks when other programs need memory, and grows back.
         disk: bytes on disk, index included; 0 keeps blocks in memory only.
+        device: bytes of KV that stay where they were computed, between two turns of a session, for the sessions used
+            last: of all devices together, the buffers' spare room included. 0 keeps none.
         block_size: tokens per block, 256 if not said. A store keeps the size it was made with.
         namespace: blocks and sessions of different namespaces never meet: one for each user, for instance.
         io_threads: threads that read; default by the number of cores.
         durability: what a saved turn survives. "process": the end of the process, however it comes; after a loss of
             power what had not reached the disk by itself is noticed and recomputed. "power": a loss of power too;
             every file is fsynced, and so is the index with every turn.
+        policy: what goes first where there is no room: `predictive` (what is least likely to be used again, as learned
+            while running), `lru`, `fifo` or `hyperbolic`.
         encryption_key: 32 bytes, or a text of them in hex or base64, under which files are encrypted (AES-256-GCM).
             Default: the environment variable `ATTNSTORE_KEY`. A store is encrypted from its beginning or not at all.
 
@@ -118,6 +122,7 @@ class AttentionStore(BlockStore):
             for part in reversed(parts):
                 self._disk.delete_session(self.namespace, part, self._memory.discard, secure=secure)
         finally:
+            self.device_tier.forget(name, self.namespace)
             for lock in locks:
                 lock.release()
 
@@ -153,6 +158,7 @@ class AttentionStore(BlockStore):
             locks += [self.lock_session(part, wait=0) for part, _ in pairs if part != src]
             if not all(self._disk.rename(self.namespace, *pair) for pair in pairs):
                 raise AttentionStoreError(f"session {dst!r} exists already; delete it first or choose another name")
+            self.device_tier.rename(src, dst, self.namespace)
         finally:
             for lock in locks:
                 lock.release()
@@ -225,6 +231,8 @@ class AttentionStore(BlockStore):
             StoreIOError: the disk would not.
         """
         self._settle()
+        if unowned and not dry_run:
+            self.device_tier.forget_unnamed()
         return collect(
             self._disk,
             self._locks,
@@ -249,28 +257,6 @@ class AttentionStore(BlockStore):
         """
         return self._locks.acquire(self.namespace, self.check_name(name), wait)
 
-    # what comes
-
-    def schedule(self, upcoming: Sequence[str]) -> None:
-        """Says which sessions will run, in this order; replaces what was said before."""
-        self._check_open()
-
-    def expect(self, session: str, within: float = 60.0) -> None:
-        """Says that a turn on a session is likely within so many seconds: its KV is fetched into memory."""
-        self._check_open()
-        manifest = self.latest_manifest(session)
-        if manifest is not None:
-            self.promote([span.block for span in manifest.spans if span.block])
-
-    def residence(self, session: str) -> dict[str, int]:
-        """Bytes of a session's blocks that are in "memory" and on "disk"."""
-        manifest = self.latest_manifest(session)
-        keys = {span.block for span in manifest.spans if span.block} if manifest is not None else set()
-        held = [self._memory.get(key) for key in keys]
-        rows = [self._disk.row(key) for key in keys]
-        memory, disk = sum(block.nbytes for block in held if block), sum(row.bytes for row in rows if row)
-        return {"memory": memory, "disk": disk}
-
     # turns
 
     def commit(self, session: str, fingerprint: str, manifest: Manifest) -> None:
@@ -294,6 +280,7 @@ class AttentionStore(BlockStore):
                     hold.done()
 
         self._writer.submit(partial(self._guarded, change))
+        self._turn_is_over(session)
 
     def manifest(self, session: str) -> Manifest:
         """What a session consists of.
@@ -303,11 +290,6 @@ class AttentionStore(BlockStore):
         """
         self._settle()
         return self._disk.index.sessions.manifest(self.namespace, session)
-
-    def latest_manifest(self, session: str) -> Manifest | None:
-        """What a session consists of, or will when what was handed over is on disk; None if there is none."""
-        pending = self._committing.get((self.namespace, session))
-        return pending[1] if pending is not None else self._disk.manifest(self.namespace, session)
 
     def tokens(self, session: str, *, dropped: bool = False) -> list[int]:
         """The token ids of a session whose KV is in the store.

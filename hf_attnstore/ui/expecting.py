@@ -48,7 +48,7 @@ class Expectations:
             if told is not None and now - told.when < AGAIN_AFTER:
                 return
         if told is None:
-            places = store.residence(name)
+            places = _residence(store, name)
             memory = places.get("memory", 0)
             told = _Told(now, memory, max(0, places.get("disk", 0) - memory))
         with self._lock:
@@ -66,7 +66,7 @@ class Expectations:
             told = self._told.pop((store.namespace, name), None)
         if told is None or not told.missing:
             return 0, None
-        fetched = max(0, min(store.residence(name).get("memory", 0) - told.memory, told.missing))
+        fetched = max(0, min(_residence(store, name).get("memory", 0) - told.memory, told.missing))
         return fetched, fetched / self._bandwidth if fetched and self._bandwidth else None
 
     def forget(self, store: AttentionStore, name: str) -> None:
@@ -79,3 +79,11 @@ class Expectations:
         if set(stats.blocks_from) == {"disk"} and stats.loaded_bytes and stats.load_seconds > 0:
             with self._lock:
                 self._bandwidth = stats.loaded_bytes / stats.load_seconds
+
+
+def _residence(store: AttentionStore, name: str) -> dict[str, int]:
+    """Bytes by tier; nothing for a conversation that is new."""
+    try:
+        return store.residence(name)
+    except AttentionStoreError:
+        return {}

@@ -93,7 +93,10 @@ class UserSessions:
         return Entry(info.name, " · ".join(part for part in parts if part))
 
     def _tier(self, info: SessionInfo) -> str:
-        places = self.store.residence(info.name)
+        try:
+            places = self.store.residence(info.name)
+        except SessionNotFoundError:  # deleted meanwhile
+            return ""
         memory, disk = places.get("memory", 0), places.get("disk", 0)
         if not memory:
             return "disk" if disk else ""

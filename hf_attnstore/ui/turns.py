@@ -131,8 +131,7 @@ class Turns:
                 exchanges = ()
             running = Running(name, wish, *_split(exchanges, wish))
             self.expectations.expect(sessions.store, name)
-            # names of different users may be equal, and the queue keeps turns of one name in order
-            running.turn = queue.run("/".join(place)[:200], partial(self._work, sessions, running))
+            running.turn = queue.run(name, partial(self._work, sessions, running), store=sessions.store)
         except BaseException:
             self._free(place)
             raise

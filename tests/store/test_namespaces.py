@@ -92,3 +92,45 @@ def test_a_view_outlives_the_object_that_it_was_made_of(tmp_path: Path) -> None:
     view.set_metadata("talk", {"title": "kept"})
     assert view.metadata("talk") == {"title": "kept"}
     view.close()
+
+
+def test_the_device_tier_keeps_namespaces_apart(tmp_path: Path) -> None:
+    model = make_model()
+    with AttentionStore(tmp_path, block_size=16, device="1GiB") as store:
+        ann, bob = store.in_namespace("ann"), store.in_namespace("bob")
+        for seed, session in enumerate(("talk", None)):
+            turn(model, tokens(70, seed=seed), AttentionStoreCache(model, session, ann))
+            cache = AttentionStoreCache(model, session, bob)
+            turn(model, tokens(70, seed=seed), cache)
+            assert (cache.reused_tokens, cache.prefilled_tokens) == (0, 70)
+        assert store.stats()["device_sessions"] == 4
+        ann.rename("talk", "other")
+        bob.delete("talk")
+        assert store.stats()["device_sessions"] == 3
+        cache = AttentionStoreCache(model, "other", ann)
+        sequence = turn(model, tokens(70, seed=0), cache).sequences
+        assert (cache.reused_tokens, cache.stats.loaded_bytes) == (69, 0)
+        assert torch.equal(sequence, turn(make_model(), tokens(70, seed=0), None).sequences)
+
+
+def test_what_is_expected_in_several_namespaces_is_fetched_for_all_of_them(tmp_path: Path) -> None:
+    model = make_model()
+    with AttentionStore(tmp_path, block_size=16) as store:
+        ann, bob = store.in_namespace("ann"), store.in_namespace("bob")
+        for view, seed in ((ann, 0), (bob, 1)):
+            turn(model, tokens(100, seed=seed), AttentionStoreCache(model, "talk", view))
+            turn(model, tokens(100, seed=seed + 2), AttentionStoreCache(model, "other", view))
+        store.drop_memory()
+        assert ann.residence("talk")["memory"] == bob.residence("talk")["memory"] == 0
+        ann.expect("talk")
+        bob.schedule(["other"])
+        bob.expect("talk")
+        assert (list(ann.upcoming), list(bob.upcoming), list(store.upcoming)) == (["talk"], ["other", "talk"], [])
+        store._fetcher.drain()
+        for view, name in ((ann, "talk"), (bob, "talk"), (bob, "other")):
+            assert view.residence(name)["memory"] > 0
+        assert ann.residence("other")["memory"] == 0
+        bob.schedule([])
+        assert list(bob.upcoming) == ["talk"]
+        turn(model, tokens(100), AttentionStoreCache(model, "talk", ann))
+        assert (list(ann.upcoming), list(bob.upcoming)) == ([], ["talk"])

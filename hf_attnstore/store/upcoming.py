@@ -1,0 +1,237 @@
+"""What a store does for turns that have not begun, and what it takes notice of when one is over."""
+
+import threading
+import time
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import zip_longest
+
+from .block_store import BlockStore
+from .keys import Key
+from .lookahead import fetch_window, keep_window
+from .manifest import Manifest
+from .policies import Place, Use
+
+Session = tuple[str, str]
+"""Namespace and name."""
+
+
+@dataclass
+class _Plans:
+    """What is to come, in all namespaces of a store: they share the memory that it is fetched into."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    scheduled: dict[str, list[str]] = field(default_factory=dict)
+    """Names by namespace."""
+    expected: dict[Session, float] = field(default_factory=dict)
+    """Until when, on the monotonic clock."""
+    number: int = 0
+    """Of the plan that holds; counts up."""
+    blocks: dict[Session, dict[Key, int]] = field(default_factory=dict)
+    """Blocks, with their bytes, of sessions that are to come."""
+
+    def in_order(self) -> list[Session]:
+        """The sessions that are scheduled or expected, in the order in which they are thought to run. What is scheduled
+        in several namespaces takes turns. Call it with the lock."""
+        now = time.monotonic()
+        self.expected = {session: until for session, until in self.expected.items() if until > now}
+        rounds = zip_longest(*([(space, name) for name in names] for space, names in self.scheduled.items()))
+        scheduled = [session for round_ in rounds for session in round_ if session is not None]
+        soon = sorted(self.expected, key=self.expected.__getitem__)
+        return [*scheduled, *(session for session in soon if session not in scheduled)]
+
+
+class UpcomingTurns(BlockStore):
+    """The part of an `AttentionStore` that looks ahead, and back at what was used."""
+
+    def _prepare_upcoming(self) -> None:
+        self._plans = _Plans()
+
+    def schedule(self, upcoming: Sequence[str]) -> None:
+        """Says which sessions run next, in order; a name may come more than once. Replaces what was said before.
+
+        KV of the first of them is fetched from disk into memory, as much as fits, in the background; what any of them
+        needs is evicted last, that of the farthest first. A turn that is saved leaves the list by itself.
+
+        Raises:
+            SessionNameError: a name that can't be one.
+        """
+        self._check_open()
+        names = [self.check_name(name) for name in upcoming]
+        with self._plans.lock:
+            if names == self._plans.scheduled.get(self.namespace, []):
+                return
+            self._plans.scheduled[self.namespace] = names
+            if not names:
+                del self._plans.scheduled[self.namespace]
+        self._replan()
+
+    def expect(self, session: str, within: float = 60.0) -> None:
+        """Says that a turn on a session is likely soon, as when somebody opens it or begins to type: its KV is fetched
+        into memory, in the background, and kept there before what nobody expects. Turns in `schedule` come first.
+
+        Args:
+            within: for how many seconds that holds; 0 takes it back.
+
+        Raises:
+            SessionNameError: a name that can't be one.
+        """
+        self._check_open()
+        self.check_name(session)
+        place = self.namespace, session
+        with self._plans.lock:
+            if within > 0:
+                self._plans.expected[place] = time.monotonic() + within
+            elif self._plans.expected.pop(place, None) is None:
+                return
+        self._replan()
+
+    @property
+    def upcoming(self) -> Sequence[str]:
+        """The sessions of this namespace that are scheduled or expected, in the order in which they are to run."""
+        with self._plans.lock:
+            return [name for namespace, name in self._plans.in_order() if namespace == self.namespace]
+
+    def residence(self, session: str) -> dict[str, int]:
+        """Bytes of a session's blocks by tier, `memory` and `disk`; a block may be in both.
+
+        Raises:
+            SessionNotFoundError: there is no such session.
+        """
+        self._settle()
+        manifest = self._disk.index.sessions.manifest(self.namespace, session)
+        keys = list(dict.fromkeys(span.block for span in manifest.spans if span.block))
+        held = [block.nbytes for block in map(self._memory.get, keys) if block is not None]
+        return {"memory": sum(held), "disk": sum(self._disk.sizes(keys).values())}
+
+    def latest_manifest(self, session: str) -> Manifest | None:
+        """What a session consists of, or will when what was handed over is on disk; None if there is none."""
+        return self._manifest_of((self.namespace, session))
+
+    def _manifest_of(self, session: Session) -> Manifest | None:
+        pending = self._committing.get(session)
+        return pending[1] if pending is not None else self._disk.manifest(*session)
+
+    # fetching
+
+    def _replan(self) -> None:
+        with self._plans.lock:
+            self._plans.number += 1
+            plan = self._plans.number
+        self._fetcher.submit(partial(self._guarded, partial(self._look_ahead, plan)))
+
+    def _outdated(self, plan: int) -> bool:
+        return self.closed or plan != self._plans.number
+
+    def _look_ahead(self, plan: int) -> None:
+        """Gives the blocks of upcoming turns their jobs, and fetches those of the next ones."""
+        if self._outdated(plan):
+            return
+        plans = self._plans
+        with plans.lock:
+            sessions = plans.in_order()
+            plans.blocks = {session: plans.blocks[session] for session in sessions if session in plans.blocks}
+        lookahead = self._order.lookahead
+        sizes: list[int] = []
+        blocks: dict[Hashable, Sequence[Key]] = {}
+        window = len(sessions)
+        for place, session in enumerate(sessions):
+            if self._outdated(plan):
+                return
+            found = self._blocks_of(session)
+            blocks[session] = tuple(found)
+            if found:
+                sizes.append(sum(found.values()))
+                mean = sum(sizes) / len(sizes)
+                window = keep_window(self._memory.capacity, self.disk_capacity, mean)
+            if place + 1 >= window:
+                break
+        mean = sum(sizes) / len(sizes) if sizes else 0.0
+        self._memory.reschedule(partial(lookahead.schedule, sessions, blocks, window))
+        for number, key in list(lookahead.fetches(fetch_window(self._memory.capacity, mean))):
+            assert isinstance(key, bytes)
+            if self._outdated(plan) or not self._fetch(key, number):
+                return
+
+    def _blocks_of(self, session: Session) -> dict[Key, int]:
+        """The blocks of a session, in order, with their bytes."""
+        with self._plans.lock:
+            known = self._plans.blocks.get(session)
+        if known is not None:
+            return known
+        manifest = self._manifest_of(session)
+        keys = [span.block for span in manifest.spans if span.block] if manifest is not None else []
+        keys += [key for key in manifest.beside if key not in keys] if manifest is not None else []
+        on_disk = self._disk.sizes(keys)
+        found = {}
+        for key in keys:
+            held = self._memory.get(key)
+            found[key] = held.nbytes if held is not None else on_disk.get(key, 0)
+        with self._plans.lock:
+            self._plans.blocks[session] = found
+        return found
+
+    def _fetch(self, key: Key, job: int) -> bool:
+        """Brings a block into memory for an upcoming turn. False where what is there is needed sooner."""
+        if self._memory.get(key) is not None or not self._disk.has([key]):
+            return True
+        nbytes = self._promote(key, job)
+        if nbytes is None:
+            return False
+        if nbytes:
+            self._accounts.count_all({"fetched_blocks": 1, "fetched_bytes": nbytes})
+        return True
+
+    def _turn_is_over(self, session: str) -> None:
+        """A turn that was scheduled or expected has run: what the session consists of is not what it was."""
+        place = self.namespace, session
+        with self._plans.lock:
+            self._plans.blocks.pop(place, None)
+            expected = self._plans.expected.pop(place, None) is not None
+            names = self._plans.scheduled.get(self.namespace, [])
+            scheduled = session in names
+            if scheduled:
+                names.remove(session)
+        if expected or scheduled:
+            self._replan()
+
+    # looking back
+
+    def used(self, blocks: Sequence[Key], tokens: int, *, short: bool, went_on_from: Key | None = None) -> None:
+        """Takes notice of a turn on a conversation, in the background.
+
+        Args:
+            blocks: all of the conversation's blocks, in order, those that the turn made included.
+            tokens: their tokens.
+            short: the last of them is not full.
+            went_on_from: the last block that the turn reused.
+        """
+        if blocks:
+            note = partial(self._note_use, tuple(blocks), tokens, short, went_on_from)
+            self._writer.submit(partial(self._guarded, note))
+
+    def _note_use(self, blocks: tuple[Key, ...], tokens: int, short: bool, went_on_from: Key | None) -> None:
+        policy, now = self._order.policy, time.time()
+        chain, end = (blocks[:-1], blocks[-1]) if short else (blocks, None)
+        matched = self._place_of_end(went_on_from) if went_on_from is not None else None
+        known = (went_on_from,) if went_on_from is not None else ()
+        group = policy.group(Use(now, chain, tokens, end, known, matched))
+        self._memory.used_by_turn(chain, group, now, short=end)
+        rows = self._disk.rows([*chain[-_ENDS:], *([end] if end is not None else [])])
+        last = next((key for key in reversed(chain) if key in rows), None)
+        places = {
+            key: policy.place(rows[key].place, group, now, short=key == end) for key in (last, end) if key in rows
+        }
+        self._disk.move({key: place for key, place in places.items() if key is not None})
+
+    def _place_of_end(self, key: Key) -> Place | None:
+        """Where a block stands after which there was nothing before the turn that went on from it."""
+        row = self._disk.row(key)
+        if row is None or self._disk.index.followers(key) > 1:
+            return None
+        return row.place
+
+
+_ENDS = 8
+"""How far from its end a chain's last block on disk is looked for: later ones may not have found room there."""
