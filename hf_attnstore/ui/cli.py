@@ -48,6 +48,13 @@ def ui(
     sample: Annotated[bool, typer.Option(help="Sample answers instead of taking the likeliest token.")] = False,
     device: Annotated[str | None, typer.Option(help="Such as cuda or cpu.", show_default=False)] = None,
     dtype: Annotated[str, typer.Option(help="Such as bfloat16 or float32; auto is what the checkpoint has.")] = "auto",
+    screenshots: Annotated[
+        Path | None,
+        typer.Option(help="Only take pictures of the page, into this folder; needs playwright.", show_default=False),
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Only measure how fast the page is; needs playwright.")
+    ] = False,
 ) -> None:
     """Chat in the browser: conversations that go on where they were left, and what that saved."""
     from ..chat_model import load_chat_model, small_model_path
@@ -55,6 +62,13 @@ def ui(
 
     serving = _serving()
     console = Console(highlight=False, soft_wrap=True)
+
+    def load() -> Any:
+        return load_chat_model(model, device=device, dtype=dtype)
+
+    if screenshots is not None or measure:
+        _look(console, load, screenshots, measure=measure)
+        return
     accounts = [_account(entry) for entry in auth or ()]
     if not serving.is_loopback(host) and not accounts:
         console.print(
@@ -65,7 +79,7 @@ def ui(
         small_model_path()  # said now, not when somebody waits for an answer
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": sample, "window": window}
     serving.serve(
-        lambda: load_chat_model(model, device=device, dtype=dtype),
+        load,
         AttentionStore(store, memory=memory, disk=disk),
         model_name=Path(model).name if model else "the small model",
         host=host,
@@ -76,6 +90,17 @@ def ui(
         keep_first="system",
         **options,
     )
+
+
+def _look(console: Console, load: Any, screenshots: Path | None, *, measure: bool) -> None:
+    from . import tour
+
+    if screenshots is not None:
+        for file in tour.take_screenshots(load, screenshots):
+            console.print(f"{escape(str(file))}, {file.stat().st_size:,} bytes")
+    if measure:
+        for what, value in tour.measure(load).items():
+            console.print(f"{what}: {value:.3g}")
 
 
 def _serving() -> Any:
