@@ -1,14 +1,17 @@
-# `make demo` and `make test` work on a fresh machine with Python 3.11 or newer; each makes .venv when it is missing.
+# `make demo`, `make ui` and `make test` work on a fresh machine with Python 3.11 or newer; each makes .venv when it is missing.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test bench lint format slow-test clean
+.PHONY: demo ui test bench lint format slow-test clean
 
 demo: $(STAMP)
 	$(BIN)/attnstore demo
+
+ui: $(STAMP)
+	$(BIN)/attnstore ui
 
 test: lint
 	$(BIN)/python -m pytest

@@ -7,6 +7,7 @@ and this class keeps the messages beside it, under the same session name.
 from __future__ import annotations
 
 import logging
+import secrets
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("hf_attnstore")
 
 METADATA_KEY = "chat"
+ANNOTATIONS_KEY = "annotations"
 DEFAULT_MAX_NEW_TOKENS = 200
 
 Stream = Callable[[str], None] | bool | None
@@ -95,6 +97,8 @@ class ChatSession:
             conversation as the chat template will show it from then on, without the reasoning. The next turn then
             computes no more than its message. Until `wait()` or `close()` has returned the model is in use: do not
             change its weights or adapters. Past the window, other tokens may be dropped than without.
+        reuse: False computes the whole conversation anew in each turn and keeps nothing but the messages: to see what
+            a conversation costs without the store.
         template_kwargs: passed to the chat template, such as `{"enable_thinking": False}`.
         generate_defaults: arguments for every `generate`, such as `do_sample` or `max_new_tokens` (200 if not said).
 
@@ -116,6 +120,7 @@ class ChatSession:
         keep_first: int | Literal["system"] = 0,
         drop: float = 0.5,
         canonicalize: bool = False,
+        reuse: bool = True,
         template_kwargs: dict[str, Any] | None = None,
         **generate_defaults: Any,
     ) -> None:
@@ -138,13 +143,15 @@ class ChatSession:
         self.window = window
         self.keep_first = keep_first
         self.drop = drop
-        self.canonicalize = canonicalize
+        self.canonicalize = canonicalize and reuse
+        self.reuse = reuse
         self.template_kwargs = template_kwargs or {}
         self.generate_defaults = generate_defaults
         self._turn: ChatTurn | None = None
         self._cache: AttentionStoreCache | None = None
         self._background: BackgroundPrefill | None = None
         self._warned = False
+        self._timeline: list[Any] = []
         self._metadata = self._saved_metadata()
         self._transcript = self._saved_transcript().with_system(system)
 
@@ -162,6 +169,11 @@ class ChatSession:
     def stats(self) -> ChatTurn | None:
         """What the last turn of this object was; `None` before the first."""
         return self._turn
+
+    @property
+    def timeline(self) -> list[Any]:
+        """What happened when in the last turn, as `AttentionStoreCache.timeline` has it."""
+        return list(self._timeline)
 
     def prompt_ids(self, text: str, role: str = "user") -> list[int]:
         """The token ids that `send(text)` would feed: the exact conversation so far, and what the chat
@@ -197,6 +209,20 @@ class ChatSession:
         earlier, text = self._transcript.undone()
         return self._answer(earlier, text, self._transcript.messages[-2]["role"], stream, generate_kwargs)
 
+    def edit(self, turn: int, text: str, stream: Stream = None, **generate_kwargs: Any) -> str:
+        """Says `text` in place of the message of turn `turn`, counted from 0, and returns the answer to that. What
+        was said after it is taken back; what came before it is reused.
+
+        If nothing could be generated, the conversation stays as it was. Raises `ValueError` when there is no such turn.
+        """
+        earlier = self._transcript
+        for _ in range(self._transcript.turns - turn if turn >= 0 else 0):
+            earlier, _ = earlier.undone()
+        if earlier is self._transcript:
+            raise ValueError(f"there is no turn {turn} to edit: the conversation has {earlier.turns}")
+        role = self._transcript.messages[len(earlier.messages)]["role"]
+        return self._answer(earlier, text, role, stream, generate_kwargs)
+
     def undo(self) -> str:
         """Takes the last turn back, message and answer, and returns the message. Raises `ValueError` when
         there is none.
@@ -205,6 +231,18 @@ class ChatSession:
         self.close()
         self._remember(earlier)
         return text
+
+    def annotation(self, key: str) -> Any:
+        """What `annotate` kept under `key`; None if nothing."""
+        return annotation_in(self._metadata, key)
+
+    def annotate(self, key: str, value: Any) -> None:
+        """Keeps something JSON-able of the caller's own with the conversation; forks have it, `delete` removes it."""
+        self._metadata = {
+            **self._metadata,
+            ANNOTATIONS_KEY: {**self._metadata.get(ANNOTATIONS_KEY, {}), key: value},
+        }
+        self._keep_metadata()
 
     def wait(self) -> None:
         """Returns when nothing of this session is computed in the background any more; see `canonicalize`."""
@@ -229,14 +267,7 @@ class ChatSession:
         give_way(self.store, self.session)
         if self._background is not None and not self._background.cache_is_whole:
             self._cache = None
-        cache = self._cache or AttentionStoreCache(
-            self.model,
-            session=self.session,
-            store=self.store,
-            window=self.window,
-            keep_first=self._kept_first(prompt),
-            drop=self.drop,
-        )
+        cache = self._cache or self._new_cache(prompt)
         # a template that cuts the reasoning out of earlier answers makes all that follows new
         known = common_prefix(np.asarray(before.ids), np.asarray(prompt.ids))
         kwargs["max_new_tokens"] = self._fitting_tokens(wanted, cache, prompt, known)
@@ -255,8 +286,9 @@ class ChatSession:
             )
             finished = True
             # with a device tier, that decides whose KV stays on the device
-            self._cache = None if self.store.device_tier.capacity else cache
+            self._cache = cache if self.reuse and not self.store.device_tier.capacity else None
         finally:
+            self._timeline = list(getattr(cache, "timeline", ()))
             if run.ids:
                 finish = self._finish(run, wanted, kwargs["max_new_tokens"]) if finished else "interrupted"
                 self._turn = _turn(run, cache, len(prompt.ids), finish, BackgroundWork() if self.canonicalize else None)
@@ -266,6 +298,14 @@ class ChatSession:
         if run.ids and self._turn is not None and self._turn.background is not None:
             self._prefill_next(cache, self._turn.background)
         return self._transcript.messages[-1]["content"]
+
+    def _new_cache(self, prompt: Prompt) -> AttentionStoreCache:
+        window: dict[str, Any] = {"window": self.window, "keep_first": self._kept_first(prompt), "drop": self.drop}
+        if self.reuse:
+            return AttentionStoreCache(self.model, session=self.session, store=self.store, **window)
+        # a namespace that is new has nothing to reuse, and all else is as with the store
+        nothing = self.store.in_namespace(secrets.token_hex())
+        return AttentionStoreCache(self.model, session=None, store=nothing, save=False, **window)
 
     def _prompt(self, transcript: Transcript, text: str, role: str = "user") -> Prompt:
         messages = [*transcript.messages, {"role": role, "content": text}]
@@ -378,10 +418,18 @@ class ChatSession:
     def _remember(self, transcript: Transcript) -> None:
         self._transcript = transcript
         self._metadata = {**self._metadata, METADATA_KEY: transcript.to_json(self.tokenizer)}
+        self._keep_metadata()
+
+    def _keep_metadata(self) -> None:
         try:
             self.store.set_metadata(self.session, self._metadata)
         except StoreIOError as error:  # the next turn tries again, with all messages
             logger.warning("the messages of session %r are not kept for now: %s", self.session, error)
+
+
+def annotation_in(metadata: dict[str, Any], key: str) -> Any:
+    """What `ChatSession.annotate` kept under `key`, in a session's metadata; None if nothing."""
+    return metadata.get(ANNOTATIONS_KEY, {}).get(key)
 
 
 def context_window(model: PreTrainedModel) -> int | None:

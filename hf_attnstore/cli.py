@@ -13,6 +13,7 @@ from .bench.cli import app as bench_app
 from .errors import AttentionStoreError
 from .families.cli import models
 from .tools_cli import add_to
+from .ui.cli import ui
 
 
 class _OneLineErrors(typer.core.TyperGroup):
@@ -136,6 +137,7 @@ def inspect(model: Model = None, device: Device = None, dtype: Dtype = "auto") -
 
 
 app.command()(models)
+app.command()(ui)
 add_to(app)
 app.add_typer(bench_app, name="bench")
 

@@ -46,6 +46,11 @@ class Transcript:
     text: str = ""
     marks: tuple[tuple[int, int], ...] = ()
 
+    @property
+    def turns(self) -> int:
+        """How many messages were answered."""
+        return sum(message["role"] == "assistant" for message in self.messages)
+
     def with_system(self, content: str | None) -> Transcript:
         """The same conversation under the system message `content`; `None` leaves what is there."""
         if content is None:

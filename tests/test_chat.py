@@ -453,3 +453,69 @@ def test_a_turn_in_words(chat: ChatSession) -> None:
         f"reused {turn.reused_tokens} of {turn.prompt_tokens} tokens, prefilled {turn.prefilled_tokens}, first token"
     )
     assert str(turn).endswith(f", then {turn.tokens_per_second:,.0f} tokens/s")
+
+
+def test_edit_of_an_earlier_message_takes_back_what_followed_and_reuses_what_came_before(
+    chat: ChatSession, plain: LlamaForCausalLM, store: AttentionStore
+) -> None:
+    for text in ("the old prince", "the other officer", "the mother"):
+        chat.send(text)
+    before = ChatSession(chat.model, chat.tokenizer, store, "before", **GREEDY)
+    before.send("the old prince")
+
+    answer = chat.edit(1, "the young man rose")
+
+    prompt = before.prompt_ids("the young man rose")
+    assert chat.token_ids == prompt + plain_answer(plain, prompt, **GREEDY)
+    assert [text for role, text in said(chat) if role == "user"] == ["the old prince", "the young man rose"]
+    assert chat.history[-1]["content"] == answer
+    assert chat.stats is not None
+    assert chat.stats.prefilled_tokens < len(before.prompt_ids("the young man rose")) - len(before.token_ids) + 4
+    assert chat.stats.reused_tokens >= len(before.token_ids) - 1
+    assert ChatSession(chat.model, chat.tokenizer, store, "alice").history == chat.history
+
+
+def test_edit_that_fails_leaves_the_conversation(chat: ChatSession) -> None:
+    chat.send("the old prince")
+    chat.send("the other officer")
+    before = said(chat)
+    with pytest.raises(RuntimeError):
+        chat.edit(0, "the letter", logits_processor=LogitsProcessorList([FailsAtOnce()]))
+    assert said(chat) == before
+    for turn in (-1, 2):
+        with pytest.raises(ValueError, match="no turn"):
+            chat.edit(turn, "the letter")
+
+
+def test_without_reuse_all_is_computed_and_only_the_messages_are_kept(
+    chat: ChatSession, plain: LlamaForCausalLM, store: AttentionStore
+) -> None:
+    chat.send("the old prince")
+    store.flush()
+    blocks = store.stats()["disk_blocks"]
+    without = ChatSession(chat.model, chat.tokenizer, store, "alice", reuse=False, **GREEDY)
+    prompt = without.prompt_ids("the other officer")
+    without.send("the other officer")
+    assert without.stats is not None
+    assert (without.stats.reused_tokens, without.stats.prefilled_tokens) == (0, len(prompt))
+    assert without.token_ids == prompt + plain_answer(plain, prompt, **GREEDY)
+    store.flush()
+    assert store.stats()["disk_blocks"] == blocks
+
+    again = ChatSession(chat.model, chat.tokenizer, store, "alice", **GREEDY)
+    assert again.history == without.history
+    again.send("the mother")
+    assert again.stats is not None
+    assert again.stats.reused_tokens == len(chat.token_ids) - 1
+
+
+def test_annotations_go_with_the_conversation(chat: ChatSession, store: AttentionStore) -> None:
+    chat.send("the old prince")
+    assert chat.annotation("mood") is None
+    chat.annotate("mood", {"value": 3})
+    chat.send("the mother")
+    store.fork("alice", "copy")
+    for name in ("alice", "copy"):
+        again = ChatSession(chat.model, chat.tokenizer, store, name, **GREEDY)
+        assert again.annotation("mood") == {"value": 3}
+        assert again.history == chat.history

@@ -6,8 +6,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
@@ -158,6 +160,25 @@ def test_an_agent_uses_the_roles_of_a_template_with_tools(tmp_path: Path) -> Non
     assert task.reused == 0
     assert task.prompt < listed.reused < listed.prompt < calculated.reused
     assert [turn.prefilled < 20 for turn in branches] == [True, True]
+
+
+def test_the_demo_in_the_browser_serves_its_page_and_ends_when_it_is_told_to(tmp_path: Path) -> None:
+    pytest.importorskip("gradio", reason="the page needs the extra ui")
+    command = [sys.executable, "-u", str(EXAMPLES / "gradio_demo.py"), "--store", str(tmp_path), "--port", "0"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    ) as demo:
+        try:
+            assert demo.stdout is not None
+            address = demo.stdout.readline().strip()
+            with urllib.request.urlopen(address, timeout=60) as page:
+                assert "HttpOnly" in page.headers["set-cookie"]
+                assert b"Say something to small-model" in page.read()
+        finally:
+            demo.send_signal(signal.SIGINT)
+        assert str(tmp_path) in demo.stdout.read()
+    assert demo.returncode == 0
+    assert (tmp_path / "store.json").is_file()
 
 
 def test_every_example_is_run_by_a_test() -> None:
