@@ -232,8 +232,8 @@ class BlockStore(OpenStore):
                 except BaseException:
                     self._memory.release(size)
                     raise
-            self._memory.insert(Block(meta, tensors), dirty=False)
             self.recorders.add("fetch", _described(meta), began)
+            self._memory.insert(Block(meta, tensors), dirty=False)
         except LoadError as error:
             self._reject(key, error)
         except Exception as error:
