@@ -257,10 +257,8 @@ class BlockStore(OpenStore):
                 except BaseException:
                     self._memory.release(size)
                     raise
-            if not self._memory.insert(Block(meta, tensors), dirty=False):
-                return 0
             self.recorders.add("fetch", _described(meta), began)
-            return size
+            return size if self._memory.insert(Block(meta, tensors), dirty=False) else 0
         except LoadError as error:
             self._reject(key, error)
         except Exception as error:
