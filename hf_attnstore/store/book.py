@@ -1,0 +1,115 @@
+"""The accounts of a tier: bytes reserved and held under a cap, and who goes when room is needed. No bytes here."""
+
+from collections.abc import Callable, Hashable, Iterable
+
+from .lookahead import Lookahead
+from .order import EvictionOrder
+from .policies import Place, Policy
+
+
+class TierBook:
+    """Blocks by key with their sizes. A block that is `dirty` is nowhere else yet and stays.
+
+    Args:
+        capacity: bytes; what is reserved and held is never more.
+        policy: who goes first.
+        lookahead: the upcoming turns, whose blocks go last; shared by the tiers.
+        evicted: called with every block that had to go.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        policy: Policy,
+        lookahead: Lookahead | None = None,
+        evicted: Callable[[Hashable], None] = lambda key: None,
+    ) -> None:
+        self.capacity = capacity
+        self.used = 0
+        self.dirty: set[Hashable] = set()
+        self.evictions = 0
+        self.order = EvictionOrder(policy, lookahead)
+        self._policy = policy
+        self._sizes: dict[Hashable, int] = {}
+        self._evicted = evicted
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._sizes
+
+    def size(self, key: Hashable) -> int:
+        """Bytes of a block; 0 if it is not here."""
+        return self._sizes.get(key, 0)
+
+    def make_room(
+        self, nbytes: int, now: float, *, evict: bool = True, place: Place | None = None, job: int | None = None
+    ) -> bool:
+        """Evicts until `nbytes` more fit.
+
+        Args:
+            evict: else only says whether they fit as it is.
+            place: where the block will stand for which this is; the policy may then rather do without it.
+            job: the upcoming turn for which this is; None for one that is running.
+
+        Returns:
+            False if there is no room for them.
+        """
+        if nbytes > self.capacity:
+            return False
+        while self.used + nbytes > self.capacity:
+            victim = self.order.victim(now, self.dirty, job=job) if evict else None
+            if victim is None:
+                return False
+            stands = self.order.place(victim)
+            if place is not None and stands is not None and not self._policy.admits(place, stands, now):
+                return False
+            self.remove(victim)
+            self.evictions += 1
+            self._evicted(victim)
+        return True
+
+    def shrink(self, capacity: int, now: float) -> None:
+        """Sets the cap, and evicts down to it as far as that can be done now."""
+        self.capacity = capacity
+        self.make_room(0, now)
+
+    def reserve(
+        self, nbytes: int, now: float, *, evict: bool = True, place: Place | None = None, job: int | None = None
+    ) -> bool:
+        """Takes `nbytes` out of the free room. False if there is none; see `make_room`."""
+        if not self.make_room(nbytes, now, evict=evict, place=place, job=job):
+            return False
+        self.used += nbytes
+        return True
+
+    def release(self, nbytes: int) -> None:
+        """Gives reserved bytes back."""
+        self.used -= nbytes
+
+    def add(
+        self, key: Hashable, parent: Hashable, start: int, nbytes: int, place: Place, *, dirty: bool = False
+    ) -> bool:
+        """Takes over a block whose bytes were reserved; gives them back if it is here already (then False)."""
+        if key in self._sizes:
+            self.used -= nbytes
+            self.order.move(key, place)
+            return False
+        self._sizes[key] = nbytes
+        self.order.add(key, parent, start, place)
+        if dirty:
+            self.dirty.add(key)
+        return True
+
+    def remove(self, key: Hashable) -> None:
+        """Takes a block out. Harmless if it is not here."""
+        nbytes = self._sizes.pop(key, None)
+        if nbytes is not None:
+            self.used -= nbytes
+            self.order.remove(key)
+            self.dirty.discard(key)
+
+    def keys(self) -> Iterable[Hashable]:
+        """All blocks. A copy."""
+        return list(self._sizes)

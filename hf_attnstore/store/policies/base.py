@@ -1,0 +1,72 @@
+"""What an eviction policy is: a few pure decisions over metadata."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+
+class Place(NamedTuple):
+    """Where a block stands: in a group, and within it behind all that have a smaller stamp."""
+
+    group: int
+    stamp: float
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """One turn on a conversation, as a policy sees it. Keys are of any hashable kind."""
+
+    now: float
+    """Seconds, on whatever clock the tier goes by."""
+    chain: Sequence[Hashable]
+    """Keys of the conversation's whole blocks, those that the turn made included, in order."""
+    tokens: int
+    """Its tokens, those that the turn added included."""
+    short: Hashable | None = None
+    """Key of its last block, if that is a short one."""
+    known: Sequence[Hashable] = ()
+    """Keys of short blocks that the turn went on from."""
+    matched: Place | None = None
+    """Where the last block stands that the turn reused."""
+
+
+class Policy(ABC):
+    """Says where blocks stand in a few groups, each ordered by stamp, and which group gives a block up next.
+
+    Every use of a conversation is told once (`group`); then every block of it gets its place (`place`). The block that
+    goes is the first of the group whose first block is worth least. So a decision looks at one block a group, whatever
+    the number of blocks, and an index on (group, stamp) is all that a table on disk needs.
+    """
+
+    name: ClassVar[str]
+    groups: ClassVar[int] = 1
+
+    def group(self, use: Use) -> int:
+        """Takes notice of a turn; returns the group that its blocks belong to."""
+        return 0
+
+    @abstractmethod
+    def place(self, before: Place | None, group: int, now: float, *, short: bool = False) -> Place:
+        """Where a block stands after a turn of `group`.
+
+        Args:
+            before: where it stood; None for a new one.
+            short: it is the short end of the conversation.
+        """
+
+    def worth(self, place: Place, now: float) -> float:
+        """How much the first block of a group is worth keeping: who is worth least goes first, at equal worth who has
+        the smallest stamp."""
+        return place.stamp
+
+    def admits(self, place: Place, victim: Place, now: float) -> bool:
+        """Whether a new block at `place` is to take the room of the one at `victim`."""
+        return True
+
+    def learned(self) -> dict[str, Any]:
+        """What the policy found out, as a JSON-able dict, for the next process."""
+        return {}
+
+    def recall(self, learned: Mapping[str, Any]) -> None:
+        """Takes over what `learned` gave, of whatever version; what it does not understand it leaves."""

@@ -1,0 +1,43 @@
+"""Policies from the literature."""
+
+from .base import Place, Policy, Use
+
+
+class LRU(Policy):
+    """What was used least recently goes first."""
+
+    name = "lru"
+
+    def place(self, before: Place | None, group: int, now: float, *, short: bool = False) -> Place:
+        return Place(0, now)
+
+
+class FIFO(Policy):
+    """What came first goes first, whatever its use."""
+
+    name = "fifo"
+
+    def place(self, before: Place | None, group: int, now: float, *, short: bool = False) -> Place:
+        return before if before is not None else Place(0, now)
+
+
+class Hyperbolic(Policy):
+    """What has been used least often for the time it has been here goes first.
+
+    Hyperbolic caching (Blankstein, Sen, Freedman; USENIX ATC 2017). Blocks are grouped by the number of their uses, so
+    that the oldest of a group is the one with the lowest priority, and no sampling is needed; 16 uses count as more.
+    """
+
+    name = "hyperbolic"
+    groups = 16
+
+    def group(self, use: Use) -> int:
+        return -1  # every block has its own
+
+    def place(self, before: Place | None, group: int, now: float, *, short: bool = False) -> Place:
+        if before is None:
+            return Place(0, now)
+        return Place(min(before.group + 1, self.groups - 1), before.stamp)
+
+    def worth(self, place: Place, now: float) -> float:
+        return (place.group + 1) / max(now - place.stamp, 1e-9)
