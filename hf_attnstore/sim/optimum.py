@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Hashable
 
-from .replay import Hits, Requests
+from .replay import Hits, Requests, count_hits
 
 NEVER = 1 << 60
 
@@ -34,16 +34,7 @@ def optimum(requests: Requests, capacity: int) -> Hits:
             if key not in held:
                 break
             count += 1
-        tokens = min(count * requests.block_tokens, row.tokens)
-        if row.prompt_short and count == len(row.prompt):
-            tokens = min(tokens, (count - 1) * requests.block_tokens + row.prompt_short)
-        hits.turns += 1
-        hits.tokens += row.tokens
-        hits.found += tokens
-        if row.history:
-            hits.resumed += 1
-            hits.whole += tokens >= row.history
-            hits.some += tokens > 0
+        count_hits(hits, row, count, 0, requests.block_tokens)
         if row.superseded is not None:
             held.pop(row.superseded, None)
         for place, (key, following_use) in enumerate(zip(row.blocks, following[number], strict=True)):

@@ -179,21 +179,25 @@ def _foreseen(rows: list[Request], wrong: float, seed: int) -> Iterator[tuple[Se
         recent.append(row)
 
 
-def _turn(tiers: Tiers, row: Request, block_tokens: int, hits: Hits, trace: bool) -> None:
-    found = tiers.find(row.prompt)
-    count = found.blocks
+def count_hits(hits: Hits, row: Request, count: int, slow: int, block_tokens: int) -> None:
+    """Adds a turn of which the first `count` blocks were found, `slow` of them not in memory."""
     tokens = min(count * block_tokens, row.tokens)
     if row.prompt_short and count == len(row.prompt):
         tokens = min(tokens, (count - 1) * block_tokens + row.prompt_short)
-    slow = min(len(found.slow) * block_tokens, tokens)
     hits.turns += 1
     hits.tokens += row.tokens
     hits.found += tokens
-    hits.fast += tokens - slow
+    hits.fast += max(0, tokens - slow * block_tokens)
     if row.history:
         hits.resumed += 1
         hits.whole += tokens >= row.history
         hits.some += tokens > 0
+
+
+def _turn(tiers: Tiers, row: Request, block_tokens: int, hits: Hits, trace: bool) -> None:
+    found = tiers.find(row.prompt)
+    count = found.blocks
+    count_hits(hits, row, count, len(found.slow), block_tokens)
     if trace:
         hits.by_turn.append(count)
     matched = row.prompt[count - 1] if count else None

@@ -15,9 +15,6 @@ from .chains import Chain, Prompt
 from .machine import Links
 from .tiers import Tiers
 
-NEAR = 4
-"""Upcoming turns whose KV is looked for once more, in case it had to go since it was fetched."""
-
 
 @dataclass(slots=True)
 class Loaded:
@@ -69,7 +66,7 @@ class TimedTiers:
         depth: float = 1.0,
         device: int = 0,
     ) -> None:
-        self.tiers = Tiers(memory, disk, policy)
+        self.tiers = Tiers(memory, disk, policy, self._gone)
         self.links = links
         self.device = TierBook(device, self.tiers.policy) if device else None
         self.not_saved = 0
@@ -87,6 +84,8 @@ class TimedTiers:
         self._counted: deque[Chain] = deque()
         self._fetched = 0
         """How many of the counted turns have been fetched for."""
+        self._begun = 0
+        """Number of the first counted turn."""
         self._session_bytes, self._sessions = 0.0, 0
 
     # the queue
@@ -108,11 +107,14 @@ class TimedTiers:
             self._counted.append(chain)
             self.tiers.queued(name, chain.blocks)
         fetch = min(int(fetch_window(memory, mean) * self._depth), len(self._counted))
-        while self._fetched < fetch:
-            self._fetch(self._counted[self._fetched], now)
+        while self._fetched < fetch and self._fetch(self._counted[self._fetched], self._begun + self._fetched, now):
             self._fetched += 1
-        for number in range(min(NEAR, fetch)):
-            self._fetch(self._counted[number], now)
+
+    def _gone(self, key: Hashable) -> None:
+        """Memory gave up a block: a turn that needs it is fetched for again, as soon as there is room."""
+        job = self.tiers.lookahead.job(key)
+        if job is not None:
+            self._fetched = min(self._fetched, max(0, job - self._begun))
 
     def _next_runs(self) -> None:
         if not self._ahead:
@@ -121,6 +123,7 @@ class TimedTiers:
             self._waiting.popleft()
             return
         self._counted.popleft()
+        self._begun += 1
         self._fetched = max(0, self._fetched - 1)
         self.tiers.started()
 
@@ -136,17 +139,12 @@ class TimedTiers:
     def _later(self, at: float, over: Callable[[float, _Transfer], None], transfer: _Transfer) -> None:
         heapq.heappush(self._events, (at, next(self._numbers), over, transfer))
 
-    def _fetch(self, chain: Chain, now: float) -> None:
-        """Begins to read what a waiting turn needs from disk into memory, as far as there is room."""
+    def _fetch(self, chain: Chain, job: int, now: float) -> bool:
+        """Begins to read what a waiting turn needs from disk into memory. False if there is no room for all of it."""
         memory, disk = self.tiers.memory, self.tiers.disk
         if disk is None:
-            return
-        for key in reversed(chain.blocks):  # beginnings are there whenever continuations are
-            if key in memory:
-                return
-            if key in disk:
-                break
-        job = self.tiers.lookahead.job(chain.blocks[0]) if chain.blocks else None
+            return True
+        fits = True
         taken: list[Hashable] = []
         places, sizes = [], []
         for key in chain.blocks:
@@ -157,6 +155,7 @@ class TimedTiers:
                 break
             size = disk.size(key)
             if not memory.reserve(size, now, place=None, job=job):
+                fits = False
                 break
             taken.append(key)
             places.append(place)
@@ -167,6 +166,7 @@ class TimedTiers:
             self.fetched_bytes += total
             self._arriving.update(dict.fromkeys(taken, self._reader))
             self._later(self._reader, self._arrived, _Transfer(taken, chain.start, places, sizes, list(chain.blocks)))
+        return fits
 
     def _arrived(self, now: float, transfer: _Transfer) -> None:
         memory, disk = self.tiers.memory, self.tiers.disk
