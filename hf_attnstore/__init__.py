@@ -13,16 +13,21 @@ from .errors import (
     EncryptionKeyError,
     GradientError,
     LoadError,
+    QueueFullError,
     SessionBusyError,
     SessionNameError,
     SessionNotFoundError,
     StoreClosedError,
     StoreFormatError,
     StoreIOError,
+    TurnQueueError,
+    TurnTimeoutError,
     UnsupportedModelError,
 )
 from .store.manifest import SessionInfo
 from .store.store import AttentionStore, repair_store
+from .turn import Turn
+from .turn_queue import QueueStats, TurnQueue
 
 __all__ = [
     "AttentionStore",
@@ -34,6 +39,8 @@ __all__ = [
     "EncryptionKeyError",
     "GradientError",
     "LoadError",
+    "QueueFullError",
+    "QueueStats",
     "SessionBusyError",
     "SessionInfo",
     "SessionNameError",
@@ -41,7 +48,11 @@ __all__ = [
     "StoreClosedError",
     "StoreFormatError",
     "StoreIOError",
+    "Turn",
+    "TurnQueue",
+    "TurnQueueError",
     "TurnStats",
+    "TurnTimeoutError",
     "UnsupportedModelError",
     "__version__",
     "attach",

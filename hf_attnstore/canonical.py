@@ -77,7 +77,7 @@ class BackgroundPrefill:
         self._failed = failed
         self._stop = threading.Event()
         self._done = threading.Event()
-        self._under = _Surroundings(cache.model)
+        self._under = Surroundings(cache.model)
         self._model = ensure_hooks(cache.model).fingerprint.current()
 
     def start(self) -> None:
@@ -164,7 +164,7 @@ def give_way(store: AttentionStore, session: str) -> None:
         running.stop()
 
 
-class _Surroundings:
+class Surroundings:
     """What torch keeps for each thread, and what a model computes depends on: taken over into another thread."""
 
     def __init__(self, model: nn.Module) -> None:

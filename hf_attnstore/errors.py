@@ -63,3 +63,15 @@ class ContextWindowError(AttentionStoreError):
 
 class CacheUseError(AttentionStoreError):
     """The cache was used in a way that would give wrong tokens."""
+
+
+class TurnQueueError(AttentionStoreError):
+    """A `TurnQueue` was used in a way that can't work: it is closed, or a turn would wait for itself."""
+
+
+class QueueFullError(TurnQueueError):
+    """As many turns wait as may wait."""
+
+
+class TurnTimeoutError(TurnQueueError, TimeoutError):
+    """A turn of a queue was not done within the time it was given."""

@@ -26,8 +26,10 @@ from ..session.chain import TokenChain
 from ..session.matching import match_prefix
 from ..store import AttentionStore
 from ..store.blocks import Block, BlockMeta
+from ..store.eviction import Order, VictimSearch
 from ..store.keys import prefix_codes
 from ..store.manifest import Manifest, SpanRow
+from ..store.policies import Place, make_policy
 
 BLOCK = 256
 LONG = 100
@@ -122,7 +124,7 @@ def _add_probed(store: AttentionStore, number: int, seed: int) -> None:
         if block == LONG - 1:
             disk.write(Block(meta, {"layers.0.keys": torch.zeros(1, stop - start, 8)}), None)
         else:
-            disk.index.add_block(meta, prefix_codes(meta.tokens), 3 << 20)
+            disk.index.add_block(meta, prefix_codes(meta.tokens), 3 << 20, Place(0, time.time()))
         spans.append(SpanRow(meta.key, 0, stop - start))
     disk.commit("", f"session {number}", _FINGERPRINT, Manifest(tuple(spans), length=len(chain)))
 
@@ -209,7 +211,7 @@ def _measure(root: Path, blocks: int, sessions: int, seed: int) -> IndexFigures:
             offset = int(random.integers(0, pages)) * 50
             figures.listing.append(_timed(partial(store.sessions, 50, offset)))
         for _ in range(200):
-            figures.victim.append(_timed(partial(index.eviction_candidates, 1)))
+            figures.victim.append(_timed(VictimSearch(index, Order(make_policy("predictive")), time.time()).next))
         figures.file_bytes = index.database.file_bytes()
     figures.resident_bytes = process.memory_info().rss - before
     return figures

@@ -96,6 +96,8 @@ class CacheContent(OutsideGraphsCache):
         self._forward: Forward | None = None
         self._restore: Restore | None = None
         self._from_disk: list[Key] = []
+        self._went_on_from: Key | None = None
+        """The last block that the turn reused."""
         self._in_turn = False
         self._turn_thread = 0
         self._checked = False
@@ -356,8 +358,9 @@ class CacheContent(OutsideGraphsCache):
         self._chain.crop(agreed)
         self._chain.append(ids[agreed:])
         self._held = len(ids)
+        last = spans[-1] if spans else None
+        self._went_on_from = last.block if last is not None else None
         if self._saver is not None:
-            last = spans[-1] if spans else None
             short = last is not None and last.whole and last.block_tokens < self._chain.block_size
             tail = last.block if last is not None and short and last.first >= self._chain.base else None
             self._saver.begin_turn(min(total_tokens(spans), len(ids)), tail)

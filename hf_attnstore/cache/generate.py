@@ -77,16 +77,18 @@ def generate_with_store(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return generate_batch(model, cache, original, prompt, args, kwargs, partial(_setting, model, dict(kwargs)))
     turn = _Turn(cache, model, prompt, kwargs)
     parts = turn.begin()
+    streamed = False
     try:
         for attempt in range(_MAX_RETRIES + 1):
             try:
                 for part in parts:
                     feed(model, cache, part)
-                output = turn.run(original, args, kwargs, streamed=attempt > 0)
+                before, streamed = streamed, True
+                output = turn.run(original, args, kwargs, streamed=before)
                 cache.end_of_generate()
                 return output
             except LoadError as error:
-                # the load belongs to the first forward: no token has been made yet, only the prompt was streamed
+                # the load belongs to the first forward: no token has been made yet; at most the prompt was streamed
                 cache.abandon(error)
                 parts = turn.begin(load=attempt + 1 < _MAX_RETRIES)
         raise AssertionError("a turn without loading can't fail to load")

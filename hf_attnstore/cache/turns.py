@@ -386,7 +386,9 @@ class CacheTurns(CacheContent):
             manifest = write_manifest(self._view, spans, self._view.logical(len(chain)))
             manifest = replace(manifest, beside=self._blocks_beside())
             self._store.commit(name, self._fingerprint, manifest)
-        elif spans:
-            self._store.touch([span.block for span in spans])
+        if spans:
+            short = spans[-1].block_tokens < chain.block_size
+            blocks = [span.block for span in spans]
+            self._store.used(blocks, tokens, short=short, went_on_from=self._went_on_from)
         if self._checkpoints:
             self._store.touch(list(self._checkpoints.values()))

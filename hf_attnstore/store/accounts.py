@@ -9,7 +9,8 @@ logger = logging.getLogger("hf_attnstore")
 
 COUNTS = (
     "turns", "turns_with_reuse", "prompt_tokens", "reused_tokens", "loaded_bytes", "saved_blocks", "saved_bytes",
-    "written_bytes", "evicted_blocks", "not_saved_blocks", "rejected", "write_errors", "read_errors",
+    "written_bytes", "evicted_blocks", "fetched_blocks", "fetched_bytes",
+    "not_saved_blocks", "rejected", "write_errors", "read_errors",
 )  # fmt: skip
 TIMES = ("load_microseconds", "exposed_load_microseconds", "write_microseconds")
 MISSED = "missed: "

@@ -1,6 +1,7 @@
 """Blocks by key, wherever they are: found, loaded, and saved behind the caller's back."""
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -166,12 +167,20 @@ class BlockStore(OpenStore):
     def touch(self, keys: Sequence[Key]) -> None:
         """Marks blocks as just used."""
         self._memory.touch(list(keys))
-        self._writer.submit(partial(self._guarded, partial(self._disk.index.touch, list(keys))))
+        self._writer.submit(partial(self._guarded, partial(self._touch_on_disk, list(keys))))
+
+    def _touch_on_disk(self, keys: Sequence[Key]) -> None:
+        policy, now = self._order.policy, time.time()
+        rows = self._disk.rows(keys)
+        self._disk.move({key: policy.place(row.place, row.group, now) for key, row in rows.items()})
 
     def promote(self, keys: Sequence[Key]) -> None:
         """Copies blocks from disk into free or reclaimable memory, in the background and in order."""
         for key in keys:
-            self._writer.submit(partial(self._promote, key))
+            self._writer.submit(partial(self._promote_one, key))
+
+    def _promote_one(self, key: Key) -> None:
+        self._promote(key)
 
     def _write(self, block: Block, supersedes: Key | None) -> None:
         try:
@@ -204,16 +213,21 @@ class BlockStore(OpenStore):
                 return False
         return self._disk.write(block, supersedes)
 
-    def _promote(self, key: Key) -> None:
+    def _promote(self, key: Key, job: int | None = None) -> int | None:
+        """Copies a block from disk into memory, if that makes room for it, for the upcoming turn `job` if any.
+
+        Returns:
+            The bytes copied; None where there is no room.
+        """
         try:
             if self._memory.get(key) is not None or not self._disk.has([key]):
-                return
+                return 0
             with self._disk.open(key) as file:
                 meta = file.read_meta()
                 specs = [t for name, t in file.layout.tensors.items() if name != TOKEN_IDS]
                 size = sum(t.spec.nbytes for t in specs)
-                if not self._memory.reserve(size):
-                    return
+                if not self._memory.reserve(size, job=job):
+                    return None
                 try:
                     pinned = torch.cuda.is_available()
                     tensors = {
@@ -223,11 +237,12 @@ class BlockStore(OpenStore):
                 except BaseException:
                     self._memory.release(size)
                     raise
-            self._memory.insert(Block(meta, tensors), dirty=False)
+            return size if self._memory.insert(Block(meta, tensors), dirty=False) else 0
         except LoadError as error:
             self._reject(key, error)
         except Exception as error:
             logger.debug("promoting block %s failed: %r", key.hex(), error)
+        return 0
 
     def describe_block(self, key: Key, fingerprint: str = "") -> tuple[int, np.ndarray] | None:
         """The position for which a block's first keys were made, and its ids `[tokens]`.

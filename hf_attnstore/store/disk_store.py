@@ -8,7 +8,7 @@ process was killed finishes what that left.
 import logging
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -17,13 +17,16 @@ from ..errors import AttentionStoreError, LoadError, SessionNotFoundError, Store
 from .accounts import Accounts
 from .blocks import Block, BlockMeta
 from .disk import BlockFile, DiskTier
+from .eviction import Order, VictimSearch
 from .files import make_private_directory
-from .index import BlockRow, Index
+from .index import Index
 from .keys import Key, block_key, common_codes, common_prefix, prefix_codes
 from .layout import encoded_size
 from .locks import WriteLock
 from .manifest import Manifest
+from .policies import Place
 from .records import RecordFiles, SessionRecord
+from .rows import BlockRow
 from .session_table import Keep
 from .settings import FILE, Folder
 from .sizes import format_bytes
@@ -39,6 +42,8 @@ _RECORD_SLACK = 4096
 _LONG_LOG = 192 << 10
 """Bytes of log beyond which it was not emptied in its time."""
 _LOG_ATTEMPTS = 20
+_BATCH = 64
+"""Blocks evicted in one transaction at most."""
 
 
 class DiskStore:
@@ -47,13 +52,14 @@ class DiskStore:
     Looking things up never raises for want of a disk: what can't be read is not there, with one warning and a count.
     """
 
-    def __init__(self, folder: Folder, capacity: int, accounts: Accounts, *, sync: bool) -> None:
+    def __init__(self, folder: Folder, capacity: int, accounts: Accounts, order: Order, *, sync: bool) -> None:
         self.root = folder.path
         self.capacity = capacity
         self.vault = folder.vault
         self.sync = sync
         self._folder = folder
         self._accounts = accounts
+        self._order = order
         self.files = DiskTier(self.root, self.vault, sync=sync)
         self.records = RecordFiles(self.root, self.vault, sync=sync)
         self.locks_folder = self.root / "locks"
@@ -141,7 +147,7 @@ class DiskStore:
         if after and meta.start > 0 and self.index.block(meta.predecessor) is None:
             return None
         codes = prefix_codes(meta.tokens, self.vault.secret)
-        self.index.add_block(meta, codes, size, used=path.stat().st_mtime)
+        self.index.add_block(meta, codes, size, Place(self._order.policy.newcomers, path.stat().st_mtime))
         return meta
 
     def _file_identity(self) -> tuple[int, ...]:
@@ -205,6 +211,16 @@ class DiskStore:
         """A block's row; None if it is not there."""
         found = self._attempt(lambda: self.index.block(key), None)
         return found if isinstance(found, BlockRow) else None
+
+    def rows(self, keys: Sequence[Key]) -> dict[Key, BlockRow]:
+        """The rows of those of these blocks that are there."""
+        found = self._attempt(lambda: self.index.rows(keys), [])
+        assert isinstance(found, list)
+        return {row.key: row for row in found}
+
+    def sizes(self, keys: Sequence[Key]) -> dict[Key, int]:
+        """Bytes of the files of those of these blocks that are there."""
+        return {key: row.bytes for key, row in self.rows(keys).items()}
 
     def nearest(self, parent: Key, tokens: bytes, beyond: int) -> tuple[Key, int, int] | None:
         """The block after `parent` that shares the longest beginning with `tokens`, of more than `beyond` tokens.
@@ -319,7 +335,8 @@ class DiskStore:
             if meta.start > 0 and self.index.block(meta.predecessor) is None:
                 return False  # its beginning did not make it to disk: alone it is worth nothing
             expected = encoded_size(block)
-            if not self.make_room(expected, keep={meta.predecessor}):
+            place = self._order.policy.place(None, self._order.policy.newcomers, time.time())
+            if not self.make_room(expected, keep={meta.predecessor}, place=place):
                 if self.capacity:
                     cap = format_bytes(self.capacity)
                     self._accounts.warn_once(
@@ -331,7 +348,7 @@ class DiskStore:
             self.index.begin_write(meta.key, meta.fingerprint, expected)
             try:
                 written = self.files.write(block)
-                old = self.index.add_block(meta, codes, written, supersedes)
+                old = self.index.add_block(meta, codes, written, place, supersedes)
             except BaseException:
                 with suppress(OSError):
                     self.files.delete(meta.fingerprint, meta.key)
@@ -360,8 +377,13 @@ class DiskStore:
         """Bytes of everything in the folder."""
         return self.index.usage().total + self.index.database.file_bytes() + self.files.quarantine_bytes()
 
-    def make_room(self, nbytes: int, keep: Collection[Key] = ()) -> bool:
-        """Evicts until `nbytes` more fit under the cap; only for who is `writing`. Keys in `keep` stay."""
+    def make_room(self, nbytes: int, keep: Collection[Key] = (), place: Place | None = None) -> bool:
+        """Evicts until `nbytes` more fit under the cap; only for who is `writing`.
+
+        Args:
+            keep: keys of blocks that stay.
+            place: where the block will stand for which this is; the policy may then rather do without it.
+        """
         # what the index may grow by before this is asked again: by a commit, mostly in its log
         margin = min(max(self.capacity // 64, 192 << 10), 16 << 20)
         if nbytes + margin > self.capacity:
@@ -378,16 +400,17 @@ class DiskStore:
             # nothing is left, and for nothing
             if self.index.database.log_bytes() > _LONG_LOG and not self._empty_log():
                 return False
-            victims = [row for row in self.index.eviction_candidates(16) if row.key not in keep]
-            if not victims:
-                return False
-            chosen = []
-            for row in victims:
+            now = time.time()
+            search = VictimSearch(self.index, self._order, now, keep)
+            chosen: list[BlockRow] = []
+            while over > 0 and len(chosen) < _BATCH and (row := search.next()) is not None:
+                if place is not None and not self._order.policy.admits(place, row.place, now):
+                    break
                 chosen.append(row)
                 over -= row.bytes
-                if over <= 0:
-                    break
-            self.index.remove_blocks(chosen)
+            if not chosen:
+                return False
+            self.index.remove_blocks(chosen, self._order.policy)
             self._remove_files(chosen)
             self._accounts.count("evicted_blocks", len(chosen))
         self._accounts.over("full")
@@ -529,6 +552,14 @@ class DiskStore:
         """The model fingerprint that a session was last saved with; None if it is not known."""
         found = self._attempt(partial(self.index.sessions.fingerprint, namespace, session), None)
         return found if isinstance(found, str) else None
+
+    def move(self, places: Mapping[Key, Place]) -> None:
+        """Sets where blocks stand in the order of eviction.
+
+        Raises:
+            StoreIOError: the disk would not.
+        """
+        self.index.move(places)
 
     def note(self, fingerprint: str) -> str | None:
         """What was kept of a model."""

@@ -6,7 +6,6 @@ says what is in a block; who needs to know reads the file.
 """
 
 import sqlite3
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,8 @@ from pathlib import Path
 from .blocks import BlockMeta
 from .database import DamagedDatabaseError, Database
 from .keys import Key, block_key
+from .policies import Place, Policy
+from .rows import BlockRow
 from .schema import SCHEMA
 from .session_table import SessionTable
 from .vault import Vault
@@ -21,23 +22,9 @@ from .vault import Vault
 _BATCH = 500
 
 
-@dataclass(frozen=True)
-class BlockRow:
-    """What the index knows of a block on disk."""
-
-    key: Key
-    parent: Key
-    continues: Key
-    start: int
-    count: int
-    bytes: int
-    fingerprint: str
-    last_used: float
-
-
 _CHILDREN = "(SELECT COUNT(*) FROM blocks f WHERE f.continues = blocks.key)"
 _WRONG_CHILDREN = f"children <> {_CHILDREN}"
-_COLUMNS = "key, parent, continues, start, count, bytes, fingerprint, last_used"
+_COLUMNS = "key, parent, continues, start, count, bytes, fingerprint, grp, stamp"
 
 
 @dataclass(frozen=True)
@@ -89,6 +76,14 @@ class Index:
         rows = self.database.read(f"SELECT {_COLUMNS} FROM blocks WHERE key = ?", (key,))
         return BlockRow(*rows[0]) if rows else None
 
+    def rows(self, keys: Sequence[Key]) -> list[BlockRow]:
+        """The rows of those of these blocks that are there."""
+        found = []
+        for some in _batches(keys):
+            marks = ",".join("?" * len(some))
+            found += self.database.read(f"SELECT {_COLUMNS} FROM blocks WHERE key IN ({marks})", some)
+        return [BlockRow(*row) for row in found]
+
     def neighbours(self, parent: Key, codes: bytes) -> list[tuple[BlockRow, bytes]]:
         """The blocks that follow `parent` and whose codes sort next to `codes`, with their codes: among them is the
         one that shares the longest beginning with it."""
@@ -132,7 +127,7 @@ class Index:
             _set_pending(db, [(key, fingerprint, nbytes, 0)])
 
     def add_block(
-        self, meta: BlockMeta, codes: bytes, file_bytes: int, supersedes: Key | None = None, used: float | None = None
+        self, meta: BlockMeta, codes: bytes, file_bytes: int, place: Place, supersedes: Key | None = None
     ) -> BlockRow | None:
         """Makes a complete file visible. `supersedes` names a short block whose tokens this one begins with:
         what pointed to it points here from now on.
@@ -140,17 +135,16 @@ class Index:
         Returns:
             The superseded block, now pending.
         """
-        used = time.time() if used is None else used
         with self.database.transaction() as db:
             db.execute("DELETE FROM pending WHERE key = ?", (meta.key,))
             db.execute(
                 "INSERT INTO blocks"
-                "(key, parent, continues, codes, start, count, bytes, children, last_used, fingerprint) "
-                "VALUES(?, ?, ?, ?, ?, ?, ?, (SELECT COUNT(*) FROM blocks WHERE continues = ?), ?, ?) "
+                "(key, parent, continues, codes, start, count, bytes, children, grp, stamp, fingerprint) "
+                "VALUES(?, ?, ?, ?, ?, ?, ?, (SELECT COUNT(*) FROM blocks WHERE continues = ?), ?, ?, ?) "
                 "ON CONFLICT DO NOTHING",
                 (
                     meta.key, meta.parent, meta.predecessor, codes, meta.start, meta.token_count, file_bytes, meta.key,
-                    used, meta.fingerprint,
+                    place.group, place.stamp, meta.fingerprint,
                 ),
             )  # fmt: skip
             if supersedes is None or supersedes == meta.key:
@@ -169,9 +163,16 @@ class Index:
             self._remove(db, [old])
             return old
 
-    def remove_blocks(self, rows: Sequence[BlockRow]) -> None:
-        """Takes blocks out of sight; they are pending until their files are gone (`settle`)."""
+    def remove_blocks(self, rows: Sequence[BlockRow], policy: Policy | None = None) -> None:
+        """Takes blocks out of sight; they are pending until their files are gone (`settle`).
+
+        Args:
+            policy: says where what comes before them stands from now on; None: where it stood.
+        """
         with self.database.transaction() as db:
+            if policy is not None:
+                for row in rows:
+                    _inherit(db, row, policy)
             self._remove(db, rows)
 
     @staticmethod
@@ -191,17 +192,23 @@ class Index:
         with self.database.transaction() as db:
             db.executemany("DELETE FROM pending WHERE key = ?", [(key,) for key in keys])
 
-    def touch(self, keys: Iterable[Key]) -> None:
-        now = time.time()
+    def move(self, places: Mapping[Key, Place]) -> None:
+        """Sets where blocks stand in the order of eviction. Those that are not there are passed over."""
         with self.database.transaction() as db:
-            db.executemany("UPDATE blocks SET last_used = ? WHERE key = ?", [(now, key) for key in keys])
+            move_blocks(db, places)
 
-    def eviction_candidates(self, limit: int) -> list[BlockRow]:
-        """Blocks with nothing after them, least recently used first, the end of a chain before its beginning."""
+    def leaves(self, group: int, limit: int, offset: int = 0) -> list[BlockRow]:
+        """Blocks of a group with nothing after them, by stamp, the end of a chain before its beginning."""
         rows = self.database.read(
-            f"SELECT {_COLUMNS} FROM blocks WHERE children = 0 ORDER BY last_used, start DESC LIMIT ?", (limit,)
+            f"SELECT {_COLUMNS} FROM blocks WHERE children = 0 AND grp = ? ORDER BY stamp, start DESC LIMIT ? OFFSET ?",
+            (group, limit, offset),
         )
         return [BlockRow(*row) for row in rows]
+
+    def followers(self, key: Key) -> int:
+        """How many blocks come after one; 0 if that is not there."""
+        rows = self.database.read("SELECT children FROM blocks WHERE key = ?", (key,))
+        return int(rows[0][0]) if rows else 0
 
     def delete_session(self, namespace: str, name: str) -> list[BlockRow]:
         """Removes a session, the blocks that only it used, and what follows those.
@@ -305,6 +312,19 @@ class Index:
                 "INSERT INTO models VALUES(?, ?) ON CONFLICT(fingerprint) DO UPDATE SET note = excluded.note",
                 (fingerprint, note),
             )
+
+
+def move_blocks(db: sqlite3.Connection, places: Mapping[Key, Place]) -> None:
+    """Sets where blocks stand in the order of eviction, in a transaction that is under way."""
+    db.executemany(
+        "UPDATE blocks SET grp = ?, stamp = ? WHERE key = ?", [(*place, key) for key, place in places.items()]
+    )
+
+
+def _inherit(db: sqlite3.Connection, row: BlockRow, policy: Policy) -> None:
+    """Gives what comes before a block that goes the place that it has from now on."""
+    for group, stamp in db.execute("SELECT grp, stamp FROM blocks WHERE key = ?", (row.continues,)).fetchall():
+        move_blocks(db, {row.continues: policy.left(Place(group, stamp), row.place)})
 
 
 def _set_pending(db: sqlite3.Connection, rows: Sequence[tuple[Key, str, int, int]]) -> None:

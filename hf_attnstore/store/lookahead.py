@@ -31,7 +31,8 @@ class Lookahead:
         self._next = 0
         self._blocks: dict[int, tuple[Hashable, ...]] = {}
         """The blocks of the turns that count."""
-        self._jobs: dict[Hashable, list[int]] = {}
+        self._jobs: dict[Hashable, tuple[int, ...]] = {}
+        """Numbers of turns by block, rising; never changed in place, so that other threads may read them."""
 
     def __len__(self) -> int:
         return len(self._names)
@@ -90,10 +91,8 @@ class Lookahead:
                 changed.update(self._forget(number))
                 self._blocks[number] = wanted
                 for key in wanted:
-                    jobs = self._jobs.setdefault(key, [])
-                    jobs.append(number)
-                    if len(jobs) > 1 and jobs[-2] > number:
-                        jobs.sort()
+                    jobs = self._jobs.get(key, ())
+                    self._jobs[key] = tuple(sorted({*jobs, number}))
                 changed.update(wanted)
         return changed
 
@@ -107,7 +106,7 @@ class Lookahead:
             return set()
         self._blocks[self._numbers[-1]] = tuple(blocks)
         for key in blocks:
-            self._jobs.setdefault(key, []).append(self._numbers[-1])
+            self._jobs[key] = (*self._jobs.get(key, ()), self._numbers[-1])
         return set(blocks)
 
     def pop(self) -> set[Hashable]:
@@ -132,8 +131,9 @@ class Lookahead:
     def _forget(self, number: int) -> set[Hashable]:
         blocks = self._blocks.pop(number, ())
         for key in blocks:
-            jobs = self._jobs[key]
-            jobs.remove(number)
-            if not jobs:
-                del self._jobs[key]
+            jobs = tuple(job for job in self._jobs.get(key, ()) if job != number)
+            if jobs:
+                self._jobs[key] = jobs
+            else:
+                self._jobs.pop(key, None)
         return set(blocks)

@@ -10,8 +10,8 @@ from ..errors import AttentionStoreError, LoadError, SessionNotFoundError, Store
 from .accounts import Accounts
 from .database import DamagedDatabaseError
 from .disk_store import DAMAGED, DiskStore
+from .eviction import Order
 from .files import make_private_directory
-from .index import BlockRow
 from .keys import Key
 from .locks import SessionLocks, StoreLock
 from .rebuild import (
@@ -25,6 +25,7 @@ from .rebuild import (
     rebuild,
     set_index_aside,
 )
+from .rows import BlockRow
 from .settings import Folder
 
 ProblemKind = Literal[
@@ -156,11 +157,11 @@ def alone_with(folder: Folder) -> Iterator[tuple[DiskStore, bool]]:
                 )
             damaged = (folder.path / DAMAGED).exists()
             try:
-                disk = DiskStore(folder, 1 << 62, Accounts(), sync=False)
+                disk = DiskStore(folder, 1 << 62, Accounts(), Order(), sync=False)
                 damaged = damaged or bool(disk.index.problems())
             except DamagedDatabaseError:
                 set_index_aside(folder.path)
-                disk = DiskStore(folder, 1 << 62, Accounts(), sync=False)
+                disk = DiskStore(folder, 1 << 62, Accounts(), Order(), sync=False)
                 damaged = True
             try:
                 if damaged:
@@ -213,7 +214,7 @@ def _rebuild(disk: DiskStore, report: Report, progress: Progress) -> None:
 
 @contextmanager
 def _opened(folder: Folder) -> Iterator[DiskStore]:
-    disk = DiskStore(folder, 1 << 62, Accounts(), sync=False)
+    disk = DiskStore(folder, 1 << 62, Accounts(), Order(), sync=False)
     try:
         yield disk
     finally:

@@ -4,112 +4,161 @@ Room is reserved before bytes are allocated, so blocks that are being filled or 
 """
 
 import threading
+import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 
 from .blocks import Block
+from .book import TierBook
 from .keys import Key
-from .policy import LeafLRU
+from .lookahead import Lookahead
+from .policies import Place, Policy
 
 
 class MemoryTier:
-    """Blocks by key. A block that is not on disk yet is `dirty` and stays; clean ones go least recently used first."""
+    """Blocks by key. A block that is not on disk yet is `dirty` and stays; the policy says which of the others go.
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
+    Safe to use from several threads. Times are those of `clock`, in seconds.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        policy: Policy,
+        lookahead: Lookahead | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._book = TierBook(capacity, policy, lookahead, self._evict)
+        self._policy = policy
+        self._clock = clock
         self._blocks: dict[Key, Block] = {}
-        self._dirty: set[Key] = set()
-        self._order = LeafLRU()
         self._by_parent: defaultdict[Key, set[Key]] = defaultdict(set)
-        self._used = 0
         self._changed = threading.Condition(threading.RLock())
-        self.evicted = 0
+
+    @property
+    def capacity(self) -> int:
+        return self._book.capacity
 
     @property
     def used(self) -> int:
         """Bytes held or reserved; never more than `capacity`."""
-        return self._used
+        return self._book.used
+
+    @property
+    def evicted(self) -> int:
+        """How many blocks had to go for want of room."""
+        return self._book.evictions
 
     def __len__(self) -> int:
         return len(self._blocks)
 
-    def reserve(self, nbytes: int, *, wait: bool = False, evict: bool = True) -> bool:
-        """Takes `nbytes` out of the free room, evicting if `evict`. With `wait`, waits while blocks that are being
-        written may still make room. False if there is none."""
+    def resize(self, capacity: int) -> None:
+        """Sets the cap. Blocks that are being written stay above a smaller one until they are on disk."""
         with self._changed:
-            while not self._make_room(nbytes, evict):
-                if not (wait and self._dirty and nbytes <= self.capacity):
+            self._book.shrink(capacity, self._clock())
+            self._changed.notify_all()
+
+    def reserve(self, nbytes: int, *, wait: bool = False, evict: bool = True, job: int | None = None) -> bool:
+        """Takes `nbytes` out of the free room, evicting if `evict`. With `wait`, waits while blocks that are being
+        written may still make room. False if there is none.
+
+        Args:
+            job: the upcoming turn for which this is; what an earlier one needs is not evicted for it.
+        """
+        with self._changed:
+            while not self._book.reserve(nbytes, self._clock(), evict=evict, job=job):
+                if not (wait and self._book.dirty and nbytes <= self.capacity):
                     return False
                 self._changed.wait(timeout=1)
-            self._used += nbytes
             return True
 
     def release(self, nbytes: int) -> None:
         """Gives reserved bytes back."""
         with self._changed:
-            self._used -= nbytes
+            self._book.release(nbytes)
             self._changed.notify_all()
 
-    def _make_room(self, nbytes: int, evict: bool) -> bool:
-        if nbytes > self.capacity:
-            return False
-        while self._used + nbytes > self.capacity:
-            victim = self._order.victim(self._dirty) if evict else None
-            if victim is None:
-                return False
-            self._remove(victim)
-            self.evicted += 1
-        return True
+    def _evict(self, key: Hashable) -> None:
+        """The book has let go of a block."""
+        assert isinstance(key, bytes)
+        self._forget(self._blocks.pop(key))
 
-    def _remove(self, key: Key) -> None:
-        block = self._blocks.pop(key, None)
-        if block is not None:
-            self._order.remove(key)
-            siblings = self._by_parent[block.meta.parent]
-            siblings.discard(key)
-            if not siblings:
-                del self._by_parent[block.meta.parent]
-            self._dirty.discard(key)
-            self._used -= block.nbytes
+    def _forget(self, block: Block) -> None:
+        siblings = self._by_parent[block.meta.parent]
+        siblings.discard(block.meta.key)
+        if not siblings:
+            del self._by_parent[block.meta.parent]
 
-    def insert(self, block: Block, *, dirty: bool) -> bool:
-        """Takes over a block whose bytes were reserved; gives them back if it is here already (then False)."""
-        key = block.meta.key
+    def insert(self, block: Block, *, dirty: bool, place: Place | None = None) -> bool:
+        """Takes over a block whose bytes were reserved; gives them back if it is here already (then False).
+
+        Args:
+            place: where it stands; default: that of a new one.
+        """
+        meta = block.meta
         with self._changed:
-            if key in self._blocks:
-                self._used -= block.nbytes
-                self._order.touch([key])
+            if place is None:
+                place = self._policy.place(None, self._policy.newcomers, self._clock())
+            if not self._book.add(meta.key, meta.predecessor, meta.start, block.nbytes, place, dirty=dirty):
                 self._changed.notify_all()
                 return False
-            self._blocks[key] = block
-            self._order.add(key, block.meta.predecessor, block.meta.start)
-            self._by_parent[block.meta.parent].add(key)
-            if dirty:
-                self._dirty.add(key)
+            self._blocks[meta.key] = block
+            self._by_parent[meta.parent].add(meta.key)
             return True
 
     def mark_clean(self, key: Key) -> None:
         """The block is on disk, or will never be: it may be evicted from now on."""
         with self._changed:
-            self._dirty.discard(key)
+            self._book.dirty.discard(key)
+            if self._book.used > self._book.capacity:
+                self._book.make_room(0, self._clock())
             self._changed.notify_all()
 
     def get(self, key: Key) -> Block | None:
         return self._blocks.get(key)
 
-    def touch(self, keys: list[Key]) -> None:
+    def place(self, key: Key) -> Place | None:
+        """Where a block stands; None if it is not here."""
+        return self._book.order.place(key)
+
+    def used_by_turn(self, chain: Sequence[Key], group: int, now: float, *, short: Key | None = None) -> None:
+        """A turn of a policy's `group` used the whole blocks `chain` and the short one after them."""
         with self._changed:
-            self._order.touch(keys)
+            self._book.order.used(chain, group, now, short=short)
+
+    def touch(self, keys: Iterable[Key]) -> None:
+        """Marks blocks as used now."""
+        with self._changed:
+            now = self._clock()
+            for key in keys:
+                before = self._book.order.place(key)
+                if before is not None:
+                    self._book.order.move(key, self._policy.place(before, before.group, now))
+
+    def has_followers(self, key: Key) -> bool:
+        """Whether a block here follows this one."""
+        return bool(self._book.order.children(key))
+
+    def reschedule(self, schedule: Callable[[], Iterable[Hashable]]) -> None:
+        """Changes the look-ahead, by a function that says for which blocks that changes something."""
+        with self._changed:
+            self._book.order.rescheduled(schedule())
 
     def discard(self, key: Key) -> None:
         with self._changed:
             self._remove(key)
             self._changed.notify_all()
 
+    def _remove(self, key: Key) -> None:
+        block = self._blocks.pop(key, None)
+        if block is not None:
+            self._book.remove(key)
+            self._forget(block)
+
     def drop_clean(self) -> None:
         """Empties the tier of everything that is on disk too."""
         with self._changed:
-            for key in [key for key in self._blocks if key not in self._dirty]:
+            for key in [key for key in self._blocks if key not in self._book.dirty]:
                 self._remove(key)
             self._changed.notify_all()
 

@@ -7,6 +7,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
@@ -17,9 +18,11 @@ from ..errors import (
     StoreClosedError,
 )
 from .accounts import MISSED, Accounts, readable
+from .eviction import Order
 from .locks import SessionLocks
 from .manifest import Manifest
 from .memory import MemoryTier
+from .policies import DEFAULT, make_policy
 from .rebuild import open_disk_store
 from .settings import open_folder
 from .sizes import parse_bytes
@@ -74,6 +77,7 @@ class OpenStore:
         io_threads: int | None = None,
         durability: Durability = "process",
         encryption_key: str | bytes | None = None,
+        policy: str = DEFAULT,
     ) -> None:
         if block_size is not None and block_size < 1:
             raise AttentionStoreError(f"block_size is a number of tokens, at least 1, not {block_size}")
@@ -82,7 +86,8 @@ class OpenStore:
         self.path = Path(path).expanduser() if path is not None else default_path()
         self.namespace = self.check_namespace(namespace)
         self.disk_capacity = parse_bytes(disk)
-        self._memory = MemoryTier(parse_bytes(memory))
+        self._order = Order(make_policy(policy))
+        self._memory = MemoryTier(parse_bytes(memory), self._order.policy, self._order.lookahead)
         self._accounts = Accounts()
         key = parse_key(encryption_key)
         folder = open_folder(self.path, block_size, key)
@@ -90,11 +95,12 @@ class OpenStore:
         self.secret = folder.vault.secret
         """Keys the names of blocks; empty without encryption."""
         self._disk, self._open_lock = open_disk_store(
-            folder, self.disk_capacity, self._accounts, sync=durability == "power"
+            folder, self.disk_capacity, self._accounts, self._order, sync=durability == "power"
         )
         self._locks = SessionLocks(self._disk.locks_folder, self.secret)
         cores = os.cpu_count() or 1
         self._readers = IOThreads(io_threads or min(4, cores), "read")
+        self._fetcher = IOThreads(1, "fetch")
         self._right_of_way = RightOfWay()
         self._writer = IOThreads(1, "write", self._right_of_way)
         self._savers: weakref.WeakSet[Saver] = weakref.WeakSet()
@@ -102,7 +108,12 @@ class OpenStore:
         self._committing: dict[str, tuple[str, Manifest]] = {}
         """Fingerprint and manifest of sessions whose commit waits for the writer."""
         self._closed = False
+        self._prepare_upcoming()
+        self._order.policy.recall(self._learned() or {})
         _open_stores.add(self)
+
+    def _prepare_upcoming(self) -> None:
+        """For who looks ahead."""
 
     # life
 
@@ -135,10 +146,12 @@ class OpenStore:
             return
         self.flush()
         self._closed = True
+        self._fetcher.close()
         self._readers.close()
         with self._right_of_way.hurry():
             self._writer.close()
         self._keep_totals()
+        self._keep_learned()
         self._disk.close()
         self._open_lock.release()
 
@@ -205,6 +218,24 @@ class OpenStore:
         self._check_open()
         keep = partial(self._disk.index.set_note, fingerprint, json.dumps(note))
         self._writer.submit(partial(self._guarded, keep))
+
+    @property
+    def _policy_note(self) -> str:
+        return f"policy {self._order.policy.name}"
+
+    def _learned(self) -> dict[str, Any] | None:
+        """What the policy of an earlier process found out."""
+        try:
+            found = json.loads(self._disk.note(self._policy_note) or "null")
+        except ValueError:
+            return None
+        return found if isinstance(found, dict) else None
+
+    def _keep_learned(self) -> None:
+        learned = self._order.policy.learned()
+        if learned:
+            with suppress(AttentionStoreError):
+                self._disk.index.set_note(self._policy_note, json.dumps(learned))
 
     def _guarded(self, change: Callable[[], None]) -> None:
         """Runs an index change in the writer thread, which must outlive whatever happens there."""

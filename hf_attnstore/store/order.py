@@ -1,7 +1,7 @@
 """Which block of a tier goes next: leaves only, upcoming turns last."""
 
 import heapq
-from collections.abc import Container, Hashable, Iterable
+from collections.abc import Container, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,15 +78,18 @@ class EvictionOrder:
             entry.place = place
             self._push(key, entry)
 
-    def used(self, keys: Iterable[Hashable], group: int, now: float) -> None:
-        """A turn of a policy's `group` used blocks. Those that are not here are passed over."""
-        for key in keys:
-            entry = self._entries.get(key)
+    def used(self, chain: Sequence[Hashable], group: int, now: float, *, short: Hashable | None = None) -> None:
+        """A turn of a policy's `group` used a chain.
+
+        Args:
+            chain: its whole blocks, in order; the last one that is here counts.
+            short: the short block after them, if there is one.
+        """
+        end = next((key for key in reversed(chain) if key in self._entries), None)
+        for key in (end, short):
+            entry = self._entries.get(key) if key is not None else None
             if entry is not None:
-                place = self.policy.place(entry.place, group, now)
-                if place != entry.place:
-                    entry.place = place
-                    self._push(key, entry)
+                self.move(key, self.policy.place(entry.place, group, now, short=key == short))
 
     def remove(self, key: Hashable) -> None:
         """Takes a block out. Harmless if it is not here."""
@@ -99,6 +102,8 @@ class EvictionOrder:
         siblings.discard(key)
         parent = self._entries.get(entry.parent)
         if parent is not None:
+            if not siblings:
+                parent.place = self.policy.left(parent.place, entry.place)
             self._push(entry.parent, parent)
         elif not siblings:
             self._orphans.pop(entry.parent, None)

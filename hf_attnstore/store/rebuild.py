@@ -12,11 +12,12 @@ from .accounts import Accounts
 from .blocks import BlockMeta
 from .database import DamagedDatabaseError
 from .disk_store import DAMAGED, DiskStore
+from .eviction import Order
 from .files import make_private_directory
-from .index import BlockRow
 from .keys import Key, block_key
 from .locks import StoreLock
 from .records import SessionRecord
+from .rows import BlockRow
 from .settings import Folder
 
 logger = logging.getLogger("hf_attnstore")
@@ -40,7 +41,9 @@ class Rebuilt:
     damaged_sessions: int = 0
 
 
-def open_disk_store(folder: Folder, capacity: int, accounts: Accounts, *, sync: bool) -> tuple[DiskStore, StoreLock]:
+def open_disk_store(
+    folder: Folder, capacity: int, accounts: Accounts, order: Order, *, sync: bool
+) -> tuple[DiskStore, StoreLock]:
     """Opens what is on disk; an index that is damaged is rebuilt first, if nobody else has the store open.
 
     Raises:
@@ -57,7 +60,7 @@ def open_disk_store(folder: Folder, capacity: int, accounts: Accounts, *, sync: 
                 reason = "it is missing"
             if not (alone and reason):
                 try:
-                    disk = _open(folder, capacity, accounts, sync=sync)
+                    disk = _open(folder, capacity, accounts, order, sync=sync)
                     if alone:
                         with suppress(StoreIOError), disk.writing():  # whoever was killed may have left something
                             if _is_small(disk) and disk.index.wrong_accounts():
@@ -72,7 +75,7 @@ def open_disk_store(folder: Folder, capacity: int, accounts: Accounts, *, sync: 
                         ) from error
             logger.warning("the index of %s is rebuilt from its files: %s", folder.path, reason)
             set_index_aside(folder.path)
-            disk = _open(folder, capacity, accounts, sync=sync)
+            disk = _open(folder, capacity, accounts, order, sync=sync)
             found = rebuild(disk)
             logger.warning("rebuilt: %d blocks, %d sessions", found.blocks, found.sessions)
             return disk, lock
@@ -86,11 +89,11 @@ def _has_files(root: Path) -> bool:
     return any(True for name in ("blocks", "sessions") for _ in (root / name).glob("*"))
 
 
-def _open(folder: Folder, capacity: int, accounts: Accounts, *, sync: bool) -> DiskStore:
-    disk = DiskStore(folder, capacity, accounts, sync=sync)
+def _open(folder: Folder, capacity: int, accounts: Accounts, order: Order, *, sync: bool) -> DiskStore:
+    disk = DiskStore(folder, capacity, accounts, order, sync=sync)
     try:
         disk.index.usage()
-        disk.index.eviction_candidates(1)
+        disk.index.leaves(0, 1)
         disk.index.sessions.listing("", 1)
         if _is_small(disk) and (found := disk.index.database.problems()):
             raise disk.index.database.damaged(found[0])

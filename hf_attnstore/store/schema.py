@@ -12,10 +12,10 @@ SCHEMA = """
 CREATE TABLE IF NOT EXISTS blocks(
   id INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE, parent BLOB NOT NULL, continues BLOB NOT NULL,
   codes BLOB NOT NULL, start INTEGER NOT NULL, count INTEGER NOT NULL, bytes INTEGER NOT NULL,
-  children INTEGER NOT NULL DEFAULT 0, last_used REAL NOT NULL, fingerprint TEXT NOT NULL);
+  children INTEGER NOT NULL DEFAULT 0, grp INTEGER NOT NULL, stamp REAL NOT NULL, fingerprint TEXT NOT NULL);
 CREATE INDEX IF NOT EXISTS blocks_by_content ON blocks(parent, codes);
 CREATE INDEX IF NOT EXISTS blocks_by_predecessor ON blocks(continues);
-CREATE INDEX IF NOT EXISTS blocks_by_age ON blocks(last_used, start DESC) WHERE children = 0;
+CREATE INDEX IF NOT EXISTS blocks_by_place ON blocks(grp, stamp, start DESC) WHERE children = 0;
 CREATE TABLE IF NOT EXISTS pending(
   key BLOB PRIMARY KEY, fingerprint TEXT NOT NULL, bytes INTEGER NOT NULL, goes INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS sessions(
@@ -44,7 +44,7 @@ CREATE TRIGGER IF NOT EXISTS block_added AFTER INSERT ON blocks BEGIN
 END;
 CREATE TRIGGER IF NOT EXISTS block_removed AFTER DELETE ON blocks BEGIN
   UPDATE usage SET bytes = bytes - OLD.bytes, blocks = blocks - 1;
-  UPDATE blocks SET children = children - 1, last_used = MAX(last_used, OLD.last_used) WHERE key = OLD.continues;
+  UPDATE blocks SET children = children - 1 WHERE key = OLD.continues;
   DELETE FROM spans WHERE block = OLD.id;
   DELETE FROM owners WHERE block = OLD.id;
 END;

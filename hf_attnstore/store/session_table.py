@@ -178,9 +178,6 @@ class SessionTable:
             self._set_spans(db, number, spans, {key: found[0] for key, found in blocks.items()})
             beside = [(number, still[key][0]) for key in manifest.beside if key in still]
             db.executemany("INSERT OR IGNORE INTO owners VALUES(?, ?)", beside)
-            # who used the end of a chain used all of it: the rest follows when the end is evicted
-            ends = set(blocks) - {predecessor for _, _, predecessor in blocks.values()}
-            db.executemany("UPDATE blocks SET last_used = ? WHERE key = ?", [(now, key) for key in ends])
 
     def _set_spans(
         self, db: sqlite3.Connection, session: int, spans: Sequence[SpanRow], blocks: dict[Key, int]
@@ -332,14 +329,12 @@ class SessionTable:
 _COLUMNS = "id, handle, label, fingerprint, created, last_used, metadata, root, base, length, digest"
 
 
-def _blocks(db: sqlite3.Connection, keys: Sequence[Key]) -> dict[Key, tuple[int, int, Key]]:
-    """Number, tokens and predecessor of those blocks that are there."""
-    found: dict[Key, tuple[int, int, Key]] = {}
+def _blocks(db: sqlite3.Connection, keys: Sequence[Key]) -> dict[Key, tuple[int, int]]:
+    """Number and tokens of those blocks that are there."""
+    found: dict[Key, tuple[int, int]] = {}
     for first in range(0, len(keys), 500):
         some = keys[first : first + 500]
         marks = ",".join("?" * len(some))
-        for number, key, count, continues in db.execute(
-            f"SELECT id, key, count, continues FROM blocks WHERE key IN ({marks})", some
-        ):
-            found[key] = (number, count, continues)
+        for number, key, count in db.execute(f"SELECT id, key, count FROM blocks WHERE key IN ({marks})", some):
+            found[key] = (number, count)
     return found

@@ -2,12 +2,12 @@
 
 import json
 import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..errors import AttentionStoreError
-from .block_store import BlockStore
 from .keys import decode_tokens
 from .locks import SessionLock
 from .maintenance import Garbage, Report, collect, repair, verify
@@ -17,6 +17,7 @@ from .parts import MOST, part_name
 from .portable import Exported, export_session, import_session
 from .rebuild import Progress, no_progress
 from .settings import open_folder
+from .upcoming import UpcomingTurns
 from .vault import parse_key
 
 
@@ -43,7 +44,7 @@ def repair_store(
     return repair(open_folder(where, None, key, create=False), progress, dry_run=dry_run)
 
 
-class AttentionStore(BlockStore):
+class AttentionStore(UpcomingTurns):
     """Keeps the KV of conversations in memory and on disk.
 
     Args:
@@ -56,6 +57,8 @@ class AttentionStore(BlockStore):
         durability: what a saved turn survives. "process": the end of the process, however it comes; after a loss of
             power what had not reached the disk by itself is noticed and recomputed. "power": a loss of power too;
             every file is fsynced, and so is the index with every turn.
+        policy: what goes first where there is no room: `predictive` (what is least likely to be used again, as learned
+            while running), `lru`, `fifo` or `hyperbolic`.
         encryption_key: 32 bytes, or a text of them in hex or base64, under which files are encrypted (AES-256-GCM).
             Default: the environment variable `ATTNSTORE_KEY`. A store is encrypted from its beginning or not at all.
 
@@ -248,6 +251,12 @@ class AttentionStore(BlockStore):
         """
         return self._locks.acquire(self.namespace, self.check_name(name), wait)
 
+    # what comes
+
+    def schedule(self, upcoming: Sequence[str]) -> None:
+        """Says which sessions will run, in this order; replaces what was said before."""
+        self._check_open()
+
     # turns
 
     def commit(self, session: str, fingerprint: str, manifest: Manifest) -> None:
@@ -270,6 +279,7 @@ class AttentionStore(BlockStore):
                     hold.done()
 
         self._writer.submit(partial(self._guarded, change))
+        self._turn_is_over(session)
 
     def manifest(self, session: str) -> Manifest:
         """What a session consists of.
@@ -279,11 +289,6 @@ class AttentionStore(BlockStore):
         """
         self._settle()
         return self._disk.index.sessions.manifest(self.namespace, session)
-
-    def latest_manifest(self, session: str) -> Manifest | None:
-        """What a session consists of, or will when what was handed over is on disk; None if there is none."""
-        pending = self._committing.get(session)
-        return pending[1] if pending is not None else self._disk.manifest(self.namespace, session)
 
     def tokens(self, session: str, *, dropped: bool = False) -> list[int]:
         """The token ids of a session whose KV is in the store.

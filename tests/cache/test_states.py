@@ -164,6 +164,31 @@ class _Stops(BaseStreamer):  # type: ignore[misc]
     def end(self) -> None: ...
 
 
+def test_a_streamer_gets_the_prompt_once_though_a_load_fails_in_a_part_before(
+    hybrid: Any, store: AttentionStore
+) -> None:
+    class Hears(BaseStreamer):
+        def __init__(self) -> None:
+            self.heard: list[list[int]] = []
+
+        def put(self, value: torch.Tensor) -> None:
+            self.heard.append(value.flatten().tolist())
+
+        def end(self) -> None: ...
+
+    sequence = turn(hybrid, prompt(70), AttentionStoreCache(hybrid, "alice", store)).sequences
+    store.drop_memory()
+    for path in store.path.glob("blocks/*/*/*.safetensors"):
+        data = bytearray(path.read_bytes())
+        data[int(len(data) * 0.9)] ^= 16  # the tensors, not what is read to find them
+        path.write_bytes(bytes(data))
+    more, streamer = follow_up(sequence, 20, 7), Hears()
+    cache = AttentionStoreCache(hybrid, "alice", store)
+    ours = turn(hybrid, more, cache, streamer=streamer).sequences
+    assert cache.stats.missed == "load failed"
+    assert streamer.heard == [more[0].tolist(), *([token] for token in ours[0, more.shape[1] :].tolist())]
+
+
 def test_a_turn_that_is_interrupted_between_forwards_keeps_its_state(model: Any, store: AttentionStore) -> None:
     ids = prompt(33)
     with pytest.raises(RuntimeError, match="enough"):

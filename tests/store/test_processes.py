@@ -207,7 +207,7 @@ def test_several_processes_keep_one_cap_at_every_instant(tmp_path: Path) -> None
     try:
         deadline = time.monotonic() + 6
         killed = 0
-        while time.monotonic() < deadline:
+        while time.monotonic() < deadline or len(sizes) <= 100:  # a busy machine takes longer for as many
             sizes.append(tree_bytes(root))
             if len(sizes) % 400 == 0:
                 end(writers.pop(0))

@@ -1,7 +1,7 @@
 """Eviction policies: pure classes behind one interface, by name."""
 
 from ...errors import AttentionStoreError
-from .base import Place, Policy, Use
+from .base import MOST_GROUPS, Place, Policy, Use
 from .classic import FIFO, LRU, Hyperbolic
 from .predictive import Predictive
 
@@ -23,4 +23,4 @@ def make_policy(name: str) -> Policy:
         raise AttentionStoreError(f"there is no policy {name!r}; there are {', '.join(sorted(POLICIES))}") from None
 
 
-__all__ = ["DEFAULT", "POLICIES", "Place", "Policy", "Use", "make_policy"]
+__all__ = ["DEFAULT", "LRU", "MOST_GROUPS", "POLICIES", "Place", "Policy", "Use", "make_policy"]

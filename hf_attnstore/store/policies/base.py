@@ -5,6 +5,8 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
+MOST_GROUPS = 16
+
 
 class Place(NamedTuple):
     """Where a block stands: in a group, and within it behind all that have a smaller stamp."""
@@ -28,19 +30,23 @@ class Use:
     known: Sequence[Hashable] = ()
     """Keys of short blocks that the turn went on from."""
     matched: Place | None = None
-    """Where the last block stands that the turn reused."""
+    """Where the last block stands that the turn reused, if nothing else followed it: the end of a conversation."""
 
 
 class Policy(ABC):
     """Says where blocks stand in a few groups, each ordered by stamp, and which group gives a block up next.
 
-    Every use of a conversation is told once (`group`); then every block of it gets its place (`place`). The block that
-    goes is the first of the group whose first block is worth least. So a decision looks at one block a group, whatever
-    the number of blocks, and an index on (group, stamp) is all that a table on disk needs.
+    Every use of a conversation is told once (`group`); then its last block gets its place (`place`), and what comes
+    before that when it is the last (`left`). The block that goes is the first of the group whose first block is worth
+    least. So a decision looks at one block a group, whatever the number of blocks, and an index on (group, stamp) is
+    all that a table on disk needs.
     """
 
     name: ClassVar[str]
     groups: ClassVar[int] = 1
+    """How many; at most `MOST_GROUPS`."""
+    newcomers: ClassVar[int] = 0
+    """The group of blocks whose turn is not over."""
 
     def group(self, use: Use) -> int:
         """Takes notice of a turn; returns the group that its blocks belong to."""
@@ -55,6 +61,10 @@ class Policy(ABC):
             short: it is the short end of the conversation.
         """
 
+    def left(self, place: Place, follower: Place) -> Place:
+        """Where a block stands when the last one after it goes: whoever used that used this one, too."""
+        return max(place, follower, key=lambda each: each.stamp)
+
     def worth(self, place: Place, now: float) -> float:
         """How much the first block of a group is worth keeping: who is worth least goes first, at equal worth who has
         the smallest stamp."""
@@ -68,5 +78,5 @@ class Policy(ABC):
         """What the policy found out, as a JSON-able dict, for the next process."""
         return {}
 
-    def recall(self, learned: Mapping[str, Any]) -> None:
+    def recall(self, learned: Mapping[str, Any]) -> None:  # noqa: B027 most policies learn nothing
         """Takes over what `learned` gave, of whatever version; what it does not understand it leaves."""

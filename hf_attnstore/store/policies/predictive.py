@@ -36,11 +36,15 @@ class Predictive(Policy):
 
     name = "predictive"
     groups = _MORE + 2 * _TURNS
+    newcomers = _FIRST
 
     def __init__(self) -> None:
         self._returns = Returns(self.groups)
         self._ends: OrderedDict[Hashable, _End] = OrderedDict()
         """The last whole block of every conversation that may come back, least recent first."""
+        self._gone_on: OrderedDict[Hashable, None] = OrderedDict()
+        """Blocks at which a conversation ended that then went on. A second one that ends there shares its beginning
+        with others, such as a system prompt: nobody can tell which of them goes on."""
         self._shorts: OrderedDict[Hashable, float] = OrderedDict()
         self._short_of: dict[Hashable, Hashable] = {}
         self._turns = 0
@@ -48,10 +52,11 @@ class Predictive(Policy):
 
     def group(self, use: Use) -> int:
         now = use.now
-        before = next((self._ends[key] for key in reversed(use.chain) if key in self._ends), None)
-        if before is not None:
-            key = next(key for key in reversed(use.chain) if key in self._ends)
-            del self._ends[key]
+        key = next((key for key in reversed(use.chain) if key in self._ends), None)
+        if key is not None:
+            before = self._ends.pop(key)
+            if key != use.chain[-1]:
+                self._gone_on[key] = None
             self._returns.returned(before.group, now - before.at)
             self._end_of_short(self._short_of.pop(key, None), use, now)
             turn, tokens = before.turn + 1, before.tokens
@@ -63,7 +68,7 @@ class Predictive(Policy):
             group = _FIRST + (use.tokens > _LONG_TEXT)
         else:
             group = _MORE + 2 * min(turn - 2, _TURNS - 1) + (use.tokens - tokens > _SHORT_TURN)
-        if use.chain:
+        if use.chain and use.chain[-1] not in self._gone_on:
             self._ends[use.chain[-1]] = _End(min(turn, _TURNS + 1), use.tokens, group, now)
             if use.short is not None:
                 self._shorts[use.short] = now
@@ -86,6 +91,8 @@ class Predictive(Policy):
             key, end = self._ends.popitem(last=False)
             self._returns.lost(end.group)
             self._shorts.pop(self._short_of.pop(key, None), None)
+        while len(self._gone_on) > _ENDS:
+            self._gone_on.popitem(last=False)
         while len(self._shorts) > _ENDS:
             self._shorts.popitem(last=False)
             self._returns.lost(0)
@@ -98,6 +105,11 @@ class Predictive(Policy):
 
     def place(self, before: Place | None, group: int, now: float, *, short: bool = False) -> Place:
         return Place(0 if short else group, now)
+
+    def left(self, place: Place, follower: Place) -> Place:
+        if follower.stamp <= place.stamp:
+            return place
+        return Place(follower.group or place.group, follower.stamp)  # a short end says nothing of what it followed
 
     def worth(self, place: Place, now: float) -> float:
         return self._returns.worth[place.group][bin_of(now - place.stamp)]
