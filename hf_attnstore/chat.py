@@ -248,7 +248,8 @@ class ChatSession:
                 **kwargs,
             )
             finished = True
-            self._cache = cache
+            # with a device tier, that decides whose KV stays on the device
+            self._cache = None if self.store.device_tier.capacity else cache
         finally:
             if run.ids:
                 finish = self._finish(run, wanted, kwargs["max_new_tokens"]) if finished else "interrupted"

@@ -51,6 +51,15 @@ Device = Annotated[
     str | None,
     typer.Option(help="Such as cuda or cpu; without it, CUDA where there is one.", show_default=False),
 ]
+Memory = Annotated[
+    str,
+    typer.Option(help="Host memory for KV, such as 8GiB; auto follows what is free."),
+]
+Disk = Annotated[str, typer.Option(help="Disk space for KV, such as 100GiB.")]
+OnDevice = Annotated[
+    str,
+    typer.Option(help="KV that stays on the device between turns, such as 4GiB, for the conversations used last."),
+]
 Dtype = Annotated[str, typer.Option(help="Such as bfloat16 or float32; auto is what the checkpoint has.")]
 
 
@@ -91,6 +100,9 @@ def chat(
         ),
     ] = False,
     sample: Annotated[bool, typer.Option(help="Sample answers instead of taking the likeliest token.")] = False,
+    memory: Memory = "2GiB",
+    disk: Disk = "50GiB",
+    on_device: OnDevice = "0",
     device: Device = None,
     dtype: Dtype = "auto",
 ) -> None:
@@ -105,7 +117,7 @@ def chat(
     console = Console(highlight=False)
     with console.status("loading the model"):
         loaded, tokenizer = load_chat_model(model, device=device, dtype=dtype)
-    with AttentionStore(store) as opened:
+    with AttentionStore(store, memory=memory, disk=disk, device=on_device) as opened:
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": sample}
         options |= {"window": window, "keep_first": "system", "canonicalize": canonicalize}
         TerminalChat(loaded, tokenizer, opened, session, system, console, options).run()

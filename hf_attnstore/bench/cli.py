@@ -90,13 +90,6 @@ def bench(
     except AttentionStoreError as error:
         Console(stderr=True).print(f"[bold red]error:[/bold red] {error}", highlight=False)
         raise typer.Exit(2) from error
-    except ModuleNotFoundError as error:
-        if error.name != "psutil":
-            raise
-        Console(stderr=True).print(
-            "[bold red]error:[/bold red] The bench needs psutil: pip install 'hf-attnstore\\[bench]'"
-        )
-        raise typer.Exit(2) from error
     if check and missed:
         raise typer.Exit(1)
 
@@ -268,7 +261,7 @@ def _write(console: Console, output: Path, label: str, record: dict[str, Any], r
     try:
         from hf_attnstore.bench.plot import draw
     except ImportError:
-        console.print("No picture: matplotlib is not installed (pip install 'hf-attnstore[bench]').", style="yellow")
+        console.print("No picture: matplotlib is not installed (pip install 'hf-attnstore\\[bench]').", style="yellow")
     else:
         draw(label, results, output / f"{stem}.png")
         picture = f"\n![{label}]({stem}.png)\n"

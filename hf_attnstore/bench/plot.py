@@ -12,7 +12,7 @@ from hf_attnstore.bench.figures import spread
 from hf_attnstore.bench.report import TITLES, Result, bandwidths
 
 _PLAIN, _STORE, _BOUND = "#9aa5b1", "#1f6feb", "#57606a"
-_COLOURS = {"kept": _BOUND, "memory": _STORE, "disk": _STORE, "cold": _STORE}
+_COLOURS = {"kept": _BOUND, "device": _STORE, "memory": _STORE, "disk": _STORE, "cold": _STORE}
 
 
 def draw(label: str, results: Sequence[Result], path: Path) -> None:

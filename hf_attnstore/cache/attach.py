@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import CacheUseError
+from ..store.device_tier import Owner
 from ..store.store import AttentionStore
 from .compiled import outside_graphs, uncompiled
 from .continuing import CONTINUING_VERSION, Continues, is_verified, probe_continuing
@@ -40,6 +41,8 @@ class Attachment:
         self.store: AttentionStore | None = None
         self.fingerprint = fingerprint_of(model)
         self.pace = Pace()
+        self.parked = Owner()
+        """What the model left in device tiers; gone with it, and with `detach`."""
         self.told: set[str] = set()
         """What the log has said of the model, and need not say again."""
         self.parameter_names = [
@@ -108,6 +111,7 @@ class Attachment:
             return _continuing[fingerprint]
 
     def remove(self, model: nn.Module) -> None:
+        self.parked.drop()
         # by what they are, not by handle: in a deep copy of a model, the handles are still those of the original
         for module in model.modules():
             _remove_hooks(module)
@@ -132,6 +136,7 @@ class Attachment:
         original = self.fingerprint.model
         twin.fingerprint = fingerprint_of(memo.get(id(original), original))
         twin.pace = Pace()
+        twin.parked = Owner()
         return twin
 
 

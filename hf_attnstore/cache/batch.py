@@ -56,8 +56,11 @@ class BatchCache(AttentionStoreCache):
         self.sessions = names
         """The session of every row; None for a row that is kept by content only."""
         self._conversations = len(names)
+        self.parks = False
         settings: dict[str, Any] = {"save": save, "wait": wait, "checkpoint_every": checkpoint_every, "drop": 0}
         self._row_caches = [AttentionStoreCache(self._model, name, self._store, **settings) for name in names]
+        for row in self._row_caches:
+            row.parks = False  # they hold but the tail of their conversations
         self._pads: list[int] = []
         self._begin = self._width = 0
         self._fed: list[torch.Tensor] = []

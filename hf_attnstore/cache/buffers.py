@@ -12,6 +12,8 @@ import weakref
 import numpy as np
 import torch
 
+from ..store.memory_size import on_pressure
+
 MAX_IDLE_BYTES = 512 << 20
 """Bytes that may wait for their next use; what does not fit goes back to the system."""
 
@@ -37,9 +39,9 @@ class HostBuffers:
         """An uninitialised CPU tensor, in memory that was used before if there is some of about its size."""
         nbytes = math.prod(shape) * dtype.itemsize
         buffer = self._take(nbytes)
-        lease = buffer[:nbytes].view(_Lease)
+        lease = buffer.view(_Lease)  # all of it: the tensor's storage is then as large as what is in use
         weakref.finalize(lease, self._give_back, buffer).atexit = False
-        return torch.from_numpy(lease).view(dtype).view(shape)
+        return torch.from_numpy(lease)[:nbytes].view(dtype).view(shape)
 
     def _take(self, nbytes: int) -> np.ndarray:
         size = max(-(-nbytes // _GRANULE) * _GRANULE, _GRANULE)
@@ -67,6 +69,7 @@ class HostBuffers:
 
 host_buffers = HostBuffers()
 """The process's buffers."""
+on_pressure(host_buffers.clear)
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

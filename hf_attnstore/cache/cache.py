@@ -374,6 +374,7 @@ class AttentionStoreCache(CacheForwards):
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes the number of tokens to remove as a negative number, not {tokens_to_remove}")
         with self._guard:
+            self._unpark()
             self._finish_restore()
             if self._uneven:
                 super().crop(tokens_to_remove)

@@ -81,6 +81,8 @@ class CacheContent(OutsideGraphsCache):
         self._chain = TokenChain(self._view.root, self._store.block_size if self._store else 256)
         self._saver: BlockSaver | None = None
         self._held = 0
+        self._in_store = 0
+        """How many leading tokens of the turn's prompt the store had when it began."""
         self._conversations = 1
         """How many conversations there are; a forward may have several rows of each (beams, samples)."""
         self.granularity = granularity(self.layers)
@@ -360,10 +362,11 @@ class CacheContent(OutsideGraphsCache):
         self._held = len(ids)
         last = spans[-1] if spans else None
         self._went_on_from = last.block if last is not None else None
+        self._in_store = min(total_tokens(spans), len(ids))
         if self._saver is not None:
             short = last is not None and last.whole and last.block_tokens < self._chain.block_size
             tail = last.block if last is not None and short and last.first >= self._chain.base else None
-            self._saver.begin_turn(min(total_tokens(spans), len(ids)), tail)
+            self._saver.begin_turn(self._in_store, tail)
 
     def _finish_restore(self) -> None:
         restore, self._restore = self._restore, None
@@ -380,7 +383,7 @@ class CacheContent(OutsideGraphsCache):
             stats.loaded_bytes += load.bytes
             stats.load_seconds += load.seconds
             stats.exposed_load_seconds += restore.exposed_seconds
-            stats.blocks_from = dict(load.blocks_from)
+            stats.blocks_from = {**stats.blocks_from, **load.blocks_from}
         self._from_disk = restore.load.from_disk
 
     def _settle(self, *, keep_load: bool = False) -> None:

@@ -26,6 +26,15 @@ class Track:
         self.length += count
 
     @property
+    def buffer(self) -> torch.Tensor | None:
+        """Where the states are, with spare capacity; None before the first."""
+        return self._buffer
+
+    def twin(self) -> "Track":
+        """A track with the same buffer."""
+        return Track(self._buffer, self.length)
+
+    @property
     def states(self) -> torch.Tensor:
         """All states held. A view."""
         assert self._buffer is not None

@@ -6,6 +6,8 @@ larger by a constant factor. Layers that keep a running state instead are in `st
 serves which kind of transformers layer.
 """
 
+import sys
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +16,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from ..store.blocks import TensorSpec
 from .buffers import GROWTH, with_capacity
+from .watching import is_watched
 
 
 class KeptLayer:
@@ -95,6 +98,10 @@ class StoreLayer(KeptLayer, CacheLayerMixin):
     is_croppable = True
     is_sliding = False
     window: int | None = None
+    _writable_from = 0
+    """Position from which the buffers may be written to: what comes before may be read by others."""
+    _readers: tuple[tuple[int, weakref.ref[Any]], ...] = ()
+    """Who reads the buffers, and up to which position; views of them are found by themselves."""
 
     def __init__(self) -> None:
         # not CacheLayerMixin's: it assigns keys and values, which are views here
@@ -163,6 +170,7 @@ class StoreLayer(KeptLayer, CacheLayerMixin):
         """Capacity for `tokens` more, letting go of what is not needed any more."""
         if not self._buffers:
             self._buffers = self._allocate(max(tokens, self.expected - self.first), like)
+            self._own_alone()
             return
         one, keys = like["keys"], self._buffers["keys"]
         if one.ndim != keys.ndim:  # restored with a heads dimension that the model does not have
@@ -170,7 +178,7 @@ class StoreLayer(KeptLayer, CacheLayerMixin):
         if one.device != keys.device:
             self._buffers = {name: buffer.to(one.device) for name, buffer in self._buffers.items()}
         capacity = self._buffers["keys"].shape[-2]
-        if self.length - self.first + tokens <= capacity:
+        if self.length - self.first + tokens <= capacity and self._may_write():
             return
         keep = self._keep_from()
         held = self.length - keep
@@ -180,6 +188,33 @@ class StoreLayer(KeptLayer, CacheLayerMixin):
         for name, target in grown.items():
             target[..., :held, :].copy_(old[name][..., keep - self.first : self.length - self.first, :])
         self._buffers, self.first = grown, keep
+        self._own_alone()
+
+    # buffers that others may read
+
+    def share(self, tokens: int, reader: weakref.ref[Any]) -> None:
+        """The buffers were another's, who may go on reading the first `tokens` tokens while there is a `reader`, and
+        as long as somebody has views of them: these are not overwritten."""
+        self._readers = (*self._readers, (tokens, reader))
+        self._writable_from = max(self._writable_from, tokens)
+
+    def lend(self) -> None:
+        """The buffers are another's now: they may be read, and are copied before anything is written."""
+        self._writable_from = sys.maxsize
+        self._readers = ()
+
+    def _own_alone(self) -> None:
+        self._writable_from, self._readers = 0, ()
+
+    def _may_write(self) -> bool:
+        """Whether the buffers may be written to behind what is held."""
+        if self.length >= self._writable_from:
+            return True
+        if self._writable_from == sys.maxsize or any(is_watched(buffer) for buffer in self._buffers.values()):
+            return False
+        self._readers = tuple((tokens, reader) for tokens, reader in self._readers if reader() is not None)
+        self._writable_from = max((tokens for tokens, _ in self._readers), default=0)
+        return self.length >= self._writable_from
 
     def _window_from(self, length: int) -> int:
         """Position of the first token that queries see which come after `length` tokens."""
@@ -289,6 +324,7 @@ class StoreLayer(KeptLayer, CacheLayerMixin):
         self.pending = None
         self._buffers = {}
         self.first = self.length = 0
+        self._own_alone()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self._select_rows(lambda buffer: buffer.index_select(0, beam_idx.to(buffer.device)))
@@ -305,6 +341,7 @@ class StoreLayer(KeptLayer, CacheLayerMixin):
         self.settle()
         with torch.inference_mode(False):
             self._buffers = {name: select(buffer) for name, buffer in self._buffers.items()}
+        self._own_alone()
 
 
 class FullLayer(StoreLayer):

@@ -65,8 +65,12 @@ def resident_from(layer: KeptLayer, length: int, whole_from: int) -> int:
 class Restore:
     """A load into the layers of a cache. Made with nothing moved yet; `start` and the layers' hooks drive it."""
 
-    def __init__(self, layers: Sequence[KeptLayer], load: Load, pace: Pace, rotated_tokens: int = 0) -> None:
+    def __init__(
+        self, layers: Sequence[KeptLayer], load: Load, pace: Pace, rotated_tokens: int = 0, first_loaded: int = 0
+    ) -> None:
         self._layers = layers
+        self.first_loaded = first_loaded
+        """Position from which something is loaded; what comes before is in the layers."""
         self.rotated_tokens = rotated_tokens
         """Tokens whose keys are rotated as they arrive, in the layer with the most of them."""
         self._load = load
@@ -182,7 +186,7 @@ def plan_restore(
         stages.append(stage)
     if checkpoint is not None:
         _install(layers, devices, checkpoint, store, stages)
-    return Restore(layers, store.load(stages), pace, rotated)
+    return Restore(layers, store.load(stages), pace, rotated, earliest)
 
 
 def _install(

@@ -73,6 +73,9 @@ class SequenceToSequenceCache(AttentionStoreCache, EncoderDecoderCache):
         CacheUseError: a `window` or `keep_first` was given.
     """
 
+    parks = False
+    """The decoder's tokens are of use with what is kept of the encoder's output only."""
+
     def __init__(
         self,
         model: nn.Module,

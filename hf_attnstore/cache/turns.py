@@ -12,9 +12,9 @@ from ..session.spans import Span, crop
 from ..session.view import View
 from ..store.keys import Key, chain_root
 from .adapters import adapter_problem, prompt_learning
-from .content import CacheContent
 from .layers import FullLayer
 from .modalities import Content, has_stand_ins
+from .parking import ParkingCache
 from .ranks import OtherRankError
 from .states import RunningState
 from .stats import TurnStats
@@ -24,7 +24,7 @@ logger = logging.getLogger("hf_attnstore")
 _MAX_EXPECTED_NEW = 4096
 
 
-class CacheTurns(CacheContent):
+class CacheTurns(ParkingCache):
     """A cache that has turns: one `generate` each, or the forwards of a loop of one's own up to `save`."""
 
     def save(self) -> None:
@@ -78,6 +78,7 @@ class CacheTurns(CacheContent):
                     self._untrack("the model takes tokens one by one, and pictures or embeddings can't be fed so")
                 self._untrack_with_others()
                 self._refuse_to_cut(ids, new_tokens)
+                self._take_parked(ids)
                 self._see_through(self._choose_view(ids, limit, new_tokens))
                 shown, limit = self._view.in_view(ids), limit - self._view.dropped
                 if self._limit is not None and len(shown) > self._limit:
@@ -92,10 +93,12 @@ class CacheTurns(CacheContent):
                 if self._ranks.alone:
                     reused, spans = self._take_up(shown, limit)
                     self._adopt(shown[:reused], spans)
+                    self._report_taken(reused)
                 else:
                     self._take_up_together(shown, limit)
                     reused = self._held
             except ContextWindowError:
+                self._park()  # nothing has changed
                 self._close_turn()
                 raise
             except BaseException:
@@ -198,6 +201,7 @@ class CacheTurns(CacheContent):
                     self._crop_to(self._confirmed)
                 try:
                     self._hand_over()
+                    self._park()
                 except StoreClosedError:
                     self._stop_saving()
             finally:
@@ -257,6 +261,8 @@ class CacheTurns(CacheContent):
                 name = self._kept_as
                 if name is not None and self._saving:
                     self._lock = self._store.lock_session(name, self._wait)
+            self._unpark()
+            self._begin_taking()
         except BaseException:
             self._close_turn()
             raise

@@ -104,7 +104,7 @@ def run_demo(
     console.print(f"numbers: {write_json(result, output)}")
     picture = write_picture(result, output)
     console.print(
-        f"picture: {picture}" if picture else "no picture: pip install 'hf-attnstore[bench]' brings matplotlib"
+        f"picture: {picture}" if picture else "no picture: pip install 'hf-attnstore\\[bench]' brings matplotlib"
     )
     return result
 

@@ -140,6 +140,8 @@ class BlockStore(OpenStore):
 
     def reserve(self, nbytes: int, *, wait: bool = False) -> bool:
         """Reserves host memory for a block that is being filled; False where the cap leaves no room for it."""
+        if self._automatic is not None:
+            self._automatic.before_reserving()
         if not self._memory.reserve(nbytes):
             self._right_of_way.overrule()  # what waits to be written is what fills the memory
             return wait and self._memory.reserve(nbytes, wait=True)
@@ -226,6 +228,8 @@ class BlockStore(OpenStore):
                 meta = file.read_meta()
                 specs = [t for name, t in file.layout.tensors.items() if name != TOKEN_IDS]
                 size = sum(t.spec.nbytes for t in specs)
+                if self._automatic is not None:
+                    self._automatic.before_reserving()
                 if not self._memory.reserve(size, job=job):
                     return None
                 try:

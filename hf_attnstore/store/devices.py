@@ -7,6 +7,15 @@ import torch
 
 from .blocks import Block, as_bytes
 from .disk import BlockFile
+from .memory_size import on_pressure
+
+
+@on_pressure
+def _give_back_pinned_memory() -> None:
+    """torch keeps pinned memory that nobody uses any more, to use it again."""
+    empty: Callable[[], None] | None = getattr(torch._C, "_host_emptyCache", None)
+    if empty is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        empty()
 
 
 def host_tensors(

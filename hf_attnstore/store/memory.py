@@ -41,7 +41,7 @@ class MemoryTier:
 
     @property
     def used(self) -> int:
-        """Bytes held or reserved; never more than `capacity`."""
+        """Bytes held or reserved; never more than `capacity`, but for what was dirty or reserved when that shrank."""
         return self._book.used
 
     @property
@@ -53,7 +53,7 @@ class MemoryTier:
         return len(self._blocks)
 
     def resize(self, capacity: int) -> None:
-        """Sets the cap. Blocks that are being written stay above a smaller one until they are on disk."""
+        """Sets the capacity. Evicts what is over it and on disk; what is dirty follows when it has been written."""
         with self._changed:
             self._book.shrink(capacity, self._clock())
             self._changed.notify_all()
@@ -104,14 +104,15 @@ class MemoryTier:
                 return False
             self._blocks[meta.key] = block
             self._by_parent[meta.parent].add(meta.key)
+            if not dirty:
+                self._book.make_room(0, self._clock())  # the capacity may have shrunk since the bytes were reserved
             return True
 
     def mark_clean(self, key: Key) -> None:
         """The block is on disk, or will never be: it may be evicted from now on."""
         with self._changed:
             self._book.dirty.discard(key)
-            if self._book.used > self._book.capacity:
-                self._book.make_room(0, self._clock())
+            self._book.make_room(0, self._clock())
             self._changed.notify_all()
 
     def get(self, key: Key) -> Block | None:

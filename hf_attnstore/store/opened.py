@@ -18,10 +18,12 @@ from ..errors import (
     StoreClosedError,
 )
 from .accounts import MISSED, Accounts, readable
+from .device_tier import DeviceTier
 from .eviction import Order
 from .locks import SessionLocks
 from .manifest import Manifest
 from .memory import MemoryTier
+from .memory_size import AUTO, AutomaticSize
 from .policies import DEFAULT, make_policy
 from .rebuild import open_disk_store
 from .settings import open_folder
@@ -78,6 +80,7 @@ class OpenStore:
         durability: Durability = "process",
         encryption_key: str | bytes | None = None,
         policy: str = DEFAULT,
+        device: int | str = 0,
     ) -> None:
         if block_size is not None and block_size < 1:
             raise AttentionStoreError(f"block_size is a number of tokens, at least 1, not {block_size}")
@@ -87,7 +90,10 @@ class OpenStore:
         self.namespace = self.check_namespace(namespace)
         self.disk_capacity = parse_bytes(disk)
         self._order = Order(make_policy(policy))
-        self._memory = MemoryTier(parse_bytes(memory), self._order.policy, self._order.lookahead)
+        capacity = 0 if memory == AUTO else parse_bytes(memory)
+        self._memory = MemoryTier(capacity, self._order.policy, self._order.lookahead)
+        self.device_tier = DeviceTier(parse_bytes(device))
+        """KV that stays where it was computed between two turns; caches park it there and take it."""
         self._accounts = Accounts()
         key = parse_key(encryption_key)
         folder = open_folder(self.path, block_size, key)
@@ -110,6 +116,7 @@ class OpenStore:
         self._closed = False
         self._prepare_upcoming()
         self._order.policy.recall(self._learned() or {})
+        self._automatic = AutomaticSize(self._memory) if memory == AUTO else None
         _open_stores.add(self)
 
     def _prepare_upcoming(self) -> None:
@@ -147,6 +154,9 @@ class OpenStore:
         self.flush()
         self._closed = True
         self._fetcher.close()
+        self.device_tier.close()
+        if self._automatic is not None:
+            self._automatic.close()
         self._readers.close()
         with self._right_of_way.hurry():
             self._writer.close()
@@ -198,8 +208,9 @@ class OpenStore:
     # memory
 
     def drop_memory(self) -> None:
-        """Empties the memory tier of everything that is on disk."""
+        """Empties the device tier, and the memory tier of everything that is on disk."""
         self.flush()
+        self.device_tier.clear()
         self._memory.drop_clean()
 
     # models
@@ -282,6 +293,9 @@ class OpenStore:
         self._check_open()
         usage = self._disk.index.usage()
         return {
+            "device_bytes": self.device_tier.used,
+            "device_capacity": self.device_tier.capacity,
+            "device_sessions": len(self.device_tier),
             "memory_bytes": self._memory.used,
             "memory_capacity": self._memory.capacity,
             "memory_blocks": len(self._memory),
@@ -291,6 +305,7 @@ class OpenStore:
             "sessions": usage.sessions,
             "index_bytes": self._disk.index.database.file_bytes(),
             "quarantine_bytes": self._disk.files.quarantine_bytes(),
+            "evicted_from_device": self.device_tier.evicted,
             "evicted_from_memory": self._memory.evicted,
             **readable(self._accounts.counts()),
         }

@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,10 @@ class AttentionStore(UpcomingTurns):
     Args:
         path: the folder; created if missing. Default `$HF_HOME/attnstore`.
         memory: bytes of host memory for blocks, those being written included; an int, or a string like "2GiB".
+            "auto" follows what is free: it shrinks when other programs need memory, and grows back.
         disk: bytes on disk, index included; 0 keeps blocks in memory only.
+        device: bytes of KV that stay where they were computed, between two turns of a session, for the sessions used
+            last: of all devices together, the buffers' spare room included. 0 keeps none.
         block_size: tokens per block, 256 if not said. A store keeps the size it was made with.
         namespace: blocks and sessions of different namespaces never meet: one for each user, for instance.
         io_threads: threads that read; default by the number of cores.
@@ -120,6 +122,7 @@ class AttentionStore(UpcomingTurns):
             for part in reversed(parts):
                 self._disk.delete_session(self.namespace, part, self._memory.discard, secure=secure)
         finally:
+            self.device_tier.forget(name)
             for lock in locks:
                 lock.release()
 
@@ -155,6 +158,7 @@ class AttentionStore(UpcomingTurns):
             locks += [self.lock_session(part, wait=0) for part, _ in pairs if part != src]
             if not all(self._disk.rename(self.namespace, *pair) for pair in pairs):
                 raise AttentionStoreError(f"session {dst!r} exists already; delete it first or choose another name")
+            self.device_tier.rename(src, dst)
         finally:
             for lock in locks:
                 lock.release()
@@ -227,6 +231,8 @@ class AttentionStore(UpcomingTurns):
             StoreIOError: the disk would not.
         """
         self._settle()
+        if unowned and not dry_run:
+            self.device_tier.forget_unnamed()
         return collect(
             self._disk,
             self._locks,
@@ -250,12 +256,6 @@ class AttentionStore(UpcomingTurns):
             SessionBusyError: another turn holds it.
         """
         return self._locks.acquire(self.namespace, self.check_name(name), wait)
-
-    # what comes
-
-    def schedule(self, upcoming: Sequence[str]) -> None:
-        """Says which sessions will run, in this order; replaces what was said before."""
-        self._check_open()
 
     # turns
 

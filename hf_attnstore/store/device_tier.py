@@ -1,0 +1,183 @@
+"""The device tier: whose KV stays where it was computed, between two turns, under a byte cap.
+
+Accounting only: what an entry holds is nothing to this module. An entry is an accelerator and nothing more. What it
+holds was handed over to the store as well, so an entry may be dropped at any moment.
+"""
+
+import itertools
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+_numbers = itertools.count(1)
+
+
+@dataclass(eq=False)
+class DeviceEntry:
+    """What one turn left on its devices."""
+
+    owner: int
+    """The number of what computed it; see `Owner`."""
+    session: str | None
+    """None for a conversation that is known by its content only."""
+    nbytes: int
+    content: Any
+    """Opaque; None when the entry is in the tier no more, except for who took it."""
+    dropped: Callable[[], None] | None = None
+    """Called when it was dropped, not when it was taken."""
+    state: Literal["parked", "taken", "dropped"] = "parked"
+
+
+@dataclass(eq=False)
+class Owner:
+    """Something that computes, such as a model: when it is gone, or is let go of, its entries are."""
+
+    number: int = field(default_factory=lambda: next(_numbers))
+    _tiers: "weakref.WeakSet[DeviceTier]" = field(default_factory=weakref.WeakSet)
+
+    def __post_init__(self) -> None:
+        weakref.finalize(self, _drop, self.number, self._tiers).atexit = False
+
+    def uses(self, tier: "DeviceTier") -> None:
+        """There are entries of it in a tier now."""
+        self._tiers.add(tier)
+
+    def drop(self) -> None:
+        """Drops every entry of it."""
+        _drop(self.number, self._tiers)
+
+
+def _drop(number: int, tiers: "weakref.WeakSet[DeviceTier]") -> None:
+    for tier in list(tiers):
+        tier.forget_owner(number)
+
+
+class DeviceTier:
+    """Entries under a byte cap, least recently used first to go. Safe to use from several threads.
+
+    The bytes are those of all devices together. An entry is whole or gone: layers can't be given up one by one. Who
+    takes an entry has it alone: it is in the tier no more.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        """Bytes; 0 for a tier that holds nothing."""
+        self.evicted = 0
+        """Entries dropped for want of room."""
+        self.forgotten = 0
+        """How often a session was forgotten: who read one while that happened must not bring it back."""
+        self._entries: dict[int, DeviceEntry] = {}
+        """By the address of the entry, least recently used first."""
+        self._used = 0
+        self._closed = False
+        self._lock = threading.RLock()  # an owner's finaliser may run while this thread holds it
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def used(self) -> int:
+        """Bytes; never more than `capacity`."""
+        return self._used
+
+    def park(
+        self, owner: Owner, session: str | None, nbytes: int, content: Any, dropped: Callable[[], None] | None = None
+    ) -> DeviceEntry | None:
+        """Takes in what a turn left, as used just now, in place of what an earlier one left of the same session.
+
+        Returns:
+            None where it is larger than the tier, or the tier is closed; nothing is evicted then.
+        """
+        entry = DeviceEntry(owner.number, session, nbytes, content, dropped)
+        with self._lock:
+            if session is not None:
+                for older in self.entries(owner, session):
+                    self.drop(older)
+            if self._closed or not 0 < nbytes <= self.capacity:
+                return None
+            self._make_room(nbytes)
+            owner.uses(self)
+            self._entries[id(entry)] = entry
+            self._used += nbytes
+        return entry
+
+    def resize(self, capacity: int) -> None:
+        """Sets the capacity, and evicts what is over it."""
+        with self._lock:
+            self.capacity = capacity
+            self._make_room(0)
+
+    def _make_room(self, nbytes: int) -> None:
+        while self._entries and self._used + nbytes > self.capacity:
+            self.drop(next(iter(self._entries.values())))
+            self.evicted += 1
+
+    def entries(self, owner: Owner, session: str | None) -> list[DeviceEntry]:
+        """An owner's entries of a session, last used first: at most one, unless the session is None."""
+        with self._lock:
+            found = [e for e in self._entries.values() if e.owner == owner.number and e.session == session]
+        return found[::-1]
+
+    def take(self, entry: DeviceEntry) -> Any:
+        """Takes an entry out. Returns its content; None where somebody was faster, or it was dropped."""
+        with self._lock:
+            if not self._remove(entry):
+                return None
+            entry.state = "taken"
+            content, entry.content = entry.content, None
+            return content
+
+    def drop(self, entry: DeviceEntry) -> None:
+        """Lets go of an entry. Harmless if it is not here any more."""
+        with self._lock:
+            if not self._remove(entry):
+                return
+            entry.state = "dropped"
+            entry.content = None
+        if entry.dropped is not None:
+            entry.dropped()
+
+    def _remove(self, entry: DeviceEntry) -> bool:
+        if self._entries.pop(id(entry), None) is None:
+            return False
+        self._used -= entry.nbytes
+        return True
+
+    def forget(self, session: str) -> None:
+        """A session was deleted."""
+        self.forgotten += 1
+        self._drop_where(lambda entry: entry.session == session)
+
+    def forget_unnamed(self) -> None:
+        """What belongs to no session was deleted."""
+        self.forgotten += 1
+        self._drop_where(lambda entry: entry.session is None)
+
+    def forget_owner(self, number: int) -> None:
+        """What computed the entries is gone."""
+        self._drop_where(lambda entry: entry.owner == number)
+
+    def rename(self, source: str, target: str) -> None:
+        """A session has another name now."""
+        with self._lock:
+            self.forgotten += 1
+            for entry in list(self._entries.values()):
+                if entry.session == source:
+                    entry.session = target
+
+    def clear(self) -> None:
+        """Drops everything."""
+        self._drop_where(lambda entry: True)
+
+    def close(self) -> None:
+        """Drops everything, and takes nothing in any more."""
+        self._closed = True
+        self.clear()
+
+    def _drop_where(self, goes: Callable[[DeviceEntry], bool]) -> None:
+        with self._lock:
+            found = [entry for entry in self._entries.values() if goes(entry)]
+        for entry in found:
+            self.drop(entry)
