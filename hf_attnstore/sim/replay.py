@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..store.policies import Place, Policy
+from ..store.policies import Policy
 from .chains import Chain
 from .tiers import Tiers
 from .workload import Workload
@@ -34,6 +34,7 @@ class Request:
         foreseen: those of `prompt` that are known to be of this conversation before it runs.
         prompt_short: tokens of the last block of `prompt` if that is short, else 0.
         superseded: the short block that the first new one takes the place of.
+        before: what the first of `blocks` follows where that is out of view.
     """
 
     at: float
@@ -48,6 +49,7 @@ class Request:
     foreseen: Sequence[Hashable]
     prompt_short: int
     superseded: Hashable | None
+    before: Hashable | None = None
 
 
 @dataclass
@@ -92,10 +94,12 @@ def requests_of(workload: Workload, block_tokens: int | None = None, window: int
             foreseen = blocks[: min(len(blocks), len(before)) if common is None else common]
             short_before = None
         gone = short_before is not None and (not blocks or short_before not in blocks[-1:])
+        whole = before[:-1] if short_before is not None else before
+        last_whole = whole[-1] if whole and blocks and chain.start and blocks[0] not in before else None
         found.rows.append(
             Request(
                 at, session, prompt.blocks, blocks, prompt.tokens, prompt.history, chain.tokens, chain.short > 0,
-                chain.start, foreseen, prompt.short, short_before if gone else None,
+                chain.start, foreseen, prompt.short, short_before if gone else None, last_whole,
             )
         )  # fmt: skip
     return found
@@ -108,7 +112,8 @@ class Hits:
     Attributes:
         tokens, found: of prompts, and those of them found; of these, `fast` in memory.
         turns, resumed, whole, some: turns; those with a history, those of them that found all of it, and some of it.
-        evictions: keys, in order, if they were asked for.
+        evictions, by_turn, fast_by_turn: keys that memory gave up, blocks found, and those of them in memory, in order, if
+            they were asked for.
     """
 
     tokens: int = 0
@@ -120,6 +125,7 @@ class Hits:
     some: int = 0
     evictions: list[Hashable] = field(default_factory=list)
     by_turn: list[int] = field(default_factory=list)
+    fast_by_turn: list[int] = field(default_factory=list)
 
     @property
     def rate(self) -> float:
@@ -138,6 +144,7 @@ def replay(
     seed: int = 0,
     trace: bool = False,
     progress: Callable[[int], None] = lambda done: None,
+    after: Callable[[int, Tiers, Hits], None] = lambda number, tiers, hits: None,
 ) -> Hits:
     """Runs all turns against a store of `capacity` blocks.
 
@@ -147,6 +154,7 @@ def replay(
         wrong: share of what it is told that is another session's turn instead.
         trace: keep what was found turn by turn, and what was evicted.
         progress: called now and then with the number of turns done.
+        after: called after every turn with its number, the tiers, and what was found until then.
     """
     hits = Hits()
     tiers = Tiers(capacity, disk, policy, hits.evictions.append if trace else lambda key: None)
@@ -161,6 +169,7 @@ def replay(
             if following is not None:
                 tiers.queued(following[1], following[0])
         _turn(tiers, row, requests.block_tokens, hits, trace)
+        after(number, tiers, hits)
         if number % 500 == 0:
             progress(number)
     progress(len(requests.rows))
@@ -200,21 +209,36 @@ def _turn(tiers: Tiers, row: Request, block_tokens: int, hits: Hits, trace: bool
     count_hits(hits, row, count, len(found.slow), block_tokens)
     if trace:
         hits.by_turn.append(count)
-    matched = row.prompt[count - 1] if count else None
-    known = [row.superseded] if row.superseded is not None and count == len(row.prompt) else []
-    group = tiers.used(row.at, row.blocks, tokens=row.kept, short=row.short, known=known, matched=matched)
+        hits.fast_by_turn.append(count - len(found.slow))
+    went_on_from = row.prompt[count - 1] if count else None
+    place = tiers.newcomer(row.at)
+    if tiers.disk is not None:
+        tiers.loaded(row.prompt[:count], row.at)
+        slow = set(found.slow)
+        for number, key in enumerate(row.prompt[:count]):
+            if key in slow:
+                tiers.admit(tiers.memory, row.at, row.prompt[: number + 1], row.start, _one, place, first=number)
+    first = tiers.find(row.blocks).blocks
+    single = tiers.disk is None
+    new = tiers.admit(
+        tiers.memory,
+        row.at,
+        row.blocks,
+        row.start,
+        _one,
+        place,
+        first=first,
+        dirty=not single,
+        protect=single,
+        before=row.before,
+    )
+    if tiers.disk is not None:  # what found no room in memory is never handed over
+        upto = row.blocks[: first + len(new)]
+        tiers.admit(tiers.disk, row.at, upto, row.start, _one, place, first=first, protect=True, before=row.before)
+        tiers.memory.dirty.difference_update(new)
+    tiers.turn_is_over(row.at, row.blocks, tokens=row.kept, short=row.short, went_on_from=went_on_from)
     if row.superseded is not None:
         tiers.supersede(row.superseded)
-    whole = tiers.policy.place(None, group, row.at)
-    end = tiers.policy.place(None, group, row.at, short=True)
-    last = len(row.blocks) - 1 if row.short else -1
-
-    def place_of(number: int) -> Place:
-        return end if number == last else whole
-
-    tiers.admit(tiers.memory, row.at, row.blocks, row.start, _one, place_of)
-    if tiers.disk is not None:
-        tiers.admit(tiers.disk, row.at, row.blocks, row.start, _one, place_of)
 
 
 def _one(number: int) -> int:

@@ -56,40 +56,47 @@ class Tiers:
                 slow.append(key)
         return Found(len(blocks), slow)
 
-    def place(self, key: Hashable) -> Place | None:
-        """Where a block stands in the order; None if it is nowhere."""
-        for book in self._books:
-            place = book.order.place(key)
-            if place is not None:
-                return place
-        return None
+    def loaded(self, blocks: Sequence[Hashable], now: float) -> None:
+        """A turn has read these blocks: those in memory count as used now."""
+        order, policy = self.memory.order, self.policy
+        for key in blocks:
+            before = order.place(key)
+            if before is not None:
+                order.move(key, policy.place(before, before.group, now))
 
-    def used(
+    def newcomer(self, now: float) -> Place:
+        """Where a block stands whose turn is not over."""
+        return self.policy.place(None, self.policy.newcomers, now)
+
+    def turn_is_over(
         self,
         now: float,
         blocks: Sequence[Hashable],
         *,
         tokens: int,
         short: bool,
-        known: Sequence[Hashable] = (),
-        matched: Hashable | None = None,
-    ) -> int:
-        """A turn that ends with `blocks`, of which the last may be `short`. Returns the turn's group.
+        went_on_from: Hashable | None = None,
+    ) -> None:
+        """Takes notice of a turn that ends with `blocks`, which are saved already, as far as there was room.
 
         Args:
-            known: short blocks that it went on from.
-            matched: the last block that it reused.
+            tokens: of the blocks.
+            short: the last of them is not full.
+            went_on_from: the last block that the turn reused.
         """
-        whole = blocks[:-1] if short else blocks
-        place = self.place(matched) if matched is not None else None
-        group = self.policy.group(Use(now, whole, tokens, blocks[-1] if short else None, known, place))
+        if not blocks:
+            return
+        chain, end = (blocks[:-1], blocks[-1]) if short else (blocks, None)
+        matched = None
+        known: tuple[Hashable, ...] = ()
+        if went_on_from is not None:
+            known = (went_on_from,)
+            lowest = self._books[-1].order
+            if len(lowest.children(went_on_from)) <= 1:
+                matched = lowest.place(went_on_from)
+        group = self.policy.group(Use(now, chain, tokens, end, known, matched))
         for book in self._books:
-            book.order.used(whole, group, now)
-            if short:
-                before = book.order.place(blocks[-1])
-                if before is not None:
-                    book.order.move(blocks[-1], self.policy.place(before, group, now, short=True))
-        return group
+            book.order.used(chain, group, now, short=end)
 
     def admit(
         self,
@@ -98,17 +105,23 @@ class Tiers:
         blocks: Sequence[Hashable],
         start: int,
         sizes: Callable[[int], int],
-        places: Callable[[int], Place],
+        place: Place,
         *,
         first: int = 0,
         dirty: bool = False,
+        protect: bool = False,
+        before: Hashable | None = None,
     ) -> list[Hashable]:
         """Takes blocks of a chain into a tier, in order, as far as there is room. Returns those that are new there.
 
         Args:
             start: number of the chain's first block.
-            sizes, places: bytes and place of a block, by its number in `blocks`.
+            sizes: bytes of a block, by its number in `blocks`.
+            place: where the new ones stand.
             first: number in `blocks` of the first one to look at.
+            dirty: they stay until somebody takes them out of the tier's `dirty`.
+            before: what the first of `blocks` follows, if that is known.
+            protect: the end of the chain must not go to make room for what continues it.
         """
         added: list[Hashable] = []
         protected: Hashable | None = None
@@ -116,12 +129,10 @@ class Tiers:
             key = blocks[number]
             if key in book:
                 continue
-            parent = blocks[number - 1] if number else None
-            # the end of the chain must not go to make room for its own continuation
-            if parent is not None and parent in book and parent not in book.dirty:
+            parent = blocks[number - 1] if number else before
+            if protect and parent is not None and parent in book and parent not in book.dirty:
                 book.dirty.add(parent)
                 protected = parent
-            place = places(number)
             size = sizes(number)
             fits = book.reserve(size, now, place=place)
             if protected is not None:

@@ -7,10 +7,11 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from ..store.book import TierBook
 from ..store.lookahead import fetch_window, keep_window
-from ..store.policies import Place, Policy
+from ..store.policies import Policy
 from .chains import Chain, Prompt
 from .machine import Links
 from .tiers import Tiers
@@ -37,7 +38,6 @@ class _Transfer:
 
     blocks: Sequence[Hashable]
     start: int
-    places: list[Place]
     sizes: list[int]
     whole: Sequence[Hashable]
 
@@ -146,33 +146,32 @@ class TimedTiers:
             return True
         fits = True
         taken: list[Hashable] = []
-        places, sizes = [], []
+        sizes = []
         for key in chain.blocks:
             if key in memory or key in self._arriving:
                 continue
-            place = disk.order.place(key)
-            if place is None:
+            if key not in disk:
                 break
             size = disk.size(key)
-            if not memory.reserve(size, now, place=None, job=job):
+            if not memory.reserve(size, now, job=job):
                 fits = False
                 break
             taken.append(key)
-            places.append(place)
             sizes.append(size)
         if taken:
             total = sum(sizes)
             self._reader = max(now, self._reader) + total / self.links.read
             self.fetched_bytes += total
             self._arriving.update(dict.fromkeys(taken, self._reader))
-            self._later(self._reader, self._arrived, _Transfer(taken, chain.start, places, sizes, list(chain.blocks)))
+            self._later(self._reader, self._arrived, _Transfer(taken, chain.start, sizes, list(chain.blocks)))
         return fits
 
     def _arrived(self, now: float, transfer: _Transfer) -> None:
         memory, disk = self.tiers.memory, self.tiers.disk
         assert disk is not None
         numbers = {key: number for number, key in enumerate(transfer.whole)}
-        for key, place, size in zip(transfer.blocks, transfer.places, transfer.sizes, strict=True):
+        place = self.tiers.newcomer(now)
+        for key, size in zip(transfer.blocks, transfer.sizes, strict=True):
             self._arriving.pop(key, None)
             if key not in disk:  # it went while it was read: nobody has any more use for it
                 memory.release(size)
@@ -200,6 +199,7 @@ class TimedTiers:
         if slow:
             seconds = max(seconds, self._read(slow, now))
         slow_tokens = min(len(slow) * self._block_tokens, tokens)
+        self.tiers.loaded(prompt.blocks[: found.blocks], now)
         if found.slow:
             self._promote(prompt.blocks[: found.blocks], chain_start, now)
         return Loaded(tokens, slow_tokens, on_device, seconds)
@@ -233,15 +233,8 @@ class TimedTiers:
         arriving = [key for key in blocks if key in self._arriving]
         if arriving:
             return  # the fetch that is under way brings it
-        places = [disk.order.place(key) for key in blocks]
-        self.tiers.admit(
-            self.tiers.memory,
-            now,
-            blocks,
-            start,
-            lambda number: disk.size(blocks[number]),
-            lambda n: places[n] or Place(0, now),
-        )
+        tiers = self.tiers
+        tiers.admit(tiers.memory, now, blocks, start, lambda number: disk.size(blocks[number]), tiers.newcomer(now))
 
     def end(self, prompt: Prompt, chain: Chain, loaded: Loaded, now: float) -> None:
         """Keeps what a turn made: in memory at once, on disk as soon as that is written."""
@@ -253,61 +246,51 @@ class TimedTiers:
         self._session_bytes += chain.tokens * self._kv_bytes
         self._sessions += 1
         old = prompt.blocks[-1] if prompt.short and prompt.blocks and prompt.blocks[-1] != blocks[-1] else None
-        reused_short = old is not None and loaded.tokens >= prompt.history
-        matched = None
+        went_on_from = None
         if loaded.tokens:
-            matched = prompt.blocks[min(-(-loaded.tokens // self._block_tokens), len(prompt.blocks)) - 1]
-        group = tiers.used(
-            now, blocks, tokens=chain.tokens, short=short, known=[old] if reused_short else [], matched=matched
-        )
-        if old is not None and prompt.history:
-            tiers.supersede(old)
-            if self.device is not None:
-                self.device.remove(old)
-        whole_place = tiers.policy.place(None, group, now)
-        short_place = tiers.policy.place(None, group, now, short=True)
+            went_on_from = prompt.blocks[min(-(-loaded.tokens // self._block_tokens), len(prompt.blocks)) - 1]
+        place = tiers.newcomer(now)
         last = len(blocks) - 1 if short else -1
         full = self._block_tokens * self._kv_bytes
         end_size = chain.short * self._kv_bytes
 
-        def place(number: int) -> Place:
-            return short_place if number == last else whole_place
-
         def size(number: int) -> int:
             return end_size if number == last else full
 
-        first = self._first_missing(blocks)
+        first = tiers.find(blocks).blocks
         if self.device is not None:
             tiers.admit(self.device, now, blocks, chain.start, size, place)
-            self.device.order.used(blocks, group, now)
-        added = tiers.admit(
-            tiers.memory, now, blocks, chain.start, size, place, first=first, dirty=tiers.disk is not None
-        )
+            self.device.order.used(blocks, place.group, now)
+        dirty = tiers.disk is not None
+        added = tiers.admit(tiers.memory, now, blocks, chain.start, size, place, first=first, dirty=dirty)
         self.not_saved += len(blocks) - first - len(added)
+        tiers.turn_is_over(now, blocks, tokens=chain.tokens, short=short, went_on_from=went_on_from)
+        if old is not None and prompt.history:
+            tiers.supersede(old)
+            if self.device is not None:
+                self.device.remove(old)
         if added and tiers.disk is not None:
-            at = first
-            numbers = range(at, at + len(added))
-            sizes = [size(number) for number in numbers]
+            sizes = [size(number) for number in range(first, first + len(added))]
             self.written_bytes += sum(sizes)
             self._writer = max(now, self._writer) + sum(sizes) / self.links.write
-            transfer = _Transfer(added, chain.start, [place(number) for number in numbers], sizes, blocks)
-            self._later(self._writer, self._written, transfer)
-
-    def _first_missing(self, blocks: Sequence[Hashable]) -> int:
-        """Number of the first block that is nowhere."""
-        found = self.tiers.find(blocks)
-        return found.blocks
+            self._later(self._writer, self._written, _Transfer(added, chain.start, sizes, blocks))
 
     def _written(self, now: float, transfer: _Transfer) -> None:
         memory, disk = self.tiers.memory, self.tiers.disk
         assert disk is not None
-        first = transfer.whole.index(transfer.blocks[0])
-        places, sizes = transfer.places, transfer.sizes
-        upto = first + len(transfer.blocks)
-        chain = transfer.whole[:upto]
-        if all(key in memory for key in transfer.blocks) and (not first or chain[first - 1] in disk):
-            self.tiers.admit(
-                disk, now, chain, transfer.start, lambda n: sizes[n - first], lambda n: places[n - first], first=first
-            )
+        first, sizes = transfer.whole.index(transfer.blocks[0]), transfer.sizes
+        if not first or transfer.whole[first - 1] in disk:  # else it would be of no use there
+            for number, key in enumerate(transfer.blocks, first):
+                place = memory.order.place(key)
+                if place is None:
+                    break  # superseded while it waited
+                chain = transfer.whole[: number + 1]
+                room = partial(_size, sizes[number - first])
+                if not self.tiers.admit(disk, now, chain, transfer.start, room, place, first=number):
+                    break
         for key in transfer.blocks:
             memory.dirty.discard(key)
+
+
+def _size(nbytes: int, number: int) -> int:
+    return nbytes
