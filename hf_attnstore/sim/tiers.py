@@ -1,0 +1,162 @@
+"""Memory and disk of a simulated store: the store's own accounts, order, policy and look-ahead, without any bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+
+from ..store.book import TierBook
+from ..store.lookahead import Lookahead
+from ..store.policies import Place, Policy, Use, make_policy
+
+
+@dataclass(slots=True)
+class Found:
+    """How many blocks of a prompt's beginning are there.
+
+    Attributes:
+        blocks: all of them.
+        slow: those of them that are only on disk.
+    """
+
+    blocks: int
+    slow: list[Hashable]
+
+
+class Tiers:
+    """What a store holds, tier by tier.
+
+    Args:
+        memory, disk: bytes; a disk of 0 is none, and what goes out of memory is then gone.
+        policy: by name, or one that is there already.
+        evicted: called with every block that memory gives up.
+    """
+
+    def __init__(
+        self,
+        memory: int,
+        disk: int = 0,
+        policy: str | Policy = "lru",
+        evicted: Callable[[Hashable], None] = lambda key: None,
+    ) -> None:
+        self.policy = make_policy(policy) if isinstance(policy, str) else policy
+        self.lookahead = Lookahead()
+        self.memory = TierBook(memory, self.policy, self.lookahead, evicted)
+        self.disk = TierBook(disk, self.policy, self.lookahead) if disk else None
+        self._books = [self.memory] if self.disk is None else [self.memory, self.disk]
+
+    def find(self, blocks: Sequence[Hashable]) -> Found:
+        """Where the blocks of a prompt are, up to the first that is nowhere."""
+        memory, disk = self.memory, self.disk
+        slow: list[Hashable] = []
+        for number, key in enumerate(blocks):
+            if key not in memory:
+                if disk is None or key not in disk:
+                    return Found(number, slow)
+                slow.append(key)
+        return Found(len(blocks), slow)
+
+    def loaded(self, blocks: Sequence[Hashable], now: float) -> None:
+        """A turn has read these blocks: those in memory count as used now."""
+        order, policy = self.memory.order, self.policy
+        for key in blocks:
+            before = order.place(key)
+            if before is not None:
+                order.move(key, policy.place(before, before.group, now))
+
+    def newcomer(self, now: float) -> Place:
+        """Where a block stands whose turn is not over."""
+        return self.policy.place(None, self.policy.newcomers, now)
+
+    def turn_is_over(
+        self,
+        now: float,
+        blocks: Sequence[Hashable],
+        *,
+        tokens: int,
+        short: bool,
+        went_on_from: Hashable | None = None,
+    ) -> None:
+        """Takes notice of a turn that ends with `blocks`, which are saved already, as far as there was room.
+
+        Args:
+            tokens: of the blocks.
+            short: the last of them is not full.
+            went_on_from: the last block that the turn reused.
+        """
+        if not blocks:
+            return
+        chain, end = (blocks[:-1], blocks[-1]) if short else (blocks, None)
+        matched = None
+        known: tuple[Hashable, ...] = ()
+        if went_on_from is not None:
+            known = (went_on_from,)
+            lowest = self._books[-1].order
+            if len(lowest.children(went_on_from)) <= 1:
+                matched = lowest.place(went_on_from)
+        group = self.policy.group(Use(now, chain, tokens, end, known, matched))
+        for book in self._books:
+            book.order.used(chain, group, now, short=end)
+
+    def admit(
+        self,
+        book: TierBook,
+        now: float,
+        blocks: Sequence[Hashable],
+        start: int,
+        sizes: Callable[[int], int],
+        place: Place,
+        *,
+        first: int = 0,
+        dirty: bool = False,
+        protect: bool = False,
+        before: Hashable | None = None,
+    ) -> list[Hashable]:
+        """Takes blocks of a chain into a tier, in order, as far as there is room. Returns those that are new there.
+
+        Args:
+            start: number of the chain's first block.
+            sizes: bytes of a block, by its number in `blocks`.
+            place: where the new ones stand.
+            first: number in `blocks` of the first one to look at.
+            dirty: they stay until somebody takes them out of the tier's `dirty`.
+            before: what the first of `blocks` follows, if that is known.
+            protect: the end of the chain must not go to make room for what continues it.
+        """
+        added: list[Hashable] = []
+        protected: Hashable | None = None
+        for number in range(first, len(blocks)):
+            key = blocks[number]
+            if key in book:
+                continue
+            parent = blocks[number - 1] if number else before
+            if protect and parent is not None and parent in book and parent not in book.dirty:
+                book.dirty.add(parent)
+                protected = parent
+            size = sizes(number)
+            fits = book.reserve(size, now, place=place)
+            if protected is not None:
+                book.dirty.discard(protected)
+                protected = None
+            if not fits:
+                break
+            book.add(key, parent, start + number, size, place, dirty=dirty)
+            added.append(key)
+        return added
+
+    def supersede(self, key: Hashable) -> None:
+        """A longer block has taken the place of this one."""
+        for book in self._books:
+            book.remove(key)
+
+    def queued(self, name: Hashable, blocks: Sequence[Hashable]) -> None:
+        """A turn that needs these blocks will run after all that are known to come."""
+        self._rescheduled(self.lookahead.push(name, blocks))
+
+    def started(self) -> None:
+        """The first of the turns to come runs now."""
+        self._rescheduled(self.lookahead.pop())
+
+    def _rescheduled(self, changed: set[Hashable]) -> None:
+        for book in self._books:
+            book.order.rescheduled(changed)

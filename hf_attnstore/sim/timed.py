@@ -1,0 +1,296 @@
+"""Tiers whose transfers take time: fetching ahead, loading, saving, on the clock of a simulation."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from ..store.book import TierBook
+from ..store.lookahead import fetch_window, keep_window
+from ..store.policies import Policy
+from .chains import Chain, Prompt
+from .machine import Links
+from .tiers import Tiers
+
+
+@dataclass(slots=True)
+class Loaded:
+    """What a turn reuses.
+
+    Attributes:
+        tokens: all of them; `slow` of them were on disk when the turn began, `kept` on the device.
+        seconds: that the load takes if nothing hides it.
+    """
+
+    tokens: int
+    slow: int
+    kept: int
+    seconds: float
+
+
+@dataclass(slots=True)
+class _Transfer:
+    """Blocks on their way: into memory, or onto disk."""
+
+    blocks: Sequence[Hashable]
+    start: int
+    sizes: list[int]
+    whole: Sequence[Hashable]
+
+
+class TimedTiers:
+    """A store on a virtual clock.
+
+    Args:
+        memory, disk: bytes.
+        kv_bytes: bytes of a token's KV.
+        ahead: whether it is told of the turns that wait (`schedule`).
+        depth: how many times as far as the paper it looks ahead.
+        device: bytes of KV that stay on the device.
+    """
+
+    def __init__(
+        self,
+        memory: int,
+        disk: int,
+        policy: str | Policy,
+        *,
+        kv_bytes: int,
+        block_tokens: int,
+        links: Links,
+        ahead: bool = True,
+        depth: float = 1.0,
+        device: int = 0,
+    ) -> None:
+        self.tiers = Tiers(memory, disk, policy, self._gone)
+        self.links = links
+        self.device = TierBook(device, self.tiers.policy) if device else None
+        self.not_saved = 0
+        """Blocks for which there was no room."""
+        self.fetched_bytes = self.written_bytes = 0
+        self._kv_bytes, self._block_tokens = kv_bytes, block_tokens
+        self._ahead, self._depth = ahead, depth
+        self._events: list[tuple[float, int, Callable[[float, _Transfer], None], _Transfer]] = []
+        self._numbers = itertools.count()
+        self._reader = self._writer = 0.0
+        """When the disk is free to read, and to write."""
+        self._arriving: dict[Hashable, float] = {}
+        self._waiting: deque[tuple[Hashable, Chain]] = deque()
+        """Turns beyond what the look-ahead counts."""
+        self._counted: deque[Chain] = deque()
+        self._fetched = 0
+        """How many of the counted turns have been fetched for."""
+        self._begun = 0
+        """Number of the first counted turn."""
+        self._session_bytes, self._sessions = 0.0, 0
+
+    # the queue
+
+    def queued(self, name: Hashable, chain: Chain) -> None:
+        """A turn waits, behind all others."""
+        if self._ahead:
+            self._waiting.append((name, chain))
+
+    def look_ahead(self, now: float) -> None:
+        """Takes what waits into account, and fetches what runs soon."""
+        if not self._ahead:
+            return
+        mean = self._session_bytes / self._sessions if self._sessions else 0.0
+        memory, disk = self.tiers.memory.capacity, self.tiers.disk.capacity if self.tiers.disk else 0
+        keep = int(keep_window(memory, disk, mean) * self._depth)
+        while self._waiting and len(self._counted) < keep:
+            name, chain = self._waiting.popleft()
+            self._counted.append(chain)
+            self.tiers.queued(name, chain.blocks)
+        fetch = min(int(fetch_window(memory, mean) * self._depth), len(self._counted))
+        while self._fetched < fetch and self._fetch(self._counted[self._fetched], self._begun + self._fetched, now):
+            self._fetched += 1
+
+    def _gone(self, key: Hashable) -> None:
+        """Memory gave up a block: a turn that needs it is fetched for again, as soon as there is room."""
+        job = self.tiers.lookahead.job(key)
+        if job is not None:
+            self._fetched = min(self._fetched, max(0, job - self._begun))
+
+    def _next_runs(self) -> None:
+        if not self._ahead:
+            return
+        if not self._counted:
+            self._waiting.popleft()
+            return
+        self._counted.popleft()
+        self._begun += 1
+        self._fetched = max(0, self._fetched - 1)
+        self.tiers.started()
+
+    # transfers
+
+    def advance(self, now: float) -> None:
+        """Lets everything happen that is over by `now`."""
+        events = self._events
+        while events and events[0][0] <= now:
+            at, _, over, transfer = heapq.heappop(events)
+            over(at, transfer)
+
+    def _later(self, at: float, over: Callable[[float, _Transfer], None], transfer: _Transfer) -> None:
+        heapq.heappush(self._events, (at, next(self._numbers), over, transfer))
+
+    def _fetch(self, chain: Chain, job: int, now: float) -> bool:
+        """Begins to read what a waiting turn needs from disk into memory. False if there is no room for all of it."""
+        memory, disk = self.tiers.memory, self.tiers.disk
+        if disk is None:
+            return True
+        fits = True
+        taken: list[Hashable] = []
+        sizes = []
+        for key in chain.blocks:
+            if key in memory or key in self._arriving:
+                continue
+            if key not in disk:
+                break
+            size = disk.size(key)
+            if not memory.reserve(size, now, job=job):
+                fits = False
+                break
+            taken.append(key)
+            sizes.append(size)
+        if taken:
+            total = sum(sizes)
+            self._reader = max(now, self._reader) + total / self.links.read
+            self.fetched_bytes += total
+            self._arriving.update(dict.fromkeys(taken, self._reader))
+            self._later(self._reader, self._arrived, _Transfer(taken, chain.start, sizes, list(chain.blocks)))
+        return fits
+
+    def _arrived(self, now: float, transfer: _Transfer) -> None:
+        memory, disk = self.tiers.memory, self.tiers.disk
+        assert disk is not None
+        numbers = {key: number for number, key in enumerate(transfer.whole)}
+        place = self.tiers.newcomer(now)
+        for key, size in zip(transfer.blocks, transfer.sizes, strict=True):
+            self._arriving.pop(key, None)
+            if key not in disk:  # it went while it was read: nobody has any more use for it
+                memory.release(size)
+                continue
+            number = numbers[key]
+            parent = transfer.whole[number - 1] if number else None
+            memory.add(key, parent, transfer.start + number, size, place)
+
+    # a turn
+
+    def begin(self, prompt: Prompt, chain_start: int, now: float) -> Loaded:
+        """Finds and loads what a turn's prompt has in common with what is there."""
+        self._next_runs()
+        found = self.tiers.find(prompt.blocks)
+        tokens = self._tokens(prompt, found.blocks)
+        if not tokens:
+            return Loaded(0, 0, 0, 0.0)
+        kept = 0
+        if self.device is not None:
+            while kept < found.blocks and prompt.blocks[kept] in self.device:
+                kept += 1
+        on_device = self._tokens(prompt, kept)
+        slow = [key for key in found.slow if self.device is None or key not in self.device]
+        seconds = (tokens - on_device) * self._kv_bytes / self.links.device
+        if slow:
+            seconds = max(seconds, self._read(slow, now))
+        slow_tokens = min(len(slow) * self._block_tokens, tokens)
+        self.tiers.loaded(prompt.blocks[: found.blocks], now)
+        if found.slow:
+            self._promote(prompt.blocks[: found.blocks], chain_start, now)
+        return Loaded(tokens, slow_tokens, on_device, seconds)
+
+    def _tokens(self, prompt: Prompt, blocks: int) -> int:
+        if blocks == len(prompt.blocks) and prompt.short:
+            return (blocks - 1) * self._block_tokens + prompt.short
+        return min(blocks * self._block_tokens, prompt.tokens)
+
+    def _read(self, blocks: Sequence[Hashable], now: float) -> float:
+        """Seconds until blocks are read from disk for a turn that runs; it goes before what is fetched ahead."""
+        disk = self.tiers.disk
+        assert disk is not None
+        until = now
+        total = 0
+        for key in blocks:
+            arrives = self._arriving.get(key)
+            if arrives is None:
+                total += disk.size(key)
+            else:
+                until = max(until, min(arrives, now + disk.size(key) * len(blocks) / self.links.read))
+        own = total / self.links.read
+        self._reader = max(now, self._reader) + own
+        self.fetched_bytes += total
+        return max(until - now, own)
+
+    def _promote(self, blocks: Sequence[Hashable], start: int, now: float) -> None:
+        """What a turn has read from disk stays in memory, if there is room."""
+        disk = self.tiers.disk
+        assert disk is not None
+        arriving = [key for key in blocks if key in self._arriving]
+        if arriving:
+            return  # the fetch that is under way brings it
+        tiers = self.tiers
+        tiers.admit(tiers.memory, now, blocks, start, lambda number: disk.size(blocks[number]), tiers.newcomer(now))
+
+    def end(self, prompt: Prompt, chain: Chain, loaded: Loaded, now: float) -> None:
+        """Keeps what a turn made: in memory at once, on disk as soon as that is written."""
+        tiers = self.tiers
+        blocks = list(chain.blocks)
+        if not blocks:
+            return
+        short = chain.short > 0
+        self._session_bytes += chain.tokens * self._kv_bytes
+        self._sessions += 1
+        old = prompt.blocks[-1] if prompt.short and prompt.blocks and prompt.blocks[-1] != blocks[-1] else None
+        went_on_from = None
+        if loaded.tokens:
+            went_on_from = prompt.blocks[min(-(-loaded.tokens // self._block_tokens), len(prompt.blocks)) - 1]
+        place = tiers.newcomer(now)
+        last = len(blocks) - 1 if short else -1
+        full = self._block_tokens * self._kv_bytes
+        end_size = chain.short * self._kv_bytes
+
+        def size(number: int) -> int:
+            return end_size if number == last else full
+
+        first = tiers.find(blocks).blocks
+        if self.device is not None:
+            tiers.admit(self.device, now, blocks, chain.start, size, place)
+            self.device.order.used(blocks, place.group, now)
+        dirty = tiers.disk is not None
+        added = tiers.admit(tiers.memory, now, blocks, chain.start, size, place, first=first, dirty=dirty)
+        self.not_saved += len(blocks) - first - len(added)
+        tiers.turn_is_over(now, blocks, tokens=chain.tokens, short=short, went_on_from=went_on_from)
+        if old is not None and prompt.history:
+            tiers.supersede(old)
+            if self.device is not None:
+                self.device.remove(old)
+        if added and tiers.disk is not None:
+            sizes = [size(number) for number in range(first, first + len(added))]
+            self.written_bytes += sum(sizes)
+            self._writer = max(now, self._writer) + sum(sizes) / self.links.write
+            self._later(self._writer, self._written, _Transfer(added, chain.start, sizes, blocks))
+
+    def _written(self, now: float, transfer: _Transfer) -> None:
+        memory, disk = self.tiers.memory, self.tiers.disk
+        assert disk is not None
+        first, sizes = transfer.whole.index(transfer.blocks[0]), transfer.sizes
+        if not first or transfer.whole[first - 1] in disk:  # else it would be of no use there
+            for number, key in enumerate(transfer.blocks, first):
+                place = memory.order.place(key)
+                if place is None:
+                    break  # superseded while it waited
+                chain = transfer.whole[: number + 1]
+                room = partial(_size, sizes[number - first])
+                if not self.tiers.admit(disk, now, chain, transfer.start, room, place, first=number):
+                    break
+        for key in transfer.blocks:
+            memory.dirty.discard(key)
+
+
+def _size(nbytes: int, number: int) -> int:
+    return nbytes
