@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from hf_attnstore.bench.gate_cli import gate
 from hf_attnstore.bench.overlap_cli import overlap, write_timeline
+from hf_attnstore.bench.queue_cli import queue
 from hf_attnstore.bench.reliability_cli import index, store
 from hf_attnstore.bench.study_cli import truncation
 from hf_attnstore.bench.thinking_cli import thinking
@@ -113,6 +114,7 @@ def bench(
 app.command("truncation")(truncation)
 app.command("thinking")(thinking)
 app.command("gate")(gate)
+app.command("queue")(queue)
 app.command("overlap")(overlap)
 app.command("index")(index)
 app.command("store")(store)
