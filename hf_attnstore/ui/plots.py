@@ -13,7 +13,7 @@ from .records import milliseconds
 
 WIDTH = 240
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 6, 8, 18
-TRACKS = ("compute", "load", "fetch", "save", "write")
+TRACKS = ("compute", "wait", "load", "fetch", "save", "write")
 
 
 def times_plot(with_store: Sequence[float | None], without: Sequence[tuple[float, bool] | None]) -> str:
