@@ -69,6 +69,11 @@ class ChatTurn:
     background: BackgroundWork | None = None
     """What was computed after the turn, where that was asked for (`canonicalize`)."""
 
+    def __str__(self) -> str:
+        """One line for people: that of the cache, and how fast the rest of the answer came."""
+        speed = f", then {self.tokens_per_second:,.0f} tokens/s" if self.tokens_per_second is not None else ""
+        return f"{self.cache}{speed}"
+
 
 class ChatSession:
     """A conversation that goes on where it left off, also in another process.
@@ -170,15 +175,16 @@ class ChatSession:
         """What happened when in the last turn, as `AttentionStoreCache.timeline` has it."""
         return list(self._timeline)
 
-    def prompt_ids(self, text: str) -> list[int]:
+    def prompt_ids(self, text: str, role: str = "user") -> list[int]:
         """The token ids that `send(text)` would feed: the exact conversation so far, and what the chat
         template makes of `text`.
         """
-        return list(self._prompt(self._transcript, text).ids)
+        return list(self._prompt(self._transcript, text, role).ids)
 
-    def send(self, text: str, stream: Stream = None, **generate_kwargs: Any) -> str:
+    def send(self, text: str, stream: Stream = None, *, role: str = "user", **generate_kwargs: Any) -> str:
         """Says `text` to the model and returns its answer.
 
+        `role` is who says it: "tool", for instance, for what a tool gave, where the chat template has such a role.
         `stream` gets the answer's text piece by piece while it is generated; `True` writes it to standard
         output. `generate_kwargs` go to `model.generate`, over the session's defaults. Message and answer never
         outgrow the context window: where no older tokens can make room, the answer is cut, and `stats.finish` is
@@ -192,7 +198,7 @@ class ChatSession:
             ChatTemplateError: the chat template refuses the messages, such as a system message that it has no
             place for.
         """
-        return self._answer(self._transcript, text, stream, generate_kwargs)
+        return self._answer(self._transcript, text, role, stream, generate_kwargs)
 
     def retry(self, stream: Stream = None, **generate_kwargs: Any) -> str:
         """Takes the last answer back and generates another one for the same message.
@@ -201,7 +207,7 @@ class ChatSession:
         generated, the old answer stays. Raises `ValueError` when there is no answer yet.
         """
         earlier, text = self._transcript.undone()
-        return self._answer(earlier, text, stream, generate_kwargs)
+        return self._answer(earlier, text, self._transcript.messages[-2]["role"], stream, generate_kwargs)
 
     def edit(self, turn: int, text: str, stream: Stream = None, **generate_kwargs: Any) -> str:
         """Says `text` in place of the message of turn `turn`, counted from 0, and returns the answer to that. What
@@ -214,7 +220,8 @@ class ChatSession:
             earlier, _ = earlier.undone()
         if earlier is self._transcript:
             raise ValueError(f"there is no turn {turn} to edit: the conversation has {earlier.turns}")
-        return self._answer(earlier, text, stream, generate_kwargs)
+        role = self._transcript.messages[len(earlier.messages)]["role"]
+        return self._answer(earlier, text, role, stream, generate_kwargs)
 
     def undo(self) -> str:
         """Takes the last turn back, message and answer, and returns the message. Raises `ValueError` when
@@ -249,8 +256,8 @@ class ChatSession:
         if self._background is not None:
             self._background.stop()
 
-    def _answer(self, before: Transcript, text: str, stream: Stream, generate_kwargs: dict[str, Any]) -> str:
-        prompt = self._prompt(before, text)
+    def _answer(self, before: Transcript, text: str, role: str, stream: Stream, generate_kwargs: dict[str, Any]) -> str:
+        prompt = self._prompt(before, text, role)
         kwargs: dict[str, Any] = {
             "pad_token_id": self._pad_token_id(),
             **self.generate_defaults,
@@ -285,7 +292,7 @@ class ChatSession:
             if run.ids:
                 finish = self._finish(run, wanted, kwargs["max_new_tokens"]) if finished else "interrupted"
                 self._turn = _turn(run, cache, len(prompt.ids), finish, BackgroundWork() if self.canonicalize else None)
-                self._remember(before.answered(text, prompt, tuple(run.ids), self.tokenizer))
+                self._remember(before.answered(text, prompt, tuple(run.ids), self.tokenizer, role))
         if stream is True:
             sys.stdout.write("\n")
         if run.ids and self._turn is not None and self._turn.background is not None:
@@ -300,8 +307,8 @@ class ChatSession:
         nothing = self.store.in_namespace(secrets.token_hex())
         return AttentionStoreCache(self.model, session=None, store=nothing, save=False, **window)
 
-    def _prompt(self, transcript: Transcript, text: str) -> Prompt:
-        messages = [*transcript.messages, {"role": "user", "content": text}]
+    def _prompt(self, transcript: Transcript, text: str, role: str = "user") -> Prompt:
+        messages = [*transcript.messages, {"role": role, "content": text}]
         try:
             rendered = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True, **self.template_kwargs

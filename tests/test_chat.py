@@ -23,6 +23,9 @@ from hf_attnstore.chat import ChatTemplateError, ContextWindowError
 from hf_attnstore.transcript import encode
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+WITH_TOOLS = APPEND_ONLY.replace(
+    "'<|' + m['role'] + '|>'", "('<|user|>a tool gave ' if m['role'] == 'tool' else '<|' + m['role'] + '|>')"
+)
 
 
 @pytest.fixture(scope="module")
@@ -417,6 +420,39 @@ def test_fork_carries_the_messages_and_the_state(chat: ChatSession, store: Atten
     assert fork.stats is not None
     assert fork.stats.reused_tokens == len(ids) - 1
     assert len(chat.history) == 2
+
+
+def test_what_a_tool_gave_is_a_message_of_its_own_role(model: LlamaForCausalLM, store: AttentionStore) -> None:
+    tokenizer = tiny_tokenizer(WITH_TOOLS)
+    chat = ChatSession(model, tokenizer, store, "alice", **GREEDY)
+    chat.send("the letter")
+    known = len(chat.token_ids)
+    expected = chat.prompt_ids("nothing", "tool")
+    assert expected != chat.prompt_ids("nothing")
+    chat.send("nothing", role="tool")
+    assert chat.token_ids[: len(expected)] == expected
+    assert chat.stats is not None
+    assert chat.stats.reused_tokens == known - 1
+    before = said(chat)
+    assert [role for role, _ in before] == ["user", "assistant", "tool", "assistant"]
+
+    again = ChatSession(model, tokenizer, store, "alice", **GREEDY)
+    assert again.retry() == before[-1][1]  # the role is kept with the message
+    assert said(again) == before
+    assert again.undo() == "nothing"
+    assert said(again) == before[:2]
+
+
+def test_a_turn_in_words(chat: ChatSession) -> None:
+    chat.send("the letter")
+    chat.send("and then")
+    turn = chat.stats
+    assert turn is not None
+    assert turn.tokens_per_second is not None
+    assert str(turn).startswith(
+        f"reused {turn.reused_tokens} of {turn.prompt_tokens} tokens, prefilled {turn.prefilled_tokens}, first token"
+    )
+    assert str(turn).endswith(f", then {turn.tokens_per_second:,.0f} tokens/s")
 
 
 def test_edit_of_an_earlier_message_takes_back_what_followed_and_reuses_what_came_before(

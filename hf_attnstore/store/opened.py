@@ -18,6 +18,7 @@ from ..errors import (
     SessionNameError,
     StoreClosedError,
 )
+from ..timeline import Recorders
 from .accounts import MISSED, Accounts, readable
 from .device_tier import DeviceTier
 from .eviction import Order
@@ -112,6 +113,8 @@ class OpenStore:
         self._writer = IOThreads(1, "write", self._right_of_way)
         self._savers: weakref.WeakSet[Saver] = weakref.WeakSet()
         self._saver_lock = threading.Lock()
+        self.recorders = Recorders()
+        """Timelines of what is written and fetched in the background."""
         self._committing: dict[tuple[str, str], tuple[str, Manifest]] = {}
         """Fingerprint and manifest of sessions, by namespace and name, whose commit waits for the writer."""
         self._end = threading.Event()

@@ -96,6 +96,15 @@ class AttentionStore(UpcomingTurns):
         self._settle()
         return self._disk.index.sessions.info(self.namespace, name)
 
+    def bytes_together(self, *names: str) -> int:
+        """Bytes on disk of all blocks of these sessions, a block that several of them share counted once.
+
+        Raises:
+            SessionNotFoundError: there is no such session.
+        """
+        self._settle()
+        return self._disk.index.sessions.bytes_together(self.namespace, names)
+
     def session_count(self) -> int:
         """How many sessions this namespace has."""
         self._settle()
