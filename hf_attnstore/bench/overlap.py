@@ -25,11 +25,12 @@ from hf_attnstore.bench.shapes import BenchError, random_ids
 from hf_attnstore.bench.slow_disk import slow_disk
 from hf_attnstore.bench.timing import Sample, timed_generate
 from hf_attnstore.cache.overlap import Overlap
-from hf_attnstore.timeline import Event, exposed_seconds
+from hf_attnstore.timeline import Event, Timeline, exposed_seconds, in_order
 
 JOB = "the job before"
 """The session whose turn runs while the next one's blocks are fetched."""
 _JOB_TOKENS = 256
+_FETCH_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -332,12 +333,22 @@ class Bench:
                 cache.overlap = overlap
                 return cache
 
+            behind = Timeline()  # what is fetched may take longer than the turn
             with slow_disk(disk.bytes_per_second), self._scheduled("upcoming" if upcoming else None):
+                self.store.recorders.include(behind)
                 sample, cache = timed_generate(self._model, ids, setting.decode, make)
                 self.store.flush()
+                self._wait_for("upcoming" if upcoming else None)
+                self.store.recorders.leave_out(behind)
             check_reuse(cache, "the traced turn", setting.history, setting.kv_bytes, "disk")
             self.store.delete(name)
-        return cache.timeline, self._with_load(sample, cache)
+        return in_order({*cache.timeline, *behind.events()}), self._with_load(sample, cache)
+
+    def _wait_for(self, name: str | None) -> None:
+        """Returns when a session is in memory, or nothing more of it comes."""
+        until = time.monotonic() + _FETCH_SECONDS
+        while name is not None and self.store.residence(name)["disk"] and time.monotonic() < until:
+            time.sleep(0.01)
 
     @contextmanager
     def _scheduled(self, name: str | None) -> Iterator[None]:
