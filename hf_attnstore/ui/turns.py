@@ -211,7 +211,7 @@ class Turns:
         wish = running.wish
         store, number = sessions.store, len(running.earlier)
         fetched = self.expectations.take(store, running.name)
-        chat = self._chat(store, running.name, reuse=wish.reuse)
+        chat = self._chat(store, running.name, reuse=wish.reuse, record=True)
         waited = turn.waiting_seconds
         kwargs: dict[str, Any] = {"stream": turn.put, "stopping_criteria": turn.stopping_criteria()}
         call: Callable[..., str]
