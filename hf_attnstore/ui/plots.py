@@ -84,7 +84,7 @@ def timeline_plot(events: Sequence[tuple[str, str, float, float]]) -> str:
         width = max(0.6, (last - first) / length * (WIDTH - left))
         y = row * tracks.index(track) + 2
         kind = track if track in TRACKS else "compute"
-        label = escape(f"{track}: {name}, {milliseconds(last - first)}")
+        label = escape(f"{track}: {name + ', ' if name else ''}{milliseconds(last - first)}")
         box = f'class="track-{kind}" x="{x:.1f}" y="{y}" width="{width:.1f}" height="11"'
         parts.append(f"<rect {box}><title>{label}</title></rect>")
     bottom = row * len(tracks) + 12

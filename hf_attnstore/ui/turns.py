@@ -251,8 +251,15 @@ def _beginning(events: Sequence[Any], ttft: float | None) -> list[list[Any]]:
     begin = min(event.begin for event in events)
     until = begin + 1.1 * ttft if ttft is not None else float("inf")
     shown = sorted((e for e in events if e.begin <= until), key=lambda event: float(event.begin))
+    # what is written and fetched in the background may be of others: their blocks have no names here
     return [
-        [e.track, e.name, round(e.begin - begin, 6), round(min(e.end, until) - begin, 6)] for e in shown[:MOST_EVENTS]
+        [
+            e.track,
+            "" if e.track in ("write", "fetch") else e.name,
+            round(e.begin - begin, 6),
+            round(min(e.end, until) - begin, 6),
+        ]
+        for e in shown[:MOST_EVENTS]
     ]
 
 
