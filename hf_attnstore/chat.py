@@ -28,6 +28,7 @@ from .errors import (
 )
 from .session.chain import common_prefix
 from .store import AttentionStore
+from .timeline import Event
 from .timing import GenerateRun, timed_generate
 from .transcript import Message, Prompt, Transcript, encode
 
@@ -99,6 +100,7 @@ class ChatSession:
             change its weights or adapters. Past the window, other tokens may be dropped than without.
         reuse: False computes the whole conversation anew in each turn and keeps nothing but the messages: to see what
             a conversation costs without the store.
+        record: whether `timeline` is to say what happened when.
         template_kwargs: passed to the chat template, such as `{"enable_thinking": False}`.
         generate_defaults: arguments for every `generate`, such as `do_sample` or `max_new_tokens` (200 if not said).
 
@@ -121,6 +123,7 @@ class ChatSession:
         drop: float = 0.5,
         canonicalize: bool = False,
         reuse: bool = True,
+        record: bool = False,
         template_kwargs: dict[str, Any] | None = None,
         **generate_defaults: Any,
     ) -> None:
@@ -145,13 +148,14 @@ class ChatSession:
         self.drop = drop
         self.canonicalize = canonicalize and reuse
         self.reuse = reuse
+        self.record = record
         self.template_kwargs = template_kwargs or {}
         self.generate_defaults = generate_defaults
         self._turn: ChatTurn | None = None
         self._cache: AttentionStoreCache | None = None
         self._background: BackgroundPrefill | None = None
         self._warned = False
-        self._timeline: list[Any] = []
+        self._timeline: list[Event] = []
         self._metadata = self._saved_metadata()
         self._transcript = self._saved_transcript().with_system(system)
 
@@ -171,8 +175,8 @@ class ChatSession:
         return self._turn
 
     @property
-    def timeline(self) -> list[Any]:
-        """What happened when in the last turn, as `AttentionStoreCache.timeline` has it."""
+    def timeline(self) -> list[Event]:
+        """What happened when in the last turn, as `AttentionStoreCache.timeline` has it; empty unless `record`."""
         return list(self._timeline)
 
     def prompt_ids(self, text: str, role: str = "user") -> list[int]:
@@ -288,7 +292,7 @@ class ChatSession:
             # with a device tier, that decides whose KV stays on the device
             self._cache = cache if self.reuse and not self.store.device_tier.capacity else None
         finally:
-            self._timeline = list(getattr(cache, "timeline", ()))
+            self._timeline = list(cache.timeline)
             if run.ids:
                 finish = self._finish(run, wanted, kwargs["max_new_tokens"]) if finished else "interrupted"
                 self._turn = _turn(run, cache, len(prompt.ids), finish, BackgroundWork() if self.canonicalize else None)
@@ -300,12 +304,13 @@ class ChatSession:
         return self._transcript.messages[-1]["content"]
 
     def _new_cache(self, prompt: Prompt) -> AttentionStoreCache:
-        window: dict[str, Any] = {"window": self.window, "keep_first": self._kept_first(prompt), "drop": self.drop}
+        options: dict[str, Any] = {"window": self.window, "keep_first": self._kept_first(prompt), "drop": self.drop}
+        options["record"] = self.record
         if self.reuse:
-            return AttentionStoreCache(self.model, session=self.session, store=self.store, **window)
+            return AttentionStoreCache(self.model, session=self.session, store=self.store, **options)
         # a namespace that is new has nothing to reuse, and all else is as with the store
         nothing = self.store.in_namespace(secrets.token_hex())
-        return AttentionStoreCache(self.model, session=None, store=nothing, save=False, **window)
+        return AttentionStoreCache(self.model, session=None, store=nothing, save=False, **options)
 
     def _prompt(self, transcript: Transcript, text: str, role: str = "user") -> Prompt:
         messages = [*transcript.messages, {"role": role, "content": text}]

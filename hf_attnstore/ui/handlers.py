@@ -27,7 +27,7 @@ from .turns import Running, Turns, Wish
 
 logger = logging.getLogger("hf_attnstore")
 
-LOOK_EVERY = 0.12
+LOOK_EVERY = 0.2
 """Seconds between two looks at a running turn: often enough to read along, seldom enough to cost nothing."""
 MOST_PAGES = 10_000
 LABEL_CHARACTERS = 21

@@ -13,7 +13,7 @@ from .records import milliseconds
 
 WIDTH = 240
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 6, 8, 18
-TRACKS = ("compute", "load", "fetch", "save", "write")
+TRACKS = ("compute", "wait", "load", "fetch", "save", "write")
 
 
 def times_plot(with_store: Sequence[float | None], without: Sequence[tuple[float, bool] | None]) -> str:
@@ -84,7 +84,7 @@ def timeline_plot(events: Sequence[tuple[str, str, float, float]]) -> str:
         width = max(0.6, (last - first) / length * (WIDTH - left))
         y = row * tracks.index(track) + 2
         kind = track if track in TRACKS else "compute"
-        label = escape(f"{track}: {name}, {milliseconds(last - first)}")
+        label = escape(f"{track}: {name + ', ' if name else ''}{milliseconds(last - first)}")
         box = f'class="track-{kind}" x="{x:.1f}" y="{y}" width="{width:.1f}" height="11"'
         parts.append(f"<rect {box}><title>{label}</title></rect>")
     bottom = row * len(tracks) + 12

@@ -165,16 +165,21 @@ def measure(load: Callable[[], Loaded]) -> dict[str, float]:
         from ..chat import ChatSession
 
         speeds: dict[str, list[float]] = {"terminal": [], "page": []}
+        work: dict[str, list[float]] = {"terminal": [], "page": []}
         with tempfile.TemporaryDirectory() as terminal, AttentionStore(terminal, disk="1GiB") as other:
             for number in range(4):
                 said: list[str] = []
+                began = time.process_time()
                 chat = ChatSession(model, tokenizer, other, f"talk {number}", **lengths)
                 chat.send(MESSAGES[0], stream=said.append)
+                work["terminal"].append(time.process_time() - began)
                 assert chat.stats is not None
                 speeds["terminal"].append(chat.stats.tokens_per_second or 0.0)
                 page.get_by_role("button", name="New conversation").click()
                 page.wait_for_function("document.querySelectorAll('#chat .aside').length === 0")
+                began = time.process_time()
                 _say(page, MESSAGES[0], 1)
+                work["page"].append(time.process_time() - began)
         cookie = {entry["name"]: entry["value"] for entry in context.cookies()}
         from .identity import namespace_of
 
@@ -185,6 +190,7 @@ def measure(load: Callable[[], Loaded]) -> dict[str, float]:
             speeds["page"].append((record.tokens_per_second if record is not None else None) or 0.0)
         for where, measured in speeds.items():
             found[f"tokens/s, {where}"] = max(measured)
+            found[f"CPU seconds of this process by turn, {where}"] = min(work[where])
 
         for number in range(2):
             _say(page, MESSAGES[number + 1], number + 2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -211,7 +211,7 @@ class Turns:
         wish = running.wish
         store, number = sessions.store, len(running.earlier)
         fetched = self.expectations.take(store, running.name)
-        chat = self._chat(store, running.name, reuse=wish.reuse)
+        chat = self._chat(store, running.name, reuse=wish.reuse, record=True)
         waited = turn.waiting_seconds
         kwargs: dict[str, Any] = {"stream": turn.put, "stopping_criteria": turn.stopping_criteria()}
         call: Callable[..., str]
@@ -241,8 +241,26 @@ class Turns:
     def _keep(chat: ChatSession, number: int, record: TurnRecord) -> None:
         records = replaced(from_json(chat.annotation(TURNS), number + 1), number, record)
         chat.annotate(TURNS, to_json(records))
-        events = [[event.track, event.name, round(event.begin, 6), round(event.end, 6)] for event in chat.timeline]
-        chat.annotate(TIMELINE, events[:MOST_EVENTS])
+        chat.annotate(TIMELINE, _beginning(chat.timeline, record.ttft))
+
+
+def _beginning(events: Sequence[Any], ttft: float | None) -> list[list[Any]]:
+    """What happened until about the first token, as (track, name, begin, end): after that there is only decoding."""
+    if not events:
+        return []
+    begin = min(event.begin for event in events)
+    until = begin + 1.1 * ttft if ttft is not None else float("inf")
+    shown = sorted((e for e in events if e.begin <= until), key=lambda event: float(event.begin))
+    # what is written and fetched in the background may be of others: their blocks have no names here
+    return [
+        [
+            e.track,
+            "" if e.track in ("write", "fetch") else e.name,
+            round(e.begin - begin, 6),
+            round(min(e.end, until) - begin, 6),
+        ]
+        for e in shown[:MOST_EVENTS]
+    ]
 
 
 def _split(exchanges: tuple[Exchange, ...], wish: Wish) -> tuple[tuple[Exchange, ...], str]:

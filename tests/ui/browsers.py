@@ -86,7 +86,7 @@ class User:
 
     def wait_until_there(self) -> None:
         """The page answers: what its loading asks of the server has come."""
-        self.page.wait_for_selector("#numbers svg", state="attached")
+        self.page.wait_for_selector("#numbers svg", state="attached", timeout=4 * WAIT)  # a process may begin anew
 
     def reload_during_an_answer(self) -> None:
         """What Gradio's script logs about its own connections while the page goes away is not held against the page."""

@@ -60,6 +60,7 @@ def come(browser: Any, site: tuple[str, Gate]) -> Iterator[Callable[..., User]]:
         user.close()
 
 
+@pytest.mark.timeout(600)  # three times, a process has to import all there is
 def test_five_turns_then_a_reload_then_a_new_process_and_the_conversation_goes_on(browser: Any, tmp_path: Path) -> None:
     model = save_tiny_chat_model(tmp_path / "model")
     command = [sys.executable, "-m", "hf_attnstore.cli", "ui", "--port", "0", "--max-new-tokens", "12"]
