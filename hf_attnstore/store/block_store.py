@@ -1,6 +1,7 @@
 """Blocks by key, wherever they are: found, loaded, and saved behind the caller's back."""
 
 import logging
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -186,12 +187,13 @@ class BlockStore(OpenStore):
         self._disk.move({key: policy.place(row.place, row.group, now) for key, row in rows.items()})
 
     def promote(self, keys: Sequence[Key]) -> None:
-        """Copies blocks from disk into free or reclaimable memory, in the background and in order."""
+        """Copies blocks from disk into free or reclaimable memory, in the background and in order. What upcoming turns
+        need is not evicted for them."""
         for key in keys:
             self._writer.submit(partial(self._promote_one, key))
 
     def _promote_one(self, key: Key) -> None:
-        self._promote(key)
+        self._promote(key, job=sys.maxsize)
 
     def stop_recording(self, timeline: Timeline) -> None:
         """Takes a timeline out of `recorders` when everything that was handed over so far is on disk."""
