@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+JOBS ?= 2
 STAMP := $(VENV)/.installed
 
 .PHONY: demo ui test bench lint format slow-test clean
@@ -14,7 +15,7 @@ ui: $(STAMP)
 	$(BIN)/attnstore ui
 
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 slow-test: $(STAMP)
 	$(BIN)/python -m pytest -m slow
