@@ -12,6 +12,7 @@ from rich.markup import escape
 from .bench.cli import app as bench_app
 from .errors import AttentionStoreError
 from .families.cli import models
+from .sim.cli import app as sim_app
 from .tools_cli import add_to
 
 
@@ -138,6 +139,7 @@ def inspect(model: Model = None, device: Device = None, dtype: Dtype = "auto") -
 app.command()(models)
 add_to(app)
 app.add_typer(bench_app, name="bench")
+app.add_typer(sim_app, name="sim")
 
 if __name__ == "__main__":
     app()
