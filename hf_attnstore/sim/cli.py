@@ -28,6 +28,7 @@ Policies = Annotated[
 ]
 Output = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file, too.", show_default=False)]
 Jobs = Annotated[int, typer.Option(min=1, help="Runs at the same time.")]
+_CORES = os.cpu_count() or 1
 Blocks = Annotated[int, typer.Option("--block-tokens", min=16, help="Tokens of a block, where the trace does not say.")]
 
 
@@ -180,7 +181,7 @@ def report(
     sessions: Annotated[int, typer.Option(min=1, help="Conversations of the paper's workload.")] = 9000,
     block_tokens: Annotated[int, typer.Option(min=16, help="Tokens of a block of the paper's workload.")] = 512,
     agent_block_tokens: Annotated[int, typer.Option(min=16, help="Tokens of a block of the agents' sessions.")] = 2048,
-    jobs: Jobs = max(1, os.cpu_count() or 1),
+    jobs: Jobs = _CORES,
 ) -> None:
     """The whole report: the paper's table, what is assumed, the traces, and a live store beside the simulator."""
     from .plan import Plan, Trace
@@ -318,7 +319,8 @@ def _replays(requests: Requests, share: float, policies: Sequence[str]) -> dict[
 def _served_columns(table: Table) -> None:
     table.add_column("run")
     for name in (
-        "hits (turns)", "hits (tokens)", "in memory", "TTFT mean", "p50", "p99", "prefill tok/s", "GPU h", "cost", "queue",
+        "hits (turns)", "hits (tokens)", "in memory", "TTFT mean", "p50", "p99", "prefill tok/s", "GPU h", "cost",
+        "queue",
     ):  # fmt: skip
         table.add_column(name, justify="right")
 
