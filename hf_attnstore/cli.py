@@ -12,6 +12,7 @@ from rich.markup import escape
 from .bench.cli import app as bench_app
 from .errors import AttentionStoreError
 from .families.cli import models
+from .sim.cli import app as sim_app
 from .tools_cli import add_to
 from .ui.cli import ui
 
@@ -140,6 +141,7 @@ app.command()(models)
 app.command()(ui)
 add_to(app)
 app.add_typer(bench_app, name="bench")
+app.add_typer(sim_app, name="sim")
 
 if __name__ == "__main__":
     app()

@@ -41,7 +41,8 @@ class Chain:
     """
 
     __slots__ = (
-        "_answers", "_block_tokens", "_moved", "_names", "_window", "blocks", "short", "start", "tokens", "truncations",
+        "_answers", "_block_tokens", "_moved", "_names", "_window", "before", "blocks", "short", "start", "tokens",
+        "truncations",
     )  # fmt: skip
 
     def __init__(
@@ -61,6 +62,8 @@ class Chain:
         self.blocks: list[Hashable] = []
         self.start = 0
         """Blocks that are out of view."""
+        self.before: Hashable | None = None
+        """The last whole one of them."""
         self.short = 0
         """Tokens of the last block if that is short, else 0."""
         self.tokens = 0
@@ -118,6 +121,9 @@ class Chain:
         if not drop:
             return
         self.truncations += 1
+        whole = self.whole[:drop]
+        if whole:
+            self.before = whole[-1]
         if drop == len(self.blocks):
             self.tokens = 0
             self.short = 0

@@ -259,10 +259,9 @@ class _Run:
         if not self.counting and self.done >= self.warm_up:
             self.counting, self.counted_from = True, self.now
         prompt = chain.prompt(turn)
-        first_block = chain.start
         loaded = Loaded(0, 0, 0, 0.0)
         if self.store is not None:
-            loaded = self.store.begin(prompt, first_block, self.now)
+            loaded = self.store.begin(prompt, chain, self.now)
         reused = min(loaded.tokens, prompt.tokens - 1)
         compute = model.prefill_seconds(prompt.tokens - reused, reused)
         links = self.server.links

@@ -13,10 +13,11 @@ CAPACITIES = (0.01, 0.02, 0.05, 0.10, 0.20, 0.30, 0.50)
 CURVES = (PLAIN_FIFO, "fifo", "lru", "hyperbolic", DEFAULT_POLICY, OPTIMUM)
 DEPTHS = (0.25, 0.5, 1.0, 2.0, 4.0)
 """In turns that fit into the store: 1 is the paper's window."""
+PAPER_DEPTHS = (0.25, 1.0, 4.0)
 LOOK_AHEAD_AT = (0.05, 0.10)
 WRONG = (0.0, 0.05, 0.1, 0.2, 0.4)
 THINKING = (0.1, 0.3, 1.0, 3.0)
-GAPS = (0.0, 30.0, 120.0, 600.0, 1800.0)
+GAPS = (0.0, 30.0, 300.0, 1800.0)
 PAPER_POLICIES = ((DEFAULT_POLICY, True), ("lru", True), ("lru", False), ("fifo", False), (DEFAULT_POLICY, False))
 """Name of a policy, and whether the queue is known to the store."""
 
@@ -71,8 +72,8 @@ class Plan:
 
     def decoding(self) -> Iterator[PaperRun]:
         """Faster and slower decoding: with it goes the depth of the queue."""
-        for factor in (0.1, 0.3, 1.0, 2.0):
-            for policy, ahead in ((NO_STORE, True), *PAPER_POLICIES[:3]):
+        for factor in (0.03, 0.1, 0.3, 1.0):
+            for policy, ahead in ((NO_STORE, True), PAPER_POLICIES[0], PAPER_POLICIES[2]):
                 yield replace(self.paper(0, policy, ahead), decode=factor)
 
     def disks(self) -> Iterator[PaperRun]:
@@ -83,7 +84,7 @@ class Plan:
 
     def depths(self) -> Iterator[PaperRun]:
         """Windows deeper and less deep than the paper's."""
-        for depth in DEPTHS:
+        for depth in PAPER_DEPTHS:
             yield replace(self.paper(1, DEFAULT_POLICY), depth=depth)
 
     def mechanisms(self) -> dict[str, PaperRun]:

@@ -94,12 +94,10 @@ def requests_of(workload: Workload, block_tokens: int | None = None, window: int
             foreseen = blocks[: min(len(blocks), len(before)) if common is None else common]
             short_before = None
         gone = short_before is not None and (not blocks or short_before not in blocks[-1:])
-        whole = before[:-1] if short_before is not None else before
-        last_whole = whole[-1] if whole and blocks and chain.start and blocks[0] not in before else None
         found.rows.append(
             Request(
                 at, session, prompt.blocks, blocks, prompt.tokens, prompt.history, chain.tokens, chain.short > 0,
-                chain.start, foreseen, prompt.short, short_before if gone else None, last_whole,
+                chain.start, foreseen, prompt.short, short_before if gone else None, chain.before,
             )
         )  # fmt: skip
     return found
@@ -112,8 +110,8 @@ class Hits:
     Attributes:
         tokens, found: of prompts, and those of them found; of these, `fast` in memory.
         turns, resumed, whole, some: turns; those with a history, those of them that found all of it, and some of it.
-        evictions, by_turn, fast_by_turn: keys that memory gave up, blocks found, and those of them in memory, in order, if
-            they were asked for.
+        evictions, by_turn, fast_by_turn: keys that memory gave up, blocks found, and those of them in memory, in order,
+            if they were asked for.
     """
 
     tokens: int = 0
@@ -217,7 +215,16 @@ def _turn(tiers: Tiers, row: Request, block_tokens: int, hits: Hits, trace: bool
         slow = set(found.slow)
         for number, key in enumerate(row.prompt[:count]):
             if key in slow:
-                tiers.admit(tiers.memory, row.at, row.prompt[: number + 1], row.start, _one, place, first=number)
+                tiers.admit(
+                    tiers.memory,
+                    row.at,
+                    row.prompt[: number + 1],
+                    row.start,
+                    _one,
+                    place,
+                    first=number,
+                    before=row.before,
+                )
     first = tiers.find(row.blocks).blocks
     single = tiers.disk is None
     new = tiers.admit(

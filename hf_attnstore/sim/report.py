@@ -20,11 +20,9 @@ from .plan import (
     Plan,
     Trace,
 )
-from .runs import NO_STORE, OPTIMUM, PaperRun, Run
+from .runs import NO_STORE, PaperRun, Run
 
 Found = Mapping[Run, dict[str, Any]]
-
-PAPER_RATES = {DEFAULT_POLICY: None, "lru": 0.58, "fifo": 0.48}
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -51,7 +49,8 @@ def as_markdown(plan: Plan, found: Found, live: str, machine: str, versions: str
     """The whole report."""
     parts = [
         "# The hierarchy on real traces and on the paper's workload",
-        "Made by `attnstore sim report`. Figures are simulated on a virtual clock, by the policies, orders, accounts and "
+        "Made by `attnstore sim report`. Figures are simulated on a virtual clock, by the policies, orders, accounts "
+        "and "
         "windows of the store itself (`hf_attnstore/store`); only bytes, devices and clocks are not there. "
         f"\n\n{machine}; {versions}.",
         _paper_part(plan, found),
@@ -70,24 +69,26 @@ def as_markdown(plan: Plan, found: Found, live: str, machine: str, versions: str
 # the paper's workload
 
 
-def against_recompute(run: PaperRun, plan: Plan, found: Found) -> dict[str, float]:
-    """What a run is worth beside recomputing everything."""
-    base = found[replace(run, policy=NO_STORE, ahead=True, depth=1.0)]
-    ours = found[run]
+def against(base: Mapping[str, float], ours: Mapping[str, float]) -> dict[str, float]:
+    """What a run is worth beside another one: shares that were cut, and how many times as good."""
     return {
         "ttft_cut": 1 - ours["ttft_mean"] / base["ttft_mean"],
         "prefill": ours["prefill_tokens_per_second"] / base["prefill_tokens_per_second"],
         "gpu_time": base["gpu_seconds"] / ours["gpu_seconds"],
-        "prefill_time": base["prefill_seconds"] / ours["prefill_seconds"],
         "cost": 1 - ours["dollars"] / base["dollars"],
     }
+
+
+def against_recompute(run: PaperRun, found: Found) -> dict[str, float]:
+    """What a run is worth beside recomputing everything."""
+    return against(found[replace(run, policy=NO_STORE, ahead=True, depth=1.0)], found[run])
 
 
 def _paper_part(plan: Plan, found: Found) -> str:
     rows = []
     for number, setting in enumerate(SETTINGS):
         run = plan.paper(number, DEFAULT_POLICY)
-        ours, gain = found[run], against_recompute(run, plan, found)
+        ours, gain = found[run], against_recompute(run, found)
         rows.append(
             [
                 setting.model.name,
@@ -139,12 +140,15 @@ def _paper_part(plan: Plan, found: Found) -> str:
         [
             "## The paper's four models",
             f"{workload.turns:,} turns of {plan.sessions:,} sessions, arriving at one a second; "
-            f"{MEMORY // GB} GB of memory, {DISK // GB:,} GB of disk, batch {BATCH}, windows of 4 K tokens (65B: 2 K) of "
+            f"{MEMORY // GB} GB of memory, {DISK // GB:,} GB of disk, batch {BATCH}, windows of 4 K tokens (65B: 2 "
+            f"K) of "
             "which the oldest half goes on overflow, blocks of "
-            f"{plan.block_tokens} tokens. The first 10,000 turns are not counted. The sessions are drawn from distributions "
+            f"{plan.block_tokens} tokens. The first 10,000 turns are not counted. The sessions are drawn from "
+            f"distributions "
             f"fitted to what the paper says of its own: {facts}.",
             table(head, rows),
-            "A turn is a hit if it has a history and finds all of it; tokens count each for itself. TTFT is without the "
+            "A turn is a hit if it has a history and finds all of it; tokens count each for itself. TTFT is without "
+            "the "
             "wait in the queue, as there: the paper's TTFT cut is 1 − 1/throughput.",
             "Hit rate of turns, and in brackets the share of the tokens found that were in memory, by policy "
             "(paper, 13B: look-ahead 86 %, LRU 58 %, FIFO 48 %; in memory > 99.6 % and about 0.5 %):",
@@ -154,7 +158,8 @@ def _paper_part(plan: Plan, found: Found) -> str:
                 ["", "TTFT mean", "p50", "p99", "prefill", "exposed load", "GPU busy", "cost", "longest queue"], times
             ),
             f"Prices (assumed, of the kind of AWS on-demand ones): ${prices.accelerator:g} an hour for an A100, "
-            f"${prices.memory:g} for a GB of memory, ${prices.disk:g} for a GB of disk; the hours are those in which the "
+            f"${prices.memory:g} for a GB of memory, ${prices.disk:g} for a GB of disk; the hours are those in which "
+            f"the "
             "accelerators are busy.",
         ]
     )
@@ -173,7 +178,7 @@ def _assumptions(plan: Plan, found: Found) -> str:
     for run in plan.decoding():
         if run.policy == NO_STORE:
             continue
-        ours, gain = found[run], against_recompute(run, plan, found)
+        ours, gain = found[run], against_recompute(run, found)
         decoding.append(
             [
                 f"× {run.decode:g}, {called(run.policy, run.ahead)}",
@@ -201,10 +206,7 @@ def _assumptions(plan: Plan, found: Found) -> str:
     ]
     mechanisms = []
     for name, run in plan.mechanisms().items():
-        ours, gain = (
-            found[run],
-            against_recompute(replace(run), plan, {**found, _base_of(run): found[plan.paper(0, NO_STORE)]}),
-        )
+        ours, gain = found[run], against(found[plan.paper(0, NO_STORE)], found[run])
         mechanisms.append(
             [name, percent(ours["session_hit_rate"]), f"{1000 * ours['ttft_mean']:,.0f} ms",
              f"{gain['prefill']:.1f}×", f"{ours['exposed_seconds']:,.0f} s", f"{ours['gpu_seconds'] / 3600:.2f} h"]
@@ -212,15 +214,21 @@ def _assumptions(plan: Plan, found: Found) -> str:
     return "\n\n".join(
         [
             "## What is assumed, and what it matters",
-            "The paper leaves open how long people take between an answer and their next turn, how fast its server decodes, "
-            "and the distributions behind its moments. Here: gaps are exponential with a mean of 30 s; prefill reaches 58 % "
-            "of an A100's arithmetic, which gives the 360 ms that the paper states for 2,000 tokens of LLaMA-65B on four of "
-            "them; decoding reaches 60 % of its memory bandwidth; links carry 26 GB/s to the device and 5 GB/s from and to "
+            "The paper leaves open how long people take between an answer and their next turn, how fast its server "
+            "decodes, "
+            "and the distributions behind its moments. Here: gaps are exponential with a mean of 30 s; prefill "
+            "reaches 58 % "
+            "of an A100's arithmetic, which gives the 360 ms that the paper states for 2,000 tokens of LLaMA-65B on "
+            "four of "
+            "them; decoding reaches 60 % of its memory bandwidth; links carry 26 GB/s to the device and 5 GB/s from "
+            "and to "
             "the disk. All of it for LLaMA-2 13B unless said otherwise.",
             "Mean gap between turns: hit rate of turns (share of tokens found in memory):",
             table(["gap", *seen, "longest queue"], gaps),
-            "Speed of decoding, as a multiple of the time that the arithmetic gives. The paper's speed-ups in GPU time are "
-            "reached where decoding weighs little beside prefilling; its server prefilled more slowly, beside its decoding, "
+            "Speed of decoding, as a multiple of the time that the arithmetic gives. The paper's speed-ups in GPU "
+            "time are "
+            "reached where decoding weighs little beside prefilling; its server prefilled more slowly, beside its "
+            "decoding, "
             "than this arithmetic says:",
             table(["decoding", "hit rate (in memory)", "prefill throughput", "GPU time", "longest queue"], decoding),
             "Size of the disk:",
@@ -233,10 +241,6 @@ def _assumptions(plan: Plan, found: Found) -> str:
     )
 
 
-def _base_of(run: PaperRun) -> PaperRun:
-    return replace(run, policy=NO_STORE, ahead=True, depth=1.0)
-
-
 # traces
 
 
@@ -247,13 +251,12 @@ def _trace_part(plan: Plan, trace: Trace, found: Found) -> str:
         rows.append(
             [policy, *(f"{found[plan.trace(trace, policy, c)]['token_hit_rate']:.3f}" for c in plan.capacities)]
         )
-    relative = [
-        "predictive / lru",
-        *(
-            f"{found[plan.trace(trace, DEFAULT_POLICY, c)]['token_hit_rate'] / found[plan.trace(trace, 'lru', c)]['token_hit_rate']:.3f}"
-            for c in plan.capacities
-        ),
-    ]
+    rates = {
+        policy: [found[plan.trace(trace, policy, c)]["token_hit_rate"] for c in plan.capacities]
+        for policy in ("lru", DEFAULT_POLICY)
+    }
+    ratios = (ours / lru for ours, lru in zip(rates[DEFAULT_POLICY], rates["lru"], strict=True))
+    relative = ["predictive / lru", *(f"{ratio:.3f}" for ratio in ratios)]
     depths = []
     for capacity in LOOK_AHEAD_AT:
         for policy in ("lru", DEFAULT_POLICY):
@@ -287,18 +290,22 @@ def _trace_part(plan: Plan, trace: Trace, found: Found) -> str:
         [
             f"## {trace.title}",
             f"{infinite['turns']:,} requests, {infinite['tokens'] / 1e6:,.0f} M tokens, blocks of {trace.block_tokens} "
-            f"tokens. Tokens found in contiguous beginnings, as a share of all tokens of prompts, at capacities in percent "
-            f"of the trace's different blocks; without a limit {infinite['token_hit_rate']:.3f}. The optimum is Belady's MIN "
+            f"tokens. Tokens found in contiguous beginnings, as a share of all tokens of prompts, at capacities in "
+            f"percent "
+            f"of the trace's different blocks; without a limit {infinite['token_hit_rate']:.3f}. The optimum is "
+            f"Belady's MIN "
             "with bypass, which knows what comes.",
             table(["", *(percent(c, 0) for c in plan.capacities)], [*rows, relative]),
             f"![{trace.title}: hit rate by capacity]({picture_of(trace)})",
             "`fifo` and all policies after it drop ends of chains only; `fifo (any block)` is the plain one.",
-            "With the next requests known in their true order (`schedule`), by depth: 1 is as many turns as fit into the store "
+            "With the next requests known in their true order (`schedule`), by depth: 1 is as many turns as fit into "
+            "the store "
             "(in brackets). Of a turn is known what its conversation has already; of a first turn nothing.",
             table(["capacity, policy", *(f"depth {d:g}" for d in (0.0, *DEPTHS))], depths),
             "With a share of what is foreseen replaced by other conversations (depth 1, predictive):",
             table(["capacity", *(f"{percent(w, 0)} wrong" for w in WRONG)], wrong),
-            "In its own time, on the paper's machine for LLaMA-2 70B (prompt windows not limited; token hit rate of what "
+            "In its own time, on the paper's machine for LLaMA-2 70B (prompt windows not limited; token hit rate of "
+            "what "
             "the conversation had before):",
             table(
                 ["", "hit rate", "in memory", "TTFT mean", "p50", "p99", "mean wait", "GPU busy", "longest queue"],
@@ -319,9 +326,44 @@ def _thinking_part(plan: Plan, trace: Trace, found: Found) -> str:
     return "\n\n".join(
         [
             "## Think time",
-            f"{trace.title} at 5 % of its blocks, with think times multiplied (sessions begin when they did: the longer "
+            f"{trace.title} at 5 % of its blocks, with think times multiplied (sessions begin when they did: the "
+            f"longer "
             "people think, the more sessions are open at the same time):",
             table(["", *(f"× {factor:g}" for factor in THINKING)], rows),
+        ]
+    )
+
+
+def live_part(live: Mapping[str, Mapping[str, Any]]) -> str:
+    """A live store beside the simulation."""
+    rows = [
+        [
+            policy,
+            f"{result['turns']:,}",
+            f"{result['found']:,} / {result['found_simulated']:,}",
+            f"{result['fast']:,} / {result['fast_simulated']:,}",
+            f"{result['evicted']:,} / {result['evicted_simulated']:,}",
+            str(len(result["differing"])),
+            str(result["wrong"]),
+        ]
+        for policy, result in live.items()
+    ]
+    some = next(iter(live.values()))
+    agree = all(result["agrees"] for result in live.values())
+    verdict = (
+        "They agree after every turn: the same blocks are found, and memory holds the same ones."
+        if agree
+        else "They do not agree everywhere."
+    )
+    return "\n\n".join(
+        [
+            "## A live store beside the simulator",
+            f"200 conversations with several turns, {some['blocks']:,} different blocks, on a real `AttentionStore` "
+            f"whose "
+            f"memory tier has room for {some['memory']:,} of them and whose disk for all; blocks are tiny, random, and "
+            "compared byte by byte when they come back. The store goes by the trace's clock. Live / simulated, in "
+            "blocks. " + verdict,
+            table(["policy", "turns", "found", "in memory", "evicted from memory", "turns that differ", "wrong"], rows),
         ]
     )
 
@@ -342,6 +384,3 @@ def as_record(plan: Plan, found: Found, live: dict[str, Any] | None) -> dict[str
             about["path"] = titles.get(about["path"], "trace")
         runs.append({"run": about, "found": {key: value for key, value in figures.items() if key != "cpu_seconds"}})
     return {"runs": runs, "live": live, "left_out": plan.left_out}
-
-
-__all__ = ["OPTIMUM", "as_markdown", "as_record", "picture_of", "table"]

@@ -40,6 +40,7 @@ class _Transfer:
     start: int
     sizes: list[int]
     whole: Sequence[Hashable]
+    before: Hashable | None
 
 
 class TimedTiers:
@@ -163,7 +164,9 @@ class TimedTiers:
             self._reader = max(now, self._reader) + total / self.links.read
             self.fetched_bytes += total
             self._arriving.update(dict.fromkeys(taken, self._reader))
-            self._later(self._reader, self._arrived, _Transfer(taken, chain.start, sizes, list(chain.blocks)))
+            self._later(
+                self._reader, self._arrived, _Transfer(taken, chain.start, sizes, list(chain.blocks), chain.before)
+            )
         return fits
 
     def _arrived(self, now: float, transfer: _Transfer) -> None:
@@ -177,12 +180,12 @@ class TimedTiers:
                 memory.release(size)
                 continue
             number = numbers[key]
-            parent = transfer.whole[number - 1] if number else None
+            parent = transfer.whole[number - 1] if number else transfer.before
             memory.add(key, parent, transfer.start + number, size, place)
 
     # a turn
 
-    def begin(self, prompt: Prompt, chain_start: int, now: float) -> Loaded:
+    def begin(self, prompt: Prompt, chain: Chain, now: float) -> Loaded:
         """Finds and loads what a turn's prompt has in common with what is there."""
         self._next_runs()
         found = self.tiers.find(prompt.blocks)
@@ -201,7 +204,7 @@ class TimedTiers:
         slow_tokens = min(len(slow) * self._block_tokens, tokens)
         self.tiers.loaded(prompt.blocks[: found.blocks], now)
         if found.slow:
-            self._promote(prompt.blocks[: found.blocks], chain_start, now)
+            self._promote(prompt.blocks[: found.blocks], chain, now)
         return Loaded(tokens, slow_tokens, on_device, seconds)
 
     def _tokens(self, prompt: Prompt, blocks: int) -> int:
@@ -226,7 +229,7 @@ class TimedTiers:
         self.fetched_bytes += total
         return max(until - now, own)
 
-    def _promote(self, blocks: Sequence[Hashable], start: int, now: float) -> None:
+    def _promote(self, blocks: Sequence[Hashable], chain: Chain, now: float) -> None:
         """What a turn has read from disk stays in memory, if there is room."""
         disk = self.tiers.disk
         assert disk is not None
@@ -234,7 +237,8 @@ class TimedTiers:
         if arriving:
             return  # the fetch that is under way brings it
         tiers = self.tiers
-        tiers.admit(tiers.memory, now, blocks, start, lambda number: disk.size(blocks[number]), tiers.newcomer(now))
+        place = tiers.newcomer(now)
+        tiers.admit(tiers.memory, now, blocks, chain.start, lambda n: disk.size(blocks[n]), place, before=chain.before)
 
     def end(self, prompt: Prompt, chain: Chain, loaded: Loaded, now: float) -> None:
         """Keeps what a turn made: in memory at once, on disk as soon as that is written."""
@@ -259,10 +263,13 @@ class TimedTiers:
 
         first = tiers.find(blocks).blocks
         if self.device is not None:
-            tiers.admit(self.device, now, blocks, chain.start, size, place)
+            tiers.admit(self.device, now, blocks, chain.start, size, place, before=chain.before)
             self.device.order.used(blocks, place.group, now)
         dirty = tiers.disk is not None
-        added = tiers.admit(tiers.memory, now, blocks, chain.start, size, place, first=first, dirty=dirty)
+        added = tiers.admit(
+            tiers.memory, now, blocks, chain.start, size, place,
+            first=first, dirty=dirty, protect=not dirty, before=chain.before,
+        )  # fmt: skip
         self.not_saved += len(blocks) - first - len(added)
         tiers.turn_is_over(now, blocks, tokens=chain.tokens, short=short, went_on_from=went_on_from)
         if old is not None and prompt.history:
@@ -273,7 +280,7 @@ class TimedTiers:
             sizes = [size(number) for number in range(first, first + len(added))]
             self.written_bytes += sum(sizes)
             self._writer = max(now, self._writer) + sum(sizes) / self.links.write
-            self._later(self._writer, self._written, _Transfer(added, chain.start, sizes, blocks))
+            self._later(self._writer, self._written, _Transfer(added, chain.start, sizes, blocks, chain.before))
 
     def _written(self, now: float, transfer: _Transfer) -> None:
         memory, disk = self.tiers.memory, self.tiers.disk
@@ -286,7 +293,9 @@ class TimedTiers:
                     break  # superseded while it waited
                 chain = transfer.whole[: number + 1]
                 room = partial(_size, sizes[number - first])
-                if not self.tiers.admit(disk, now, chain, transfer.start, room, place, first=number):
+                if not self.tiers.admit(
+                    disk, now, chain, transfer.start, room, place, first=number, protect=True, before=transfer.before
+                ):
                     break
         for key in transfer.blocks:
             memory.dirty.discard(key)
