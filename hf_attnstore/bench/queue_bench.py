@@ -180,7 +180,7 @@ def _decisions(name: str, blocks: int, samples: int, length: int = 10) -> Decisi
         for place, key in enumerate(chain):
             stands = policy.place(None, group, now)
             began = time.perf_counter()
-            book.reserve(1, now, place=stands)
+            book.reserve(1, now)
             book.add(key, chain[place - 1] if place else None, place, 1, stands)
             if full:
                 took.append(time.perf_counter() - began)

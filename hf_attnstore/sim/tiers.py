@@ -134,7 +134,7 @@ class Tiers:
                 book.dirty.add(parent)
                 protected = parent
             size = sizes(number)
-            fits = book.reserve(size, now, place=place)
+            fits = book.reserve(size, now)
             if protected is not None:
                 book.dirty.discard(protected)
                 protected = None

@@ -29,7 +29,6 @@ class TierBook:
         self.dirty: set[Hashable] = set()
         self.evictions = 0
         self.order = EvictionOrder(policy, lookahead)
-        self._policy = policy
         self._sizes: dict[Hashable, int] = {}
         self._evicted = evicted
 
@@ -43,14 +42,11 @@ class TierBook:
         """Bytes of a block; 0 if it is not here."""
         return self._sizes.get(key, 0)
 
-    def make_room(
-        self, nbytes: int, now: float, *, evict: bool = True, place: Place | None = None, job: int | None = None
-    ) -> bool:
+    def make_room(self, nbytes: int, now: float, *, evict: bool = True, job: int | None = None) -> bool:
         """Evicts until `nbytes` more fit.
 
         Args:
             evict: else only says whether they fit as it is.
-            place: where the block will stand for which this is; the policy may then rather do without it.
             job: the upcoming turn for which this is; None for one that is running.
 
         Returns:
@@ -62,9 +58,6 @@ class TierBook:
             victim = self.order.victim(now, self.dirty, job=job) if evict else None
             if victim is None:
                 return False
-            stands = self.order.place(victim)
-            if place is not None and stands is not None and not self._policy.admits(place, stands, now):
-                return False
             self.remove(victim)
             self.evictions += 1
             self._evicted(victim)
@@ -75,11 +68,9 @@ class TierBook:
         self.capacity = capacity
         self.make_room(0, now)
 
-    def reserve(
-        self, nbytes: int, now: float, *, evict: bool = True, place: Place | None = None, job: int | None = None
-    ) -> bool:
+    def reserve(self, nbytes: int, now: float, *, evict: bool = True, job: int | None = None) -> bool:
         """Takes `nbytes` out of the free room. False if there is none; see `make_room`."""
-        if not self.make_room(nbytes, now, evict=evict, place=place, job=job):
+        if not self.make_room(nbytes, now, evict=evict, job=job):
             return False
         self.used += nbytes
         return True

@@ -336,7 +336,7 @@ class DiskStore:
                 return False  # its beginning did not make it to disk: alone it is worth nothing
             expected = encoded_size(block)
             place = self._order.policy.place(None, self._order.policy.newcomers, time.time())
-            if not self.make_room(expected, keep={meta.predecessor}, place=place):
+            if not self.make_room(expected, keep={meta.predecessor}):
                 if self.capacity:
                     cap = format_bytes(self.capacity)
                     self._accounts.warn_once(
@@ -377,12 +377,11 @@ class DiskStore:
         """Bytes of everything in the folder."""
         return self.index.usage().total + self.index.database.file_bytes() + self.files.quarantine_bytes()
 
-    def make_room(self, nbytes: int, keep: Collection[Key] = (), place: Place | None = None) -> bool:
+    def make_room(self, nbytes: int, keep: Collection[Key] = ()) -> bool:
         """Evicts until `nbytes` more fit under the cap; only for who is `writing`.
 
         Args:
             keep: keys of blocks that stay.
-            place: where the block will stand for which this is; the policy may then rather do without it.
         """
         # what the index may grow by before this is asked again: by a commit, mostly in its log
         margin = min(max(self.capacity // 64, 192 << 10), 16 << 20)
@@ -404,8 +403,6 @@ class DiskStore:
             search = VictimSearch(self.index, self._order, now, keep)
             chosen: list[BlockRow] = []
             while over > 0 and len(chosen) < _BATCH and (row := search.next()) is not None:
-                if place is not None and not self._order.policy.admits(place, row.place, now):
-                    break
                 chosen.append(row)
                 over -= row.bytes
             if not chosen:

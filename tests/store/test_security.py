@@ -79,7 +79,7 @@ def test_a_folder_that_others_can_look_into_is_warned_about(tmp_path: Path, capl
 # encryption
 
 
-@pytest.mark.parametrize("form", [KEY, KEY.hex(), "base64"])
+@pytest.mark.parametrize("form", [KEY, KEY.hex(), "base64"], ids=["bytes", "hex", "base64"])
 def test_a_key_may_be_bytes_hex_or_base64_or_in_the_environment(
     form: str | bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

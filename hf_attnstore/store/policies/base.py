@@ -70,10 +70,6 @@ class Policy(ABC):
         the smallest stamp."""
         return place.stamp
 
-    def admits(self, place: Place, victim: Place, now: float) -> bool:
-        """Whether a new block at `place` is to take the room of the one at `victim`."""
-        return True
-
     def learned(self) -> dict[str, Any]:
         """What the policy found out, as a JSON-able dict, for the next process."""
         return {}
