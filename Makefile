@@ -1,17 +1,21 @@
-# `make demo` and `make test` work on a fresh machine with Python 3.11 or newer; each makes .venv when it is missing.
+# `make demo`, `make ui` and `make test` work on a fresh machine with Python 3.11 or newer; each makes .venv when it is missing.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+JOBS ?= 2
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test bench lint format slow-test clean
+.PHONY: demo ui test bench lint format slow-test clean
 
 demo: $(STAMP)
 	$(BIN)/attnstore demo
 
+ui: $(STAMP)
+	$(BIN)/attnstore ui
+
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 slow-test: $(STAMP)
 	$(BIN)/python -m pytest -m slow

@@ -18,12 +18,12 @@ parser.add_argument("--model", default=str(Path(__file__).parent / "small-model"
 parser.add_argument("--store", help="the store's directory; without it, attnstore in the Hugging Face home")
 args = parser.parse_args()
 
-model = AutoModelForCausalLM.from_pretrained(args.model)
+model = AutoModelForCausalLM.from_pretrained(args.model, device_map="auto")
 tokenizer = AutoTokenizer.from_pretrained(args.model)
 
 with AttentionStore(args.store) as store:
     chat = ChatSession(model, tokenizer, store, args.session, max_new_tokens=60)
     for line in sys.stdin:
-        chat.send(line.strip(), stream=True)
-        turn = chat.stats
-        print(f"[reused {turn.reused_tokens} tokens, prefilled {turn.prefilled_tokens}]", flush=True)
+        if line.strip():
+            chat.send(line.strip(), stream=True)
+            print(f"[{chat.stats}]", flush=True)

@@ -16,19 +16,17 @@ parser.add_argument("--model", default=str(Path(__file__).parent / "small-model"
 parser.add_argument("--store", help="the store's directory; without it, attnstore in the Hugging Face home")
 args = parser.parse_args()
 
-model = AutoModelForCausalLM.from_pretrained(args.model)
+model = AutoModelForCausalLM.from_pretrained(args.model, device_map="auto")
 tokenizer = AutoTokenizer.from_pretrained(args.model)
-messages = [
-    {
-        "role": "user",
-        "content": "The old prince looked at the letter for a long time. What did he say at last? " * 8,
-    }
-]
-inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+question = "The old prince looked at the letter for a long time. What did he say at last? " * 8
+messages = [{"role": "user", "content": question}]
 
-with AttentionStore(args.store) as store:
-    cache = AttentionStoreCache(model, session="example", store=store)
-    output = model.generate(**inputs, past_key_values=cache, max_new_tokens=40, do_sample=False)
+# The five lines: without the store it is the same, but for `past_key_values`.
+store = AttentionStore(args.store)
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+cache = AttentionStoreCache(model, session="example", store=store)
+output = model.generate(**inputs.to(model.device), past_key_values=cache, max_new_tokens=40, do_sample=False)
+store.close()
 
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-print(f"reused {cache.reused_tokens} tokens, prefilled {cache.prefilled_tokens}")
+print(f"[{cache.stats}]")

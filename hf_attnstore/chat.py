@@ -7,6 +7,7 @@ and this class keeps the messages beside it, under the same session name.
 from __future__ import annotations
 
 import logging
+import secrets
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from .errors import (
 )
 from .session.chain import common_prefix
 from .store import AttentionStore
+from .timeline import Event
 from .timing import GenerateRun, timed_generate
 from .transcript import Message, Prompt, Transcript, encode
 
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("hf_attnstore")
 
 METADATA_KEY = "chat"
+ANNOTATIONS_KEY = "annotations"
 DEFAULT_MAX_NEW_TOKENS = 200
 
 Stream = Callable[[str], None] | bool | None
@@ -67,6 +70,11 @@ class ChatTurn:
     background: BackgroundWork | None = None
     """What was computed after the turn, where that was asked for (`canonicalize`)."""
 
+    def __str__(self) -> str:
+        """One line for people: that of the cache, and how fast the rest of the answer came."""
+        speed = f", then {self.tokens_per_second:,.0f} tokens/s" if self.tokens_per_second is not None else ""
+        return f"{self.cache}{speed}"
+
 
 class ChatSession:
     """A conversation that goes on where it left off, also in another process.
@@ -90,6 +98,9 @@ class ChatSession:
             conversation as the chat template will show it from then on, without the reasoning. The next turn then
             computes no more than its message. Until `wait()` or `close()` has returned the model is in use: do not
             change its weights or adapters. Past the window, other tokens may be dropped than without.
+        reuse: False computes the whole conversation anew in each turn and keeps nothing but the messages: to see what
+            a conversation costs without the store.
+        record: whether `timeline` is to say what happened when.
         template_kwargs: passed to the chat template, such as `{"enable_thinking": False}`.
         generate_defaults: arguments for every `generate`, such as `do_sample` or `max_new_tokens` (200 if not said).
 
@@ -111,6 +122,8 @@ class ChatSession:
         keep_first: int | Literal["system"] = 0,
         drop: float = 0.5,
         canonicalize: bool = False,
+        reuse: bool = True,
+        record: bool = False,
         template_kwargs: dict[str, Any] | None = None,
         **generate_defaults: Any,
     ) -> None:
@@ -133,13 +146,16 @@ class ChatSession:
         self.window = window
         self.keep_first = keep_first
         self.drop = drop
-        self.canonicalize = canonicalize
+        self.canonicalize = canonicalize and reuse
+        self.reuse = reuse
+        self.record = record
         self.template_kwargs = template_kwargs or {}
         self.generate_defaults = generate_defaults
         self._turn: ChatTurn | None = None
         self._cache: AttentionStoreCache | None = None
         self._background: BackgroundPrefill | None = None
         self._warned = False
+        self._timeline: list[Event] = []
         self._metadata = self._saved_metadata()
         self._transcript = self._saved_transcript().with_system(system)
 
@@ -158,15 +174,21 @@ class ChatSession:
         """What the last turn of this object was; `None` before the first."""
         return self._turn
 
-    def prompt_ids(self, text: str) -> list[int]:
+    @property
+    def timeline(self) -> list[Event]:
+        """What happened when in the last turn, as `AttentionStoreCache.timeline` has it; empty unless `record`."""
+        return list(self._timeline)
+
+    def prompt_ids(self, text: str, role: str = "user") -> list[int]:
         """The token ids that `send(text)` would feed: the exact conversation so far, and what the chat
         template makes of `text`.
         """
-        return list(self._prompt(self._transcript, text).ids)
+        return list(self._prompt(self._transcript, text, role).ids)
 
-    def send(self, text: str, stream: Stream = None, **generate_kwargs: Any) -> str:
+    def send(self, text: str, stream: Stream = None, *, role: str = "user", **generate_kwargs: Any) -> str:
         """Says `text` to the model and returns its answer.
 
+        `role` is who says it: "tool", for instance, for what a tool gave, where the chat template has such a role.
         `stream` gets the answer's text piece by piece while it is generated; `True` writes it to standard
         output. `generate_kwargs` go to `model.generate`, over the session's defaults. Message and answer never
         outgrow the context window: where no older tokens can make room, the answer is cut, and `stats.finish` is
@@ -180,7 +202,7 @@ class ChatSession:
             ChatTemplateError: the chat template refuses the messages, such as a system message that it has no
             place for.
         """
-        return self._answer(self._transcript, text, stream, generate_kwargs)
+        return self._answer(self._transcript, text, role, stream, generate_kwargs)
 
     def retry(self, stream: Stream = None, **generate_kwargs: Any) -> str:
         """Takes the last answer back and generates another one for the same message.
@@ -189,7 +211,21 @@ class ChatSession:
         generated, the old answer stays. Raises `ValueError` when there is no answer yet.
         """
         earlier, text = self._transcript.undone()
-        return self._answer(earlier, text, stream, generate_kwargs)
+        return self._answer(earlier, text, self._transcript.messages[-2]["role"], stream, generate_kwargs)
+
+    def edit(self, turn: int, text: str, stream: Stream = None, **generate_kwargs: Any) -> str:
+        """Says `text` in place of the message of turn `turn`, counted from 0, and returns the answer to that. What
+        was said after it is taken back; what came before it is reused.
+
+        If nothing could be generated, the conversation stays as it was. Raises `ValueError` when there is no such turn.
+        """
+        earlier = self._transcript
+        for _ in range(self._transcript.turns - turn if turn >= 0 else 0):
+            earlier, _ = earlier.undone()
+        if earlier is self._transcript:
+            raise ValueError(f"there is no turn {turn} to edit: the conversation has {earlier.turns}")
+        role = self._transcript.messages[len(earlier.messages)]["role"]
+        return self._answer(earlier, text, role, stream, generate_kwargs)
 
     def undo(self) -> str:
         """Takes the last turn back, message and answer, and returns the message. Raises `ValueError` when
@@ -199,6 +235,18 @@ class ChatSession:
         self.close()
         self._remember(earlier)
         return text
+
+    def annotation(self, key: str) -> Any:
+        """What `annotate` kept under `key`; None if nothing."""
+        return annotation_in(self._metadata, key)
+
+    def annotate(self, key: str, value: Any) -> None:
+        """Keeps something JSON-able of the caller's own with the conversation; forks have it, `delete` removes it."""
+        self._metadata = {
+            **self._metadata,
+            ANNOTATIONS_KEY: {**self._metadata.get(ANNOTATIONS_KEY, {}), key: value},
+        }
+        self._keep_metadata()
 
     def wait(self) -> None:
         """Returns when nothing of this session is computed in the background any more; see `canonicalize`."""
@@ -212,8 +260,8 @@ class ChatSession:
         if self._background is not None:
             self._background.stop()
 
-    def _answer(self, before: Transcript, text: str, stream: Stream, generate_kwargs: dict[str, Any]) -> str:
-        prompt = self._prompt(before, text)
+    def _answer(self, before: Transcript, text: str, role: str, stream: Stream, generate_kwargs: dict[str, Any]) -> str:
+        prompt = self._prompt(before, text, role)
         kwargs: dict[str, Any] = {
             "pad_token_id": self._pad_token_id(),
             **self.generate_defaults,
@@ -223,14 +271,7 @@ class ChatSession:
         give_way(self.store, self.session)
         if self._background is not None and not self._background.cache_is_whole:
             self._cache = None
-        cache = self._cache or AttentionStoreCache(
-            self.model,
-            session=self.session,
-            store=self.store,
-            window=self.window,
-            keep_first=self._kept_first(prompt),
-            drop=self.drop,
-        )
+        cache = self._cache or self._new_cache(prompt)
         # a template that cuts the reasoning out of earlier answers makes all that follows new
         known = common_prefix(np.asarray(before.ids), np.asarray(prompt.ids))
         kwargs["max_new_tokens"] = self._fitting_tokens(wanted, cache, prompt, known)
@@ -249,20 +290,30 @@ class ChatSession:
             )
             finished = True
             # with a device tier, that decides whose KV stays on the device
-            self._cache = None if self.store.device_tier.capacity else cache
+            self._cache = cache if self.reuse and not self.store.device_tier.capacity else None
         finally:
+            self._timeline = list(cache.timeline)
             if run.ids:
                 finish = self._finish(run, wanted, kwargs["max_new_tokens"]) if finished else "interrupted"
                 self._turn = _turn(run, cache, len(prompt.ids), finish, BackgroundWork() if self.canonicalize else None)
-                self._remember(before.answered(text, prompt, tuple(run.ids), self.tokenizer))
+                self._remember(before.answered(text, prompt, tuple(run.ids), self.tokenizer, role))
         if stream is True:
             sys.stdout.write("\n")
         if run.ids and self._turn is not None and self._turn.background is not None:
             self._prefill_next(cache, self._turn.background)
         return self._transcript.messages[-1]["content"]
 
-    def _prompt(self, transcript: Transcript, text: str) -> Prompt:
-        messages = [*transcript.messages, {"role": "user", "content": text}]
+    def _new_cache(self, prompt: Prompt) -> AttentionStoreCache:
+        options: dict[str, Any] = {"window": self.window, "keep_first": self._kept_first(prompt), "drop": self.drop}
+        options["record"] = self.record
+        if self.reuse:
+            return AttentionStoreCache(self.model, session=self.session, store=self.store, **options)
+        # a namespace that is new has nothing to reuse, and all else is as with the store
+        nothing = self.store.in_namespace(secrets.token_hex())
+        return AttentionStoreCache(self.model, session=None, store=nothing, save=False, **options)
+
+    def _prompt(self, transcript: Transcript, text: str, role: str = "user") -> Prompt:
+        messages = [*transcript.messages, {"role": role, "content": text}]
         try:
             rendered = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True, **self.template_kwargs
@@ -372,10 +423,18 @@ class ChatSession:
     def _remember(self, transcript: Transcript) -> None:
         self._transcript = transcript
         self._metadata = {**self._metadata, METADATA_KEY: transcript.to_json(self.tokenizer)}
+        self._keep_metadata()
+
+    def _keep_metadata(self) -> None:
         try:
             self.store.set_metadata(self.session, self._metadata)
         except StoreIOError as error:  # the next turn tries again, with all messages
             logger.warning("the messages of session %r are not kept for now: %s", self.session, error)
+
+
+def annotation_in(metadata: dict[str, Any], key: str) -> Any:
+    """What `ChatSession.annotate` kept under `key`, in a session's metadata; None if nothing."""
+    return metadata.get(ANNOTATIONS_KEY, {}).get(key)
 
 
 def context_window(model: PreTrainedModel) -> int | None:

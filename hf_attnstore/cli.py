@@ -14,6 +14,7 @@ from .errors import AttentionStoreError
 from .families.cli import models
 from .sim.cli import app as sim_app
 from .tools_cli import add_to
+from .ui.cli import ui
 
 
 class _OneLineErrors(typer.core.TyperGroup):
@@ -137,6 +138,7 @@ def inspect(model: Model = None, device: Device = None, dtype: Dtype = "auto") -
 
 
 app.command()(models)
+app.command()(ui)
 add_to(app)
 app.add_typer(bench_app, name="bench")
 app.add_typer(sim_app, name="sim")

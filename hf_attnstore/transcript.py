@@ -46,6 +46,11 @@ class Transcript:
     text: str = ""
     marks: tuple[tuple[int, int], ...] = ()
 
+    @property
+    def turns(self) -> int:
+        """How many messages were answered."""
+        return sum(message["role"] == "assistant" for message in self.messages)
+
     def with_system(self, content: str | None) -> Transcript:
         """The same conversation under the system message `content`; `None` leaves what is there."""
         if content is None:
@@ -70,9 +75,14 @@ class Transcript:
         return Prompt(rendered, encode(tokenizer, rendered))
 
     def answered(
-        self, user: str, prompt: Prompt, answer_ids: tuple[int, ...], tokenizer: PreTrainedTokenizerBase
+        self,
+        text: str,
+        prompt: Prompt,
+        answer_ids: tuple[int, ...],
+        tokenizer: PreTrainedTokenizerBase,
+        role: str = "user",
     ) -> Transcript:
-        """The conversation after the user's message `user`, fed as `prompt`, was answered with `answer_ids`."""
+        """The conversation after the message `text` of `role`, fed as `prompt`, was answered with `answer_ids`."""
         ids = prompt.ids + answer_ids
         said = decode(tokenizer, answer_ids)
         extends = bool(self.ids) and prompt.ids[: len(self.ids)] == self.ids
@@ -80,7 +90,7 @@ class Transcript:
         return Transcript(
             messages=(
                 *self.messages,
-                {"role": "user", "content": user},
+                {"role": role, "content": text},
                 {"role": "assistant", **answer_content(said, decode(tokenizer, answer_ids, plain=True))},
             ),
             ids=ids,
@@ -89,7 +99,7 @@ class Transcript:
         )
 
     def undone(self) -> tuple[Transcript, str]:
-        """The conversation without its last turn, and the user's message of that turn.
+        """The conversation without its last turn, and the message that was answered in that turn.
 
         Raises `ValueError` when there is no turn to take back.
         """

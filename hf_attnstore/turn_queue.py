@@ -133,6 +133,8 @@ class TurnQueue:
         self._waited = self._ran = 0.0
         self._told: dict[AttentionStore, list[str]] = {}
         """The sessions that each store was last told of."""
+        self._to_be_told: set[AttentionStore] = set()
+        """Stores that took a session off their list by themselves, because a turn on it was saved."""
         self._running_was_told = False
         # takes notes from destructors too, which no lock may stop
         self._news: queue.SimpleQueue[Turn[Any] | bool] = queue.SimpleQueue()
@@ -485,6 +487,7 @@ class TurnQueue:
                 outcome = "done" if error is None else "failed"
             self._leave(turn, outcome)
             self._running = None
+            self._to_be_told.add(turn.store)
             self._ran += turn.running_seconds
             self._counts["generated_tokens"] += turn.generated_tokens
             if turn.stats is not None:
@@ -543,10 +546,11 @@ class TurnQueue:
             with self._changed:
                 upcoming = self._upcoming() if goes_on else {}
                 told, self._told = self._told, upcoming
+                anew, self._to_be_told = self._to_be_told, set()
             for store in {**told, **upcoming}:
-                if upcoming.get(store) != told.get(store):
+                if store in anew or upcoming.get(store) != told.get(store):
                     self._schedule(store, upcoming.get(store, []))
-            told = upcoming = {}  # while waiting for news, no store is kept that nobody needs
+            del told, upcoming, anew  # while waiting for news, no store is kept that nobody needs
 
     def _notes(self) -> list[Turn[Any] | bool]:
         """Waits for news, or for the end of somebody's time; all of it that has come."""
@@ -562,7 +566,7 @@ class TurnQueue:
         return turn.session in self._told.get(turn.store, [])
 
     def _upcoming(self) -> dict[AttentionStore, list[str]]:
-        """The sessions that will run, each once, in order, by store.
+        """The sessions of the turns that will run, in order, by store.
 
         The one that runs is among them until it has what it came for, if its store had heard of it; if not, it loads by
         itself, and so does one that is about to begin.
@@ -575,8 +579,9 @@ class TurnQueue:
             begins = self._waiting.first(time.monotonic())
             turns = [turn for turn in turns if turn is not begins or self._has_told(turn)]
         upcoming: dict[AttentionStore, list[str]] = {}
-        for store, name in dict.fromkeys(turn.key for turn in turns if turn.key is not None):
-            upcoming.setdefault(store, []).append(name)
+        for turn in turns:
+            if turn.session is not None:
+                upcoming.setdefault(turn.store, []).append(turn.session)
         return upcoming
 
     def _schedule(self, store: AttentionStore, upcoming: list[str]) -> None:

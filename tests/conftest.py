@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from hf_attnstore import AttentionStore
 
+# what is reused must not depend on how fast the machine is just now; tests of that choice switch it on
+os.environ["ATTNSTORE_GATE"] = "off"
+settings.register_profile("no deadline", deadline=None)  # how long something takes is not for tests to say
+settings.load_profile("no deadline")
 torch.set_num_threads(1)  # the models are tiny; two test runs side by side must not fight for cores
 
 

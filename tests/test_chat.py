@@ -23,6 +23,9 @@ from hf_attnstore.chat import ChatTemplateError, ContextWindowError
 from hf_attnstore.transcript import encode
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+WITH_TOOLS = APPEND_ONLY.replace(
+    "'<|' + m['role'] + '|>'", "('<|user|>a tool gave ' if m['role'] == 'tool' else '<|' + m['role'] + '|>')"
+)
 
 
 @pytest.fixture(scope="module")
@@ -417,3 +420,102 @@ def test_fork_carries_the_messages_and_the_state(chat: ChatSession, store: Atten
     assert fork.stats is not None
     assert fork.stats.reused_tokens == len(ids) - 1
     assert len(chat.history) == 2
+
+
+def test_what_a_tool_gave_is_a_message_of_its_own_role(model: LlamaForCausalLM, store: AttentionStore) -> None:
+    tokenizer = tiny_tokenizer(WITH_TOOLS)
+    chat = ChatSession(model, tokenizer, store, "alice", **GREEDY)
+    chat.send("the letter")
+    known = len(chat.token_ids)
+    expected = chat.prompt_ids("nothing", "tool")
+    assert expected != chat.prompt_ids("nothing")
+    chat.send("nothing", role="tool")
+    assert chat.token_ids[: len(expected)] == expected
+    assert chat.stats is not None
+    assert chat.stats.reused_tokens == known - 1
+    before = said(chat)
+    assert [role for role, _ in before] == ["user", "assistant", "tool", "assistant"]
+
+    again = ChatSession(model, tokenizer, store, "alice", **GREEDY)
+    assert again.retry() == before[-1][1]  # the role is kept with the message
+    assert said(again) == before
+    assert again.undo() == "nothing"
+    assert said(again) == before[:2]
+
+
+def test_a_turn_in_words(chat: ChatSession) -> None:
+    chat.send("the letter")
+    chat.send("and then")
+    turn = chat.stats
+    assert turn is not None
+    assert turn.tokens_per_second is not None
+    assert str(turn).startswith(
+        f"reused {turn.reused_tokens} of {turn.prompt_tokens} tokens, prefilled {turn.prefilled_tokens}, first token"
+    )
+    assert str(turn).endswith(f", then {turn.tokens_per_second:,.0f} tokens/s")
+
+
+def test_edit_of_an_earlier_message_takes_back_what_followed_and_reuses_what_came_before(
+    chat: ChatSession, plain: LlamaForCausalLM, store: AttentionStore
+) -> None:
+    for text in ("the old prince", "the other officer", "the mother"):
+        chat.send(text)
+    before = ChatSession(chat.model, chat.tokenizer, store, "before", **GREEDY)
+    before.send("the old prince")
+
+    answer = chat.edit(1, "the young man rose")
+
+    prompt = before.prompt_ids("the young man rose")
+    assert chat.token_ids == prompt + plain_answer(plain, prompt, **GREEDY)
+    assert [text for role, text in said(chat) if role == "user"] == ["the old prince", "the young man rose"]
+    assert chat.history[-1]["content"] == answer
+    assert chat.stats is not None
+    assert chat.stats.prefilled_tokens < len(before.prompt_ids("the young man rose")) - len(before.token_ids) + 4
+    assert chat.stats.reused_tokens >= len(before.token_ids) - 1
+    assert ChatSession(chat.model, chat.tokenizer, store, "alice").history == chat.history
+
+
+def test_edit_that_fails_leaves_the_conversation(chat: ChatSession) -> None:
+    chat.send("the old prince")
+    chat.send("the other officer")
+    before = said(chat)
+    with pytest.raises(RuntimeError):
+        chat.edit(0, "the letter", logits_processor=LogitsProcessorList([FailsAtOnce()]))
+    assert said(chat) == before
+    for turn in (-1, 2):
+        with pytest.raises(ValueError, match="no turn"):
+            chat.edit(turn, "the letter")
+
+
+def test_without_reuse_all_is_computed_and_only_the_messages_are_kept(
+    chat: ChatSession, plain: LlamaForCausalLM, store: AttentionStore
+) -> None:
+    chat.send("the old prince")
+    store.flush()
+    blocks = store.stats()["disk_blocks"]
+    without = ChatSession(chat.model, chat.tokenizer, store, "alice", reuse=False, **GREEDY)
+    prompt = without.prompt_ids("the other officer")
+    without.send("the other officer")
+    assert without.stats is not None
+    assert (without.stats.reused_tokens, without.stats.prefilled_tokens) == (0, len(prompt))
+    assert without.token_ids == prompt + plain_answer(plain, prompt, **GREEDY)
+    store.flush()
+    assert store.stats()["disk_blocks"] == blocks
+
+    again = ChatSession(chat.model, chat.tokenizer, store, "alice", **GREEDY)
+    assert again.history == without.history
+    again.send("the mother")
+    assert again.stats is not None
+    assert again.stats.reused_tokens == len(chat.token_ids) - 1
+
+
+def test_annotations_go_with_the_conversation(chat: ChatSession, store: AttentionStore) -> None:
+    chat.send("the old prince")
+    assert chat.annotation("mood") is None
+    chat.annotate("mood", {"value": 3})
+    chat.send("the mother")
+    store.fork("alice", "copy")
+    for name in ("alice", "copy"):
+        again = ChatSession(chat.model, chat.tokenizer, store, name, **GREEDY)
+        assert again.annotation("mood") == {"value": 3}
+        assert again.history == chat.history

@@ -189,7 +189,7 @@ def test_the_store_is_told_who_comes_whenever_that_changes(store: Recording) -> 
         again = queue.run("a", lambda _: None)
         queue.run(None, lambda _: None)
         queue.run("c", lambda _: None, priority=1)
-        until(lambda: store.told[-1] == ["c", "a", "b"])
+        until(lambda: store.told[-1] == ["c", "a", "b", "a"])
         submit["a"].cancel()
         until(lambda: store.told[-1] == ["c", "b", "a"])
         again.cancel()
@@ -222,6 +222,23 @@ def test_a_session_stays_on_the_list_until_its_turn_has_what_it_came_for(store: 
         assert third.position == 1
         streamer.go_on.set()
         handle.remove()
+
+
+def test_a_session_with_another_turn_to_come_stays_on_the_list_when_one_is_saved(store: Recording) -> None:
+    with TurnQueue(make_model(), store) as queue:
+        gate, streamer, between = Gate(queue), Held(2), threading.Event()
+        first = queue.submit("a", tokens(20), streamer=streamer, **GREEDY)
+        queue.run("b", lambda _: between.wait(PATIENCE))
+        second = queue.submit("a", tokens(40), **GREEDY)
+        gate.go_on.set()
+        assert streamer.reached.wait(PATIENCE)
+        until(lambda: list(store.upcoming) == ["b", "a"])
+        streamer.go_on.set()
+        first.result(PATIENCE)
+        until(lambda: list(store.upcoming) == ["b", "a"])  # the store took one off when the turn was saved
+        between.set()
+        second.result(PATIENCE)
+        until(lambda: list(store.upcoming) == [])
 
 
 def test_equal_names_in_several_namespaces_are_several_sessions(store: Recording) -> None:

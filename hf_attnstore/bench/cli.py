@@ -14,6 +14,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from hf_attnstore.bench.gate_cli import gate
+from hf_attnstore.bench.overlap_cli import overlap, write_timeline
+from hf_attnstore.bench.queue_cli import queue
 from hf_attnstore.bench.reliability_cli import index, store
 from hf_attnstore.bench.study_cli import truncation
 from hf_attnstore.bench.thinking_cli import thinking
@@ -54,6 +57,14 @@ def bench(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     threads: Annotated[int, typer.Option(min=0, help="Threads that torch computes with; 0: its default.")] = 0,
     rss: Annotated[bool, typer.Option(help="Also measure peak memory, each in a process of its own.")] = True,
+    timeline: Annotated[
+        Path | None,
+        typer.Option(
+            help="Instead of measuring, record one resumed turn (of the first history), and write what happened when "
+            "to this file, as a trace for ui.perfetto.dev; with --output, a picture too.",
+            show_default=False,
+        ),
+    ] = None,
     check: Annotated[bool, typer.Option(help="Exit with 1 if a bar is missed.")] = False,
 ) -> None:
     """Measure a resumed turn side by side: recomputed, kept in memory, from the store, from plain files.
@@ -68,6 +79,12 @@ def bench(
     console = Console(stderr=as_json)
     try:
         histories = parse_histories(history or ["4096"])
+        if timeline is not None:
+            write_timeline(
+                console, timeline, shape=shape, model=model, history=histories[0], new=new, decode=decode,
+                device=device, seed=seed, block_size=block_size, threads=threads, store=store, output=output,
+            )  # fmt: skip
+            return
         if model is None and shape is None:
             shape = "small"
         missed = _bench(
@@ -96,6 +113,9 @@ def bench(
 
 app.command("truncation")(truncation)
 app.command("thinking")(thinking)
+app.command("gate")(gate)
+app.command("queue")(queue)
+app.command("overlap")(overlap)
 app.command("index")(index)
 app.command("store")(store)
 

@@ -206,7 +206,7 @@ class _Run:
         setting = self.setting
         settle(setting.model.device)
         start = time.perf_counter()
-        cache = AttentionStoreCache(setting.model, SESSION, setting.store)
+        cache = AttentionStoreCache(setting.model, SESSION, setting.store, gate=False)
         self.result.attach_seconds = time.perf_counter() - start
         timed_generate(setting.model, setting.ids[:, : setting.history], 0, lambda: cache)
         setting.store.flush()

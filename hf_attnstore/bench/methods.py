@@ -144,13 +144,15 @@ class StoreMemory(Method):
     def prepare(self) -> None:
         # One short turn brings back what an earlier method dropped from the tier, and attaches to the model.
         setting = self.setting
-        cache = AttentionStoreCache(setting.model, SESSION, setting.store, save=False)
+        cache = AttentionStoreCache(setting.model, SESSION, setting.store, save=False, gate=False)
         timed_generate(setting.model, setting.ids, 0, lambda: cache)
         setting.store.flush()  # blocks come into the tier behind the turn
 
     def run(self) -> Sample:
         setting = self.setting
-        sample, cache = self._turn(lambda: AttentionStoreCache(setting.model, SESSION, setting.store, save=False))
+        sample, cache = self._turn(
+            lambda: AttentionStoreCache(setting.model, SESSION, setting.store, save=False, gate=False)
+        )
         setting.store.flush()  # whatever goes on behind the turn must not go on in the next one
         check_reuse(cache, self.title, setting.history, setting.kv_bytes, self.tier)
         return with_load(sample, cache)
@@ -165,7 +167,7 @@ class StoreDisk(StoreMemory):
 
     def prepare(self) -> None:
         setting = self.setting
-        AttentionStoreCache(setting.model, SESSION, setting.store, save=False)  # attaches to the model
+        AttentionStoreCache(setting.model, SESSION, setting.store, save=False, gate=False)  # attaches to the model
         setting.store.flush()
         setting.store.drop_memory()
         read_all(setting.blocks)

@@ -130,7 +130,7 @@ def _child(job: RssJob) -> Rss:
             ) as store:
 
                 def resumed() -> AttentionStoreCache:
-                    return AttentionStoreCache(model, SESSION, store, save=False)
+                    return AttentionStoreCache(model, SESSION, store, save=False, gate=False)
 
                 if job.mode == "memory":
                     timed_generate(model, ids, 0, resumed)

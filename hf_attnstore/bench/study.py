@@ -171,7 +171,7 @@ class _Moved(_Walk):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.cache = AttentionStoreCache(
-            self.model, store=self.store, window=self.window, keep_first=self.keep_first, drop=0.5
+            self.model, store=self.store, window=self.window, keep_first=self.keep_first, drop=0.5, gate=False
         )
 
     def step(self, ids: torch.Tensor, start: int) -> tuple[torch.Tensor, bool]:
@@ -265,7 +265,7 @@ def resume(model: PreTrainedModel, history: int, new: int, repeats: int, seed: i
         progress("saving two conversations")
         with torch.no_grad():
             for name, ids in (("truncated", long), ("whole", short)):
-                cache = AttentionStoreCache(model, name, store)
+                cache = AttentionStoreCache(model, name, store, gate=False)
                 for start in range(0, ids.shape[1] - new, 512):
                     model(input_ids=ids[:, start : min(start + 512, ids.shape[1] - new)], past_key_values=cache)
                 cache.save()
@@ -279,7 +279,7 @@ def resume(model: PreTrainedModel, history: int, new: int, repeats: int, seed: i
                 order = [("whole", short), ("truncated", long)]
                 for name, ids in order if number % 2 else reversed(order):
                     began = time.perf_counter()
-                    cache = AttentionStoreCache(model, name, store, save=False, **settings)
+                    cache = AttentionStoreCache(model, name, store, save=False, gate=False, **settings)
                     _first_token(model, ids, cache)
                     seconds = time.perf_counter() - began
                     _check(cache, name, history, tier)

@@ -17,6 +17,7 @@ from ..errors import CacheUseError
 from ..session.matching import match_prefix
 from ..session.spans import total_tokens
 from ..store.store import AttentionStore
+from ..timeline import Event, in_order
 from .attach import feed
 from .cache import AttentionStoreCache
 from .layers import SlidingLayer, StoreLayer
@@ -29,7 +30,8 @@ logger = logging.getLogger("hf_attnstore")
 class BatchCache(AttentionStoreCache):
     """The cache of a batch of conversations: what `AttentionStoreCache` makes for a list of sessions.
 
-    `stats` adds up those of the rows, which are in `row_stats`. Nothing is dropped when a window overflows.
+    `stats` adds up those of the rows, which are in `row_stats`. Nothing is dropped when a window overflows, and all
+    that the rows have in common is reused, whatever `gate` says.
     """
 
     def __init__(
@@ -38,10 +40,12 @@ class BatchCache(AttentionStoreCache):
         session: Sequence[str | None],
         store: AttentionStore | None = None,
         *,
+        record: bool = False,
         save: bool = True,
         wait: float = 0.0,
         checkpoint_every: int | None = None,
         drop: float = 0.0,
+        gate: bool | None = None,
     ) -> None:
         names = list(session)
         named = [name for name in names if name is not None]
@@ -51,13 +55,19 @@ class BatchCache(AttentionStoreCache):
             raise CacheUseError("two rows of a batch can't be the same session")
         if drop:
             raise CacheUseError("a batch of conversations drops nothing: leave out `drop`")
-        super().__init__(model, None, store, drop=0, save=False)
+        super().__init__(model, None, store, drop=0, save=False, record=record, gate=False)
         assert self._store is not None
         self.sessions = names
         """The session of every row; None for a row that is kept by content only."""
         self._conversations = len(names)
         self.parks = False
-        settings: dict[str, Any] = {"save": save, "wait": wait, "checkpoint_every": checkpoint_every, "drop": 0}
+        settings: dict[str, Any] = {
+            "save": save,
+            "wait": wait,
+            "checkpoint_every": checkpoint_every,
+            "drop": 0,
+            "gate": False,
+        }
         self._row_caches = [AttentionStoreCache(self._model, name, self._store, **settings) for name in names]
         for row in self._row_caches:
             row.parks = False  # they hold but the tail of their conversations
@@ -71,6 +81,12 @@ class BatchCache(AttentionStoreCache):
     def row_stats(self) -> list[TurnStats]:
         """The numbers of the last turn, row by row."""
         return [row.stats for row in self._row_caches]
+
+    @property
+    def timeline(self) -> tuple[Event, ...]:
+        """The events of all rows, in the order of beginning; what is loaded is loaded row by row."""
+        found = {*super().timeline}  # what the store does in the background, all of them have recorded
+        return in_order(found.union(*(row.timeline for row in self._row_caches)))
 
     def match(self, input_ids: torch.Tensor, new_tokens: int = 0, **inputs: Any) -> int:
         """Loads what is known of the conversations, for a loop of one's own.
@@ -263,6 +279,8 @@ class BatchCache(AttentionStoreCache):
 
     def _open(self) -> None:
         super()._open()
+        for row in self._row_caches:
+            row.record_timeline = self.record_timeline
         self._given_up = True
         self._feeding = None
 

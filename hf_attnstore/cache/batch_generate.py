@@ -43,7 +43,9 @@ def generate_batch(
             cache.begin_unidentified_turn(f"{foreign} are not identified by token ids", ids.numel())
         else:
             cache.begin_batch(ids, mask, int(new_tokens), _ends(setting))
-        return original(*args, **kwargs)
+        output = original(*args, **kwargs)
+        cache.note_first_token()
+        return output
     finally:
         cache.end_turn()
 

@@ -16,10 +16,12 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerM
 
 from ..errors import CacheUseError, LoadError
 from ..store.store import AttentionStore
+from ..timeline import Event
 from .attach import Attachment, ensure_hooks, feed, owner_of
 from .compiled import outside_graphs
 from .fingerprint import position_limit
 from .forwards import CacheForwards
+from .gating import Gate, wanted
 from .inputs import foreign_input
 from .kinds import make_layers
 from .layers import KeptLayer, SlidingLayer, StoreLayer
@@ -54,8 +56,12 @@ class AttentionStoreCache(CacheForwards):
         checkpoint_every: for models with layers that keep a running state (linear attention, SSM, convolution): keep
             it at every so many tokens too, beside the end of every prompt and of every turn. Prompts are then fed in
             parts of at most so many tokens.
+        record: whether `timeline` is to say what happened when; `record_timeline` changes it later.
         save: whether to keep what is computed. False reads only.
         wait: seconds to wait where another turn is running on the session, instead of failing at once.
+        gate: whether to compute again what would take longer to load, as measured on this machine; the tokens are the
+            same either way. False reuses all that is known. Default: yes, unless the environment variable
+            `ATTNSTORE_GATE` is `off`.
 
     Raises:
         UnsupportedModelError: the model is of a kind that can't be kept; the message says why.
@@ -93,8 +99,10 @@ class AttentionStoreCache(CacheForwards):
         keep_first: int = 0,
         drop: float = 0.5,
         checkpoint_every: int | None = None,
+        record: bool = False,
         save: bool = True,
         wait: float = 0.0,
+        gate: bool | None = None,
     ) -> None:
         self._model = owner_of(model)
         self._given_model = model
@@ -102,6 +110,7 @@ class AttentionStoreCache(CacheForwards):
         if checkpoint_every is not None and checkpoint_every < 1:
             raise CacheUseError(f"checkpoint_every is a number of tokens, not {checkpoint_every}")
         self._checkpoint_every = checkpoint_every
+        self.record_timeline = record
         layers: list[Any] = list(make_layers(self._model))
         Cache.__init__(self, layers=layers)
         self._attachment: Attachment = ensure_hooks(self._model)
@@ -112,6 +121,9 @@ class AttentionStoreCache(CacheForwards):
         self._wait = wait
         self._limit = position_limit(config.get_text_config(decoder=True))
         self._window = window_of(config, window, keep_first, drop)
+        # what an encoder takes can't be told by tokens
+        learns = not is_encoder_decoder(self._model)
+        self._gate = Gate(enabled=wanted(gate), devices=self._attachment.devices, learns=learns)
         self._prepare_empty()
         self._inputs: dict[str, Any] = {}
         self._store.register(self)
@@ -130,6 +142,12 @@ class AttentionStoreCache(CacheForwards):
     def stats(self) -> TurnStats:
         """The numbers of the last turn, or of the one that runs."""
         return self._stats
+
+    @property
+    def timeline(self) -> tuple[Event, ...]:
+        """What happened when in the last turn, or in the one that runs, in the order of beginning; empty if that is not
+        recorded. Files that are written behind a turn come in until all of them are."""
+        return self._recorder.events() if self._recorder is not None else ()
 
     @property
     def reused_tokens(self) -> int:
@@ -381,6 +399,7 @@ class AttentionStoreCache(CacheForwards):
                 self._held = max(0, self._held + tokens_to_remove)
                 return
             self._crop_to(max(0, self._held + tokens_to_remove))
+            self._known = 0
             if self._states and self._states_at != self._held:
                 self._reload(self._held)
             self._changed = True
@@ -424,6 +443,7 @@ class AttentionStoreCache(CacheForwards):
         twin._limit = self._limit
         twin._window = self._window
         twin._checkpoint_every = self._checkpoint_every
+        twin._gate = Gate(enabled=False, devices=self._attachment.devices, learns=False)
         twin._prepare_empty()
         twin._fingerprint = self._fingerprint
         twin._change_view(self._view, self._chain.ids)

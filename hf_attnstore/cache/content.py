@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,10 +28,14 @@ from .attach import Attachment
 from .checkpoints import take_checkpoint
 from .compiled import OutsideGraphsCache
 from .continuing import Continues
+from .gate import Choice
+from .gating import Gate, lengths_between
 from .kinds import granularity
 from .layers import KeptLayer, SlidingLayer
-from .modalities import Content
+from .modalities import Content, last_stand_in
+from .overlap import Overlap
 from .ranks import Ranks
+from .recording import TurnRecorder
 from .restore import Checkpoint, Restore, plan_restore, resident_from
 from .saver import BlockSaver
 from .states import RunningState
@@ -41,6 +46,8 @@ logger = logging.getLogger("hf_attnstore")
 
 _UNKNOWN = "unknown"
 _MAX_PLANS = 8
+_MAX_CHECKPOINTS = 3
+"""How many checkpoints of a text are considered: the longest, then each of clearly fewer tokens than the one before."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,11 @@ class CacheContent(OutsideGraphsCache):
     _limit: int | None
     _window: Window | None
     _checkpoint_every: int | None
+    _gate: Gate
+    record_timeline = False
+    """Whether turns are recorded, from the next one on: see `timeline`."""
+    overlap = Overlap()
+    _recorder: TurnRecorder | None = None
 
     def _prepare_empty(self) -> None:
         self._busy = threading.Lock()
@@ -100,6 +112,10 @@ class CacheContent(OutsideGraphsCache):
         self._from_disk: list[Key] = []
         self._went_on_from: Key | None = None
         """The last block that the turn reused."""
+        self._known = 0
+        """The tokens of the turn's prompt that the store has; fewer are reused where computing them is faster."""
+        self._computes_known = False
+        """Whether that is so in this turn."""
         self._in_turn = False
         self._turn_thread = 0
         self._checked = False
@@ -207,15 +223,21 @@ class CacheContent(OutsideGraphsCache):
             if own > known and not self._covers(own, spans):
                 length = known  # a sliding layer has let go of what it would need to stay at `own`
             self._stats.matched_tokens = length
+            choice = None
+            self._computes_known = False
             try:
                 checkpoint = None
                 if self._states:
                     length, checkpoint = self._choose_states(ids[:length], own, spans)
+                if limit < len(ids):  # else all is wanted here, and not for the sake of what comes after
+                    length, checkpoint, choice = self._load_or_compute(ids, own, spans, length, checkpoint)
                 if length == 0:
-                    break
+                    self._clear()
+                    return 0, spans
                 self._held = length
                 self._restore = self._plan(spans, length, checkpoint)
                 if self._restore is not None:
+                    self._gate.look_ahead(self._restore, choice, len(self.layers))
                     self._restore.start()
                 return length, spans
             except LoadError as error:
@@ -224,6 +246,49 @@ class CacheContent(OutsideGraphsCache):
                 own = 0
         self._clear()
         return 0, []
+
+    def _load_or_compute(
+        self, ids: np.ndarray, own: int, spans: Sequence[Span], length: int, checkpoint: Checkpoint | None
+    ) -> tuple[int, Checkpoint | None, Choice | None]:
+        """How much of the `length` known tokens of `ids` to reuse: as much as is faster to load than to compute.
+
+        What the layers hold is free. Keys that were moved are always loaded, since computing them again would not give
+        the same, and so is all up to the last picture, whose encoder takes nobody knows how long.
+        """
+        store = self._store
+        if store is None or not self._gate.enabled or not self._ranks.alone or not length:
+            return length, checkpoint, None
+        floor = min(max(self._view.base, last_stand_in(ids[:length])), length)
+        found: dict[int, Checkpoint] = {}
+        if self._states:
+            resident = self._states_at or 0
+            lengths = [resident if resident <= own and self._covers(resident, spans) else 0]
+            shorter = checkpoint
+            while shorter is not None and shorter.tokens > lengths[0]:
+                found[shorter.tokens] = shorter
+                again = self._gate.can_choose() and len(found) < _MAX_CHECKPOINTS
+                shorter = self._find_checkpoint(ids[: shorter.tokens * 3 // 4]) if again else None
+            lengths = sorted({n for n in (*lengths, *found) if n >= floor} | {length})
+        else:
+            floor = max(floor, own if self._covers(own, spans) else 0)
+            lengths = sorted({self._whole(n) for n in lengths_between(floor, length, spans)} | {length})
+        if len(lengths) < 2:
+            return length, checkpoint, None
+        choice = self._gate.choose(
+            self.layers,
+            lengths,
+            spans,
+            len(ids),
+            self._whole_from,
+            store.tier_of,
+            {tokens: point.key for tokens, point in found.items()},
+        )
+        self._stats.gate = choice.reason
+        chosen = lengths[choice.place]
+        self._computes_known = chosen < length
+        if chosen < length:
+            self._stats.recomputed, self._stats.missed = f"computing is faster: {choice.reason}", "computing is faster"
+        return chosen, found.get(chosen), choice
 
     def _choose_states(self, ids: np.ndarray, own: int, spans: Sequence[Span]) -> tuple[int, Checkpoint | None]:
         """How much of `ids`, all of which is known, running states are there for: those in the layers, or those of
@@ -337,14 +402,23 @@ class CacheContent(OutsideGraphsCache):
         if any(span.shift for span in crop(spans, length)):
             geometry = attachment.geometry(self._model, self._fingerprint, self._store)
         whole_from = self._whole_from(length)
+        began = time.perf_counter()
         restore = plan_restore(
             self.layers, attachment.devices, spans, length, whole_from, self._store, attachment.pace, geometry,
             checkpoint,
         )  # fmt: skip
+        if restore is not None:
+            restore.planning_seconds = time.perf_counter() - began
         self._states_at = length
         if checkpoint is not None:
             self._checkpoints[length] = checkpoint.key
         self._stats.rotated_tokens = restore.rotated_tokens if restore is not None else 0
+        return self._watched(restore)
+
+    def _watched(self, restore: Restore | None) -> Restore | None:
+        """A load as the user wants to have it: recorded, or not as it is best."""
+        if restore is not None:
+            restore.recorder, restore.overlap = self._recorder, self.overlap
         return restore
 
     def _whole_from(self, length: int) -> int:
@@ -356,17 +430,21 @@ class CacheContent(OutsideGraphsCache):
         """The layers hold `ids` now; `spans` say what of it the store has."""
         if len(ids) < self._view.base:  # what comes after depends on KV that was put together otherwise
             self._change_view(self._view.rebased(len(ids)), ids)
+            spans = []
         agreed = common_prefix(self._chain.ids, ids)
         self._chain.crop(agreed)
         self._chain.append(ids[agreed:])
         self._held = len(ids)
-        last = spans[-1] if spans else None
-        self._went_on_from = last.block if last is not None else None
-        self._in_store = min(total_tokens(spans), len(ids))
+        self._went_on_from = spans[-1].block if spans else None
+        self._known = total_tokens(spans)
+        self._in_store = min(self._known, len(ids))
         if self._saver is not None:
-            short = last is not None and last.whole and last.block_tokens < self._chain.block_size
-            tail = last.block if last is not None and short and last.first >= self._chain.base else None
-            self._saver.begin_turn(self._in_store, tail)
+            chain = self._chain
+            whole = [span for span in spans if span.whole and span.first >= chain.base]
+            tail = next(((chain.block_at(s.first), s.block) for s in whole if s.block_tokens < chain.block_size), None)
+            again = [s for s in whole if s.last > len(ids) and s.block_tokens == chain.block_size]
+            refill = frozenset(chain.block_at(s.first) for s in again) if self._computes_known else frozenset()
+            self._saver.begin_turn(self._in_store, tail, refill)
 
     def _finish_restore(self) -> None:
         restore, self._restore = self._restore, None
@@ -377,6 +455,8 @@ class CacheContent(OutsideGraphsCache):
         except BaseException:
             self._clear()
             raise
+        else:
+            self._gate.loaded(restore)
         finally:
             load = restore.load.stats
             stats = self._stats
@@ -385,6 +465,11 @@ class CacheContent(OutsideGraphsCache):
             stats.exposed_load_seconds += restore.exposed_seconds
             stats.blocks_from = {**stats.blocks_from, **load.blocks_from}
         self._from_disk = restore.load.from_disk
+
+    def _elsewhere(self) -> float:
+        """Seconds of this turn that were spent on loading and saving, and not on computing."""
+        waited = self._restore.exposed_seconds if self._restore is not None else 0.0
+        return waited + (self._saver.seconds if self._saver is not None else 0.0)
 
     def _settle(self, *, keep_load: bool = False) -> None:
         """Puts the cache into a consistent state whatever happened: every layer holds the tokens of all complete
@@ -415,6 +500,7 @@ class CacheContent(OutsideGraphsCache):
             layer.reset()
         self._held = self._states_at = 0
         self._uneven = False
+        self._known = 0
         if self._view.base:
             self._change_view(self._view.rebased(0), np.empty(0, dtype=np.int64))
         self._chain.crop(0)

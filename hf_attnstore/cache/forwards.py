@@ -29,13 +29,19 @@ class CacheForwards(CacheTurns):
                 "or torch.inference_mode(), or train without a cache"
             )
         with self._guard:
-            return self._begin_forward(named)
+            replaced = self._begin_forward(named)
+            if self._recorder is not None and self._forward is not None:
+                count = self._forward.count
+                decoding = count == 1 and (not self._checked or self._held >= self._prompt_tokens)
+                self._recorder.begin_forward(count, decoding=decoding)
+            return replaced
 
     def _begin_forward(self, named: Mapping[str, Any]) -> dict[str, Any] | None:
         if not self._in_turn:
             self._begin_own_turn()
         if self._runs_elsewhere():
             raise SessionBusyError("another thread runs a forward with this cache; make one object per thread")
+        self.note_first_token()
         self._settle(keep_load=True)
         if self._states:
             self._prepare_states()
@@ -70,6 +76,8 @@ class CacheForwards(CacheTurns):
             self._states_at = None
         if self._saver is not None:
             self._saver.begin_forward(self._chain.full_blocks())
+        if count > 1 and rows == 1 and self._content is None:
+            self._gate.begin_forward(self._held, count, self._elsewhere())
         return replaced or None
 
     def _fit_inputs(self, ids: torch.Tensor | None, count: int, named: Mapping[str, Any]) -> dict[str, Any]:
@@ -219,14 +227,22 @@ class CacheForwards(CacheTurns):
 
     def before_layer(self, number: int) -> None:
         """A decoder layer is about to compute."""
+        if self._recorder is not None:
+            self._recorder.before_layer(number)
         if self._restore is not None:
             self._restore.before_layer(number)
 
     def after_layer(self, number: int) -> None:
         """A decoder layer has computed."""
+        recorder = self._recorder
+        if recorder is not None:
+            recorder.after_layer(number)
         if self._saver is not None and self._saver.due and self._forward is not None:
             try:
+                began = recorder.now(number) if recorder is not None else 0.0
                 self._saver.layer_done(number)
+                if recorder is not None:
+                    recorder.saved(number, began)
             except StoreClosedError:
                 self._stop_saving()
 
@@ -267,12 +283,16 @@ class CacheForwards(CacheTurns):
     def end_forward(self) -> None:
         """A forward of the model has ended well."""
         with self._guard:
+            if self._recorder is not None:
+                self._recorder.end_forward()
             self._end_forward()
 
     def _end_forward(self) -> None:
         forward, self._forward = self._forward, None
         if forward is None:
             return
+        if forward.count > 1:
+            self._gate.end_forward(self._elsewhere())
         self._changed = True
         before, self._held = self._held, self._held + forward.count
         for layer in self.layers:

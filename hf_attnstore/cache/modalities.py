@@ -37,6 +37,12 @@ def has_stand_ins(ids: np.ndarray) -> bool:
     return bool((ids >= STAND_IN).any())
 
 
+def last_stand_in(ids: np.ndarray) -> int:
+    """How many of `ids` `[tokens]` there are up to the last that stands for something that is not text; 0 if none."""
+    places = np.flatnonzero(ids >= STAND_IN)
+    return int(places[-1]) + 1 if len(places) else 0
+
+
 def stand_ins(digest: bytes, count: int) -> np.ndarray:
     """`count` stand-ins (int64) that are made of a digest."""
     drawn = np.frombuffer(hashlib.shake_256(digest).digest(4 * count), dtype=">u4")

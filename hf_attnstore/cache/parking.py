@@ -148,7 +148,10 @@ class ParkingCache(CacheContent):
             donor=weakref.ref(self),
             donor_held=self._held,
         )
-        self._parked = tier.park(self._attachment.parked, self.session, parked.nbytes, parked)
+        assert self._store is not None
+        self._parked = tier.park(
+            self._attachment.parked, self.session, parked.nbytes, parked, namespace=self._store.namespace
+        )
 
     def _parkable(self) -> int:
         """How many of the leading tokens held may be parked: those that were handed over to the store, and identified;
@@ -193,7 +196,8 @@ class ParkingCache(CacheContent):
             return
         own = common_prefix(self._view.whole(self._chain.ids), ids)
         best: tuple[int, DeviceEntry] | None = None
-        for entry in tier.entries(self._attachment.parked, self.session):
+        assert self._store is not None
+        for entry in tier.entries(self._attachment.parked, self.session, self._store.namespace):
             parked: Parked | None = entry.content
             if parked is None:
                 continue

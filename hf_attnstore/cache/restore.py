@@ -15,7 +15,9 @@ from ..store.policy import lookahead_depth
 from ..store.store import AttentionStore
 from ..store.transfer import Load, Piece, Stage
 from .layers import KeptLayer, SlidingLayer
+from .overlap import Overlap
 from .positions import Geometry, Rotation
+from .recording import TurnRecorder
 from .states import RunningState, decode_numbers
 
 
@@ -65,6 +67,9 @@ def resident_from(layer: KeptLayer, length: int, whole_from: int) -> int:
 class Restore:
     """A load into the layers of a cache. Made with nothing moved yet; `start` and the layers' hooks drive it."""
 
+    recorder: TurnRecorder | None = None
+    overlap = Overlap()
+
     def __init__(
         self, layers: Sequence[KeptLayer], load: Load, pace: Pace, rotated_tokens: int = 0, first_loaded: int = 0
     ) -> None:
@@ -80,6 +85,8 @@ class Restore:
         self._waited = 0.0
         self._compute: list[float] = []
         self.exposed_seconds = 0.0
+        self.planning_seconds = 0.0
+        """What it took to plan the load: finding room, opening blocks."""
         for number, layer in enumerate(layers):
             layer.pending = partial(self._wait, number)
 
@@ -87,9 +94,25 @@ class Restore:
     def load(self) -> Load:
         return self._load
 
+    def look_ahead(self, layers: int) -> None:
+        """Sets how many layers are asked for beyond the one that computes."""
+        self._depth = layers
+
     def start(self) -> None:
-        """Asks for the first layers; returns at once."""
+        """Asks for the first layers; returns at once.
+
+        Raises:
+            LoadError: a block could not be read; only where everything is to be in place first.
+        """
+        if self.overlap.io_threads:
+            self._load.use_threads()
+        if self.overlap.depth is not None:
+            self._depth = self.overlap.depth
+        self._load.recorder = self.recorder
         self._load.request(self._depth)
+        if self.overlap.load_first:
+            for layer in self._layers:
+                layer.settle()
 
     def before_layer(self, number: int) -> None:
         """A decoder layer is about to compute: keeps the next ones on their way, and measures the pace."""
@@ -102,7 +125,10 @@ class Restore:
         self._clock, self._waited = now, 0.0
 
     def _wait(self, number: int) -> None:
+        began = self.recorder.now(number) if self.recorder is not None else 0.0
         waited = self._load.wait(number)
+        if self.recorder is not None:
+            self.recorder.waited(number, began)
         self.exposed_seconds += waited
         self._waited += waited
 

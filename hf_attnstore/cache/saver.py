@@ -69,6 +69,7 @@ class BlockSaver:
         self._tail: tuple[int, Key] | None = None
         self._superseded: set[Key] = set()
         """Short blocks that others took the place of: the store may have them now, and not when it has written."""
+        self._refill: frozenset[int] = frozenset()
         self._stalled = False
         self.due = False
         """Whether the forward that runs now completes a block: if not, its layers have nothing to hand over."""
@@ -77,16 +78,20 @@ class BlockSaver:
         self.saved_bytes = 0
         self.seconds = 0.0
 
-    def begin_turn(self, in_store: int, tail: Key | None) -> None:
+    def begin_turn(self, in_store: int, tail: tuple[int, Key] | None, refill: frozenset[int] = frozenset()) -> None:
         """Sets where saving starts.
 
         Args:
-            in_store: number of leading tokens that the store has.
-            tail: the short block that ends them, which the next block at its place will supersede.
+            in_store: number of leading tokens of which nothing has to be saved.
+            tail: the short block that ends what the store has, by its number, which the next block at its place will
+                supersede.
+            refill: numbers of blocks that the store has on disk alone, and that are about to be computed all the same:
+                where there is room they are kept in memory, so that this is not needed again.
         """
         self._drop_open()
         self._next = self._chain.block_at(in_store)
-        self._tail = (self._next, tail) if tail is not None else None
+        self._tail = tail
+        self._refill = refill
         self._stalled = self.holds_back = False
         self.saved_bytes = 0
         self.seconds = 0.0
@@ -113,7 +118,7 @@ class BlockSaver:
             if (
                 device is not None and device.type == "cuda"
             ):  # what is on its way to the host must not be overwritten before it is there
-                torch.cuda.current_stream(device).wait_stream(_save_stream(device))
+                torch.cuda.current_stream(device).wait_stream(save_stream(device))
         self._mark_saved()
 
     def _mark_saved(self) -> None:
@@ -173,7 +178,10 @@ class BlockSaver:
     def _in_store(self, block: int) -> bool:
         if block not in self._known:
             key = self._chain.key(block)
-            self._known[block] = key not in self._superseded and self._store.has(key)
+            known = key not in self._superseded and self._store.has(key)
+            if known and block in self._refill:
+                known = self._store.tier_of(key) != "disk"
+            self._known[block] = known
         return self._known[block]
 
     def _copy(self, block: int, number: int, *, wait: bool) -> bool:
@@ -192,7 +200,10 @@ class BlockSaver:
         if not self._store.reserve(size, wait=wait):
             # bytes of a block that can't be completed now would be missing where they could be used
             self._store.release(self._open.pop(block).reserved)
-            self._stalled = not wait
+            if block in self._refill:
+                self._end_refill()
+            else:
+                self._stalled = not wait
             return False
         piecewise.reserved += size
         piecewise.layers[number] = {
@@ -212,13 +223,27 @@ class BlockSaver:
             tokens=self._chain.tokens(block),
             continues=self._continues if block == 0 else b"",
         )
+        if block in self._refill and self._store.has(meta.key):
+            self._store.keep_in_memory(Block(meta, tensors, piecewise.arriving))
+            return
         supersedes = self._tail[1] if self._tail is not None and self._tail[0] == block else None
         self._superseded.discard(meta.key)
         if supersedes is not None:
             self._superseded.add(supersedes)
         self._store.put(Block(meta, tensors, piecewise.arriving), supersedes)
         self.saved_bytes += piecewise.reserved
-        self._tail = (block, meta.key) if meta.token_count < self._chain.block_size else None
+        if meta.token_count < self._chain.block_size:
+            self._tail = (block, meta.key)
+        elif self._tail is not None and self._tail[0] <= block:
+            self._tail = None
+
+    def _end_refill(self) -> None:
+        """What the store has on disk is left there from now on."""
+        for block in self._refill:
+            if block in self._open:
+                self._store.release(self._open.pop(block).reserved)
+            self._known.pop(block, None)
+        self._refill = frozenset()
 
     # after the turn
 
@@ -229,6 +254,7 @@ class BlockSaver:
         """
         began = time.perf_counter()
         self._stalled = self.holds_back = False
+        self._end_refill()
         size = self._chain.block_size
         while self._chain.bounds(self._next)[0] < tokens:
             block = self._next
@@ -265,7 +291,7 @@ def copy_to_host(
         if tensor.device.type != "cuda":
             return take(tensor).copy_(tensor)
         copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    stream = _save_stream(tensor.device)
+    stream = save_stream(tensor.device)
     stream.wait_stream(torch.cuda.current_stream(tensor.device))
     with torch.cuda.stream(stream):
         copy.copy_(tensor, non_blocking=True)
@@ -279,7 +305,7 @@ def copy_to_host(
 _streams: dict[torch.device, torch.cuda.Stream] = {}
 
 
-def _save_stream(device: torch.device) -> torch.cuda.Stream:
+def save_stream(device: torch.device) -> torch.cuda.Stream:
     """The stream, one for each device, on which KV leaves it."""
     if device not in _streams:
         _streams[device] = torch.cuda.Stream(device)

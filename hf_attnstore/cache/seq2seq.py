@@ -66,7 +66,7 @@ class SequenceToSequenceCache(AttentionStoreCache, EncoderDecoderCache):
     loaded, and the encoder does not run, unless the decoder reads its output elsewhere too.
 
     Args:
-        model, session, store, save, wait: see `AttentionStoreCache`. A session is the encoder's input and the
+        model, session, store, record, save, wait: see `AttentionStoreCache`. A session is the encoder's input and the
             decoder's tokens of its last turn. Nothing is ever dropped here, so `drop` has no effect.
 
     Raises:
@@ -85,12 +85,14 @@ class SequenceToSequenceCache(AttentionStoreCache, EncoderDecoderCache):
         window: int | None = None,
         keep_first: int = 0,
         drop: float = 0.0,
+        record: bool = False,
         save: bool = True,
         wait: float = 0.0,
+        gate: bool | None = None,
     ) -> None:
         if window is not None or keep_first:
             raise CacheUseError("encoder-decoder models have no window: leave out window and keep_first")
-        super().__init__(model, session, store, drop=0, save=save, wait=wait)
+        super().__init__(model, session, store, drop=0, record=record, save=save, wait=wait, gate=gate)
 
     def _prepare_empty(self) -> None:
         super()._prepare_empty()
@@ -372,7 +374,7 @@ class SequenceToSequenceCache(AttentionStoreCache, EncoderDecoderCache):
             self._note(f"a load failed, the encoder runs again: {error}", "load failed")
             self._clear_encoder()
             return 0
-        self._encoder_restore = restore
+        self._encoder_restore = self._watched(restore)
         if restore is not None:
             restore.start()
         for number in self.is_updated:

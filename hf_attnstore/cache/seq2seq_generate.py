@@ -76,7 +76,9 @@ def _run(
                     changed["encoder_outputs"] = outputs
             unreadable = ""
             try:
-                return original(*args, **changed)
+                output = original(*args, **changed)
+                cache.note_first_token()
+                return output
             except LoadError as error:
                 # the load belongs to the first forward: no token has been made yet, only the prompt was streamed
                 cache.abandon(error)

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
+from ..store.sizes import format_bytes
+
 
 @dataclass
 class TurnStats:
@@ -45,10 +47,35 @@ class TurnStats:
     """Why something that could have been reused was not; empty if nothing was."""
     missed: str = ""
     """The kind of that reason, in few words."""
+    gate: str = ""
+    """What was chosen to be reused of what is known, and why, in words; empty where there was nothing to choose."""
+    recompute_seconds: float | None = None
+    """How long computing the whole prompt would have taken, estimated; None while unknown."""
     encoder_reused: int = 0
     """Positions of an encoder's output whose keys and values were there already; encoder-decoder models only."""
     encoder_skipped: bool = False
     """Whether the encoder did not run at all."""
+    ttft_seconds: float | None = None
+    """From the call of `generate` to its first new token; None where none came, and in a loop of one's own."""
+    seconds: float = 0.0
+    """From the call of `generate`, or the first of a loop of one's own, to the turn's end, handing over included."""
+
+    def __str__(self) -> str:
+        """One line for people: what was reused, what it cost, and why something was not reused."""
+        parts = [
+            f"reused {self.reused_tokens:,} of {self.prompt_tokens:,} tokens",
+            f"prefilled {self.prefilled_tokens:,}",
+        ]
+        if self.dropped_tokens:
+            how = "kept keys rotated" if self.truncation == "rotated" else "the kept ones computed again"
+            parts.append(f"{self.dropped_tokens:,} out of the window ({how})")
+        if self.encoder_skipped:
+            parts.append("encoder skipped")
+        if self.loaded_bytes:
+            parts.append(f"loaded {format_bytes(self.loaded_bytes)} from {' and '.join(sorted(self.blocks_from))}")
+        if self.ttft_seconds is not None:
+            parts.append(f"first token after {self.ttft_seconds:.3f} s")
+        return ", ".join(parts) + (f" (not reused: {self.recomputed})" if self.recomputed else "")
 
 
 def added_up(rows: Sequence[TurnStats], whole: TurnStats) -> TurnStats:
@@ -56,9 +83,10 @@ def added_up(rows: Sequence[TurnStats], whole: TurnStats) -> TurnStats:
     total = TurnStats(recomputed=whole.recomputed, missed=whole.missed)
     for name in (entry.name for entry in fields(TurnStats)):
         values = [getattr(row, name) for row in rows]
-        if isinstance(values[0], (int, float)):
+        if all(isinstance(value, (int, float)) for value in values):
             setattr(total, name, sum(values))
     total.blocks_from = dict(sum((Counter(row.blocks_from) for row in rows), Counter()))
+    total.ttft_seconds, total.seconds = whole.ttft_seconds, whole.seconds  # rows run at the same time
     for row in rows:
         total.recomputed, total.missed = total.recomputed or row.recomputed, total.missed or row.missed
     return total

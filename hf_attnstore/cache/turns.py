@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +17,8 @@ from .layers import FullLayer
 from .modalities import Content, has_stand_ins
 from .parking import ParkingCache
 from .ranks import OtherRankError
+from .recording import TurnRecorder
+from .saver import BlockSaver
 from .states import RunningState
 from .stats import TurnStats
 
@@ -26,6 +29,9 @@ _MAX_EXPECTED_NEW = 4096
 
 class CacheTurns(ParkingCache):
     """A cache that has turns: one `generate` each, or the forwards of a loop of one's own up to `save`."""
+
+    _began = 0.0
+    """When the turn began, on the clock of `time.perf_counter`."""
 
     def save(self) -> None:
         """Ends a turn of one's own loop: everything complete is handed to the store, the session updated.
@@ -107,6 +113,8 @@ class CacheTurns(ParkingCache):
                 raise
             self._prompt = shown if checked else None
             self._prompt_tokens = len(shown)
+            if self.overlap.save_late:
+                self.hold_back()
             self._stops = self._choose_stops(reused, len(shown) - 1) if checked else []
             stats = self._stats
             stats.prompt_tokens = len(ids)
@@ -173,8 +181,15 @@ class CacheTurns(ParkingCache):
         """Whether a `generate` of this thread is running with this cache."""
         return self._in_turn and self._checked and self._turn_thread == threading.get_ident()
 
+    def note_first_token(self) -> None:
+        """`generate` has a new token, as it goes on or has returned. On a GPU that is when there really is one: it
+        has looked at it by then, so nothing of the prompt is still being computed."""
+        if self._checked and self._stats.ttft_seconds is None and 0 < self._prompt_tokens <= self._held:
+            self._stats.ttft_seconds = time.perf_counter() - self._began
+
     def end_of_generate(self) -> None:
         """`generate` has returned: notes it if the model computed without the cache that it was given."""
+        self.note_first_token()
         stats = self._stats
         if not stats.prefilled_tokens and not stats.generated_tokens:
             if not self._untracked:
@@ -205,6 +220,7 @@ class CacheTurns(ParkingCache):
                 except StoreClosedError:
                     self._stop_saving()
             finally:
+                self._stats.seconds = time.perf_counter() - self._began
                 self._close_turn()
 
     def hold_back(self) -> None:
@@ -248,6 +264,7 @@ class CacheTurns(ParkingCache):
         on the session."""
         if self._reopening:
             return
+        self._began = time.perf_counter()
         self.save()
         if not self._busy.acquire(blocking=False):
             raise SessionBusyError("this cache object is in the middle of another turn; make one object per thread")
@@ -271,6 +288,7 @@ class CacheTurns(ParkingCache):
         self._in_turn = True
         if self._store is not None and self._attachment.computes_on_cpu:
             self._store.begin_computing(id(self))
+        self._begin_recording()
         before = self._stats if self._reopening else TurnStats()
         self._stats = TurnStats(recomputed=before.recomputed, missed=before.missed)
         self._reopening = False
@@ -283,6 +301,7 @@ class CacheTurns(ParkingCache):
             layer.thaw()
         self._settle()
         self._identify()
+        self._gate.begin_turn(self._fingerprint, self._store if not self._untracked else None)
         self._continues = "parts"
         asks = not self._attachment.verified and self.granularity != "none"
         if asks and self._ranks.all(not self._untracked):
@@ -297,7 +316,27 @@ class CacheTurns(ParkingCache):
             self._untrack(f"nothing is known of layers of kind {kinds}", expected=True)
             self._stats.recomputed, self._stats.missed = self._untracked, "unknown kind of layer"
 
+    def _begin_recording(self) -> None:
+        """Where turns are recorded, this one has a recorder of its own, unless it goes on after a load that failed."""
+        if not self._reopening or not self.record_timeline:
+            self._end_recording()
+            self._recorder = TurnRecorder(self._store, self._attachment.devices) if self.record_timeline else None
+
+    def _end_recording(self) -> None:
+        """What was recorded stays until the next turn."""
+        if self._recorder is not None:
+            self._recorder.end()
+
+    def _finish_saving(self, saver: BlockSaver) -> int:
+        """Hands over what was not yet. Returns how many leading tokens the store has."""
+        began = time.perf_counter()
+        saved = saver.finish(len(self._chain))
+        if self._recorder is not None:
+            self._recorder.saved("end of the turn", began)
+        return saved
+
     def _close_turn(self) -> None:
+        self._end_recording()
         if self._store is not None:
             self._store.end_computing(id(self))
         if self._lock is not None:
@@ -346,13 +385,16 @@ class CacheTurns(ParkingCache):
             return
         stats = self._stats
         if self._saver is not None and self._changed:  # what was not computed now was handed over before, or let go
-            saved = self._saver.finish(len(self._chain))
+            saved = self._finish_saving(self._saver)
             self._take_checkpoint(wait=True)
-            # a turn that computed nothing that ids identify leaves the session as it was
-            if len(self._chain) or not self._untracked:
+            # a turn that computed nothing that ids identify leaves the session as it was, and so does one that was
+            # interrupted while it computed again what the store has
+            if len(self._chain) >= self._known and (len(self._chain) or not self._untracked):
                 self._commit(saved)
             stats.saved_bytes += self._saver.saved_bytes
             stats.save_seconds = self._saver.seconds
+        self._gate.end_turn(self.layers, self._store)
+        stats.recompute_seconds = self._gate.estimate(self._prompt_tokens)
         self._store.count_turn(
             stats.reused_tokens,
             stats.prompt_tokens,

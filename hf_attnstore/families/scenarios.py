@@ -228,7 +228,7 @@ def run_unreferenced(model: Any, twin: Any, folder: Path) -> Outcome:
     prompt = some_ids(FIRST, 11)
     for name, message in (("first turn", SECOND), ("second turn", THIRD), ("after a restart", 0), ("exact repeat", 0)):
         with _opened(talk) as store:
-            step, said = talk.unreferenced_turn(name, prompt, AttentionStoreCache(model, "talk", store))
+            step, said = talk.unreferenced_turn(name, prompt, AttentionStoreCache(model, "talk", store, gate=False))
         steps.append(step)
         if message:
             prompt = _prompt(said, message, len(steps))
@@ -245,7 +245,7 @@ def _opened(talk: _Conversation) -> AttentionStore:
 
 def _in_process(talk: _Conversation) -> list[Step]:
     with _opened(talk) as store:
-        cache = AttentionStoreCache(talk.model, "talk", store)
+        cache = AttentionStoreCache(talk.model, "talk", store, gate=False)
         one, said = talk.turn("first turn", some_ids(FIRST, 11), cache, loads=True)
         two, said = talk.turn("second turn", _prompt(said, SECOND, 12), cache, loads=False)
         three, _ = talk.turn("third turn", _prompt(said, THIRD, 13), cache, loads=False)
@@ -255,17 +255,20 @@ def _in_process(talk: _Conversation) -> list[Step]:
 def _across_a_restart(talk: _Conversation) -> list[Step]:
     with _opened(talk) as store:
         first, said = talk.turn(
-            "first turn", some_ids(FIRST, 21), AttentionStoreCache(talk.model, "talk", store), loads=True
+            "first turn", some_ids(FIRST, 21), AttentionStoreCache(talk.model, "talk", store, gate=False), loads=True
         )
     with _opened(talk) as store:
         step, said = talk.turn(
-            "after a restart", _prompt(said, SECOND, 22), AttentionStoreCache(talk.model, "talk", store), loads=True
+            "after a restart",
+            _prompt(said, SECOND, 22),
+            AttentionStoreCache(talk.model, "talk", store, gate=False),
+            loads=True,
         )
     with _opened(talk) as store:
         again, _ = talk.turn(
             "after another restart",
             _prompt(said, THIRD, 23),
-            AttentionStoreCache(talk.model, "talk", store),
+            AttentionStoreCache(talk.model, "talk", store, gate=False),
             loads=True,
         )
     return [first, step, again]
@@ -274,23 +277,27 @@ def _across_a_restart(talk: _Conversation) -> list[Step]:
 def _edited_history(talk: _Conversation) -> list[Step]:
     with _opened(talk) as store:
         _, said = talk.turn(
-            "first turn", some_ids(FIRST, 31), AttentionStoreCache(talk.model, "talk", store), loads=True
+            "first turn", some_ids(FIRST, 31), AttentionStoreCache(talk.model, "talk", store, gate=False), loads=True
         )
         prompt = _prompt(said, SECOND, 32)
-        talk.turn("second turn", prompt, AttentionStoreCache(talk.model, "talk", store), loads=True)
+        talk.turn("second turn", prompt, AttentionStoreCache(talk.model, "talk", store, gate=False), loads=True)
     edited = prompt.clone()
     edited[:, -SECOND + EDITED_AT :] = some_ids(SECOND - EDITED_AT, 33)
     if edited[0, -SECOND + EDITED_AT] == prompt[0, -SECOND + EDITED_AT]:
         edited[0, -SECOND + EDITED_AT] += 1
     with _opened(talk) as store:
-        step, _ = talk.turn("edited history", edited, AttentionStoreCache(talk.model, "talk", store), loads=True)
+        step, _ = talk.turn(
+            "edited history", edited, AttentionStoreCache(talk.model, "talk", store, gate=False), loads=True
+        )
     return [step]
 
 
 def _exact_repeat(talk: _Conversation) -> list[Step]:
     prompt = some_ids(FIRST, 41)
     with _opened(talk) as store:
-        talk.turn("first turn", prompt, AttentionStoreCache(talk.model, "talk", store), loads=True)
+        talk.turn("first turn", prompt, AttentionStoreCache(talk.model, "talk", store, gate=False), loads=True)
     with _opened(talk) as store:
-        step, _ = talk.turn("exact repeat", prompt, AttentionStoreCache(talk.model, "talk", store), loads=True)
+        step, _ = talk.turn(
+            "exact repeat", prompt, AttentionStoreCache(talk.model, "talk", store, gate=False), loads=True
+        )
     return [step]

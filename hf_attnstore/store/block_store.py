@@ -1,6 +1,7 @@
 """Blocks by key, wherever they are: found, loaded, and saved behind the caller's back."""
 
 import logging
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -11,7 +12,8 @@ import torch
 from ..errors import (
     LoadError,
 )
-from .blocks import TOKEN_IDS, Block, Match, TensorSpec
+from ..timeline import Timeline
+from .blocks import TOKEN_IDS, Block, BlockMeta, Match, TensorSpec
 from .keys import Key, chain_root, common_prefix, decode_tokens, encode_tokens
 from .opened import OpenStore
 from .transfer import Load, Source, Stage
@@ -37,6 +39,10 @@ class BlockStore(OpenStore):
         elsewhere = [key for key in keys if self._memory.get(key) is None]
         missing = set(elsewhere) - self._disk.has(elsewhere) if elsewhere else set()
         return next((place for place, key in enumerate(keys) if key in missing), len(keys))
+
+    def tier_of(self, key: Key) -> str:
+        """The tier that a block, which is somewhere, would be loaded from."""
+        return "memory" if self._memory.get(key) is not None else "disk"
 
     def nearest(self, parent: Key, ids: Sequence[int]) -> Match | None:
         """The block after `parent` that shares the longest beginning with `ids`; None if none shares a token."""
@@ -166,6 +172,10 @@ class BlockStore(OpenStore):
         self._accounts.count_all({"saved_blocks": 1, "saved_bytes": block.nbytes})
         self._writer.submit(partial(self._write, block, supersedes))
 
+    def keep_in_memory(self, block: Block) -> None:
+        """Takes over a complete block, whose bytes were reserved, that is on disk already."""
+        self._memory.insert(block, dirty=False)
+
     def touch(self, keys: Sequence[Key]) -> None:
         """Marks blocks as just used."""
         self._memory.touch(list(keys))
@@ -177,14 +187,20 @@ class BlockStore(OpenStore):
         self._disk.move({key: policy.place(row.place, row.group, now) for key, row in rows.items()})
 
     def promote(self, keys: Sequence[Key]) -> None:
-        """Copies blocks from disk into free or reclaimable memory, in the background and in order."""
+        """Copies blocks from disk into free or reclaimable memory, in the background and in order. What upcoming turns
+        need is not evicted for them."""
         for key in keys:
             self._writer.submit(partial(self._promote_one, key))
 
     def _promote_one(self, key: Key) -> None:
-        self._promote(key)
+        self._promote(key, job=sys.maxsize)
+
+    def stop_recording(self, timeline: Timeline) -> None:
+        """Takes a timeline out of `recorders` when everything that was handed over so far is on disk."""
+        self._writer.submit(partial(self.recorders.leave_out, timeline))
 
     def _write(self, block: Block, supersedes: Key | None) -> None:
+        began = time.perf_counter()
         try:
             written = self._write_after_its_beginning(block, supersedes)
         except Exception as error:
@@ -200,6 +216,7 @@ class BlockStore(OpenStore):
             else:
                 self._accounts.count("not_saved_blocks")
         finally:
+            self.recorders.add("write", _described(block.meta), began)
             self._memory.mark_clean(block.meta.key)
 
     def _write_after_its_beginning(self, block: Block, supersedes: Key | None) -> bool:
@@ -221,6 +238,7 @@ class BlockStore(OpenStore):
         Returns:
             The bytes copied; None where there is no room.
         """
+        began = time.perf_counter()
         try:
             if self._memory.get(key) is not None or not self._disk.has([key]):
                 return 0
@@ -241,6 +259,7 @@ class BlockStore(OpenStore):
                 except BaseException:
                     self._memory.release(size)
                     raise
+            self.recorders.add("fetch", _described(meta), began)
             return size if self._memory.insert(Block(meta, tensors), dirty=False) else 0
         except LoadError as error:
             self._reject(key, error)
@@ -260,3 +279,8 @@ class BlockStore(OpenStore):
         else:
             found = (held.meta.start, held.meta.tokens) if fingerprint in ("", held.meta.fingerprint) else None
         return (found[0], decode_tokens(found[1])) if found is not None else None
+
+
+def _described(meta: BlockMeta) -> str:
+    """What a block is, for a timeline."""
+    return f"tokens {meta.start:,}–{meta.stop:,}" if meta.state is None else f"states at {meta.stop:,}"

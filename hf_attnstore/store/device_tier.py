@@ -22,6 +22,8 @@ class DeviceEntry:
     """The number of what computed it; see `Owner`."""
     session: str | None
     """None for a conversation that is known by its content only."""
+    namespace: str
+    """Of the session; nothing is shared between two."""
     nbytes: int
     content: Any
     """Opaque; None when the entry is in the tier no more, except for who took it."""
@@ -83,17 +85,24 @@ class DeviceTier:
         return self._used
 
     def park(
-        self, owner: Owner, session: str | None, nbytes: int, content: Any, dropped: Callable[[], None] | None = None
+        self,
+        owner: Owner,
+        session: str | None,
+        nbytes: int,
+        content: Any,
+        dropped: Callable[[], None] | None = None,
+        *,
+        namespace: str = "",
     ) -> DeviceEntry | None:
         """Takes in what a turn left, as used just now, in place of what an earlier one left of the same session.
 
         Returns:
             None where it is larger than the tier, or the tier is closed; nothing is evicted then.
         """
-        entry = DeviceEntry(owner.number, session, nbytes, content, dropped)
+        entry = DeviceEntry(owner.number, session, namespace, nbytes, content, dropped)
         with self._lock:
             if session is not None:
-                for older in self.entries(owner, session):
+                for older in self.entries(owner, session, namespace):
                     self.drop(older)
             if self._closed or not 0 < nbytes <= self.capacity:
                 return None
@@ -114,10 +123,11 @@ class DeviceTier:
             self.drop(next(iter(self._entries.values())))
             self.evicted += 1
 
-    def entries(self, owner: Owner, session: str | None) -> list[DeviceEntry]:
+    def entries(self, owner: Owner, session: str | None, namespace: str = "") -> list[DeviceEntry]:
         """An owner's entries of a session, last used first: at most one, unless the session is None."""
         with self._lock:
-            found = [e for e in self._entries.values() if e.owner == owner.number and e.session == session]
+            mine = [e for e in self._entries.values() if e.owner == owner.number and e.namespace == namespace]
+            found = [entry for entry in mine if entry.session == session]
         return found[::-1]
 
     def take(self, entry: DeviceEntry) -> Any:
@@ -145,10 +155,10 @@ class DeviceTier:
         self._used -= entry.nbytes
         return True
 
-    def forget(self, session: str) -> None:
+    def forget(self, session: str, namespace: str = "") -> None:
         """A session was deleted."""
         self.forgotten += 1
-        self._drop_where(lambda entry: entry.session == session)
+        self._drop_where(lambda entry: (entry.namespace, entry.session) == (namespace, session))
 
     def forget_unnamed(self) -> None:
         """What belongs to no session was deleted."""
@@ -159,12 +169,12 @@ class DeviceTier:
         """What computed the entries is gone."""
         self._drop_where(lambda entry: entry.owner == number)
 
-    def rename(self, source: str, target: str) -> None:
+    def rename(self, source: str, target: str, namespace: str = "") -> None:
         """A session has another name now."""
         with self._lock:
             self.forgotten += 1
             for entry in list(self._entries.values()):
-                if entry.session == source:
+                if (entry.namespace, entry.session) == (namespace, source):
                     entry.session = target
 
     def clear(self) -> None:

@@ -38,6 +38,9 @@ class DeviceCopies:
         devices = {target.device for target in targets if target.device.type == "cuda"}
         self._streams = {device: torch.cuda.Stream(device) for device in devices}
         self._events: dict[int, list[torch.cuda.Event]] = defaultdict(list)
+        self._copies: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self.seconds = 0.0
+        """Time that copies to devices took, known after `drain`."""
         for device, stream in self._streams.items():  # targets may lie in memory that queued kernels still read
             stream.wait_stream(torch.cuda.current_stream(device))
 
@@ -45,6 +48,10 @@ class DeviceCopies:
     def pinned(self) -> bool:
         """Whether sources should lie in pinned memory."""
         return bool(self._streams)
+
+    def stream(self, device: torch.device) -> torch.cuda.Stream | None:
+        """The stream on which copies to a device go; None if it has none of its own."""
+        return self._streams.get(device)
 
     def copy(
         self,
@@ -63,14 +70,17 @@ class DeviceCopies:
                 arrived(targets)
             return
         with torch.cuda.stream(stream):
+            began = torch.cuda.Event(enable_timing=True)
+            began.record(stream)
             for name, target in targets.items():
                 target.copy_(sources[name], non_blocking=True)
                 target.record_stream(stream)
             if arrived is not None:
                 arrived(targets)
-            event = torch.cuda.Event()
+            event = torch.cuda.Event(enable_timing=True)
             event.record(stream)
         self._events[stage].append(event)
+        self._copies.append((began, event))
 
     def wait(self, stage: int) -> None:
         """Makes the current streams wait for what the stage has copied."""
@@ -81,3 +91,5 @@ class DeviceCopies:
         """Returns when nothing is being copied any more."""
         for stream in self._streams.values():
             stream.synchronize()
+        copies, self._copies = self._copies, []
+        self.seconds += sum(began.elapsed_time(ended) for began, ended in copies) / 1e3

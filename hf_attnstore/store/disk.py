@@ -16,6 +16,7 @@ from .blocks import TOKEN_IDS, Block, BlockMeta
 from .files import MAX_IOVECS, make_private_directory, write_file
 from .keys import Key, block_key, encode_tokens
 from .layout import MAX_HEADER_BYTES, Layout, StoredTensor, encode_block, parse_header
+from .throttle import throttled
 from .vault import Vault
 
 SUFFIX = ".safetensors"
@@ -104,6 +105,7 @@ class BlockFile:
         total = 0
         for first in range(0, len(buffers), MAX_IOVECS):
             total += self._read_into(buffers[first : first + MAX_IOVECS], offset + total)
+        throttled(total)
         for tensor, parts in wanted:
             if not self._guard.open(self.layout.meta, tensor.number, tensor.spec, parts, tensor.proof):
                 raise LoadError(f"{self.path}: the checksum of {tensor.spec.name} is wrong")

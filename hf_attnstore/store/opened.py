@@ -1,6 +1,7 @@
 """An open store: its tiers, threads and accounts, from opening to closing."""
 
 import atexit
+import copy
 import json
 import logging
 import os
@@ -10,13 +11,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self, cast
 
 from ..errors import (
     AttentionStoreError,
     SessionNameError,
     StoreClosedError,
 )
+from ..timeline import Recorders
 from .accounts import MISSED, Accounts, readable
 from .device_tier import DeviceTier
 from .eviction import Order
@@ -111,9 +113,13 @@ class OpenStore:
         self._writer = IOThreads(1, "write", self._right_of_way)
         self._savers: weakref.WeakSet[Saver] = weakref.WeakSet()
         self._saver_lock = threading.Lock()
-        self._committing: dict[str, tuple[str, Manifest]] = {}
-        """Fingerprint and manifest of sessions whose commit waits for the writer."""
-        self._closed = False
+        self.recorders = Recorders()
+        """Timelines of what is written and fetched in the background."""
+        self._committing: dict[tuple[str, str], tuple[str, Manifest]] = {}
+        """Fingerprint and manifest of sessions, by namespace and name, whose commit waits for the writer."""
+        self._end = threading.Event()
+        """Set when it is closed, for all of its namespaces."""
+        self._views: weakref.WeakValueDictionary[str, OpenStore] = weakref.WeakValueDictionary({self.namespace: self})
         self._prepare_upcoming()
         self._order.policy.recall(self._learned() or {})
         self._automatic = AutomaticSize(self._memory) if memory == AUTO else None
@@ -131,12 +137,12 @@ class OpenStore:
         self.close()
 
     def _check_open(self) -> None:
-        if self._closed:
+        if self.closed:
             raise StoreClosedError(f"the store {self.path} is closed; open it again with AttentionStore(...)")
 
     @property
     def closed(self) -> bool:
-        return self._closed
+        return self._end.is_set()
 
     def flush(self) -> None:
         """Returns when everything handed over is on disk, that of caches between two turns included."""
@@ -149,10 +155,10 @@ class OpenStore:
 
     def close(self) -> None:
         """Flushes and closes. Idempotent."""
-        if self._closed:
+        if self.closed:
             return
         self.flush()
-        self._closed = True
+        self._end.set()
         self._fetcher.close()
         self.device_tier.close()
         if self._automatic is not None:
@@ -174,6 +180,29 @@ class OpenStore:
         """What was handed over is on disk."""
         self._check_open()
         self._writer.drain()
+
+    # namespaces
+
+    def in_namespace(self, namespace: str) -> Self:
+        """This store, seen from another namespace: for a server with many users, one for each of them.
+
+        Sessions and blocks of the two never meet, while tiers, caps, threads and accounts are shared, so that a cap
+        holds for all namespaces together. Asked for the same namespace again, and while somebody still has it, it is
+        the same object. Closing one of them closes them all.
+
+        Raises:
+            SessionNameError: the name can't be used.
+            StoreClosedError: the store is closed.
+        """
+        self._check_open()
+        with self._saver_lock:
+            view = self._views.get(self.check_namespace(namespace))
+            if view is None:
+                view = copy.copy(self)
+                view.namespace = namespace
+                self._views[namespace] = view
+                _open_stores.add(view)
+        return cast(Self, view)
 
     # names
 

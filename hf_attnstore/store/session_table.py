@@ -7,7 +7,7 @@ believed: unlike blocks, rows have no file that says the same with a checksum of
 import json
 import sqlite3
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -298,6 +298,21 @@ class SessionTable:
         )
         name = json.loads(self._vault.unseal(row[2]))[1]
         return SessionInfo(name, tokens, nbytes, created, last_used, fingerprint, length)
+
+    def bytes_together(self, namespace: str, names: Iterable[str]) -> int:
+        """Bytes of the blocks in the conversations of these sessions, each block once.
+
+        Raises:
+            SessionNotFoundError: there is no such session.
+        """
+        with self._database.snapshot():
+            blocks: dict[int, int] = {}
+            for name in names:
+                session = self.find(namespace, name)
+                blocks |= self._database.read(
+                    "SELECT id, bytes FROM blocks WHERE id IN (SELECT block FROM spans WHERE session = ?)", (session,)
+                )
+        return sum(blocks.values())
 
     def number(self, namespace: str) -> int:
         """How many sessions a namespace has."""

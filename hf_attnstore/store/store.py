@@ -96,6 +96,15 @@ class AttentionStore(UpcomingTurns):
         self._settle()
         return self._disk.index.sessions.info(self.namespace, name)
 
+    def bytes_together(self, *names: str) -> int:
+        """Bytes on disk of all blocks of these sessions, a block that several of them share counted once.
+
+        Raises:
+            SessionNotFoundError: there is no such session.
+        """
+        self._settle()
+        return self._disk.index.sessions.bytes_together(self.namespace, names)
+
     def session_count(self) -> int:
         """How many sessions this namespace has."""
         self._settle()
@@ -122,7 +131,7 @@ class AttentionStore(UpcomingTurns):
             for part in reversed(parts):
                 self._disk.delete_session(self.namespace, part, self._memory.discard, secure=secure)
         finally:
-            self.device_tier.forget(name)
+            self.device_tier.forget(name, self.namespace)
             for lock in locks:
                 lock.release()
 
@@ -158,7 +167,7 @@ class AttentionStore(UpcomingTurns):
             locks += [self.lock_session(part, wait=0) for part, _ in pairs if part != src]
             if not all(self._disk.rename(self.namespace, *pair) for pair in pairs):
                 raise AttentionStoreError(f"session {dst!r} exists already; delete it first or choose another name")
-            self.device_tier.rename(src, dst)
+            self.device_tier.rename(src, dst, self.namespace)
         finally:
             for lock in locks:
                 lock.release()
@@ -245,7 +254,7 @@ class AttentionStore(UpcomingTurns):
 
     def session_fingerprint(self, name: str) -> str | None:
         """The model fingerprint that a session was last saved with; None if there is no such session."""
-        pending = self._committing.get(name)
+        pending = self._committing.get((self.namespace, name))
         return pending[0] if pending is not None else self._disk.fingerprint(self.namespace, name)
 
     def lock_session(self, name: str, wait: float) -> SessionLock:
@@ -265,7 +274,8 @@ class AttentionStore(UpcomingTurns):
         Blocks of earlier branches stay the session's own, so that `delete` removes them too.
         """
         self._check_open()
-        pending = self._committing[session] = (fingerprint, manifest)
+        place = self.namespace, session
+        pending = self._committing[place] = (fingerprint, manifest)
         hold = self._locks.keep(self.namespace, session)
 
         def change() -> None:
@@ -273,8 +283,8 @@ class AttentionStore(UpcomingTurns):
                 self._disk.commit(self.namespace, session, fingerprint, manifest)
                 self._keep_totals()
             finally:
-                if self._committing.get(session) is pending:
-                    del self._committing[session]
+                if self._committing.get(place) is pending:
+                    del self._committing[place]
                 if hold is not None:
                     hold.done()
 

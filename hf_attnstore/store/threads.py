@@ -66,6 +66,7 @@ class IOThreads:
     """A few daemon threads that run tasks in the order given."""
 
     def __init__(self, count: int, name: str, right_of_way: RightOfWay | None = None) -> None:
+        self.count = count
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._submitting = threading.Lock()
         self._right_of_way = right_of_way

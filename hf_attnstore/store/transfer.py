@@ -17,12 +17,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, groupby
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from ..errors import LoadError
+from ..timeline import Time
 from .blocks import Block, as_bytes
+from .device_times import DeviceTimes
 from .devices import DeviceCopies, host_tensors
 from .disk import BlockFile
 from .keys import Key
@@ -76,6 +79,11 @@ class Stage:
     def nbytes(self) -> int:
         return sum(target.nbytes for target in self.all_targets())
 
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token in all targets."""
+        return sum(target.nbytes // max(target.shape[1], 1) for target in self.targets.values())
+
     def needs(self) -> list[Key]:
         """The blocks that it needs."""
         return [piece.key for piece in self.pieces] + ([self.checkpoint] if self.whole else [])
@@ -107,10 +115,38 @@ class LoadStats:
     """Time spent reading and copying, summed over I/O threads."""
     blocks_from: Counter[str] = field(default_factory=Counter)
     """Number of blocks by tier."""
+    bytes_from: Counter[str] = field(default_factory=Counter)
+    """`bytes` by tier."""
+    seconds_from: dict[str, float] = field(default_factory=dict)
+    """`seconds` by tier."""
+
+    def add(self, seconds: float, bytes_from: Mapping[str, int], reading: Mapping[str, float]) -> None:
+        """Adds a part of a load that took so long, of which some tiers are known to have taken a share by themselves;
+        what is left went by the others."""
+        self.bytes += sum(bytes_from.values())
+        self.seconds += seconds
+        self.bytes_from.update(bytes_from)
+        others = {tier: nbytes for tier, nbytes in bytes_from.items() if tier not in reading}
+        left = seconds - (sum(reading.values()) if others else 0.0)
+        for tier, nbytes in bytes_from.items():
+            share = nbytes / max(sum((others or bytes_from).values()), 1)
+            taken = reading[tier] if others and tier in reading else left * share
+            self.seconds_from[tier] = self.seconds_from.get(tier, 0.0) + taken
+
+
+class LoadRecorder(Protocol):
+    """Somebody who takes down what a load does, when it happens. Called by any thread."""
+
+    times: DeviceTimes
+
+    def brought(self, stage: int, how: str, begin: Time, end: Time) -> None:
+        """A part of a stage was put in place; `how`, if there is more than one step on the way."""
 
 
 class Load:
     """A running load. Made by `AttentionStore.load`; used by one thread."""
+
+    recorder: LoadRecorder | None = None
 
     def __init__(
         self,
@@ -138,10 +174,29 @@ class Load:
         self.stats = LoadStats(blocks_from=Counter(tier for tier, _ in sources.values()))
         self.stage_seconds = [0.0] * len(self._stages)
 
+    def needed_from(self) -> dict[str, float]:
+        """Seconds that the load needed by tier, as long as nothing held it up, once it has ended: on a device, I/O
+        threads work side by side, and so does what copies."""
+        found = dict(self.stats.seconds_from)
+        if not all(self._here):
+            for tier, seconds in found.items():
+                share = self.stats.bytes_from[tier] / max(self.stats.bytes, 1)
+                found[tier] = max(seconds / self._threads.count, self._devices.seconds * share)
+        return found
+
+    @property
+    def whole_bytes(self) -> int:
+        """Bytes of checkpoints that all stages bring."""
+        return sum(target.nbytes for stage in self._stages for target in stage.whole.values())
+
     @property
     def from_disk(self) -> list[Key]:
         """The blocks that are not in memory, in the order of their use."""
         return self._from_disk
+
+    def use_threads(self) -> None:
+        """Has the I/O threads bring what is for host memory too. To be called before anything is asked for."""
+        self._here = [False for _ in self._stages]
 
     def request(self, stage: int) -> None:
         """Asks for every stage up to and including `stage`; returns at once."""
@@ -208,14 +263,18 @@ class Load:
         parts = stage.parts() if len(self._from_disk) < len(self._sources) else []
         copies: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
         first = 0
+        bytes_from: Counter[str] = Counter()
+        reading: Counter[str] = Counter()
         for place, piece in enumerate(stage.pieces):
-            source = self._sources[piece.key][1]
+            tier, source = self._sources[piece.key]
+            bytes_from[tier] += piece.tokens * stage.token_bytes
             if isinstance(source, Block):
                 source.wait_ready()
                 for name, target in parts[place].items():
                     copies[0].append(target)
                     copies[1].append(source.tensors[name][:, piece.start : piece.stop])
             else:
+                started = time.perf_counter_ns()
                 try:
                     _read_into_rows(source, piece, stage.targets, rows, first)
                 except LoadError as error:
@@ -225,8 +284,10 @@ class Load:
                 except Exception as error:
                     self.error = LoadError(f"reading block {piece.key.hex()} failed: {error!r}")
                     return
+                reading[tier] += time.perf_counter_ns() - started
             first += piece.tokens
         if stage.whole:
+            bytes_from[self._sources[stage.checkpoint][0]] += sum(target.nbytes for target in stage.whole.values())
             try:
                 found = self._whole_tensors(stage)
             except LoadError as error:
@@ -239,7 +300,8 @@ class Load:
             torch._foreach_copy_(*copies)
         stage.finish()
         self._in_place[number] = True
-        self._account(number, stage.nbytes, time.perf_counter() - began)
+        read = {tier: taken * 1e-9 for tier, taken in reading.items()}
+        self._account(number, time.perf_counter() - began, bytes_from, read)
 
     def _whole_tensors(self, stage: Stage) -> dict[str, torch.Tensor]:
         """The tensors of a stage's checkpoint, in host memory."""
@@ -250,11 +312,15 @@ class Load:
                 raise LoadError(f"the {name} of a checkpoint is {tuple(found[name].shape)} {found[name].dtype}")
         return found
 
-    def _account(self, number: int, nbytes: int, seconds: float) -> None:
+    def _account(
+        self, number: int, seconds: float, bytes_from: Mapping[str, int], reading: Mapping[str, float]
+    ) -> None:
         with self._lock:
-            self.stats.bytes += nbytes
-            self.stats.seconds += seconds
+            self.stats.add(seconds, bytes_from, reading)
             self.stage_seconds[number] += seconds
+        if self.recorder is not None:
+            end = time.perf_counter()
+            self.recorder.brought(number, "read" if self._devices.pinned else "", end - seconds, end)
 
     # on the I/O threads
 
@@ -265,14 +331,31 @@ class Load:
         whole = host_tensors(self._sources[piece.key][1], targets, _read_adjacent, pinned=self._devices.pinned)
         sources = {name: whole[name][:, piece.start : piece.stop] for name in targets}
         arrived = partial(stage.arrived, piece.shift) if stage.arrived is not None and piece.shift else None
-        self._devices.copy(number, sources, targets, arrived)
+        self._copy(number, sources, targets, arrived)
         return sum(target.nbytes for target in targets.values())
 
     def _bring_whole(self, number: int) -> int:
         """Brings a stage's part of a checkpoint to a device."""
         stage = self._stages[number]
-        self._devices.copy(number, self._whole_tensors(stage), stage.whole, None)
+        self._copy(number, self._whole_tensors(stage), stage.whole, None)
         return sum(target.nbytes for target in stage.whole.values())
+
+    def _copy(
+        self,
+        number: int,
+        sources: Mapping[str, torch.Tensor],
+        targets: Mapping[str, torch.Tensor],
+        arrived: Callable[[Mapping[str, torch.Tensor]], None] | None,
+    ) -> None:
+        """Copies a part of a stage to a device."""
+        device = next(iter(targets.values())).device
+        stream = self._devices.stream(device)
+        if self.recorder is None or stream is None:
+            self._devices.copy(number, sources, targets, arrived)
+            return
+        began = self.recorder.times.mark(device, stream)
+        self._devices.copy(number, sources, targets, arrived)
+        self.recorder.brought(number, "copy", began, self.recorder.times.mark(device, stream))
 
     def _bring(self, number: int, key: Key, bring: Callable[[], int]) -> None:
         """Runs one part of a stage's way to a device."""
@@ -280,7 +363,7 @@ class Load:
         try:
             if not self._cancelled and self.error is None:
                 nbytes = bring()
-                self._account(number, nbytes, time.perf_counter() - began)
+                self._account(number, time.perf_counter() - began, {self._sources[key][0]: nbytes}, {})
         except LoadError as error:
             self.error = error
             self._on_failure(key, error)

@@ -3,7 +3,9 @@
 import threading
 import time
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import zip_longest
 
 from .block_store import BlockStore
 from .keys import Key
@@ -11,17 +13,40 @@ from .lookahead import fetch_window, keep_window
 from .manifest import Manifest
 from .policies import Place, Use
 
+Session = tuple[str, str]
+"""Namespace and name."""
+
+
+@dataclass
+class _Plans:
+    """What is to come, in all namespaces of a store: they share the memory that it is fetched into."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    scheduled: dict[str, list[str]] = field(default_factory=dict)
+    """Names by namespace."""
+    expected: dict[Session, float] = field(default_factory=dict)
+    """Until when, on the monotonic clock."""
+    number: int = 0
+    """Of the plan that holds; counts up."""
+    blocks: dict[Session, dict[Key, int]] = field(default_factory=dict)
+    """Blocks, with their bytes, of sessions that are to come."""
+
+    def in_order(self) -> list[Session]:
+        """The sessions that are scheduled or expected, in the order in which they are thought to run. What is scheduled
+        in several namespaces takes turns. Call it with the lock."""
+        now = time.monotonic()
+        self.expected = {session: until for session, until in self.expected.items() if until > now}
+        rounds = zip_longest(*([(space, name) for name in names] for space, names in self.scheduled.items()))
+        scheduled = [session for round_ in rounds for session in round_ if session is not None]
+        soon = sorted(self.expected, key=self.expected.__getitem__)
+        return [*scheduled, *(session for session in soon if session not in scheduled)]
+
 
 class UpcomingTurns(BlockStore):
     """The part of an `AttentionStore` that looks ahead, and back at what was used."""
 
     def _prepare_upcoming(self) -> None:
-        self._plans = threading.Lock()
-        self._scheduled: list[str] = []
-        self._expected: dict[str, float] = {}
-        self._plan = 0
-        self._known_blocks: dict[str, dict[Key, int]] = {}
-        """Blocks, with their bytes, of sessions that are expected."""
+        self._plans = _Plans()
 
     def schedule(self, upcoming: Sequence[str]) -> None:
         """Says which sessions run next, in order; a name may come more than once. Replaces what was said before.
@@ -34,10 +59,12 @@ class UpcomingTurns(BlockStore):
         """
         self._check_open()
         names = [self.check_name(name) for name in upcoming]
-        with self._plans:
-            if names == self._scheduled:
+        with self._plans.lock:
+            if names == self._plans.scheduled.get(self.namespace, []):
                 return
-            self._scheduled = names
+            self._plans.scheduled[self.namespace] = names
+            if not names:
+                del self._plans.scheduled[self.namespace]
         self._replan()
 
     def expect(self, session: str, within: float = 60.0) -> None:
@@ -52,21 +79,19 @@ class UpcomingTurns(BlockStore):
         """
         self._check_open()
         self.check_name(session)
-        with self._plans:
+        place = self.namespace, session
+        with self._plans.lock:
             if within > 0:
-                self._expected[session] = time.monotonic() + within
-            elif self._expected.pop(session, None) is None:
+                self._plans.expected[place] = time.monotonic() + within
+            elif self._plans.expected.pop(place, None) is None:
                 return
         self._replan()
 
     @property
     def upcoming(self) -> Sequence[str]:
-        """The sessions that are scheduled or expected, in the order in which they are thought to run."""
-        with self._plans:
-            now = time.monotonic()
-            self._expected = {name: until for name, until in self._expected.items() if until > now}
-            soon = sorted(self._expected, key=self._expected.__getitem__)
-            return [*self._scheduled, *(name for name in soon if name not in self._scheduled)]
+        """The sessions of this namespace that are scheduled or expected, in the order in which they are to run."""
+        with self._plans.lock:
+            return [name for namespace, name in self._plans.in_order() if namespace == self.namespace]
 
     def residence(self, session: str) -> dict[str, int]:
         """Bytes of a session's blocks by tier, `memory` and `disk`; a block may be in both.
@@ -82,36 +107,40 @@ class UpcomingTurns(BlockStore):
 
     def latest_manifest(self, session: str) -> Manifest | None:
         """What a session consists of, or will when what was handed over is on disk; None if there is none."""
+        return self._manifest_of((self.namespace, session))
+
+    def _manifest_of(self, session: Session) -> Manifest | None:
         pending = self._committing.get(session)
-        return pending[1] if pending is not None else self._disk.manifest(self.namespace, session)
+        return pending[1] if pending is not None else self._disk.manifest(*session)
 
     # fetching
 
     def _replan(self) -> None:
-        with self._plans:
-            self._plan += 1
-            plan = self._plan
+        with self._plans.lock:
+            self._plans.number += 1
+            plan = self._plans.number
         self._fetcher.submit(partial(self._guarded, partial(self._look_ahead, plan)))
 
     def _outdated(self, plan: int) -> bool:
-        return self._closed or plan != self._plan
+        return self.closed or plan != self._plans.number
 
     def _look_ahead(self, plan: int) -> None:
         """Gives the blocks of upcoming turns their jobs, and fetches those of the next ones."""
         if self._outdated(plan):
             return
-        names = self.upcoming
-        with self._plans:
-            self._known_blocks = {name: self._known_blocks[name] for name in names if name in self._known_blocks}
+        plans = self._plans
+        with plans.lock:
+            sessions = plans.in_order()
+            plans.blocks = {session: plans.blocks[session] for session in sessions if session in plans.blocks}
         lookahead = self._order.lookahead
         sizes: list[int] = []
         blocks: dict[Hashable, Sequence[Key]] = {}
-        window = len(names)
-        for place, name in enumerate(names):
+        window = len(sessions)
+        for place, session in enumerate(sessions):
             if self._outdated(plan):
                 return
-            found = self._blocks_of(name)
-            blocks[name] = tuple(found)
+            found = self._blocks_of(session)
+            blocks[session] = tuple(found)
             if found:
                 sizes.append(sum(found.values()))
                 mean = sum(sizes) / len(sizes)
@@ -119,19 +148,19 @@ class UpcomingTurns(BlockStore):
             if place + 1 >= window:
                 break
         mean = sum(sizes) / len(sizes) if sizes else 0.0
-        self._memory.reschedule(partial(lookahead.schedule, names, blocks, window))
+        self._memory.reschedule(partial(lookahead.schedule, sessions, blocks, window))
         for number, key in list(lookahead.fetches(fetch_window(self._memory.capacity, mean))):
             assert isinstance(key, bytes)
             if self._outdated(plan) or not self._fetch(key, number):
                 return
 
-    def _blocks_of(self, name: str) -> dict[Key, int]:
+    def _blocks_of(self, session: Session) -> dict[Key, int]:
         """The blocks of a session, in order, with their bytes."""
-        with self._plans:
-            known = self._known_blocks.get(name)
+        with self._plans.lock:
+            known = self._plans.blocks.get(session)
         if known is not None:
             return known
-        manifest = self.latest_manifest(name)
+        manifest = self._manifest_of(session)
         keys = [span.block for span in manifest.spans if span.block] if manifest is not None else []
         keys += [key for key in manifest.beside if key not in keys] if manifest is not None else []
         on_disk = self._disk.sizes(keys)
@@ -139,8 +168,8 @@ class UpcomingTurns(BlockStore):
         for key in keys:
             held = self._memory.get(key)
             found[key] = held.nbytes if held is not None else on_disk.get(key, 0)
-        with self._plans:
-            self._known_blocks[name] = found
+        with self._plans.lock:
+            self._plans.blocks[session] = found
         return found
 
     def _fetch(self, key: Key, job: int) -> bool:
@@ -156,12 +185,14 @@ class UpcomingTurns(BlockStore):
 
     def _turn_is_over(self, session: str) -> None:
         """A turn that was scheduled or expected has run: what the session consists of is not what it was."""
-        with self._plans:
-            self._known_blocks.pop(session, None)
-            expected = self._expected.pop(session, None) is not None
-            scheduled = session in self._scheduled
+        place = self.namespace, session
+        with self._plans.lock:
+            self._plans.blocks.pop(place, None)
+            expected = self._plans.expected.pop(place, None) is not None
+            names = self._plans.scheduled.get(self.namespace, [])
+            scheduled = session in names
             if scheduled:
-                self._scheduled.remove(session)
+                names.remove(session)
         if expected or scheduled:
             self._replan()
 

@@ -933,6 +933,7 @@ def everything(root: Path, seed: int = SEED) -> list[Outcome]:
 
 
 if __name__ == "__main__":
+    os.environ["ATTNSTORE_GATE"] = "off"
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         print(*everything(Path(folder) / "store"), sep="\n")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_attnstore.cache.buffers import HostBuffers
@@ -13,7 +13,7 @@ from hf_attnstore.session.matching import match_prefix
 from hf_attnstore.session.spans import Span, crop, overlapping, total_tokens
 from hf_attnstore.store.blocks import Match
 from hf_attnstore.store.keys import Key, block_key, chain_root, decode_tokens, encode_tokens
-from hf_attnstore.store.policy import LeafLRU, lookahead_depth
+from hf_attnstore.store.policy import lookahead_depth
 
 ROOT = chain_root("f", "")
 IDS = st.lists(st.integers(0, 3), max_size=40)
@@ -116,41 +116,6 @@ def test_matching_finds_the_longest_beginning_of_any_conversation(
     longest = max((common_prefix(np.array(ids), np.array(other)) for other in known), default=0)
     assert total_tokens(spans) == longest
     assert [p[0] for p in positions(spans)] == list(range(longest))
-
-
-@settings(max_examples=150)
-@given(st.lists(st.tuples(st.sampled_from(["add", "touch", "evict", "remove"]), st.integers(0, 11)), max_size=60))
-def test_eviction_takes_the_least_recently_used_leaf(steps: list[tuple[str, int]]) -> None:
-    """Blocks 0..11 form chains 0-1-2-3, 4-5-6-7 and 8-9-10-11."""
-    order: LeafLRU = LeafLRU()
-    model: dict[int, int] = {}
-    keys = [bytes([n]) for n in range(12)]
-    for clock, (action, n) in enumerate(steps):
-        parent = keys[n - 1] if n % 4 else b"root"
-        if action == "add":
-            order.add(keys[n], parent, n % 4)
-            model[n] = clock
-        elif action == "touch":
-            chain = [m for m in range(n - n % 4, n + 1) if m in model]
-            order.touch([keys[m] for m in chain])
-            model.update(dict.fromkeys(chain, clock))
-        elif action == "remove":
-            order.remove(keys[n])
-            model.pop(n, None)
-        else:
-            leaves = [m for m in model if not (m % 4 < 3 and m + 1 in model)]
-            expected = min(leaves, key=lambda m: (model[m], -(m % 4)), default=None)
-            victim = order.victim()
-            if expected is None:
-                assert victim is None
-            else:
-                assert victim is not None
-                chosen = victim[0]
-                assert chosen in leaves
-                assert (model[chosen], -(chosen % 4)) == (model[expected], -(expected % 4))
-                order.remove(victim)
-                del model[chosen]
-    assert len(order) == len(model)
 
 
 def test_looking_ahead_goes_by_what_was_measured() -> None:

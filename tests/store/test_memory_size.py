@@ -22,6 +22,7 @@ from hf_attnstore.errors import AttentionStoreError
 from hf_attnstore.store import memory_size
 from hf_attnstore.store.memory import MemoryTier
 from hf_attnstore.store.memory_size import AutomaticSize, FreeMemory, free_memory, next_capacity
+from hf_attnstore.store.policies import LRU
 
 MIB, GIB = 1 << 20, 1 << 30
 
@@ -257,7 +258,7 @@ def test_the_thread_ends_with_the_store(tmp_path: Path, machine: Machine) -> Non
     with _opened(tmp_path / "store", machine):
         assert len(watching()) == 1
     assert watching() == []
-    size = AutomaticSize(MemoryTier(0))
+    size = AutomaticSize(MemoryTier(0, LRU()))
     gone = weakref.ref(size)
     del size  # nobody closed it
     _until(lambda: gc.collect() >= 0 and gone() is None and not watching())

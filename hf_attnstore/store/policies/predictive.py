@@ -48,6 +48,7 @@ class Predictive(Policy):
         self._shorts: OrderedDict[Hashable, float] = OrderedDict()
         self._short_of: dict[Hashable, Hashable] = {}
         self._turns = 0
+        self._now = 0.0
         self._refresh_at = 16
 
     def group(self, use: Use) -> int:
@@ -99,9 +100,12 @@ class Predictive(Policy):
         self._turns += 1
         if self._turns >= self._refresh_at:
             self._refresh_at = self._turns + max(16, min(self._turns // 2, 256), len(self._ends) // 16)
-            ends = ((end.group, now - end.at) for end in self._ends.values())
-            shorts = ((0, now - at) for at in self._shorts.values())
-            self._returns.refresh([*ends, *shorts])
+            self._returns.refresh(self._waiting(now))
+        self._now = now
+
+    def _waiting(self, now: float) -> list[tuple[int, float]]:
+        ends = ((end.group, now - end.at) for end in self._ends.values())
+        return [*ends, *((0, now - at) for at in self._shorts.values())]
 
     def place(self, before: Place | None, group: int, now: float, *, short: bool = False) -> Place:
         return Place(0 if short else group, now)
@@ -115,7 +119,7 @@ class Predictive(Policy):
         return self._returns.worth[place.group][bin_of(now - place.stamp)]
 
     def learned(self) -> dict[str, Any]:
-        return self._returns.learned()
+        return self._returns.learned(self._waiting(self._now))
 
     def recall(self, learned: Mapping[str, Any]) -> None:
         self._returns.recall(learned)

@@ -34,6 +34,8 @@ class Returns:
         self._returned = np.zeros((groups, BINS))
         self._lost = np.zeros(groups)
         """Conversations that are no longer waited for."""
+        self._before = np.zeros((groups, BINS))
+        """Those that an earlier process waited for, by how long they had been away when it ended."""
         self.worth = np.tile(_unknown(), (groups, 1)).tolist()
         """By group and bin of the age: expected returns per second of keeping."""
 
@@ -51,13 +53,11 @@ class Returns:
         Args:
             waiting: group and age in seconds of every conversation that has not come back.
         """
-        away = np.zeros_like(self._returned)
-        for group, age in waiting:
-            away[group, bin_of(age)] += 1
+        away = self._before + self._count(waiting)
         away[:, -1] += self._lost
         too_many = self._returned.sum(axis=1) > _FORGET
-        self._returned[too_many] /= 2
-        self._lost[too_many] /= 2
+        for counts in (self._returned, self._lost, self._before):
+            counts[too_many] /= 2
         returned, at_risk = self._returned, _at_risk(self._returned, away)
         # groups lean on what is known of all, and that on a curve which falls with age: so ages order what nobody knows
         prior = 1 / (_MIDDLES + 60) * _WIDTHS * 0.3
@@ -65,20 +65,28 @@ class Returns:
         hazard = np.clip((returned + PRIOR * common) / (at_risk + PRIOR), 0, 0.99)
         self.worth = _best_ratio(hazard).tolist()
 
-    def learned(self) -> dict[str, Any]:
-        return {"edges": len(EDGES), "returned": self._returned.tolist(), "lost": self._lost.tolist()}
+    def _count(self, waiting: Iterable[tuple[int, float]]) -> np.ndarray:
+        counts = np.zeros_like(self._returned)
+        for group, age in waiting:
+            counts[group, bin_of(age)] += 1
+        return counts
+
+    def learned(self, waiting: Iterable[tuple[int, float]]) -> dict[str, Any]:
+        """What is known, for the next process, which will not know those that are `waiting`."""
+        away = self._before + self._count(waiting)
+        return {"returned": self._returned.tolist(), "lost": self._lost.tolist(), "away": away.tolist()}
 
     def recall(self, learned: Mapping[str, Any]) -> None:
         try:
-            returned = np.array(learned["returned"], dtype=float)
-            lost = np.array(learned["lost"], dtype=float)
+            found = [np.array(learned[name], dtype=float) for name in ("returned", "lost", "away")]
         except (KeyError, TypeError, ValueError):
             return
-        if returned.shape == self._returned.shape and lost.shape == self._lost.shape:
-            sound = all(np.isfinite(found).all() and (found >= 0).all() for found in (returned, lost))
-            if sound:
-                self._returned, self._lost = returned, lost
-                self.refresh(())
+        shapes = [self._returned.shape, self._lost.shape, self._before.shape]
+        if [counts.shape for counts in found] != shapes:
+            return
+        if all(np.isfinite(counts).all() and (counts >= 0).all() for counts in found):
+            self._returned, self._lost, self._before = found
+            self.refresh(())
 
 
 def _unknown() -> np.ndarray:

@@ -1,0 +1,1 @@
+"""The chat in a browser: `attnstore ui`. Needs the extra `ui` (Gradio 6)."""

@@ -1,0 +1,120 @@
+"""`attnstore ui`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from ..errors import AttentionStoreError
+
+
+def ui(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Hub name or folder of a chat model; without it, the small model of the repository.",
+            show_default=False,
+        ),
+    ] = None,
+    store: Annotated[
+        Path | None,
+        typer.Option(help="The store's directory; without it, attnstore in the Hugging Face home.", show_default=False),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; by default only this machine can ask.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes any that is free.")] = 7860,
+    auth: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="USER:PASSWORD of somebody who may use it, once for each. An account has the same conversations in "
+            "every browser.",
+            envvar="ATTNSTORE_UI_AUTH",
+            show_default=False,
+        ),
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="System message of new turns.", show_default=False)] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 200,
+    window: Annotated[
+        int | None,
+        typer.Option(min=2, help="Tokens the model sees at once; by default all it can.", show_default=False),
+    ] = None,
+    memory: Annotated[str, typer.Option(help="Host memory for KV, of all users together.")] = "2GiB",
+    disk: Annotated[str, typer.Option(help="Disk for KV, of all users together.")] = "50GiB",
+    sample: Annotated[bool, typer.Option(help="Sample answers instead of taking the likeliest token.")] = False,
+    device: Annotated[str | None, typer.Option(help="Such as cuda or cpu.", show_default=False)] = None,
+    dtype: Annotated[str, typer.Option(help="Such as bfloat16 or float32; auto is what the checkpoint has.")] = "auto",
+    screenshots: Annotated[
+        Path | None,
+        typer.Option(help="Only take pictures of the page, into this folder; needs playwright.", show_default=False),
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Only measure how fast the page is; needs playwright.")
+    ] = False,
+) -> None:
+    """Chat in the browser: conversations that go on where they were left, and what that saved."""
+    from ..chat_model import load_chat_model, small_model_path
+    from ..store import AttentionStore
+
+    serving = _serving()
+    console = Console(highlight=False, soft_wrap=True)
+
+    def load() -> Any:
+        return load_chat_model(model, device=device, dtype=dtype)
+
+    if screenshots is not None or measure:
+        _look(console, load, screenshots, measure=measure)
+        return
+    accounts = [_account(entry) for entry in auth or ()]
+    if not serving.is_loopback(host) and not accounts:
+        console.print(
+            f"[yellow]warning:[/] everybody who reaches {escape(host)} can use this model; "
+            "--auth USER:PASSWORD asks for a password"
+        )
+    if model is None:
+        small_model_path()  # said now, not when somebody waits for an answer
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": sample, "window": window}
+    serving.serve(
+        load,
+        AttentionStore(store, memory=memory, disk=disk),
+        model_name=Path(model).name if model else "the small model",
+        host=host,
+        port=port,
+        accounts=accounts,
+        ready=lambda address: console.print(f"open [bold]{address}[/] (Ctrl-C ends it)"),
+        system=system,
+        keep_first="system",
+        **options,
+    )
+
+
+def _look(console: Console, load: Any, screenshots: Path | None, *, measure: bool) -> None:
+    from . import tour
+
+    if screenshots is not None:
+        for file in tour.take_screenshots(load, screenshots):
+            console.print(f"{escape(str(file))}, {file.stat().st_size:,} bytes")
+    if measure:
+        for what, value in tour.measure(load).items():
+            console.print(f"{what}: {value:.3g}")
+
+
+def _serving() -> Any:
+    try:
+        from . import serve
+    except ImportError as error:
+        raise AttentionStoreError(
+            f'the page needs what is not installed ({error.name}): pip install "hf-attnstore[ui]"'
+        ) from error
+    return serve
+
+
+def _account(entry: str) -> tuple[str, str]:
+    name, colon, password = entry.partition(":")
+    if not name or not colon or not password:
+        raise AttentionStoreError("--auth is USER:PASSWORD, both of at least one character")
+    return name, password

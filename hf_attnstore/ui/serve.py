@@ -1,0 +1,131 @@
+"""Serving the page: one process, one model, one store, any number of browsers."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import secrets
+import socket
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import gradio as gr
+import uvicorn
+from fastapi import FastAPI
+from starlette.background import BackgroundTask
+from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
+
+from ..store import AttentionStore
+from .app import STYLE, build, theme
+from .identity import IdentityCookie
+from .model import Loaded, ModelLoader
+from .restart import RESTARTING_PAGE, Restart, listening_socket, replace_process
+from .turns import Turns
+
+GRACE_SECONDS = 1
+"""How long open connections (pages that listen for news) may hold up the end of the process."""
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches what listens on `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def web_app(page: gr.Blocks, restart: Restart, accounts: Sequence[tuple[str, str]] = ()) -> FastAPI:
+    """The page and what is beside it, as an ASGI application.
+
+    Args:
+        accounts: names and passwords; without any, whoever reaches the page may use it.
+    """
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+
+    began = secrets.token_hex(8)
+
+    @app.get("/process")
+    async def process() -> Response:
+        """Tells one process from the next."""
+        return PlainTextResponse(began)
+
+    @app.get("/restarting")
+    async def restarting(ticket: str = "") -> Response:
+        if not restart.armed_with(ticket):
+            return RedirectResponse("./")
+        return HTMLResponse(RESTARTING_PAGE, background=BackgroundTask(restart.redeem, ticket))
+
+    served: Any = gr.mount_gradio_app(
+        app,
+        page,
+        path="/",
+        auth=list(accounts) or None,
+        theme=theme(),
+        css=STYLE.read_text(),
+        footer_links=[],
+        run_history=False,
+        enable_monitoring=False,
+        show_error=False,
+        ssr_mode=False,
+        max_file_size="1kb",
+    )
+    served.add_middleware(IdentityCookie)
+    return served
+
+
+def serve(
+    load: Callable[[], Loaded],
+    store: AttentionStore,
+    *,
+    model_name: str = "the model",
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    accounts: Sequence[tuple[str, str]] = (),
+    ready: Callable[[str], None] = lambda address: None,
+    **options: Any,
+) -> None:
+    """Serves until it is interrupted. Then the store is closed, and what was complete is in it.
+
+    Args:
+        load: returns model and tokenizer; called at once, in a thread.
+        store: is closed at the end.
+        accounts: see `web_app`.
+        ready: is told the address when the page can be asked for.
+        options: of every `ChatSession`, such as `max_new_tokens`.
+
+    Raises:
+        AttentionStoreError: the address can't be had.
+    """
+    listening = listening_socket(host, port)
+    model = ModelLoader(load)
+    turns = Turns(store, model, **options)
+    restart = Restart(allowed=is_loopback(host))
+    app = web_app(build(store, turns, restart, model_name=model_name), restart, accounts)
+    server = uvicorn.Server(
+        uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_SECONDS)
+    )
+
+    def shut_down() -> None:
+        server.should_exit = True
+
+    restart.shut_down = shut_down
+    ready(_address(host, listening))
+    try:
+        # uvicorn passes an interruption on after it has ended in order
+        with contextlib.suppress(KeyboardInterrupt):
+            # the server closes what it is given; the socket itself is to go on listening
+            server.run(sockets=[listening.dup()])
+    finally:
+        turns.close()
+        store.close()
+    if restart.requested:
+        replace_process(listening)
+    listening.close()
+
+
+def _address(host: str, listening: socket.socket) -> str:
+    port = listening.getsockname()[1]
+    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104
+    return f"http://{shown}:{port}/"

@@ -1,0 +1,118 @@
+"""The numbers of a turn: when its first token came, and the line that says all of it."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import tokens
+from transformers.generation.streamers import BaseStreamer
+
+from hf_attnstore import AttentionStore, AttentionStoreCache, TurnStats
+from hf_attnstore.families.encoder_decoders import encoder_input, make_seq2seq
+from hf_attnstore.families.tiny import build
+
+NEW: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 1}
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return build("llama")
+
+
+class Clock(BaseStreamer):
+    """Notes when tokens come."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def test_the_first_token_is_timed_when_there_is_one(model: Any, store: AttentionStore) -> None:
+    clock = Clock()
+    cache = AttentionStoreCache(model, store=store)
+    model.generate(tokens(20, 1), past_key_values=cache, streamer=clock, **NEW)
+    _, first, second, *_ = clock.times  # the prompt comes before them
+    assert cache.stats.ttft_seconds is not None
+    assert first <= cache._began + cache.stats.ttft_seconds <= second
+    assert clock.times[-1] <= cache._began + cache.stats.seconds <= time.perf_counter()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"max_new_tokens": 1, "min_new_tokens": 1}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 2}],
+    ids=["one token", "beams", "drafts"],
+)
+def test_it_is_timed_in_every_way_to_generate(model: Any, store: AttentionStore, settings: dict[str, Any]) -> None:
+    for _ in range(2):
+        cache = AttentionStoreCache(model, store=store)
+        model.generate(tokens(20, 1), past_key_values=cache, **{**NEW, **settings})
+        assert cache.stats.ttft_seconds is not None
+        assert 0 < cache.stats.ttft_seconds <= cache.stats.seconds
+
+
+def test_a_batch_has_the_time_of_all_its_rows(model: Any, store: AttentionStore) -> None:
+    for settings in ({}, {"max_new_tokens": 1, "min_new_tokens": 1}):
+        cache = AttentionStoreCache(model, session=["a", "b"], store=store)
+        model.generate(tokens(20, 1).repeat(2, 1), past_key_values=cache, **{**NEW, **settings})
+        assert cache.stats.ttft_seconds is not None
+        assert 0 < cache.stats.ttft_seconds <= cache.stats.seconds
+        assert cache.stats.prompt_tokens == 40
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_an_encoder_is_part_of_the_time(store: AttentionStore, count: int) -> None:
+    model = make_seq2seq("bart")
+    for _ in range(2):
+        cache = AttentionStoreCache(model, session="a", store=store)
+        model.generate(
+            **encoder_input("bart"), past_key_values=cache, max_new_tokens=count, min_new_tokens=count, do_sample=False
+        )
+        assert cache.stats.ttft_seconds is not None
+        assert 0 < cache.stats.ttft_seconds <= cache.stats.seconds
+    assert "encoder skipped" in str(cache.stats)
+
+
+def test_a_loop_of_ones_own_has_no_first_token(model: Any, store: AttentionStore) -> None:
+    cache = AttentionStoreCache(model, session="a", store=store)
+    with torch.no_grad():
+        model(input_ids=tokens(20, 1), past_key_values=cache)
+        model(input_ids=tokens(1, 2), past_key_values=cache)
+    cache.save()
+    assert cache.stats.ttft_seconds is None
+    assert cache.stats.seconds > 0
+    assert "first token" not in str(cache.stats)
+
+
+def test_a_turn_in_words(model: Any, store: AttentionStore) -> None:
+    ids = tokens(20, 1)
+    for _ in range(2):
+        store.drop_memory()
+        cache = AttentionStoreCache(model, session="a", store=store)
+        model.generate(ids, past_key_values=cache, **NEW)
+        line = str(cache.stats).split(", ")
+        if not cache.reused_tokens:
+            assert line[:2] == ["reused 0 of 20 tokens", "prefilled 20"]
+            assert len(line) == 3
+    assert line[:2] == ["reused 19 of 20 tokens", "prefilled 1"]
+    assert line[2].startswith("loaded ")
+    assert line[2].endswith("from disk")
+    assert line[3] == f"first token after {cache.stats.ttft_seconds:.3f} s"
+
+
+def test_what_was_not_reused_is_said_with_its_reason() -> None:
+    stats = TurnStats(prompt_tokens=5000, reused_tokens=1000, prefilled_tokens=2000, dropped_tokens=2000)
+    stats.truncation, stats.recomputed = "recomputed", "a load failed"
+    assert str(stats) == (
+        "reused 1,000 of 5,000 tokens, prefilled 2,000, 2,000 out of the window (the kept ones computed again) "
+        "(not reused: a load failed)"
+    )
+    stats.truncation = "rotated"
+    assert "2,000 out of the window (kept keys rotated)" in str(stats)
