@@ -179,7 +179,7 @@ def report(
     agent: Annotated[Path | None, typer.Option(help="Sessions of coding agents.", show_default=False)] = None,
     output: Annotated[Path, typer.Option(help="Folder for hierarchy.md, .json and .png.")] = Path("docs/results"),
     sessions: Annotated[int, typer.Option(min=1, help="Conversations of the paper's workload.")] = 9000,
-    block_tokens: Annotated[int, typer.Option(min=16, help="Tokens of a block of the paper's workload.")] = 512,
+    block_tokens: Annotated[int, typer.Option(min=16, help="Tokens of a block of the paper's workload.")] = 1024,
     agent_block_tokens: Annotated[int, typer.Option(min=16, help="Tokens of a block of the agents' sessions.")] = 2048,
     live_sessions: Annotated[int, typer.Option(min=1, help="Conversations of the live replay.")] = 200,
     jobs: Jobs = _CORES,
