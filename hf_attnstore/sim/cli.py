@@ -179,8 +179,9 @@ def report(
     agent: Annotated[Path | None, typer.Option(help="Sessions of coding agents.", show_default=False)] = None,
     output: Annotated[Path, typer.Option(help="Folder for hierarchy.md, .json and .png.")] = Path("docs/results"),
     sessions: Annotated[int, typer.Option(min=1, help="Conversations of the paper's workload.")] = 9000,
-    block_tokens: Annotated[int, typer.Option(min=16, help="Tokens of a block of the paper's workload.")] = 512,
+    block_tokens: Annotated[int, typer.Option(min=16, help="Tokens of a block of the paper's workload.")] = 1024,
     agent_block_tokens: Annotated[int, typer.Option(min=16, help="Tokens of a block of the agents' sessions.")] = 2048,
+    live_sessions: Annotated[int, typer.Option(min=1, help="Conversations of the live replay.")] = 200,
     jobs: Jobs = _CORES,
 ) -> None:
     """The whole report: the paper's table, what is assumed, the traces, and a live store beside the simulator."""
@@ -196,7 +197,7 @@ def report(
     else:
         plan.left_out.append("Sessions of coding agents: no `--agent` was given")
     found = _do(plan.runs(), jobs)
-    live = _replays(_small(mooncake, "auto", 200, 1024), 0.1, ["lru", "fifo", "predictive"])
+    live = _replays(_small(mooncake, "auto", live_sessions, 1024), 0.1, ["lru", "fifo", "predictive"])
     _save_report(plan, found, live, output)
     Console().print(f"Report: {output / 'hierarchy.md'}", highlight=False)
 
@@ -298,6 +299,7 @@ def _replays(requests: Requests, share: float, policies: Sequence[str]) -> dict[
     from .live import compare
 
     found = {}
+    count = len({row.session for row in requests.rows})
     with (
         tempfile.TemporaryDirectory(prefix="attnstore-sim-") as folder,
         Progress(console=Console(stderr=True), transient=True) as bar,
@@ -312,7 +314,13 @@ def _replays(requests: Requests, share: float, policies: Sequence[str]) -> dict[
                 policy,
                 lambda done, task=task: bar.update(task, completed=done),  # type: ignore[misc]
             )
-            found[policy] = {**asdict(result), "agrees": result.agrees, "blocks": requests.unique, "memory": memory}
+            found[policy] = {
+                **asdict(result),
+                "agrees": result.agrees,
+                "blocks": requests.unique,
+                "memory": memory,
+                "sessions": count,
+            }
     return found
 
 

@@ -249,8 +249,10 @@ class _Run:
         while arrivals and arrivals[0][0] <= self.now:
             came, session, place = heapq.heappop(arrivals)
             self.queue.append(_Job(session, place, came))
-            if self.store is not None:
+            if self.store is not None:  # it came while the batch decoded: what it needs is fetched from then on
+                self.store.advance(came)
                 self.store.queued(session, self.chains[session])
+                self.store.look_ahead(came)
         self.out.deepest_queue = max(self.out.deepest_queue, len(self.queue))
 
     def _start(self, job: _Job) -> None:
@@ -314,6 +316,7 @@ class _Run:
             self.out.decode += seconds
         self.now = until
         if over is not None:
+            self._take_arrivals()
             self._finish(over[2])
 
     def _finish(self, job: _Job) -> None:

@@ -43,7 +43,7 @@ class Plan:
     mooncake: Trace | None = None
     agent: Trace | None = None
     sessions: int = SESSIONS
-    block_tokens: int = 512
+    block_tokens: int = 1024
     capacities: Sequence[float] = CAPACITIES
     left_out: list[str] = field(default_factory=list)
 

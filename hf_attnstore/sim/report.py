@@ -358,8 +358,8 @@ def live_part(live: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n\n".join(
         [
             "## A live store beside the simulator",
-            f"200 conversations with several turns, {some['blocks']:,} different blocks, on a real `AttentionStore` "
-            f"whose "
+            f"{some['sessions']:,} conversations with several turns, {some['blocks']:,} different blocks, on a "
+            f"real `AttentionStore` whose "
             f"memory tier has room for {some['memory']:,} of them and whose disk for all; blocks are tiny, random, and "
             "compared byte by byte when they come back. The store goes by the trace's clock. Live / simulated, in "
             "blocks. " + verdict,

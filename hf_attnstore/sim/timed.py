@@ -101,7 +101,8 @@ class TimedTiers:
         if not self._ahead:
             return
         mean = self._session_bytes / self._sessions if self._sessions else 0.0
-        memory, disk = self.tiers.memory.capacity, self.tiers.disk.capacity if self.tiers.disk else 0
+        memory = self.tiers.memory.capacity
+        disk = self.tiers.disk.capacity if self.tiers.disk is not None else 0
         keep = int(keep_window(memory, disk, mean) * self._depth)
         while self._waiting and len(self._counted) < keep:
             name, chain = self._waiting.popleft()
