@@ -120,7 +120,7 @@ def _measure(
         began = time.perf_counter()
         if way == "queue":
             attach(model, store)
-            with TurnQueue(model, store, max_waiting=sessions * rounds) as queue:
+            with TurnQueue(model, store, max_waiting=sessions * rounds, gate=False) as queue:
                 waiting: deque[tuple[int, Turn]] = deque()
                 for turn in range(rounds):
                     for number in order:
@@ -138,7 +138,7 @@ def _measure(
             for turn in range(rounds):
                 for number in order:
                     ids = torch.cat([texts[number], random_ids(model, new, (seed, turn, number))], dim=1)
-                    cache = AttentionStoreCache(model, f"{number}", store)
+                    cache = AttentionStoreCache(model, f"{number}", store, gate=False)
                     texts[number] = model.generate(ids, past_key_values=cache, **settings)
                     _count(result, cache.stats)
                     progress(f"{way}: turn {result.turns} of {sessions * rounds}")
