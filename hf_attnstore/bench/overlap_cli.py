@@ -6,7 +6,7 @@ import gc
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,9 +17,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+_TRACES = 5
+
 if TYPE_CHECKING:
     from hf_attnstore.bench.overlap import Bench, Disk, Point, Way
     from hf_attnstore.bench.report import TableRows
+    from hf_attnstore.timeline import Event
 
 
 def overlap(
@@ -49,7 +52,14 @@ def overlap(
 
     Each from disk with its page cache warm, with it dropped, and from a simulated slow disk.
     """
-    from hf_attnstore.bench.overlap_report import as_record, draw, draw_timelines, loading_table, saving_table
+    from hf_attnstore.bench.overlap_report import (
+        as_record,
+        draw,
+        draw_timelines,
+        loading_table,
+        reservations,
+        saving_table,
+    )
     from hf_attnstore.timeline import trace_json
 
     console = Console()
@@ -61,11 +71,12 @@ def overlap(
         setting = _Setting(shape, model, device, seed, block_size, decode, threads, longest, store)
         with setting.opened(console) as (loaded, root, about, machine), console.status("measuring") as status:
             from hf_attnstore.bench.machine import ForeignLoad
-            from hf_attnstore.bench.overlap import FIRST, MEASURED, THREADS, ways_of
+            from hf_attnstore.bench.overlap import ways_of
 
             ways = ways_of(loaded.device)
             others = ForeignLoad()
-            results, panels = [], []
+            results = []
+            panels: list[tuple[str, Sequence[Event]]] = []
             saved = None
             for history in histories:
                 with setting.bench(loaded, history, root / str(history)) as bench:
@@ -74,20 +85,16 @@ def overlap(
                     if saving and history == min(histories):
                         saved = bench.saving(plan[0].new, saving_disks, repeats, status.update)
                     if history == min(histories) and output is not None:
-                        slowest = disks[-1]
-                        for way in (FIRST, MEASURED, THREADS):
-                            if way in ways:
-                                events, _ = bench.trace(plan[0].new, slowest, way.overlap)
-                                panels.append((f"{way.title} ({slowest.title})", events))
+                        panels = _median_traces(bench, plan[0].new, disks[-1], ways, status.update)
         results.sort(key=lambda result: plan.index(result.point))
         tables = [loading_table(result, disks, ways) for result in results]
         tables += [saving_table(saved, plan[0].new, saving_disks)] if saved is not None else []
         for table in tables:
             _print(console, table)
         share = others.share()
-        console.print(
-            f"Other processes used {share:.0%} of the CPUs meanwhile.", style="yellow" if share > 0.03 else ""
-        )
+        console.print(f"Other processes used {share:.0%} of the CPUs meanwhile.")
+        doubts = reservations(results, share)
+        console.print(escape(doubts.replace("**", "")), style="yellow", highlight=False)
         if output is None:
             return
         from hf_attnstore.bench.machine import versions
@@ -107,7 +114,7 @@ def overlap(
         (output / "overlap-trace.json").write_text(trace_json(panels[-1][1], panels[-1][0]) + "\n")
         draw(setting.label, results, disks, ways, output / "overlap.png")
         draw_timelines(panels, output / "overlap-timeline.png")
-        (output / "overlap.md").write_text(_report(setting.label, about, share, repeats, slow, tables, ways))
+        (output / "overlap.md").write_text(_report(setting.label, about, share, doubts, repeats, slow, tables, ways))
         console.print(f"wrote {output / 'overlap.md'}, .json, .png, overlap-timeline.png, overlap-trace.json")
 
 
@@ -161,6 +168,23 @@ def write_timeline(
         picture = output / f"timeline-{re.sub(r'[^A-Za-z0-9._-]+', '-', setting.label)}.png"
         draw_timelines([(title, events)], picture)
         console.print(f"Picture: {picture}", highlight=False)
+
+
+def _median_traces(
+    bench: Bench, new: int, disk: Disk, ways: Sequence[Way], progress: Callable[[str], None]
+) -> list[tuple[str, Sequence[Event]]]:
+    """A timeline for some of the ways: of a few turns each, in turns, the one with the median TTFT."""
+    from hf_attnstore.bench.overlap import FIRST, MEASURED, THREADS
+
+    shown = [way for way in (FIRST, MEASURED, THREADS) if way in ways]
+    found: dict[str, list[tuple[float, Sequence[Event]]]] = {way.key: [] for way in shown}
+    for number in range(_TRACES):
+        for way in shown[number % len(shown) :] + shown[: number % len(shown)]:
+            progress(f"recording: {way.title}")
+            events, sample = bench.trace(new, disk, way.overlap)
+            found[way.key].append((sample.ttft, events))
+    middle = {key: sorted(traces, key=lambda trace: trace[0])[_TRACES // 2] for key, traces in found.items()}
+    return [(f"{way.title} ({disk.title}), {middle[way.key][0] * 1000:,.0f} ms", middle[way.key][1]) for way in shown]
 
 
 def parse_points(text: str) -> list[Point]:
@@ -268,7 +292,14 @@ def _errors_in_one_line() -> Iterator[None]:
 
 
 def _report(
-    label: str, about: str, share: float, repeats: int, slow: str, tables: list[TableRows], ways: Sequence[Way]
+    label: str,
+    about: str,
+    share: float,
+    doubts: str,
+    repeats: int,
+    slow: str,
+    tables: list[TableRows],
+    ways: Sequence[Way],
 ) -> str:
     from hf_attnstore.bench.machine import versions
     from hf_attnstore.bench.overlap_report import as_markdown
@@ -289,12 +320,16 @@ All ways are the same code with other settings, interleaved in one process in sh
 repeats with the middle half in brackets, ratios are medians of those within a repeat. All ways gave the same tokens.
 {simulated}Other processes used {share:.0%} of the CPUs meanwhile.
 
+{doubts}
+
 {legend}
 
 ![Time to first token](overlap.png)
 
 {as_markdown(tables)}
 ![Timelines](overlap-timeline.png)
+
+Each is the one with the median TTFT of {_TRACES} recorded turns, which were interleaved too.
 
 The last of these as a [trace](overlap-trace.json) for [Perfetto](https://ui.perfetto.dev).
 """

@@ -28,6 +28,9 @@ from hf_attnstore.bench.overlap import (
 from hf_attnstore.bench.report import TableRows
 from hf_attnstore.timeline import TRACKS, Event, exposed_seconds, hidden_seconds, intervals, lanes, total
 
+BUSY, NOISY = 0.1, 1.3
+"""From what share of others, or from what factor between equal turns on, times are not to be compared."""
+
 COLOURS = {
     "compute": "#1f6feb",
     "wait": "#cf222e",
@@ -84,6 +87,31 @@ def _ms(values: Sequence[float]) -> str:
     found = spread([value * 1000 for value in values])
     digits = 0 if found.median >= 100 else 1
     return f"{found.median:,.{digits}f} ({found.low:,.{digits}f}–{found.high:,.{digits}f})"
+
+
+def control(points: Sequence[PointResult]) -> float:
+    """By what factor the TTFT of one and the same way differs between repeats: the largest over the smallest, the
+    median of all ways. Differences between ways that are not clearly larger say nothing."""
+    spreads = []
+    for result in points:
+        for samples in result.samples.values():
+            ttft = [sample.ttft for sample in samples]
+            spreads.append(max(ttft) / min(ttft))
+    return median(spreads)
+
+
+def reservations(points: Sequence[PointResult], share: float) -> str:
+    """What a reader must know before comparing times."""
+    factor = control(points)
+    text = (
+        f"Between repeats, the TTFT of one and the same way differs by a factor of {factor:.2f} (median of all ways)."
+    )
+    if share > BUSY or factor > NOISY:
+        text += (
+            f" **The machine was busy: others used {share:.0%} of its CPUs. Differences of TTFT and of turn times are "
+            "noise here and are not to be compared; and slower computing hides more of a load than it would alone.**"
+        )
+    return text
 
 
 def saving_table(result: SavingResult, new: int, disks: Sequence[Disk]) -> TableRows:
