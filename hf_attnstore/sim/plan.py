@@ -18,7 +18,15 @@ LOOK_AHEAD_AT = (0.05, 0.10)
 WRONG = (0.0, 0.05, 0.1, 0.2, 0.4)
 THINKING = (0.1, 0.3, 1.0, 3.0)
 GAPS = (0.0, 30.0, 300.0, 1800.0)
-PAPER_POLICIES = ((DEFAULT_POLICY, True), ("lru", True), ("lru", False), ("fifo", False), (DEFAULT_POLICY, False))
+PAPER_POLICY = "lru"
+"""What orders blocks that no waiting turn needs, as in the paper: its scheduler-aware eviction."""
+PAPER_POLICIES = (
+    (PAPER_POLICY, True),
+    (DEFAULT_POLICY, True),
+    ("lru", False),
+    ("fifo", False),
+    (DEFAULT_POLICY, False),
+)
 """Name of a policy, and whether the queue is known to the store."""
 
 
@@ -85,11 +93,11 @@ class Plan:
     def depths(self) -> Iterator[PaperRun]:
         """Windows deeper and less deep than the paper's."""
         for depth in PAPER_DEPTHS:
-            yield replace(self.paper(1, DEFAULT_POLICY), depth=depth)
+            yield replace(self.paper(1, PAPER_POLICY), depth=depth)
 
     def mechanisms(self) -> dict[str, PaperRun]:
         """One thing left out at a time."""
-        whole = self.paper(0, DEFAULT_POLICY)
+        whole = self.paper(0, PAPER_POLICY)
         return {
             "everything": whole,
             "no read buffer": replace(whole, buffer=0),

@@ -15,6 +15,7 @@ from .plan import (
     GAPS,
     LOOK_AHEAD_AT,
     PAPER_POLICIES,
+    PAPER_POLICY,
     THINKING,
     WRONG,
     Plan,
@@ -87,7 +88,7 @@ def against_recompute(run: PaperRun, found: Found) -> dict[str, float]:
 def _paper_part(plan: Plan, found: Found) -> str:
     rows = []
     for number, setting in enumerate(SETTINGS):
-        run = plan.paper(number, DEFAULT_POLICY)
+        run = plan.paper(number, PAPER_POLICY)
         ours, gain = found[run], against_recompute(run, found)
         rows.append(
             [
