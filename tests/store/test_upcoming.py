@@ -166,7 +166,7 @@ def test_a_full_disk_under_every_policy(tmp_path: Path, policy: str) -> None:
 
 
 def test_what_the_policy_learned_is_there_after_a_restart(tmp_path: Path) -> None:
-    with AttentionStore(tmp_path, block_size=SIZE) as store:
+    with AttentionStore(tmp_path, block_size=SIZE, policy="predictive") as store:
         for number in range(20):
             chain = chain_of(number)
             save(store, chain, str(number))
@@ -174,7 +174,7 @@ def test_what_the_policy_learned_is_there_after_a_restart(tmp_path: Path) -> Non
         store.flush()
         known = store._order.policy.learned()
         assert sum(map(sum, known["away"])) == 20
-    with AttentionStore(tmp_path) as store:
+    with AttentionStore(tmp_path, policy="predictive") as store:
         again = store._order.policy.learned()
         assert again["away"] == known["away"]
 
