@@ -231,6 +231,7 @@ SERIES = {
 def test_bars_are_passed_up_to_their_limit_and_missed_above():
     passed = {verdict.bar.key: verdict.passed for verdict in figures.evaluate(SERIES, 4096)}
     assert passed == {
+        "ttft_device": None,
         "ttft_memory": True,
         "ttft_disk": False,
         "ttft_recompute": True,

@@ -108,8 +108,8 @@ def test_a_cache_that_loses_a_token_is_no_reference(monkeypatch: pytest.MonkeyPa
 class Forgetful(AttentionStoreCache):
     """Saves nothing."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args, save=False)
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **{**settings, "save": False})
 
 
 class Damaging(AttentionStoreCache):

@@ -226,7 +226,15 @@ def test_an_error_in_the_block_of_a_queue_cancels_its_turns(store: Recording) ->
     assert turns[-1].cancelled()
 
 
-def test_an_interrupted_close_cancels_and_leaves_nothing_hanging(store: Recording) -> None:
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C raises, whatever server an earlier test has left in charge of it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupted_close_cancels_and_leaves_nothing_hanging(store: Recording, interruptible: None) -> None:
     queue = TurnQueue(make_model(), store)
     streamer = Held(4)
     turns = [queue.submit("a", tokens(20), streamer=streamer, **LONG), queue.submit("b", tokens(20), **GREEDY)]

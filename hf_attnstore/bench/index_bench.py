@@ -161,6 +161,7 @@ def _add_many(store: AttentionStore, random: np.random.Generator, blocks: int, s
                             BLOCK,
                             3 << 20,
                             follower,
+                            session % 9,
                             done,
                             _FINGERPRINT,
                         )
@@ -169,7 +170,7 @@ def _add_many(store: AttentionStore, random: np.random.Generator, blocks: int, s
                     owners.append((session, number))
                     parent = key
             # rows of later blocks come first, so that no trigger counts followers that are counted already
-            db.executemany("INSERT INTO blocks VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows[::-1])
+            db.executemany("INSERT INTO blocks VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows[::-1])
             db.executemany("INSERT INTO spans VALUES(?, ?, ?, ?, ?, ?, ?, ?)", spans)
             db.executemany("INSERT INTO owners VALUES(?, ?)", owners)
             for session in range(first + done, first + done + len(some)):
