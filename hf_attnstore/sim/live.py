@@ -20,7 +20,7 @@ import torch
 from ..errors import AttentionStoreError
 from ..store import AttentionStore, block_store, disk_store, upcoming
 from ..store.blocks import Block, BlockMeta
-from ..store.keys import Key, block_key, encode_tokens
+from ..store.keys import Key, block_key, chain_root, encode_tokens
 from ..store.transfer import Piece, Stage
 from .replay import Hits, Request, Requests, replay
 from .tiers import Tiers
@@ -85,7 +85,8 @@ def compare(
     """
     if folder.exists():
         raise AttentionStoreError(f"{folder} exists; a replay needs a store of its own")
-    requests = _without_replaced(requests)
+    names = _Names(chain_root(_FINGERPRINT, ""))
+    requests = names.named(_without_replaced(requests))
     result = Agreement(turns=len(requests.rows))
     simulated: list[_Turn] = []
 
@@ -102,7 +103,7 @@ def compare(
         AttentionStore(folder, memory=memory * _BLOCK_BYTES, disk="64GiB", block_size=256, policy=policy) as store,
     ):
         store._memory._clock = clock.time
-        live = _Live(store)
+        live = _Live(store, names)
         for number, row in enumerate(requests.rows):
             clock.now = row.at
             turn, expected = live.turn(row), simulated[number]
@@ -139,6 +140,34 @@ def _without_replaced(requests: Requests) -> Requests:
     return Requests(requests.name, requests.block_tokens, [row for row in rows if row.blocks])
 
 
+@dataclass
+class _Names:
+    """Keys of blocks, and what is in them, by the names that they have in a workload."""
+
+    root: Key
+    keys: dict[Hashable, Key] = field(default_factory=dict)
+    metas: dict[Key, BlockMeta] = field(default_factory=dict)
+    numbers: dict[Key, int] = field(default_factory=dict)
+
+    def named(self, requests: Requests) -> Requests:
+        """The same requests with keys for names, so that ties between blocks end alike."""
+        rows = []
+        for row in requests.rows:
+            before = self.keys[row.before] if row.before is not None else None
+            parent = before if before is not None else self.root
+            for number, name in enumerate(row.blocks, row.start):
+                key = self.keys.get(name)
+                if key is None:
+                    tokens = encode_tokens([len(self.keys), number])
+                    key = self.keys[name] = block_key(parent, tokens)
+                    self.metas[key] = BlockMeta(key, parent, _FINGERPRINT, number * _TOKENS, tokens)
+                    self.numbers[key] = len(self.numbers)
+                parent = key
+            blocks, prompt = ([self.keys[name] for name in names] for names in (row.blocks, row.prompt))
+            rows.append(replace(row, prompt=prompt, blocks=blocks, before=before))
+        return Requests(requests.name, requests.block_tokens, rows)
+
+
 class _Clock:
     """The module `time` with a time of its own for what it says the time is."""
 
@@ -168,19 +197,14 @@ def _on(clock: _Clock) -> Iterator[None]:
 class _Live:
     """What a cache does of a turn, without a model."""
 
-    def __init__(self, store: AttentionStore) -> None:
+    def __init__(self, store: AttentionStore, names: _Names) -> None:
         self._store = store
-        self._names: dict[Key, Hashable] = {}
-        self._keys: dict[Hashable, Key] = {}
-        self._numbers: dict[Hashable, int] = {}
-        self._root = store.root(_FINGERPRINT)
+        self._names = names
         self.wrong = 0
 
     def turn(self, row: Request) -> _Turn:
         store = self._store
-        keys = [self._keys[name] for name in row.prompt if name in self._keys]
-        if any(name not in self._keys for name in row.prompt[: len(keys)]):
-            keys = []
+        keys, blocks = _as_keys(row.prompt), _as_keys(row.blocks)
         found = store.known(keys)
         there = keys[:found]
         slow = [key for key in there if store._memory.get(key) is None]
@@ -189,16 +213,15 @@ class _Live:
         if slow:
             store.promote(slow)
             store.flush()
-        self._save(row)
+        self._save(blocks)
         store.flush()
-        blocks = [self._keys[name] for name in row.blocks]
         store.used(blocks, row.kept, short=row.short, went_on_from=there[-1] if there else None)
         store.flush()
-        held = frozenset(name for key, name in self._names.items() if store._memory.get(key) is not None)
+        held = frozenset(key for key in self._names.metas if store._memory.get(key) is not None)
         return _Turn(found, found - len(slow), held)
 
-    def _tensor(self, number: int) -> torch.Tensor:
-        random = np.random.default_rng(number)
+    def _tensor(self, key: Key) -> torch.Tensor:
+        random = np.random.default_rng(self._names.numbers[key])
         return torch.from_numpy(random.standard_normal((1, _TOKENS, _DIM), dtype=np.float32))
 
     def _load(self, keys: list[Key]) -> None:
@@ -209,21 +232,16 @@ class _Live:
         finally:
             load.finish()
         for place, key in enumerate(keys):
-            part = target[:, place * _TOKENS : (place + 1) * _TOKENS]
-            self.wrong += not torch.equal(part, self._tensor(self._numbers[self._names[key]]))
+            self.wrong += not torch.equal(target[:, place * _TOKENS : (place + 1) * _TOKENS], self._tensor(key))
 
-    def _save(self, row: Request) -> None:
-        store = self._store
-        parent = self._keys[row.before] if row.before is not None else self._root
-        saved = True
-        for number, name in enumerate(row.blocks, row.start):
-            ids = self._numbers.setdefault(name, len(self._numbers))
-            tokens = encode_tokens([ids, number])
-            key = self._keys.get(name) or block_key(parent, tokens)
-            self._keys[name], self._names[key] = key, name
-            if saved and not store.has(key):
-                saved = store.reserve(_BLOCK_BYTES)
-                if saved:
-                    meta = BlockMeta(key, parent, _FINGERPRINT, number * _TOKENS, tokens)
-                    store.put(Block(meta, {_NAME: self._tensor(ids)}))
-            parent = key
+    def _save(self, blocks: list[Key]) -> None:
+        for key in blocks:
+            if self._store.has(key):
+                continue
+            if not self._store.reserve(_BLOCK_BYTES):
+                break
+            self._store.put(Block(self._names.metas[key], {_NAME: self._tensor(key)}))
+
+
+def _as_keys(names: Sequence[Hashable]) -> list[Key]:
+    return [name for name in names if isinstance(name, bytes)]

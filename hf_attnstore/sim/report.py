@@ -111,7 +111,8 @@ def _paper_part(plan: Plan, found: Found) -> str:
         cells = [setting.model.name]
         for policy, ahead in PAPER_POLICIES:
             ours = found[plan.paper(number, policy, ahead)]
-            cells.append(f"{percent(ours['session_hit_rate'])} ({percent(ours['memory_share'], 1)})")
+            turns, tokens, memory = (ours[k] for k in ("session_hit_rate", "token_hit_rate", "memory_share"))
+            cells.append(f"{percent(turns)} / {percent(tokens)} ({percent(memory)})")
         policies.append(cells)
     times = []
     for number, setting in enumerate(SETTINGS):
@@ -149,10 +150,9 @@ def _paper_part(plan: Plan, found: Found) -> str:
             f"fitted to what the paper says of its own: {facts}.",
             table(head, rows),
             "A turn is a hit if it has a history and finds all of it; tokens count each for itself. TTFT is without "
-            "the "
-            "wait in the queue, as there: the paper's TTFT cut is 1 − 1/throughput.",
-            "Hit rate of turns, and in brackets the share of the tokens found that were in memory, by policy "
-            "(paper, 13B: look-ahead 86 %, LRU 58 %, FIFO 48 %; in memory > 99.6 % and about 0.5 %):",
+            "the wait in the queue, as there: the paper's TTFT cut is 1 − 1/throughput.",
+            "Hit rate of turns / of tokens, and in brackets the share of the tokens found that were in memory, by "
+            "policy (paper, 13B: look-ahead 86 %, LRU 58 %, FIFO 48 %; in memory > 99.6 % and about 0.5 %):",
             table(["", *(called(policy, ahead) for policy, ahead in PAPER_POLICIES)], policies),
             "Times, by the clock of the simulation:",
             table(

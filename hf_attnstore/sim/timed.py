@@ -108,8 +108,13 @@ class TimedTiers:
             name, chain = self._waiting.popleft()
             self._counted.append(chain)
             self.tiers.queued(name, chain.blocks)
-        fetch = min(int(fetch_window(memory, mean) * self._depth), len(self._counted))
-        while self._fetched < fetch and self._fetch(self._counted[self._fetched], self._begun + self._fetched, now):
+        # farther than memory reaches there is nothing to fetch; and what is under way can't be evicted, so it is little
+        fetch = min(int(fetch_window(memory, mean) * min(self._depth, 1.0)), len(self._counted))
+        while (
+            not self._arriving
+            and self._fetched < fetch
+            and self._fetch(self._counted[self._fetched], self._begun + self._fetched, now)
+        ):
             self._fetched += 1
 
     def _gone(self, key: Hashable) -> None:
@@ -183,6 +188,7 @@ class TimedTiers:
             number = numbers[key]
             parent = transfer.whole[number - 1] if number else transfer.before
             memory.add(key, parent, transfer.start + number, size, place)
+        self.look_ahead(now)
 
     # a turn
 
