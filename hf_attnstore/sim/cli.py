@@ -182,10 +182,14 @@ def report(
     block_tokens: Annotated[int, typer.Option(min=16, help="Tokens of a block of the paper's workload.")] = 1024,
     agent_block_tokens: Annotated[int, typer.Option(min=16, help="Tokens of a block of the agents' sessions.")] = 2048,
     live_sessions: Annotated[int, typer.Option(min=1, help="Conversations of the live replay.")] = 200,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep the runs that hierarchy.json has already; for changes of the report.")
+    ] = False,
     jobs: Jobs = _CORES,
 ) -> None:
     """The whole report: the paper's table, what is assumed, the traces, and a live store beside the simulator."""
     from .plan import Plan, Trace
+    from .report import from_record
 
     plan = Plan(sessions=sessions, block_tokens=block_tokens)
     if mooncake is not None:
@@ -196,7 +200,9 @@ def report(
         plan.agent = Trace(str(agent), "Sessions of coding agents", agent_block_tokens)
     else:
         plan.left_out.append("Sessions of coding agents: no `--agent` was given")
-    found = _do(plan.runs(), jobs)
+    earlier = output / "hierarchy.json"
+    known = from_record(json.loads(earlier.read_text()), plan) if resume and earlier.exists() else {}
+    found = known | _do([run for run in plan.runs() if run not in known], jobs)
     live = _replays(_small(mooncake, "auto", live_sessions, 1024), 0.1, ["lru", "fifo", "predictive"])
     _save_report(plan, found, live, output)
     Console().print(f"Report: {output / 'hierarchy.md'}", highlight=False)
@@ -275,7 +281,7 @@ def _do(runs: Sequence[Run], jobs: int) -> dict[Run, dict[str, Any]]:
         def done(run: Run, found: dict[str, Any]) -> None:
             bar.advance(task)
 
-        return run_all(runs, min(jobs, len(runs)), done)
+        return run_all(runs, min(jobs, max(1, len(runs))), done)
 
 
 def _small(file: Path | None, kind: str, sessions: int, block_tokens: int) -> Requests:

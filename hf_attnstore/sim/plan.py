@@ -14,6 +14,8 @@ CURVES = (PLAIN_FIFO, "fifo", "lru", "hyperbolic", DEFAULT_POLICY, OPTIMUM)
 DEPTHS = (0.25, 0.5, 1.0, 2.0, 4.0)
 """In turns that fit into the store: 1 is the paper's window."""
 PAPER_DEPTHS = (0.25, 1.0, 4.0)
+PREFILLING = (0.58, 0.2, 0.1, 0.05)
+"""Shares of the accelerators' arithmetic."""
 LOOK_AHEAD_AT = (0.05, 0.10)
 WRONG = (0.0, 0.05, 0.1, 0.2, 0.4)
 THINKING = (0.1, 0.3, 1.0, 3.0)
@@ -80,9 +82,15 @@ class Plan:
 
     def decoding(self) -> Iterator[PaperRun]:
         """Faster and slower decoding: with it goes the depth of the queue."""
-        for factor in (0.03, 0.1, 0.3, 1.0):
+        for factor in (0.1, 0.3, 1.0):
             for policy, ahead in ((NO_STORE, True), PAPER_POLICIES[0], PAPER_POLICIES[2]):
                 yield replace(self.paper(0, policy, ahead), decode=factor)
+
+    def prefilling(self) -> Iterator[PaperRun]:
+        """Slower prefilling: with it go the gain, and what loading has to hide behind."""
+        for flops in PREFILLING:
+            for policy, ahead in ((NO_STORE, True), PAPER_POLICIES[0], PAPER_POLICIES[2]):
+                yield replace(self.paper(0, policy, ahead), flops=flops)
 
     def disks(self) -> Iterator[PaperRun]:
         """Disks of the sizes of the paper."""
@@ -147,7 +155,14 @@ class Plan:
 
     def runs(self) -> list[Run]:
         """All of them, without repetitions, the longest kind first."""
-        found: list[Run] = [*self.paper_table(), *self.gaps(), *self.decoding(), *self.disks(), *self.depths()]
+        found: list[Run] = [
+            *self.paper_table(),
+            *self.gaps(),
+            *self.prefilling(),
+            *self.decoding(),
+            *self.disks(),
+            *self.depths(),
+        ]
         found += self.mechanisms().values()
         for trace in self.traces:
             found += [*self.curves(trace), *self.trace_depths(trace), *self.wrong(trace), *self.served(trace)]

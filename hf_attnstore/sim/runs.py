@@ -36,6 +36,7 @@ class PaperRun:
         policy: by name, or `NO_STORE`.
         sessions, gap, seed: of the workload.
         decode: how many times as long decoding takes as the arithmetic says.
+        flops: the share of the accelerators' arithmetic that prefill reaches.
         buffer: share of the layers that may be loaded ahead of a job; None: the paper's 15 layers.
     """
 
@@ -49,6 +50,7 @@ class PaperRun:
     disk: int = DISK
     depth: float = 1.0
     decode: float = 1.0
+    flops: float = 0.58
     moved: bool = True
     overlap: bool = True
     buffer: int | None = None
@@ -62,7 +64,7 @@ class PaperRun:
         stores = self.policy != NO_STORE
         layers = 15 if self.buffer is None else self.buffer
         server = Server(
-            replace(setting.model, decode_factor=self.decode),
+            replace(setting.model, decode_factor=self.decode, used_flops=self.flops),
             self.memory if stores else 0,
             self.disk if stores else 0,
             policy=self.policy if stores else "lru",

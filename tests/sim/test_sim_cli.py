@@ -69,6 +69,7 @@ def test_report(tmp_path: Path) -> None:
     assert "no `--mooncake` was given" in text
     assert "They agree after every turn" in text
     assert str(tmp_path) not in text
+    assert "## What was to be reached" in text
     record = json.loads((out / "hierarchy.json").read_text())
     assert str(tmp_path) not in json.dumps(record["runs"])
     assert (out / "hierarchy.png").stat().st_size > 10_000
