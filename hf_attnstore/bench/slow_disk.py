@@ -11,9 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
-
-from hf_attnstore.store.blocks import Block
+from hf_attnstore.store.blocks import Block, Bytes
 from hf_attnstore.store.disk import BlockFile, DiskTier
 from hf_attnstore.store.layout import StoredTensor
 
@@ -50,7 +48,7 @@ def slow_disk(bytes_per_second: float | None) -> Iterator[None]:
             if stored is not None and name not in coming:
                 coming[name] = queue.ask(stored.spec.nbytes)
 
-    def read_late(self: BlockFile, wanted: Sequence[tuple[StoredTensor, Sequence[np.ndarray]]]) -> int:
+    def read_late(self: BlockFile, wanted: Sequence[tuple[StoredTensor, Sequence[Bytes]]]) -> int:
         coming = self.__dict__.setdefault("coming", {})
         _sleep_until(
             max(coming.pop(s.spec.name) if s.spec.name in coming else queue.ask(s.spec.nbytes) for s, _ in wanted)

@@ -48,8 +48,9 @@ def _few_values(tensor: torch.Tensor) -> torch.Tensor:
     """Some values of a tensor, spread over it, in one cheap step."""
     if not tensor.is_contiguous():
         return _sample(tensor, _QUICK_VALUES, 1)
-    count = min(tensor.numel(), _QUICK_VALUES)
-    step = (tensor.numel() - 1) // (count - 1) if count > 1 else 1
+    values = tensor.numel()
+    count = min(values, _QUICK_VALUES)
+    step = (values - 1) // (count - 1) if count > 1 else 1
     return tensor.as_strided((count,), (step,), tensor.storage_offset())
 
 
@@ -288,14 +289,15 @@ class Fingerprint:
         modules = [self.model]
         while modules:
             module = modules.pop()
-            modules.extend(child for child in module._modules.values() if child is not None)
+            if module._modules:
+                modules.extend(child for child in module._modules.values() if child is not None)
             if is_adapted(module):
                 adapters.append(state_of(module))
             for tensors in (module._parameters, module._buffers):
-                for name, tensor in tensors.items():
+                for name, tensor in tensors.items() if tensors else ():
                     if tensor is None or (varying and name.endswith("inv_freq")):
                         continue
-                    if tensor.device.type == "meta":
+                    if tensor.is_meta:
                         held = _offloaded_in_memory(module, name)
                         if held is None:
                             versions.append(name)

@@ -16,6 +16,7 @@ from ..timeline import Timeline
 from .blocks import TOKEN_IDS, Block, BlockMeta, Match, TensorSpec
 from .keys import Key, chain_root, common_prefix, decode_tokens, encode_tokens
 from .opened import OpenStore
+from .rows import BlockRow
 from .transfer import Load, Source, Stage
 
 logger = logging.getLogger("hf_attnstore")
@@ -99,12 +100,12 @@ class BlockStore(OpenStore):
                 return number, *best
         return None
 
-    def _open(self, key: Key) -> tuple[str, Source]:
+    def _open(self, key: Key, row: BlockRow | None = None) -> tuple[str, Source]:
         block = self._memory.get(key)
         if block is not None:
             return "memory", block
         try:
-            return "disk", self._disk.open(key)
+            return "disk", self._disk.open(key, row)
         except LoadError as error:
             self._reject(key, error)
             raise
@@ -117,9 +118,11 @@ class BlockStore(OpenStore):
         """
         self._check_open()
         sources: dict[Key, tuple[str, Source]] = {}
+        keys = list(dict.fromkeys(key for stage in stages for key in stage.needs()))
+        rows = self._disk.rows([key for key in keys if self._memory.get(key) is None])
         try:
-            for key in dict.fromkeys(key for stage in stages for key in stage.needs()):
-                sources[key] = self._open(key)
+            for key in keys:
+                sources[key] = self._open(key, rows.get(key))
         except BaseException:
             for _, source in sources.values():
                 if not isinstance(source, Block):

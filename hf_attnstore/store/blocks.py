@@ -17,6 +17,9 @@ from .keys import RAW, Key
 TOKEN_IDS = "token_ids"
 """The tensor of a block's file that holds its ids."""
 
+Bytes = np.ndarray | memoryview
+"""A contiguous buffer of uint8."""
+
 
 @dataclass(frozen=True)
 class TensorSpec:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import LoadError
-from .blocks import TOKEN_IDS, Block, BlockMeta
+from .blocks import TOKEN_IDS, Block, BlockMeta, Bytes
 from .files import MAX_IOVECS, make_private_directory, write_file
 from .keys import Key, block_key, encode_tokens
 from .layout import MAX_HEADER_BYTES, Layout, StoredTensor, encode_block, parse_header
@@ -87,11 +87,11 @@ class BlockFile:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def read(self, wanted: Sequence[tuple[StoredTensor, Sequence[np.ndarray]]]) -> int:
+    def read(self, wanted: Sequence[tuple[StoredTensor, Sequence[Bytes]]]) -> int:
         """Reads whole tensors that lie one after the other into buffers, decrypts and checks them.
 
         Args:
-            wanted: in file order, each tensor with the contiguous uint8 buffers that together take its bytes.
+            wanted: in file order, each tensor with the contiguous buffers that together take its bytes.
 
         Returns:
             The bytes read.
@@ -101,17 +101,19 @@ class BlockFile:
                 anything.
         """
         buffers = [buffer for _, parts in wanted for buffer in parts]
-        offset = wanted[0][0].offset
+        layout = self.layout
+        offset = layout.begin + wanted[0][0].offset
         total = 0
         for first in range(0, len(buffers), MAX_IOVECS):
             total += self._read_into(buffers[first : first + MAX_IOVECS], offset + total)
         throttled(total)
         for tensor, parts in wanted:
-            if not self._guard.open(self.layout.meta, tensor.number, tensor.spec, parts, tensor.proof):
-                raise LoadError(f"{self.path}: the checksum of {tensor.spec.name} is wrong")
+            name = tensor.spec.name
+            if not self._guard.open(layout.meta, tensor.number, tensor.spec, parts, layout.proofs[name]):
+                raise LoadError(f"{self.path}: the checksum of {name} is wrong")
         return total
 
-    def _read_into(self, buffers: list[np.ndarray], offset: int) -> int:
+    def _read_into(self, buffers: list[Bytes], offset: int) -> int:
         expected = sum(buffer.nbytes for buffer in buffers)
         done = 0
         while done < expected:
@@ -146,7 +148,8 @@ class BlockFile:
         for name in names:
             stored = self.layout.tensors.get(name)
             if stored is not None:
-                os.posix_fadvise(self._fd, stored.offset, stored.spec.nbytes, os.POSIX_FADV_WILLNEED)
+                offset = self.layout.begin + stored.offset
+                os.posix_fadvise(self._fd, offset, stored.spec.nbytes, os.POSIX_FADV_WILLNEED)
 
     def read_meta(self) -> BlockMeta:
         """The block's identity with its token ids, checked against its key."""

@@ -285,13 +285,16 @@ class DiskStore:
             return None
         return meta.start, meta.tokens
 
-    def open(self, key: Key) -> BlockFile:
+    def open(self, key: Key, row: BlockRow | None = None) -> BlockFile:
         """Opens a block.
+
+        Args:
+            row: the block's, where it is known already.
 
         Raises:
             LoadError: it is not there, or can't be read; `failed` wants to know of it.
         """
-        row = self.row(key)
+        row = row or self.row(key)
         if row is None:
             raise LoadError(f"block {key.hex()} is not in the store any more")
         return self.files.open(row.fingerprint, key)

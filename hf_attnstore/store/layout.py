@@ -10,6 +10,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -44,12 +45,11 @@ _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class StoredTensor(NamedTuple):
-    """Where a tensor lies in a block file: `offset` is from the beginning of the file, in bytes."""
+    """Where a tensor lies in a block file: `offset` is from the end of the header, in bytes. The same object in all
+    blocks alike."""
 
     spec: TensorSpec
     offset: int
-    proof: str
-    """A checksum; in an encrypted file the tag."""
     number: int
     """Its place in the file."""
 
@@ -60,6 +60,11 @@ class Layout:
 
     meta: BlockMeta
     tensors: Mapping[str, StoredTensor]
+    """By name, in file order."""
+    begin: int
+    """Where the header ends, in bytes."""
+    proofs: Mapping[str, str]
+    """By tensor: a checksum; in an encrypted file the tag."""
     file_bytes: int
     salt: bytes = b""
     """Of the file's encryption; empty where it is not encrypted."""
@@ -146,9 +151,7 @@ def _split_header(encoded: bytes) -> tuple[dict[str, str], str]:
 class _Described(NamedTuple):
     """What a header says of its tensors. The same in every full block of a model, so it is parsed once."""
 
-    specs: tuple[TensorSpec, ...]
-    offsets: tuple[int, ...]
-    """From the end of the header, in bytes."""
+    tensors: Mapping[str, StoredTensor]
     nbytes: int
     token_counts: frozenset[int]
     """Tokens of the tensors; one number, if all is well."""
@@ -157,10 +160,9 @@ class _Described(NamedTuple):
 @lru_cache(maxsize=256)
 def _parse_described(described: str) -> _Described:
     """The tensors of a block, from their JSON; they lie one after the other without gaps."""
-    specs = []
-    offsets = []
+    tensors: dict[str, StoredTensor] = {}
     end = 0
-    for name, entry in json.loads(described).items():
+    for number, (name, entry) in enumerate(json.loads(described).items()):
         begin, stop = entry["data_offsets"]
         shape = tuple(entry["shape"])
         if not all(type(size) is int and size >= 0 for size in (begin, stop, *shape)):
@@ -168,11 +170,10 @@ def _parse_described(described: str) -> _Described:
         spec = TensorSpec(name, _DTYPES[entry["dtype"]], shape)
         if begin != end or spec.nbytes != stop - begin:
             raise LoadError(f"tensor {name!r} has impossible offsets")
-        specs.append(spec)
-        offsets.append(begin)
+        tensors[name] = StoredTensor(spec, begin, number)
         end = stop
-    counts = frozenset(_tokens_of(spec) for spec in specs)
-    return _Described(tuple(specs), tuple(offsets), end, counts)
+    counts = frozenset(_tokens_of(stored.spec) for stored in tensors.values())
+    return _Described(MappingProxyType(tensors), end, counts)
 
 
 def _tokens_of(spec: TensorSpec) -> int:
@@ -209,12 +210,10 @@ def _parse_header(encoded: bytes, file_bytes: int) -> Layout:
     begin = 8 + header_bytes
     if file_bytes != begin + found.nbytes:
         raise LoadError(f"the file has {file_bytes} bytes, its header needs {begin + found.nbytes}")
-    tensors = {
-        spec.name: StoredTensor(spec, begin + offset, proofs[spec.name], number)
-        for number, (spec, offset) in enumerate(zip(found.specs, found.offsets, strict=True))
-    }
+    if proofs.keys() != found.tensors.keys():
+        raise LoadError("not every tensor has its checksum")
     count = int(metadata["token_count"])
-    if tensors[TOKEN_IDS].spec != TensorSpec(TOKEN_IDS, torch.int64, (count,)):
+    if found.tensors[TOKEN_IDS].spec != TensorSpec(TOKEN_IDS, torch.int64, (count,)):
         raise LoadError("the token ids are not as the header says")
     state = metadata.get("state")
     if state is None and found.token_counts != {count}:
@@ -231,4 +230,4 @@ def _parse_header(encoded: bytes, file_bytes: int) -> Layout:
     )
     if meta.start < 0 or len(meta.key) != 32 or len(meta.parent) != 32:
         raise LoadError("the header's metadata are none")
-    return Layout(meta, tensors, file_bytes, bytes.fromhex(metadata.get("salt", "")))
+    return Layout(meta, found.tensors, begin, proofs, file_bytes, bytes.fromhex(metadata.get("salt", "")))

@@ -5,7 +5,8 @@ for one stage at a time.
 
 Where a stage's targets lie in host memory the consumer computes on the CPU, and threads that read ahead take the
 very cores it computes with: one that preempts a thread of a parallel region holds up all the others, and the
-interpreter's lock is handed to and fro (measured on two cores: half as long again for a resumed turn). Asking for
+interpreter's lock is handed to and fro (measured on two cores: half as long again for a resumed turn; a thread that
+only helps while the consumer waits, or only until it comes for its first stage, costs what it brings too). Asking for
 such a stage only makes the kernel read its files into the page cache, and the consumer itself reads or copies
 them into place when it gets there. For targets on a device the I/O threads do everything.
 """
@@ -19,17 +20,16 @@ from functools import partial
 from itertools import chain, groupby
 from typing import Protocol
 
-import numpy as np
 import torch
 
 from ..errors import LoadError
 from ..timeline import Time
-from .blocks import Block, as_bytes
+from .blocks import Block
 from .device_times import DeviceTimes
 from .devices import DeviceCopies, host_tensors
 from .disk import BlockFile
 from .keys import Key
-from .layout import StoredTensor
+from .placing import Rows, read_adjacent
 from .threads import IOThreads
 
 Source = Block | BlockFile
@@ -259,24 +259,28 @@ class Load:
         """Puts a stage in place in host memory. Interrupted, it counts as not done and starts again."""
         began = time.perf_counter()
         stage = self._stages[number]
-        rows = [(name, _flat(target)) for name, target in stage.targets.items()]
+        token_bytes = stage.token_bytes
         parts = stage.parts() if len(self._from_disk) < len(self._sources) else []
+        rows: Rows | None = None
         copies: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
         first = 0
         bytes_from: Counter[str] = Counter()
-        reading: Counter[str] = Counter()
+        reading: dict[str, float] = {}
         for place, piece in enumerate(stage.pieces):
             tier, source = self._sources[piece.key]
-            bytes_from[tier] += piece.tokens * stage.token_bytes
+            bytes_from[tier] += piece.tokens * token_bytes
             if isinstance(source, Block):
                 source.wait_ready()
+                whole = piece.tokens == source.meta.token_count  # the usual case; to slice for nothing takes its time
                 for name, target in parts[place].items():
+                    tensor = source.tensors[name]
                     copies[0].append(target)
-                    copies[1].append(source.tensors[name][:, piece.start : piece.stop])
+                    copies[1].append(tensor if whole else tensor[:, piece.start : piece.stop])
             else:
-                started = time.perf_counter_ns()
+                started = time.perf_counter()
+                rows = rows or Rows(stage.targets)
                 try:
-                    _read_into_rows(source, piece, stage.targets, rows, first)
+                    rows.read(source, piece.start, piece.stop, first)
                 except LoadError as error:
                     self.error = error
                     self._on_failure(piece.key, error)
@@ -284,7 +288,7 @@ class Load:
                 except Exception as error:
                     self.error = LoadError(f"reading block {piece.key.hex()} failed: {error!r}")
                     return
-                reading[tier] += time.perf_counter_ns() - started
+                reading[tier] = reading.get(tier, 0.0) + time.perf_counter() - started
             first += piece.tokens
         if stage.whole:
             bytes_from[self._sources[stage.checkpoint][0]] += sum(target.nbytes for target in stage.whole.values())
@@ -300,13 +304,12 @@ class Load:
             torch._foreach_copy_(*copies)
         stage.finish()
         self._in_place[number] = True
-        read = {tier: taken * 1e-9 for tier, taken in reading.items()}
-        self._account(number, time.perf_counter() - began, bytes_from, read)
+        self._account(number, time.perf_counter() - began, bytes_from, reading)
 
     def _whole_tensors(self, stage: Stage) -> dict[str, torch.Tensor]:
         """The tensors of a stage's checkpoint, in host memory."""
         source = self._sources[stage.checkpoint][1]
-        found = host_tensors(source, stage.whole, _read_adjacent, pinned=self._devices.pinned)
+        found = host_tensors(source, stage.whole, read_adjacent, pinned=self._devices.pinned)
         for name, target in stage.whole.items():
             if (found[name].shape, found[name].dtype) != (target.shape, target.dtype):
                 raise LoadError(f"the {name} of a checkpoint is {tuple(found[name].shape)} {found[name].dtype}")
@@ -328,7 +331,7 @@ class Load:
         """Brings one piece of a stage to a device."""
         stage = self._stages[number]
         piece = stage.pieces[place]
-        whole = host_tensors(self._sources[piece.key][1], targets, _read_adjacent, pinned=self._devices.pinned)
+        whole = host_tensors(self._sources[piece.key][1], targets, read_adjacent, pinned=self._devices.pinned)
         sources = {name: whole[name][:, piece.start : piece.stop] for name in targets}
         arrived = partial(stage.arrived, piece.shift) if stage.arrived is not None and piece.shift else None
         self._copy(number, sources, targets, arrived)
@@ -374,57 +377,3 @@ class Load:
                 self._remaining[number] -= 1
                 self._outstanding -= 1
                 self._idle.notify_all()
-
-
-def _flat(target: torch.Tensor) -> np.ndarray:
-    """The bytes of a target by head, `[heads, bytes]`. A view."""
-    return as_bytes(target.view(target.shape[0], -1))
-
-
-def _read_into_rows(
-    file: BlockFile,
-    piece: Piece,
-    targets: Mapping[str, torch.Tensor],
-    rows: Sequence[tuple[str, np.ndarray]],
-    first: int,
-) -> None:
-    """Reads a piece of every tensor into the targets' rows, behind `first` tokens of other pieces."""
-    wanted = []
-    for name, by_head in rows:
-        stored = _fitting(file, name, targets[name], piece)
-        heads, tokens, dim = stored.spec.shape
-        size = dim * stored.spec.dtype.itemsize
-        low, high = first * size, (first + piece.tokens) * size
-        if piece.tokens == tokens:
-            wanted.append((stored, [row[low:high] for row in by_head]))
-            continue
-        # a tensor is read whole (only then can it be checked), what is not wanted of it aside
-        before, after = piece.start * size, (tokens - piece.stop) * size
-        aside = np.empty((heads, before + after), dtype=np.uint8)
-        cut = zip(by_head, aside, strict=True)
-        buffers = [part for row, spare in cut for part in (spare[:before], row[low:high], spare[before:])]
-        wanted.append((stored, [buffer for buffer in buffers if buffer.nbytes]))
-    _read_adjacent(file, wanted)
-
-
-def _fitting(file: BlockFile, name: str, target: torch.Tensor, piece: Piece) -> StoredTensor:
-    stored = file.tensor(name)
-    heads, tokens, dim = stored.spec.shape
-    if (heads, dim, stored.spec.dtype) != (target.shape[0], target.shape[-1], target.dtype):
-        raise LoadError(f"{file.path}: {name} is {stored.spec}, which does not fit {tuple(target.shape)}")
-    if not 0 <= piece.start <= piece.stop <= tokens:
-        raise LoadError(f"{file.path}: {name} has no tokens {piece.start} to {piece.stop}")
-    return stored
-
-
-def _read_adjacent(file: BlockFile, wanted: list[tuple[StoredTensor, list[np.ndarray]]]) -> None:
-    """Reads tensors into buffers, those that lie one after the other in one call."""
-    wanted.sort(key=lambda item: item[0].offset)
-    run: list[tuple[StoredTensor, list[np.ndarray]]] = []
-    for item in wanted:
-        if run and run[-1][0].offset + run[-1][0].spec.nbytes != item[0].offset:
-            file.read(run)
-            run = []
-        run.append(item)
-    if run:
-        file.read(run)

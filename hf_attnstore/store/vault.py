@@ -18,7 +18,7 @@ import numpy as np
 import xxhash
 
 from ..errors import EncryptionKeyError, LoadError
-from .blocks import BlockMeta, TensorSpec, identity
+from .blocks import BlockMeta, Bytes, TensorSpec, identity
 
 KEY_VARIABLE = "ATTNSTORE_KEY"
 """The environment variable that a key is taken from where none is given."""
@@ -28,7 +28,7 @@ _NONCE_BYTES = 12
 _TAG_BYTES = 16
 
 
-def checksum(chunks: Iterable[np.ndarray]) -> str:
+def checksum(chunks: Iterable[Bytes]) -> str:
     """xxh3-64 (hex) over the chunks one after the other."""
     hasher = xxhash.xxh3_64()
     for chunk in chunks:
@@ -42,7 +42,7 @@ class Guard(Protocol):
     def close(self, meta: BlockMeta, number: int, spec: TensorSpec, data: np.ndarray) -> tuple[np.ndarray, str]:
         """What to write for the bytes of a block's tensor, the `number`th of its file, and the proof to keep."""
 
-    def open(self, meta: BlockMeta, number: int, spec: TensorSpec, parts: Sequence[np.ndarray], proof: str) -> bool:
+    def open(self, meta: BlockMeta, number: int, spec: TensorSpec, parts: Sequence[Bytes], proof: str) -> bool:
         """Turns what was read into what was closed, in place. False where it is not that."""
 
 
@@ -52,7 +52,7 @@ class _Checksums:
     def close(self, meta: BlockMeta, number: int, spec: TensorSpec, data: np.ndarray) -> tuple[np.ndarray, str]:
         return data, checksum([data])
 
-    def open(self, meta: BlockMeta, number: int, spec: TensorSpec, parts: Sequence[np.ndarray], proof: str) -> bool:
+    def open(self, meta: BlockMeta, number: int, spec: TensorSpec, parts: Sequence[Bytes], proof: str) -> bool:
         return checksum(parts) == proof
 
 
@@ -76,7 +76,7 @@ class _Encryption:
         encryptor.finalize()
         return closed, encryptor.tag.hex()
 
-    def open(self, meta: BlockMeta, number: int, spec: TensorSpec, parts: Sequence[np.ndarray], proof: str) -> bool:
+    def open(self, meta: BlockMeta, number: int, spec: TensorSpec, parts: Sequence[Bytes], proof: str) -> bool:
         from cryptography.exceptions import InvalidTag
         from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 

@@ -38,7 +38,9 @@ def check(layout: Layout) -> None:
     """Whatever is believed lies inside the file, whole and in its place."""
     end = layout.file_bytes
     for stored in layout.tensors.values():
-        assert 8 <= stored.offset <= stored.offset + stored.spec.nbytes <= end
+        assert 8 <= layout.begin <= layout.begin + stored.offset + stored.spec.nbytes <= end
+        assert stored.offset >= 0
+    assert layout.proofs.keys() == layout.tensors.keys()
     assert layout.meta.token_count == layout.tensors["token_ids"].spec.shape[0]
 
 

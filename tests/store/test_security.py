@@ -173,20 +173,20 @@ def test_an_encrypted_block_that_was_tampered_with_is_refused(tmp_path: Path) ->
     header, chunks = encode_block(block, vault)
     layout = parse_header(header, len(header) + sum(chunk.nbytes for chunk in chunks))
     guard = vault.guard(layout.salt)
-    stored = layout.tensors["layers.0.keys"]
+    stored, proof = layout.tensors["layers.0.keys"], layout.proofs["layers.0.keys"]
     good = chunks[0].copy()
-    assert guard.open(layout.meta, stored.number, stored.spec, [good], stored.proof)
+    assert guard.open(layout.meta, stored.number, stored.spec, [good], proof)
     assert good.tobytes() == block.tensors["layers.0.keys"].numpy().tobytes()
     moved = BlockMeta(layout.meta.key, layout.meta.parent, layout.meta.fingerprint, 16, layout.meta.tokens)
-    assert not guard.open(moved, stored.number, stored.spec, [chunks[0].copy()], stored.proof), "another position"
-    assert not guard.open(layout.meta, 1, stored.spec, [chunks[0].copy()], stored.proof), "another tensor's place"
+    assert not guard.open(moved, stored.number, stored.spec, [chunks[0].copy()], proof), "another position"
+    assert not guard.open(layout.meta, 1, stored.spec, [chunks[0].copy()], proof), "another tensor's place"
     bad = chunks[0].copy()
     bad[5] ^= 1
-    assert not guard.open(layout.meta, stored.number, stored.spec, [bad], stored.proof)
+    assert not guard.open(layout.meta, stored.number, stored.spec, [bad], proof)
     assert (
         not EncryptedVault(bytes(32), bytes(16))
         .guard(layout.salt)
-        .open(layout.meta, stored.number, stored.spec, [chunks[0].copy()], stored.proof)
+        .open(layout.meta, stored.number, stored.spec, [chunks[0].copy()], proof)
     )
     again, _ = encode_block(block, vault)
     assert again != header, "every file has a key of its own"
