@@ -437,6 +437,6 @@ class CacheTurns(ParkingCache):
         if spans:
             short = spans[-1].block_tokens < chain.block_size
             blocks = [span.block for span in spans]
-            self._store.used(blocks, tokens, short=short, went_on_from=self._went_on_from)
+            self._store.used(blocks, tokens, short=short, went_on_from=self._went_on_from, session=name)
         if self._checkpoints:
             self._store.touch(list(self._checkpoints.values()))

@@ -41,8 +41,8 @@ class Chain:
     """
 
     __slots__ = (
-        "_answers", "_block_tokens", "_moved", "_names", "_window", "before", "blocks", "short", "start", "tokens",
-        "truncations",
+        "_answers", "_block_tokens", "_moved", "_names", "_window", "before", "blocks", "named", "short", "start",
+        "tokens", "truncations",
     )  # fmt: skip
 
     def __init__(
@@ -69,6 +69,8 @@ class Chain:
         self.tokens = 0
         """Tokens in view."""
         self.truncations = 0
+        self.named = False
+        """Whether the blocks' names are the workload's, which then says nothing of whose turns they are."""
 
     @property
     def whole(self) -> list[Hashable]:
@@ -98,6 +100,7 @@ class Chain:
             self._grow(turn.output)
 
     def _named(self, turn: Turn, ids: list[Hashable]) -> Prompt:
+        self.named = True
         self.tokens = turn.new + (turn.shared or 0)
         self.blocks = ids
         self.short = self.tokens % self._block_tokens if len(ids) * self._block_tokens > self.tokens else 0

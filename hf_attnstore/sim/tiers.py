@@ -76,6 +76,7 @@ class Tiers:
         tokens: int,
         short: bool,
         went_on_from: Hashable | None = None,
+        conversation: Hashable | None = None,
     ) -> None:
         """Takes notice of a turn that ends with `blocks`, which are saved already, as far as there was room.
 
@@ -83,6 +84,7 @@ class Tiers:
             tokens: of the blocks.
             short: the last of them is not full.
             went_on_from: the last block that the turn reused.
+            conversation: whose turn it was, where conversations have names.
         """
         if not blocks:
             return
@@ -94,9 +96,12 @@ class Tiers:
             lowest = self._books[-1].order
             if len(lowest.children(went_on_from)) <= 1:
                 matched = lowest.place(went_on_from)
-        group = self.policy.group(Use(now, chain, tokens, end, known, matched))
+        group = self.policy.group(Use(now, chain, tokens, end, known, matched, self._holds, conversation))
         for book in self._books:
             book.order.used(chain, group, now, short=end)
+
+    def _holds(self, key: Hashable) -> bool:
+        return any(key in book for book in self._books)
 
     def admit(
         self,

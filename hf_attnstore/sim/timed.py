@@ -278,7 +278,10 @@ class TimedTiers:
             first=first, dirty=dirty, protect=not dirty, before=chain.before,
         )  # fmt: skip
         self.not_saved += len(blocks) - first - len(added)
-        tiers.turn_is_over(now, blocks, tokens=chain.tokens, short=short, went_on_from=went_on_from)
+        tiers.turn_is_over(
+            now, blocks, tokens=chain.tokens, short=short, went_on_from=went_on_from,
+            conversation=None if chain.named else chain,
+        )  # fmt: skip
         if old is not None and prompt.history:
             tiers.supersede(old)
             if self.device is not None:

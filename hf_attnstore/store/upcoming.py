@@ -198,7 +198,10 @@ class UpcomingTurns(BlockStore):
 
     # looking back
 
-    def used(self, blocks: Sequence[Key], tokens: int, *, short: bool, went_on_from: Key | None = None) -> None:
+    def used(
+        self, blocks: Sequence[Key], tokens: int, *, short: bool, went_on_from: Key | None = None,
+        session: str | None = None,
+    ) -> None:  # fmt: skip
         """Takes notice of a turn on a conversation, in the background.
 
         Args:
@@ -206,17 +209,21 @@ class UpcomingTurns(BlockStore):
             tokens: their tokens.
             short: the last of them is not full.
             went_on_from: the last block that the turn reused.
+            session: whose turn it was; None for one without a session.
         """
         if blocks:
-            note = partial(self._note_use, tuple(blocks), tokens, short, went_on_from)
+            conversation = (self.namespace, session) if session is not None else None
+            note = partial(self._note_use, tuple(blocks), tokens, short, went_on_from, conversation)
             self._writer.submit(partial(self._guarded, note))
 
-    def _note_use(self, blocks: tuple[Key, ...], tokens: int, short: bool, went_on_from: Key | None) -> None:
+    def _note_use(
+        self, blocks: tuple[Key, ...], tokens: int, short: bool, went_on_from: Key | None, conversation: Session | None
+    ) -> None:
         policy, now = self._order.policy, time.time()
         chain, end = (blocks[:-1], blocks[-1]) if short else (blocks, None)
         matched = self._place_of_end(went_on_from) if went_on_from is not None else None
         known = (went_on_from,) if went_on_from is not None else ()
-        group = policy.group(Use(now, chain, tokens, end, known, matched))
+        group = policy.group(Use(now, chain, tokens, end, known, matched, self._holds, conversation))
         self._memory.used_by_turn(chain, group, now, short=end)
         rows = self._disk.rows([*chain[-_ENDS:], *([end] if end is not None else [])])
         last = next((key for key in reversed(chain) if key in rows), None)
@@ -224,6 +231,10 @@ class UpcomingTurns(BlockStore):
             key: policy.place(rows[key].place, group, now, short=key == end) for key in (last, end) if key in rows
         }
         self._disk.move({key: place for key, place in places.items() if key is not None})
+
+    def _holds(self, key: Hashable) -> bool:
+        assert isinstance(key, bytes)
+        return self._memory.get(key) is not None or bool(self._disk.has([key]))
 
     def _place_of_end(self, key: Key) -> Place | None:
         """Where a block stands after which there was nothing before the turn that went on from it."""

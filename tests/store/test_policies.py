@@ -3,6 +3,7 @@
 import json
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -238,8 +239,8 @@ def test_what_was_learned_outlives_the_process() -> None:
     for nonsense in (
         {},
         {"returned": "x"},
-        {"returned": [[1.0]], "lost": [1.0]},
-        {"returned": None, "lost": None, "away": None},
+        {"returned": [[1.0]], "waited": [[1.0]]},
+        {"returned": None, "waited": None},
     ):
         before = other.worth(Place(7, now - 60), now)
         other.recall(nonsense)
@@ -258,15 +259,69 @@ def test_the_worth_of_waiting_by_hand() -> None:
     returns = Returns(1)
     for _ in range(1000):
         returns.returned(0, 100.0)
-    for _ in range(1000):
-        returns.lost(0)
-    returns.refresh([])
+    returns.waited([(0, 0.0, 2000.0)] * 1000)
+    returns.refresh()
     soon, late = returns.worth[0][bin_of(90.0)], returns.worth[0][bin_of(1000.0)]
     # at 90 s half of them come back within the bin of 100 s, which ends at most 1.35 times as late
     width = EDGES[bin_of(100.0) + 1] - EDGES[bin_of(90.0)]
     assert 0.4 / width < soon < 1 / (width / 2)
     assert late < soon / 100
     assert len(returns.worth[0]) == BINS
+
+
+def test_seconds_of_waiting_are_counted_once_and_by_age() -> None:
+    whole, parts, one_by_one = Returns(2), Returns(2), Returns(2)
+    dice = random.Random(2)
+    spells = [(dice.randrange(2), 0.0, dice.uniform(0, 5000)) for _ in range(200)]
+    whole.waited(spells)
+    for group, _, end in spells:
+        middle = dice.uniform(0, end)
+        parts.waited([(group, 0.0, middle)])
+        parts.waited([(group, middle, end)])
+        one_by_one.returned(group, end)
+    for other in (parts, one_by_one):
+        assert np.allclose(whole._waited, other._waited)
+    assert np.isclose(whole._waited.sum(), sum(end for _, _, end in spells))
+    assert (whole._waited[:, bin_of(5000.0) + 1 :] == 0).all()
+    whole.waited([(0, 100.0, 50.0)])
+    whole.returned(1, 50.0, since=100.0)
+    assert np.allclose(whole._waited, parts._waited), "a clock that was set back takes nothing away"
+    whole.waited([])
+
+
+def test_a_server_whose_queue_grows_is_followed() -> None:
+    """Conversations come back later and later; what was true of them at first must not be held against them."""
+    policy = make_policy("predictive")
+    names = iter(range(10**6))
+    waiting = [(float(n), next(names), 1) for n in range(50)]
+    now = 0.0
+    for turn in range(6000):
+        now, name, turns = waiting.pop(0)
+        policy.group(Use(now, [f"{name} {n}" for n in range(turns)], 300 * turns))
+        away = 100 + turn / 2
+        waiting.append((now + away, name, turns + 1) if turns < 8 else (now + away, next(names), 1))
+        waiting.sort()
+    soon, due = policy.worth(Place(7, now - 60), now), policy.worth(Place(7, now - 2500), now)
+    assert due > 2 * soon, "what is due is worth more than what has just been used"
+
+
+def test_a_conversation_that_was_truncated_is_known_by_its_name() -> None:
+    for name, expected in (("alice", 7), (None, 1)):
+        policy = make_policy("predictive")
+        groups = [policy.group(Use(60.0 * n, [f"chain {n}"], 500, conversation=name)) for n in range(5)]
+        assert groups[-1] == expected
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_a_short_end_that_was_dropped_is_not_taken_for_useless(held: bool) -> None:
+    """Else nothing would ever show that short ends are of use: they would always be dropped."""
+    policy = make_policy("predictive")
+    for n in range(40):
+        for turn in (0, 1):
+            use = Use(100.0 * n + 10 * turn, ["a"], 300, f"short {n} {turn}", conversation=n, holds=lambda key: held)
+            policy.group(use)
+    place = policy.place(None, 3, 5000.0, short=True)
+    assert place.group == (0 if held else 3)
 
 
 def test_an_unknown_policy_is_an_error_that_names_those_there_are() -> None:

@@ -1,7 +1,7 @@
 """What an eviction policy is: a few pure decisions over metadata."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -31,6 +31,10 @@ class Use:
     """Keys of short blocks that the turn went on from."""
     matched: Place | None = None
     """Where the last block stands that the turn reused, if nothing else followed it: the end of a conversation."""
+    holds: Callable[[Hashable], bool] = lambda key: True
+    """Whether a block is still there, in any tier."""
+    conversation: Hashable | None = None
+    """Whose turn it is, where that is known: a conversation that was truncated has another chain."""
 
 
 class Policy(ABC):

@@ -13,6 +13,8 @@ _LONG_TEXT = 4096
 _TURNS = 3
 """Later turns count as this one."""
 _ENDS = 65_536
+_REMEMBERED = 16
+"""Short ends: how far back it counts whether they were of use."""
 _FIRST, _MORE = 1, 3
 """Groups: 0 for short ends; from 1 first turns, of short and of long texts; from 3 later turns, by their number and by
 what they added."""
@@ -41,24 +43,26 @@ class Predictive(Policy):
     def __init__(self) -> None:
         self._returns = Returns(self.groups)
         self._ends: OrderedDict[Hashable, _End] = OrderedDict()
-        """The last whole block of every conversation that may come back, least recent first."""
+        """Every conversation that may come back, least recent first: by its name, or else by its last whole block."""
         self._gone_on: OrderedDict[Hashable, None] = OrderedDict()
         """Blocks at which a conversation ended that then went on. A second one that ends there shares its beginning
         with others, such as a system prompt: nobody can tell which of them goes on."""
         self._shorts: OrderedDict[Hashable, float] = OrderedDict()
         self._short_of: dict[Hashable, Hashable] = {}
+        self._shorts_used = 1.0
+        """The share of short ends that were of use to the next turn, among those that were still there."""
         self._turns = 0
-        self._now = 0.0
+        self._counted_at = self._now = 0.0
         self._refresh_at = 16
 
     def group(self, use: Use) -> int:
         now = use.now
-        key = next((key for key in reversed(use.chain) if key in self._ends), None)
+        key = self._end_before(use)
         if key is not None:
             before = self._ends.pop(key)
-            if key != use.chain[-1]:
+            if use.conversation is None and key != use.chain[-1]:
                 self._gone_on[key] = None
-            self._returns.returned(before.group, now - before.at)
+            self._returns.returned(before.group, now - before.at, self._seen(before.at))
             self._end_of_short(self._short_of.pop(key, None), use, now)
             turn, tokens = before.turn + 1, before.tokens
         elif use.matched is not None and use.matched.group >= _FIRST:  # of another process, or long ago
@@ -69,46 +73,60 @@ class Predictive(Policy):
             group = _FIRST + (use.tokens > _LONG_TEXT)
         else:
             group = _MORE + 2 * min(turn - 2, _TURNS - 1) + (use.tokens - tokens > _SHORT_TURN)
-        if use.chain and use.chain[-1] not in self._gone_on:
-            self._ends[use.chain[-1]] = _End(min(turn, _TURNS + 1), use.tokens, group, now)
+        key = use.conversation if use.conversation is not None else use.chain[-1] if use.chain else None
+        if key is not None and key not in self._gone_on:
+            self._ends[key] = _End(min(turn, _TURNS + 1), use.tokens, group, now)
             if use.short is not None:
                 self._shorts[use.short] = now
-                self._short_of[use.chain[-1]] = use.short
+                self._short_of[key] = use.short
         self._tidy(now)
         return group
 
+    def _end_before(self, use: Use) -> Hashable | None:
+        """Under what the end is known that a turn went on from."""
+        if use.conversation is not None and use.conversation in self._ends:
+            return use.conversation
+        return next((key for key in reversed(use.chain) if key in self._ends), None)
+
+    def _seen(self, at: float) -> float:
+        """How much of the time since `at` has been counted as waiting already, in seconds."""
+        return max(self._counted_at - at, 0.0)
+
     def _end_of_short(self, short: Hashable | None, use: Use, now: float) -> None:
-        """A conversation went on: its short end was of use, or never will be."""
+        """A conversation went on: its short end was of use, or never will be. Of one that had been dropped nobody can
+        tell: it must not count as useless for that."""
         if short is None or short not in self._shorts:
             return
-        age = now - self._shorts.pop(short)
+        at = self._shorts.pop(short)
         if short in use.known or short == use.short:
-            self._returns.returned(0, age)
-        else:
-            self._returns.lost(0)
+            self._returns.returned(0, now - at, self._seen(at))
+            self._shorts_used += (1 - self._shorts_used) / _REMEMBERED
+        elif use.holds(short):
+            self._shorts_used -= self._shorts_used / _REMEMBERED
 
     def _tidy(self, now: float) -> None:
         while len(self._ends) > _ENDS:
-            key, end = self._ends.popitem(last=False)
-            self._returns.lost(end.group)
+            key, _ = self._ends.popitem(last=False)
             self._shorts.pop(self._short_of.pop(key, None), None)
         while len(self._gone_on) > _ENDS:
             self._gone_on.popitem(last=False)
         while len(self._shorts) > _ENDS:
             self._shorts.popitem(last=False)
-            self._returns.lost(0)
         self._turns += 1
+        self._now = now
         if self._turns >= self._refresh_at:
             self._refresh_at = self._turns + max(16, min(self._turns // 2, 256), len(self._ends) // 16)
-            self._returns.refresh(self._waiting(now))
-        self._now = now
+            self._count_waiting(now)
+            self._returns.refresh()
 
-    def _waiting(self, now: float) -> list[tuple[int, float]]:
-        ends = ((end.group, now - end.at) for end in self._ends.values())
-        return [*ends, *((0, now - at) for at in self._shorts.values())]
+    def _count_waiting(self, now: float) -> None:
+        ends = [(end.group, end.at) for end in self._ends.values()]
+        ends += [(0, at) for at in self._shorts.values()]
+        self._returns.waited((group, self._seen(at), max(now - at, 0.0)) for group, at in ends)
+        self._counted_at = now
 
     def place(self, before: Place | None, group: int, now: float, *, short: bool = False) -> Place:
-        return Place(0 if short else group, now)
+        return Place(0 if short and self._shorts_used < 0.5 else group, now)
 
     def left(self, place: Place, follower: Place) -> Place:
         if follower.stamp <= place.stamp:
@@ -119,7 +137,8 @@ class Predictive(Policy):
         return self._returns.worth[place.group][bin_of(now - place.stamp)]
 
     def learned(self) -> dict[str, Any]:
-        return self._returns.learned(self._waiting(self._now))
+        self._count_waiting(self._now)
+        return self._returns.learned()
 
     def recall(self, learned: Mapping[str, Any]) -> None:
         self._returns.recall(learned)

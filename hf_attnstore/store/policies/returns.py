@@ -9,12 +9,14 @@ import numpy as np
 EDGES = (0.0, *(float(1.35**power) for power in range(46)))
 """Ages in seconds at which bins begin: up to about a week, finer at the beginning."""
 BINS = len(EDGES)
+_LOWS = np.array(EDGES)
 _WIDTHS = np.diff(np.array([*EDGES, EDGES[-1] * 1.35]))
-_MIDDLES = np.array(EDGES) + _WIDTHS / 2
+_MIDDLES = _LOWS + _WIDTHS / 2
 PRIOR = 5.0
 """What a group of which little is known counts as: so many conversations that behave as those of all groups do."""
-_FORGET = 50_000
-"""Returns of a group after which old ones begin to count less."""
+_MEMORY = 1000
+"""Returns of a group after which what was seen before counts for a third: on a server whose queue grows, conversations
+come back later and later, and what was true of them an hour ago misleads."""
 
 
 def bin_of(age: float) -> int:
@@ -25,6 +27,10 @@ def bin_of(age: float) -> int:
 class Returns:
     """Return times of conversations by group, also of those that have not come back yet.
 
+    For every group and age it counts how many came back, and for how long conversations of that age were waited for:
+    the rate of returns at that age, of late. (Following conversations from their beginning instead would tell of how
+    things were then.)
+
     The worth of waiting for one that has been away for some time is the best ratio of (chance of a return within a
     horizon) to (time that its blocks take room until then), over all horizons: the Gittins index of keeping it. Nothing
     is assumed of the distribution; that many never return at all shows in it.
@@ -32,73 +38,71 @@ class Returns:
 
     def __init__(self, groups: int) -> None:
         self._returned = np.zeros((groups, BINS))
-        self._lost = np.zeros(groups)
-        """Conversations that are no longer waited for."""
-        self._before = np.zeros((groups, BINS))
-        """Those that an earlier process waited for, by how long they had been away when it ended."""
+        self._waited = np.zeros((groups, BINS))
+        """Seconds, of all conversations together."""
+        self._fresh = np.zeros(groups)
+        """Returns since the last `refresh`."""
         self.worth = np.tile(_unknown(), (groups, 1)).tolist()
         """By group and bin of the age: expected returns per second of keeping."""
 
-    def returned(self, group: int, age: float) -> None:
-        """A conversation of `group` came back after `age` seconds."""
+    def returned(self, group: int, age: float, since: float = 0.0) -> None:
+        """A conversation of `group` came back after `age` seconds; up to the age `since` it was counted as waiting."""
+        since = min(since, age)  # clocks are set back at times
         self._returned[group, bin_of(age)] += 1
+        self._fresh[group] += 1
+        bins = slice(bin_of(since), bin_of(age) + 1)
+        until, before = np.clip(age - _LOWS[bins], 0, _WIDTHS[bins]), np.clip(since - _LOWS[bins], 0, _WIDTHS[bins])
+        self._waited[group, bins] += until - before
 
-    def lost(self, group: int, count: float = 1) -> None:
-        """A conversation is given up: it counts as one that never returns."""
-        self._lost[group] += count
+    def waited(self, spells: Iterable[tuple[int, float, float]]) -> None:
+        """Conversations were waited for in vain: each of a group, from one age to another, in seconds."""
+        found = np.array(list(spells)).reshape(-1, 3)
+        for group in np.unique(found[:, 0]):
+            _, begin, end = found[found[:, 0] == group].T
+            self._waited[int(group)] += _below(np.maximum(begin, end)) - _below(begin)
 
-    def refresh(self, waiting: Iterable[tuple[int, float]]) -> None:
-        """Works the worth out again.
-
-        Args:
-            waiting: group and age in seconds of every conversation that has not come back.
-        """
-        away = self._before + self._count(waiting)
-        away[:, -1] += self._lost
-        too_many = self._returned.sum(axis=1) > _FORGET
-        for counts in (self._returned, self._lost, self._before):
-            counts[too_many] /= 2
-        returned, at_risk = self._returned, _at_risk(self._returned, away)
+    def refresh(self) -> None:
+        """Works the worth out again, and lets what is long ago count less."""
+        returned, at_risk = self._returned, self._waited / _WIDTHS
         # groups lean on what is known of all, and that on a curve which falls with age: so ages order what nobody knows
         prior = 1 / (_MIDDLES + 60) * _WIDTHS * 0.3
         common = (returned.sum(axis=0) + np.minimum(prior, 0.5)) / (at_risk.sum(axis=0) + 1)
-        hazard = np.clip((returned + PRIOR * common) / (at_risk + PRIOR), 0, 0.99)
+        rate = (returned + PRIOR * common) / (at_risk + PRIOR)
+        hazard = np.clip(1 - np.exp(-rate), 0, 0.99)
         self.worth = _best_ratio(hazard).tolist()
+        keep = np.exp(-self._fresh / _MEMORY)[:, None]
+        self._returned *= keep
+        self._waited *= keep
+        self._fresh[:] = 0
 
-    def _count(self, waiting: Iterable[tuple[int, float]]) -> np.ndarray:
-        counts = np.zeros_like(self._returned)
-        for group, age in waiting:
-            counts[group, bin_of(age)] += 1
-        return counts
-
-    def learned(self, waiting: Iterable[tuple[int, float]]) -> dict[str, Any]:
-        """What is known, for the next process, which will not know those that are `waiting`."""
-        away = self._before + self._count(waiting)
-        return {"returned": self._returned.tolist(), "lost": self._lost.tolist(), "away": away.tolist()}
+    def learned(self) -> dict[str, Any]:
+        """What is known, for the next process."""
+        return {"returned": self._returned.tolist(), "waited": self._waited.tolist()}
 
     def recall(self, learned: Mapping[str, Any]) -> None:
         try:
-            found = [np.array(learned[name], dtype=float) for name in ("returned", "lost", "away")]
+            found = [np.array(learned[name], dtype=float) for name in ("returned", "waited")]
         except (KeyError, TypeError, ValueError):
             return
-        shapes = [self._returned.shape, self._lost.shape, self._before.shape]
-        if [counts.shape for counts in found] != shapes:
+        if any(counts.shape != self._returned.shape for counts in found):
             return
         if all(np.isfinite(counts).all() and (counts >= 0).all() for counts in found):
-            self._returned, self._lost, self._before = found
-            self.refresh(())
+            self._returned, self._waited = found
+            self.refresh()
+
+
+def _below(ages: np.ndarray) -> np.ndarray:
+    """Seconds that all of these ages have in each bin."""
+    ages = np.sort(ages)
+    sums = np.concatenate([[0.0], np.cumsum(ages)])
+    lows, highs = _LOWS, _LOWS + _WIDTHS
+    at_low, at_high = np.searchsorted(ages, lows), np.searchsorted(ages, highs)
+    within = sums[at_high] - sums[at_low] - lows * (at_high - at_low)
+    return within + _WIDTHS * (len(ages) - at_high)
 
 
 def _unknown() -> np.ndarray:
     return 1 / (_MIDDLES + 60)
-
-
-def _at_risk(returned: np.ndarray, away: np.ndarray) -> np.ndarray:
-    """How many could have returned in each bin: those that were away for all of it, and half of those that have been
-    away for a part of it until now."""
-    total = returned + away
-    reached = total[:, ::-1].cumsum(axis=1)[:, ::-1]
-    return reached - away / 2
 
 
 def _best_ratio(hazard: np.ndarray) -> np.ndarray:
