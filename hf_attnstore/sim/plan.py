@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+from ..store.policies import DEFAULT
 from .paper import DISKS, SESSIONS, SETTINGS
 from .runs import NO_STORE, OPTIMUM, PLAIN_FIFO, PaperRun, Run, ServedTrace, TraceRun
 
-DEFAULT_POLICY = "predictive"
+DEFAULT_POLICY = DEFAULT
 CAPACITIES = (0.01, 0.02, 0.05, 0.10, 0.20, 0.30, 0.50)
 CURVES = (PLAIN_FIFO, "fifo", "lru", "hyperbolic", DEFAULT_POLICY, OPTIMUM)
 DEPTHS = (0.25, 0.5, 1.0, 2.0, 4.0)

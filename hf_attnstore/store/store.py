@@ -59,8 +59,8 @@ class AttentionStore(UpcomingTurns):
         durability: what a saved turn survives. "process": the end of the process, however it comes; after a loss of
             power what had not reached the disk by itself is noticed and recomputed. "power": a loss of power too;
             every file is fsynced, and so is the index with every turn.
-        policy: what goes first where there is no room: `lru` (what was used least recently), `predictive` (what is
-            least likely to be used again, as learned while running), `fifo` or `hyperbolic`.
+        policy: what goes first where there is no room: `predictive` (what is least likely to be used again, as learned
+            while running), `lru` (what was used least recently), `fifo` or `hyperbolic`.
         encryption_key: 32 bytes, or a text of them in hex or base64, under which files are encrypted (AES-256-GCM).
             Default: the environment variable `ATTNSTORE_KEY`. A store is encrypted from its beginning or not at all.
 
