@@ -15,6 +15,7 @@ from .turns import Turns
 
 STATIC = Path(__file__).parent / "static"
 STYLE = STATIC / "style.css"
+LEAVING = STATIC / "leaving.js"
 
 _READ_ADDRESS = """() => {
   const narrow = window.innerWidth < 768

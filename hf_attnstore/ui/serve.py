@@ -16,7 +16,7 @@ from starlette.background import BackgroundTask
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 
 from ..store import AttentionStore
-from .app import STYLE, build, theme
+from .app import LEAVING, STYLE, build, theme
 from .identity import IdentityCookie
 from .model import Loaded, ModelLoader
 from .restart import RESTARTING_PAGE, Restart, listening_socket, replace_process
@@ -64,6 +64,7 @@ def web_app(page: gr.Blocks, restart: Restart, accounts: Sequence[tuple[str, str
         auth=list(accounts) or None,
         theme=theme(),
         css=STYLE.read_text(),
+        head=f"<script>{LEAVING.read_text()}</script>",
         footer_links=[],
         run_history=False,
         enable_monitoring=False,

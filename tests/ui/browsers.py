@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,12 +51,14 @@ def launched() -> Iterator[Any]:
 
 
 @contextmanager
-def served(load: Callable[[], Any], store: AttentionStore, **options: Any) -> Iterator[str]:
+def served(
+    load: Callable[[], Any], store: AttentionStore, accounts: Sequence[tuple[str, str]] = (), **options: Any
+) -> Iterator[str]:
     """The address of a page that is served by a thread of this process."""
     listening = listening_socket("127.0.0.1", 0)
     turns = Turns(store, ModelLoader(load), **options)
     restart = Restart(allowed=False)
-    app = web_app(build(store, turns, restart, model_name="a tiny model"), restart)
+    app = web_app(build(store, turns, restart, model_name="a tiny model"), restart, accounts)
     server = uvicorn.Server(
         uvicorn.Config(app, log_level="error", access_log=False, timeout_graceful_shutdown=1, lifespan="on")
     )
@@ -73,7 +75,7 @@ def served(load: Callable[[], Any], store: AttentionStore, **options: Any) -> It
 class User:
     """Somebody with a browser of their own, on one page of it."""
 
-    def __init__(self, browser: Any, address: str, **context: Any) -> None:
+    def __init__(self, browser: Any, address: str, login: Sequence[str] = (), **context: Any) -> None:
         self.address = address
         self.context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **context})
         self.context.set_default_timeout(WAIT)
@@ -82,18 +84,23 @@ class User:
         self.page.on("console", lambda said: said.type == "error" and self.problems.append(said.text))
         self.page.on("pageerror", lambda error: self.problems.append(str(error)))
         self.page.goto(address)
+        if login:
+            self.log_in(*login)
         self.wait_until_there()
+
+    def log_in(self, name: str, *passwords: str) -> None:
+        """Tries one password after the other; all but the last are refused."""
+        for number, password in enumerate(passwords):
+            self.page.get_by_test_id("textbox").fill(name)
+            self.page.get_by_test_id("password").fill(password)
+            self.page.get_by_role("button", name="Login", exact=True).click()
+            if number < len(passwords) - 1:
+                self.page.get_by_text("Incorrect Credentials").wait_for()
+                self.problems.clear()  # the browser itself logs the refusal
 
     def wait_until_there(self) -> None:
         """The page answers: what its loading asks of the server has come."""
         self.page.wait_for_selector("#numbers svg", state="attached", timeout=4 * WAIT)  # a process may begin anew
-
-    def reload_during_an_answer(self) -> None:
-        """What Gradio's script logs about its own connections while the page goes away is not held against the page."""
-        before = list(self.problems)
-        self.page.reload()
-        leaving = ("AbortError", "Unexpected error Connection errored out")
-        self.problems = before + [p for p in self.problems[len(before) :] if not p.startswith(leaving)]
 
     def say(self, text: str) -> None:
         self.page.fill("#message textarea", text)
@@ -138,6 +145,7 @@ class User:
 
     def close(self) -> None:
         """Nothing went wrong on the page."""
+        self.page.wait_for_timeout(700)  # what goes wrong is said late: see static/leaving.js
         self.context.close()
         assert not self.problems, "\n".join(self.problems)
 

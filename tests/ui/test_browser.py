@@ -126,7 +126,7 @@ def test_a_reload_in_the_middle_of_an_answer_shows_it_go_on_and_stop_keeps_it(
     user.say(PRINCE)
     assert gate.reached.wait(60)
     user.page.wait_for_selector("#chat [data-testid=bot]")
-    user.reload_during_an_answer()
+    user.page.reload()
     user.page.wait_for_selector("#chat [data-testid=bot]")
     part = user.messages()
     assert part[0] == PRINCE
@@ -223,3 +223,24 @@ def test_on_a_phone_the_chat_comes_first_and_nothing_is_cut_off(come: Callable[.
     assert box["y"] + box["height"] <= 844
     user.page.locator(".sidebar .toggle-button").first.tap()
     user.listed(PRINCE)
+
+
+def test_an_account_has_its_conversations_in_every_browser_and_nobody_elses(
+    browser: Any, model: Any, tokenizer: Any, store: AttentionStore
+) -> None:
+    accounts = [("ann", "secret"), ("bob", "other")]
+    with served(lambda: (model, tokenizer), store, accounts, max_new_tokens=12, do_sample=False) as address:
+        ann = User(browser, address, ("ann", "wrong", "secret"))
+        ann.ask(PRINCE, 1)
+        again = User(browser, address, ("ann", "secret"))
+        again.listed(PRINCE)
+        again.page.locator("#entries label").first.click()
+        assert number(again.ask("go on", 2), "reused") > 0
+        bob = User(browser, address, ("bob", "other"))
+        bob.page.goto(again.page.url)
+        bob.page.reload()
+        bob.note("there is no conversation")
+        assert bob.messages() == []
+        bob.listed()
+        for user in (ann, again, bob):
+            user.close()
