@@ -235,6 +235,7 @@ def test_an_account_has_its_conversations_in_every_browser_and_nobody_elses(
         again = User(browser, address, ("ann", "secret"))
         again.listed(PRINCE)
         again.page.locator("#entries label").first.click()
+        again.footers(1)
         assert number(again.ask("go on", 2), "reused") > 0
         bob = User(browser, address, ("bob", "other"))
         bob.page.goto(again.page.url)
