@@ -198,10 +198,9 @@ def _paper_part(plan: Plan, found: Found) -> str:
             "Hit rate of turns / of tokens, and in brackets the share of the tokens found that were in memory, by "
             "policy (paper, 13B: look-ahead 86 %, LRU 58 %, FIFO 48 %; in memory > 99.6 % and about 0.5 %):",
             table(["", *(called(policy, ahead) for policy, ahead in PAPER_POLICIES)], policies),
-            "Where every turn waits in a long queue, `predictive` takes the wait for the time that people stay away: a "
-            "conversation that waits for most of an hour looks worth least when it has just been used, which is when "
-            "it is "
-            "about to be queued again. It is made for servers that answer at once, and for what has no job.",
+            "Where every turn waits in a queue that grows without end, `predictive` takes the wait for the time that "
+            "people stay away, and learns of ever longer ones only as they come to pass. It is made for servers that "
+            "answer at once.",
             "Times, by the clock of the simulation:",
             table(
                 ["", "TTFT mean", "p50", "p99", "prefill", "exposed load", "GPU busy", "cost", "longest queue"], times

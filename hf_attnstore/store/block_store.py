@@ -251,7 +251,7 @@ class BlockStore(OpenStore):
                 size = sum(t.spec.nbytes for t in specs)
                 if self._automatic is not None:
                     self._automatic.before_reserving()
-                if not self._memory.reserve(size, job=job):
+                if not self._memory.reserve(size, job=job) and not self._reserve_once_written(size, job):
                     return None
                 try:
                     pinned = torch.cuda.is_available()
@@ -269,6 +269,14 @@ class BlockStore(OpenStore):
         except Exception as error:
             logger.debug("promoting block %s failed: %r", key.hex(), error)
         return 0
+
+    def _reserve_once_written(self, nbytes: int, job: int | None) -> bool:
+        """Room for an upcoming turn's block, where what waits to be written takes it: that then is written at once.
+        While turns follow one another there is always somebody computing, and memory would fill up with it."""
+        if job is None or job == sys.maxsize or not self._memory.dirty:
+            return False
+        self._writer.drain()
+        return self._memory.reserve(nbytes, job=job)
 
     def describe_block(self, key: Key, fingerprint: str = "") -> tuple[int, np.ndarray] | None:
         """The position for which a block's first keys were made, and its ids `[tokens]`.

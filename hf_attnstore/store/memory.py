@@ -52,6 +52,11 @@ class MemoryTier:
     def __len__(self) -> int:
         return len(self._blocks)
 
+    @property
+    def dirty(self) -> int:
+        """How many blocks are still to be written."""
+        return len(self._book.dirty)
+
     def resize(self, capacity: int) -> None:
         """Sets the capacity. Evicts what is over it and on disk; what is dirty follows when it has been written."""
         with self._changed:

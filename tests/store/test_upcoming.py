@@ -71,6 +71,22 @@ def test_what_runs_next_is_fetched_as_far_as_memory_goes(tmp_path: Path) -> None
         assert store.stats()["memory_bytes"] <= TWO
 
 
+def test_what_waits_to_be_written_does_not_keep_upcoming_turns_out_of_memory(tmp_path: Path) -> None:
+    """Writing stands back while somebody computes; where turns follow one another, that is always."""
+    with filled(tmp_path, 1, memory=TWO) as store:
+        store._right_of_way.take("a turn")
+        for number in (1, 2):
+            for block in chain_of(number):
+                assert store.reserve(block.nbytes)
+                store.put(block)
+        assert store.stats()["memory_bytes"] > TWO - ONE, "no room for a third"
+        store.schedule(["0"])
+        wait_for(lambda: in_memory(store, "0") == ONE)
+        store._right_of_way.give("a turn")
+        store.flush()
+        assert store.stats()["memory_bytes"] <= TWO
+
+
 def test_a_turn_that_was_saved_leaves_the_list(tmp_path: Path) -> None:
     with filled(tmp_path, 3, memory=10 * ONE) as store:
         store.schedule(["0", "1", "0"])
