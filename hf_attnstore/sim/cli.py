@@ -357,5 +357,5 @@ def _write(output: Path | None, runs: Sequence[Run], found: dict[Run, dict[str, 
     from dataclasses import asdict
 
     if output is not None:
-        record = [{"run": {"kind": type(run).__name__, **asdict(run)}, "found": found[run]} for run in runs]
+        record = [{"run": {"class": type(run).__name__, **asdict(run)}, "found": found[run]} for run in runs]
         output.write_text(json.dumps(record, indent=1) + "\n")

@@ -455,7 +455,7 @@ def from_record(record: Mapping[str, Any], plan: Plan) -> dict[Run, dict[str, An
     found: dict[Run, dict[str, Any]] = {}
     for item in record["runs"]:
         about = dict(item["run"])
-        kind = kinds[about.pop("kind")]
+        kind = kinds[about.pop("class")]
         if "path" in about:
             about["path"] = paths.get(about["path"], "")
         run = kind(**about)
@@ -469,7 +469,7 @@ def as_record(plan: Plan, found: Found, live: dict[str, Any] | None) -> dict[str
     titles = {trace.path: trace.title for trace in plan.traces}
     runs = []
     for run, figures in found.items():
-        about = {"kind": type(run).__name__, **asdict(run)}
+        about = {"class": type(run).__name__, **asdict(run)}
         if "path" in about:
             about["path"] = titles.get(about["path"], "trace")
         runs.append({"run": about, "found": {key: value for key, value in figures.items() if key != "cpu_seconds"}})
