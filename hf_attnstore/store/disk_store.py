@@ -214,6 +214,8 @@ class DiskStore:
 
     def rows(self, keys: Sequence[Key]) -> dict[Key, BlockRow]:
         """The rows of those of these blocks that are there."""
+        if not keys:  # that this succeeds says nothing of whether the index can be read
+            return {}
         found = self._attempt(lambda: self.index.rows(keys), [])
         assert isinstance(found, list)
         return {row.key: row for row in found}
