@@ -7,6 +7,7 @@ import ipaddress
 import secrets
 import socket
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import gradio as gr
@@ -76,6 +77,16 @@ def web_app(page: gr.Blocks, restart: Restart, accounts: Sequence[tuple[str, str
     return served
 
 
+class _Server(uvicorn.Server):
+    """Says when it can be asked. From then on an interruption ends it in order: it listens to signals already."""
+
+    ready: Callable[[], None]
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.ready()
+
+
 def serve(
     load: Callable[[], Loaded],
     store: AttentionStore,
@@ -100,27 +111,20 @@ def serve(
         AttentionStoreError: the address can't be had.
     """
     listening = listening_socket(host, port)
-    model = ModelLoader(load)
-    turns = Turns(store, model, **options)
     restart = Restart(allowed=is_loopback(host))
-    app = web_app(build(store, turns, restart, model_name=model_name), restart, accounts)
-    server = uvicorn.Server(
-        uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_SECONDS)
-    )
-
-    def shut_down() -> None:
-        server.should_exit = True
-
-    restart.shut_down = shut_down
-    ready(_address(host, listening))
-    try:
-        # uvicorn passes an interruption on after it has ended in order
-        with contextlib.suppress(KeyboardInterrupt):
-            # the server closes what it is given; the socket itself is to go on listening
-            server.run(sockets=[listening.dup()])
-    finally:
-        turns.close()
-        store.close()
+    # uvicorn passes an interruption on after it has ended in order
+    with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as closing:
+        closing.callback(store.close)
+        turns = Turns(store, ModelLoader(load), **options)
+        closing.callback(turns.close)
+        app = web_app(build(store, turns, restart, model_name=model_name), restart, accounts)
+        server = _Server(
+            uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_SECONDS)
+        )
+        server.ready = partial(ready, _address(host, listening))
+        restart.shut_down = partial(setattr, server, "should_exit", True)
+        # the server closes what it is given; the socket itself is to go on listening
+        server.run(sockets=[listening.dup()])
     if restart.requested:
         replace_process(listening)
     listening.close()

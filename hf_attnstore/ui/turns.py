@@ -169,12 +169,13 @@ class Turns:
             self._free(place)
 
     def close(self) -> None:
-        """Stops all turns and keeps what is complete."""
+        """Stops all turns, keeps what is complete, and ends the loading of the model."""
         self._closing = True
         with self._lock:
             queue = self._queue
         if queue is not None:
             queue.close(cancel=True)
+        self.model.close()
 
     def _opened(self) -> TurnQueue:
         model, _ = self.model.result()
