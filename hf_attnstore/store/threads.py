@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 MAX_HOLD_SECONDS = 5.0
-"""How long tasks are held back at most, counted from the beginning of the oldest turn that holds them."""
+"""How long tasks are held back at most, whoever computes meanwhile: one long turn, or many one after the other."""
 
 
 class RightOfWay:
@@ -20,7 +20,9 @@ class RightOfWay:
     def __init__(self, max_seconds: float = MAX_HOLD_SECONDS) -> None:
         self._max_seconds = max_seconds
         self._changed = threading.Condition()
-        self._began: dict[object, float] = {}
+        self._computing: set[object] = set()
+        self._held_since: float | None = None
+        """When the first task was held back; None where the last one was not."""
         self._hurried = 0
 
     @contextmanager
@@ -38,28 +40,33 @@ class RightOfWay:
     def take(self, owner: object) -> None:
         """Tasks stand back until `owner` gives way."""
         with self._changed:
-            self._began.setdefault(owner, time.monotonic())
+            self._computing.add(owner)
 
     def give(self, owner: object) -> None:
         """`owner` computes no more. Harmless if it did not."""
         with self._changed:
-            if self._began.pop(owner, None) is not None:
-                self._changed.notify_all()
+            self._computing.discard(owner)
+            self._changed.notify_all()
 
     def overrule(self) -> None:
         """What is held back is needed now: everybody who computes at the moment loses the right of way."""
         with self._changed:
-            self._began.clear()
+            self._computing.clear()
             self._changed.notify_all()
 
     def wait(self) -> None:
-        """Returns when a task may run."""
+        """Returns when a task may run. Once one was held for as long as may be, those that come run at once until
+        there is a moment in which nobody computes."""
         with self._changed:
-            while self._began and not self._hurried:
+            while self._computing and not self._hurried:
                 now = time.monotonic()
-                self._began = {who: began for who, began in self._began.items() if now - began < self._max_seconds}
-                if self._began:
-                    self._changed.wait(min(self._began.values()) + self._max_seconds - now)
+                if self._held_since is None:
+                    self._held_since = now
+                left = self._held_since + self._max_seconds - now
+                if left <= 0:
+                    return
+                self._changed.wait(left)
+            self._held_since = None
 
 
 class IOThreads:

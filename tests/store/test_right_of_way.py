@@ -73,6 +73,31 @@ def test_nobody_holds_tasks_for_ever() -> None:
     threads.close()
 
 
+def test_turns_that_follow_one_another_hold_nothing_for_longer_than_one() -> None:
+    right = RightOfWay(0.3)
+    threads = IOThreads(1, "test", right)
+    over = threading.Event()
+
+    def compute() -> None:
+        for turn in range(10**6):
+            right.take(turn)
+            if over.wait(0.02):
+                return
+            right.give(turn)
+
+    turns = threading.Thread(target=compute)
+    right.take("the first")
+    turns.start()
+    done = [threading.Event() for _ in range(20)]
+    for event in done:
+        threads.submit(event.set)
+    right.give("the first")
+    assert all(soon(event) for event in done)
+    over.set()
+    turns.join()
+    threads.close()
+
+
 def test_blocks_are_written_after_the_turn_or_when_memory_is_short(store: AttentionStore) -> None:
     chain = make_chain(list(range(64)), 16)
     store.begin_computing("a turn")
