@@ -38,7 +38,7 @@ class BlockStore(OpenStore):
     def known(self, keys: Sequence[Key]) -> int:
         """How many of these blocks, from the first on, are in some tier."""
         elsewhere = [key for key in keys if self._memory.get(key) is None]
-        missing = set(elsewhere) - self._disk.has(elsewhere) if elsewhere else set()
+        missing = set(elsewhere) - self._disk.has(elsewhere)
         return next((place for place, key in enumerate(keys) if key in missing), len(keys))
 
     def tier_of(self, key: Key) -> str:

@@ -192,6 +192,8 @@ class DiskStore:
 
     def has(self, keys: Sequence[Key]) -> set[Key]:
         """Which of these blocks can be read, as far as is known."""
+        if not keys:  # that this succeeds says nothing of whether the index can be read
+            return set()
         found = self._attempt(lambda: self.index.has(keys), set())
         assert isinstance(found, set)
         if self._unreadable:
@@ -214,7 +216,7 @@ class DiskStore:
 
     def rows(self, keys: Sequence[Key]) -> dict[Key, BlockRow]:
         """The rows of those of these blocks that are there."""
-        if not keys:  # that this succeeds says nothing of whether the index can be read
+        if not keys:  # as in `has`
             return {}
         found = self._attempt(lambda: self.index.rows(keys), [])
         assert isinstance(found, list)

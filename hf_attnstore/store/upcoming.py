@@ -234,7 +234,7 @@ class UpcomingTurns(BlockStore):
 
     def _holds(self, key: Hashable) -> bool:
         assert isinstance(key, bytes)
-        return self._memory.get(key) is not None or bool(self._disk.has([key]))
+        return self.has(key)
 
     def _place_of_end(self, key: Key) -> Place | None:
         """Where a block stands after which there was nothing before the turn that went on from it."""
