@@ -128,26 +128,52 @@ class Tiers:
             before: what the first of `blocks` follows, if that is known.
             protect: the end of the chain must not go to make room for what continues it.
         """
+        count = len(blocks)
+        while first < count and blocks[first] in book:
+            first += 1
+        missing = range(first, count)
+        parents = [before, *blocks][first:count]
+        at_once = bool(missing) and not any(blocks[number] in book for number in missing[1:])
+        if at_once and self._reserve_all(book, [sizes(number) for number in missing], now, parents[0], protect):
+            for number in reversed(missing):  # from the end, so that none of them is ever the last but that
+                book.add(blocks[number], parents[number - first], start + number, sizes(number), place, dirty=dirty)
+            return list(blocks[first:])
         added: list[Hashable] = []
-        protected: Hashable | None = None
-        for number in range(first, len(blocks)):
+        for number, parent in zip(missing, parents, strict=True):
             key = blocks[number]
             if key in book:
                 continue
-            parent = blocks[number - 1] if number else before
-            if protect and parent is not None and parent in book and parent not in book.dirty:
-                book.dirty.add(parent)
-                protected = parent
             size = sizes(number)
-            fits = book.reserve(size, now)
-            if protected is not None:
-                book.dirty.discard(protected)
-                protected = None
-            if not fits:
+            if not self._reserve(book, size, now, parent if protect else None):
                 break
             book.add(key, parent, start + number, size, place, dirty=dirty)
             added.append(key)
         return added
+
+    def _reserve_all(
+        self, book: TierBook, sizes: list[int], now: float, parent: Hashable | None, protect: bool
+    ) -> bool:
+        """Reserves room for all blocks that follow `parent`, or none. What the first is reserved for may be `parent`
+        itself, unless `protect`; then that has a follower, and stays."""
+        if not protect:
+            if not self._reserve(book, sizes[0], now, None):
+                return False
+            if self._reserve(book, sum(sizes[1:]), now, parent):
+                return True
+            book.release(sizes[0])
+            return False
+        return self._reserve(book, sum(sizes), now, parent)
+
+    @staticmethod
+    def _reserve(book: TierBook, size: int, now: float, protected: Hashable | None) -> bool:
+        """Reserves room for what follows `protected`, which must not go for it."""
+        if protected is None or protected not in book or protected in book.dirty:
+            return book.reserve(size, now)
+        book.dirty.add(protected)
+        try:
+            return book.reserve(size, now)
+        finally:
+            book.dirty.discard(protected)
 
     def supersede(self, key: Hashable) -> None:
         """A longer block has taken the place of this one."""

@@ -1,6 +1,7 @@
 """The accounts of a tier: bytes reserved and held under a cap, and who goes when room is needed. No bytes here."""
 
 from collections.abc import Callable, Hashable, Iterable
+from contextlib import closing
 
 from .lookahead import Lookahead
 from .order import EvictionOrder
@@ -54,14 +55,18 @@ class TierBook:
         """
         if nbytes > self.capacity:
             return False
-        while self.used + nbytes > self.capacity:
-            victim = self.order.victim(now, self.dirty, job=job) if evict else None
-            if victim is None:
-                return False
-            self.remove(victim)
-            self.evictions += 1
-            self._evicted(victim)
-        return True
+        if self.used + nbytes <= self.capacity:
+            return True
+        if not evict:
+            return False
+        with closing(self.order.victims(now, self.dirty, job=job)) as victims:
+            for victim in victims:
+                self.remove(victim)
+                self.evictions += 1
+                self._evicted(victim)
+                if self.used + nbytes <= self.capacity:
+                    return True
+        return False
 
     def shrink(self, capacity: int, now: float) -> None:
         """Sets the cap, and evicts down to it as far as that can be done now."""

@@ -1,7 +1,7 @@
 """Which block of a tier goes next: leaves only, upcoming turns last."""
 
 import heapq
-from collections.abc import Container, Hashable, Iterable, Sequence
+from collections.abc import Container, Generator, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,12 +59,10 @@ class EvictionOrder:
             self.move(key, place)
             return
         entry = self._entries[key] = _Entry(parent, start, place, self._orphans.pop(key, set()))
-        self._siblings(parent).add(key)
+        before = self._entries.get(parent)
+        siblings = before.children if before is not None else self._orphans.setdefault(parent, set())
+        siblings.add(key)
         self._push(key, entry)
-
-    def _siblings(self, parent: Hashable) -> set[Any]:
-        entry = self._entries.get(parent)
-        return entry.children if entry is not None else self._orphans.setdefault(parent, set())
 
     def children(self, parent: Hashable) -> set[Any]:
         """The blocks here that follow `parent`, which itself need not be here."""
@@ -98,15 +96,16 @@ class EvictionOrder:
             return
         if entry.children:
             self._orphans[key] = entry.children
-        siblings = self._siblings(entry.parent)
-        siblings.discard(key)
         parent = self._entries.get(entry.parent)
-        if parent is not None:
-            if not siblings:
-                parent.place = self.policy.left(parent.place, entry.place)
-            self._push(entry.parent, parent)
-        elif not siblings:
+        siblings = parent.children if parent is not None else self._orphans.get(entry.parent, set())
+        siblings.discard(key)
+        if siblings:
+            return
+        if parent is None:
             self._orphans.pop(entry.parent, None)
+        else:
+            parent.place = self.policy.left(parent.place, entry.place)
+            self._push(entry.parent, parent)
 
     def rescheduled(self, keys: Iterable[Hashable]) -> None:
         """What the look-ahead says of these blocks has changed."""
@@ -115,54 +114,62 @@ class EvictionOrder:
             if entry is not None:
                 self._push(key, entry)
 
-    def victim(self, now: float, excluded: Container[Any] = (), *, job: int | None = None) -> Hashable | None:
-        """The block that goes next.
+    def victims(self, now: float, excluded: Container[Any] = (), *, job: int | None = None) -> Generator[Hashable]:
+        """The blocks that go next, one after the other. Each is to be removed before the next is asked for, and nothing
+        else is to change until the iterator is closed.
 
         Args:
             excluded: blocks to pass over.
             job: the upcoming turn for which room is needed: what an earlier one needs is passed over. None: for a turn
                 that is running.
-
-        Returns:
-            None if nothing may go.
         """
-        best: tuple[float, float] | None = None
-        found: Hashable | None = None
-        for group, heap in enumerate(self._heaps):
-            head = self._first(heap, excluded, group)
-            if head is not None:
-                value = (self.policy.worth(Place(group, head[0]), now), head[0])
-                if best is None or value < best:
-                    best, found = value, head[2]
-        if found is None:
-            farthest = self._first(self._jobs, excluded, None)
-            if farthest is not None and (job is None or -farthest[0] > job):
-                found = farthest[2]
-        return found
+        passed: list[tuple[list[Any], Any]] = []
+        heads: list[Any] = [None] * len(self._heaps)
+        values: list[Any] = [_NEVER] * len(self._heaps)
+        try:
+            while True:
+                for group, heap in enumerate(self._heaps):
+                    if heads[group] is (heap[0] if heap else None):  # as when the one before was chosen
+                        continue
+                    head = heads[group] = self._first(heap, excluded, group, passed)
+                    place = self._entries[head[2]].place if head is not None else None
+                    values[group] = (self.policy.worth(place, now), place.stamp) if place is not None else _NEVER
+                best = min(values)
+                if best is not _NEVER:
+                    group = values.index(best)
+                    head, heads[group] = heads[group], _UNKNOWN
+                else:
+                    head = self._first(self._jobs, excluded, None, passed)
+                    if head is None or (job is not None and -head[0] <= job):
+                        return
+                yield head[2]
+        finally:
+            for heap, item in passed:
+                heapq.heappush(heap, item)
 
-    def _first(self, heap: list[Any], excluded: Container[Any], group: int | None) -> tuple[Any, int, Any] | None:
-        """The first entry of a heap that still holds, passing over `excluded`."""
-        passed = []
-        found = None
+    def _first(
+        self, heap: list[Any], excluded: Container[Any], group: int | None, passed: list[tuple[list[Any], Any]]
+    ) -> tuple[Any, int, Any] | None:
+        """The first entry of a heap that still holds. Those of `excluded` are taken out of it, into `passed`."""
+        entries, job_of = self._entries, self._lookahead.job
         while heap:
             item = heap[0]
-            if not self._holds(item, group):
+            rank, _, key = item
+            entry = entries.get(key)
+            job = -rank if group is None else None
+            if (
+                entry is None
+                or entry.children
+                or job_of(key) != job
+                or (group is not None and entry.place != (group, rank))
+            ):
                 heapq.heappop(heap)
-            elif item[2] in excluded:
-                passed.append(heapq.heappop(heap))
+            elif key in excluded:
+                passed.append((heap, heapq.heappop(heap)))
             else:
-                found = item
-                break
-        for item in passed:
-            heapq.heappush(heap, item)
-        return found
+                return item
+        return None
 
-    def _holds(self, item: tuple[Any, int, Any], group: int | None) -> bool:
-        rank, _, key = item
-        entry = self._entries.get(key)
-        if entry is None or entry.children:
-            return False
-        job = self._lookahead.job(key)
-        if group is None:
-            return job == -rank
-        return job is None and entry.place == (group, rank)
+
+_UNKNOWN = object()
+_NEVER = (float("inf"), float("inf"))

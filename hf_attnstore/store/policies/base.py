@@ -67,7 +67,7 @@ class Policy(ABC):
 
     def left(self, place: Place, follower: Place) -> Place:
         """Where a block stands when the last one after it goes: whoever used that used this one, too."""
-        return max(place, follower, key=lambda each: each.stamp)
+        return follower if follower.stamp > place.stamp else place
 
     def worth(self, place: Place, now: float) -> float:
         """How much the first block of a group is worth keeping: who is worth least goes first, at equal worth who has

@@ -4,6 +4,8 @@ from collections import OrderedDict
 from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from .base import Place, Policy, Use
 from .returns import Returns, bin_of
 
@@ -25,6 +27,7 @@ class _End(NamedTuple):
     tokens: int
     group: int
     at: float
+    short: Hashable | None
 
 
 class Predictive(Policy):
@@ -47,8 +50,6 @@ class Predictive(Policy):
         self._gone_on: OrderedDict[Hashable, None] = OrderedDict()
         """Blocks at which a conversation ended that then went on. A second one that ends there shares its beginning
         with others, such as a system prompt: nobody can tell which of them goes on."""
-        self._shorts: OrderedDict[Hashable, float] = OrderedDict()
-        self._short_of: dict[Hashable, Hashable] = {}
         self._shorts_used = 1.0
         """The share of short ends that were of use to the next turn, among those that were still there."""
         self._turns = 0
@@ -63,7 +64,7 @@ class Predictive(Policy):
             if use.conversation is None and key != use.chain[-1]:
                 self._gone_on[key] = None
             self._returns.returned(before.group, now - before.at, self._seen(before.at))
-            self._end_of_short(self._short_of.pop(key, None), use, now)
+            self._end_of_short(before, use)
             turn, tokens = before.turn + 1, before.tokens
         elif use.matched is not None and use.matched.group >= _FIRST:  # of another process, or long ago
             turn, tokens = (use.matched.group - _FIRST) // 2 + 2, use.tokens - _SHORT_TURN
@@ -75,10 +76,7 @@ class Predictive(Policy):
             group = _MORE + 2 * min(turn - 2, _TURNS - 1) + (use.tokens - tokens > _SHORT_TURN)
         key = use.conversation if use.conversation is not None else use.chain[-1] if use.chain else None
         if key is not None and key not in self._gone_on:
-            self._ends[key] = _End(min(turn, _TURNS + 1), use.tokens, group, now)
-            if use.short is not None:
-                self._shorts[use.short] = now
-                self._short_of[key] = use.short
+            self._ends[key] = _End(min(turn, _TURNS + 1), use.tokens, group, now, use.short)
         self._tidy(now)
         return group
 
@@ -92,26 +90,22 @@ class Predictive(Policy):
         """How much of the time since `at` has been counted as waiting already, in seconds."""
         return max(self._counted_at - at, 0.0)
 
-    def _end_of_short(self, short: Hashable | None, use: Use, now: float) -> None:
+    def _end_of_short(self, end: _End, use: Use) -> None:
         """A conversation went on: its short end was of use, or never will be. Of one that had been dropped nobody can
         tell: it must not count as useless for that."""
-        if short is None or short not in self._shorts:
+        if end.short is None:
             return
-        at = self._shorts.pop(short)
-        if short in use.known or short == use.short:
-            self._returns.returned(0, now - at, self._seen(at))
+        if end.short in use.known or end.short == use.short:
+            self._returns.returned(0, use.now - end.at, self._seen(end.at))
             self._shorts_used += (1 - self._shorts_used) / _REMEMBERED
-        elif use.holds(short):
+        elif use.holds(end.short):
             self._shorts_used -= self._shorts_used / _REMEMBERED
 
     def _tidy(self, now: float) -> None:
         while len(self._ends) > _ENDS:
-            key, _ = self._ends.popitem(last=False)
-            self._shorts.pop(self._short_of.pop(key, None), None)
+            self._ends.popitem(last=False)
         while len(self._gone_on) > _ENDS:
             self._gone_on.popitem(last=False)
-        while len(self._shorts) > _ENDS:
-            self._shorts.popitem(last=False)
         self._turns += 1
         self._now = now
         if self._turns >= self._refresh_at:
@@ -120,9 +114,12 @@ class Predictive(Policy):
             self._returns.refresh()
 
     def _count_waiting(self, now: float) -> None:
-        ends = [(end.group, end.at) for end in self._ends.values()]
-        ends += [(0, at) for at in self._shorts.values()]
-        self._returns.waited((group, self._seen(at), max(now - at, 0.0)) for group, at in ends)
+        ends = self._ends.values()
+        groups = np.fromiter((end.group for end in ends), int, len(ends))
+        began = np.fromiter((end.at for end in ends), float, len(ends))
+        shorts = began[np.fromiter((end.short is not None for end in ends), bool, len(ends))]
+        groups, began = np.append(groups, np.zeros(len(shorts), int)), np.append(began, shorts)
+        self._returns.waited(groups, np.maximum(self._counted_at - began, 0), np.maximum(now - began, 0))
         self._counted_at = now
 
     def place(self, before: Place | None, group: int, now: float, *, short: bool = False) -> Place:

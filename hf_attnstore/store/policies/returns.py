@@ -1,7 +1,7 @@
 """When do conversations come back? Statistics by group, and what they say of a block's worth."""
 
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ come back later and later, and what was true of them an hour ago misleads."""
 
 def bin_of(age: float) -> int:
     """The bin of an age in seconds; what lies in the future counts as now."""
-    return max(bisect_right(EDGES, age) - 1, 0)
+    return bisect_right(EDGES, age) - 1 if age > 0 else 0
 
 
 class Returns:
@@ -42,27 +42,37 @@ class Returns:
         """Seconds, of all conversations together."""
         self._fresh = np.zeros(groups)
         """Returns since the last `refresh`."""
+        self._back: list[tuple[int, float, float]] = []
+        """Those that came back and are not counted yet: group, age since which they were waited for, and age."""
         self.worth = np.tile(_unknown(), (groups, 1)).tolist()
         """By group and bin of the age: expected returns per second of keeping."""
 
     def returned(self, group: int, age: float, since: float = 0.0) -> None:
         """A conversation of `group` came back after `age` seconds; up to the age `since` it was counted as waiting."""
-        since = min(since, age)  # clocks are set back at times
-        self._returned[group, bin_of(age)] += 1
-        self._fresh[group] += 1
-        bins = slice(bin_of(since), bin_of(age) + 1)
-        until, before = np.clip(age - _LOWS[bins], 0, _WIDTHS[bins]), np.clip(since - _LOWS[bins], 0, _WIDTHS[bins])
-        self._waited[group, bins] += until - before
+        self._back.append((group, min(since, age), age))  # clocks are set back at times
 
-    def waited(self, spells: Iterable[tuple[int, float, float]]) -> None:
+    def waited(self, groups: np.ndarray, since: np.ndarray, until: np.ndarray) -> None:
         """Conversations were waited for in vain: each of a group, from one age to another, in seconds."""
-        found = np.array(list(spells)).reshape(-1, 3)
-        for group in np.unique(found[:, 0]):
-            _, begin, end = found[found[:, 0] == group].T
-            self._waited[int(group)] += _below(np.maximum(begin, end)) - _below(begin)
+        until = np.maximum(since, until)
+        for group in np.unique(groups):
+            which = groups == group
+            self._waited[group] += _below(until[which]) - _below(since[which])
+
+    def _settle(self) -> None:
+        """Counts those that came back."""
+        if not self._back:
+            return
+        back = np.array(self._back)
+        groups, ages = back[:, 0].astype(int), back[:, 2]
+        bins = np.maximum(np.searchsorted(_LOWS, ages, side="right") - 1, 0)
+        np.add.at(self._returned, (groups, bins), 1)
+        np.add.at(self._fresh, groups, 1)
+        self.waited(groups, back[:, 1], ages)
+        self._back.clear()
 
     def refresh(self) -> None:
         """Works the worth out again, and lets what is long ago count less."""
+        self._settle()
         returned, at_risk = self._returned, self._waited / _WIDTHS
         # groups lean on what is known of all, and that on a curve which falls with age: so ages order what nobody knows
         prior = 1 / (_MIDDLES + 60) * _WIDTHS * 0.3
@@ -77,6 +87,7 @@ class Returns:
 
     def learned(self) -> dict[str, Any]:
         """What is known, for the next process."""
+        self._settle()
         return {"returned": self._returned.tolist(), "waited": self._waited.tolist()}
 
     def recall(self, learned: Mapping[str, Any]) -> None:
