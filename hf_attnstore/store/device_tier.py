@@ -5,9 +5,10 @@ holds was handed over to the store as well, so an entry may be dropped at any mo
 """
 
 import itertools
+import math
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -57,7 +58,8 @@ def _drop(number: int, tiers: "weakref.WeakSet[DeviceTier]") -> None:
 
 
 class DeviceTier:
-    """Entries under a byte cap, least recently used first to go. Safe to use from several threads.
+    """Entries under a byte cap. Those of no session that is to come go first, least recently used before others; then
+    that of the session which comes last. Safe to use from several threads.
 
     The bytes are those of all devices together. An entry is whole or gone: layers can't be given up one by one. Who
     takes an entry has it alone: it is in the tier no more.
@@ -73,6 +75,8 @@ class DeviceTier:
         self._entries: dict[int, DeviceEntry] = {}
         """By the address of the entry, least recently used first."""
         self._used = 0
+        self._coming: dict[tuple[str, str | None], int] = {}
+        """By namespace and session, how many turns run before its next one."""
         self._closed = False
         self._lock = threading.RLock()  # an owner's finaliser may run while this thread holds it
 
@@ -97,7 +101,8 @@ class DeviceTier:
         """Takes in what a turn left, as used just now, in place of what an earlier one left of the same session.
 
         Returns:
-            None where it is larger than the tier, or the tier is closed; nothing is evicted then.
+            None where it is larger than the tier, or what is there is needed sooner, or the tier is closed; nothing is
+            evicted then.
         """
         entry = DeviceEntry(owner.number, session, namespace, nbytes, content, dropped)
         with self._lock:
@@ -106,7 +111,10 @@ class DeviceTier:
                     self.drop(older)
             if self._closed or not 0 < nbytes <= self.capacity:
                 return None
-            self._make_room(nbytes)
+            going = self._in_the_way(nbytes)
+            if any(self._turns_until(other) < self._turns_until(entry) for other in going):
+                return None
+            self._evict(going)
             owner.uses(self)
             self._entries[id(entry)] = entry
             self._used += nbytes
@@ -116,11 +124,33 @@ class DeviceTier:
         """Sets the capacity, and evicts what is over it."""
         with self._lock:
             self.capacity = capacity
-            self._make_room(0)
+            self._evict(self._in_the_way(0))
 
-    def _make_room(self, nbytes: int) -> None:
-        while self._entries and self._used + nbytes > self.capacity:
-            self.drop(next(iter(self._entries.values())))
+    def expect(self, coming: Sequence[tuple[str, str]]) -> None:
+        """Says whose turns come, by namespace and session, in order. Replaces what was said before."""
+        places: dict[tuple[str, str | None], int] = {}
+        for place, session in enumerate(coming):
+            places.setdefault(session, place)
+        self._coming = places
+
+    def _turns_until(self, entry: DeviceEntry) -> float:
+        return self._coming.get((entry.namespace, entry.session), math.inf)
+
+    def _in_the_way(self, nbytes: int) -> list[DeviceEntry]:
+        """The entries that go if there is to be room for so much more."""
+        going: list[DeviceEntry] = []
+        over = self._used + nbytes - self.capacity
+        # a sort keeps the order of equals, in reverse too
+        for entry in sorted(self._entries.values(), key=self._turns_until, reverse=True):
+            if over <= 0:
+                break
+            going.append(entry)
+            over -= entry.nbytes
+        return going
+
+    def _evict(self, entries: Sequence[DeviceEntry]) -> None:
+        for entry in entries:
+            self.drop(entry)
             self.evicted += 1
 
     def entries(self, owner: Owner, session: str | None, namespace: str = "") -> list[DeviceEntry]:

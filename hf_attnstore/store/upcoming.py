@@ -119,6 +119,7 @@ class UpcomingTurns(BlockStore):
         with self._plans.lock:
             self._plans.number += 1
             plan = self._plans.number
+            self.device_tier.expect(self._plans.in_order())
         self._fetcher.submit(partial(self._guarded, partial(self._look_ahead, plan)))
 
     def _outdated(self, plan: int) -> bool:

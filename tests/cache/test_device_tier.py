@@ -396,6 +396,29 @@ def test_the_cap_counts_what_is_allocated_and_the_session_unused_for_longest_goe
             assert _bytes_of(store) <= 2 * one
 
 
+def test_sessions_that_come_next_keep_their_place(tmp_path: Path) -> None:
+    """Three in turn with room for two: who goes by use alone always drops the one that comes next."""
+    model, plain = make_model(), make_model()
+    with AttentionStore(tmp_path / "one", block_size=BLOCK, device="64MiB") as store:
+        turn(model, tokens(40), AttentionStoreCache(model, "x", store))
+        one = _bytes_of(store)
+    with AttentionStore(tmp_path / "store", block_size=BLOCK, device=2 * one) as store:
+        history = {name: tokens(35, seed=ord(name)) for name in "abc"}
+        on_device = []
+        for name, following in zip("abcabcabc", ("bca", "cab", "abc") * 3, strict=True):
+            store.schedule(list(following))
+            prompt = follow_up(history[name], 1, seed=len(on_device))
+            cache = AttentionStoreCache(model, name, store)
+            ours = turn(model, prompt, cache, max_new_tokens=1)
+            assert torch.equal(ours.sequences, turn(plain, prompt, None, max_new_tokens=1).sequences)
+            on_device.append("device" in cache.stats.blocks_from)
+            history[name] = ours.sequences
+            assert _bytes_of(store) <= 2 * one
+        assert on_device[:3] == [False] * 3
+        assert sum(on_device[3:]) == 4
+        assert store.stats()["evicted_from_device"] == 0
+
+
 def test_what_is_larger_than_the_tier_evicts_nothing(tmp_path: Path) -> None:
     model = make_model()
     with AttentionStore(tmp_path / "store", block_size=BLOCK, device="40KB") as store:

@@ -11,6 +11,27 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from hf_attnstore.store.device_tier import DeviceEntry, DeviceTier, Owner
 
+
+def test_what_comes_last_or_not_at_all_goes_first() -> None:
+    tier, owner = DeviceTier(30), Owner()
+    a, b, c = (tier.park(owner, name, 10, name) for name in "abc")
+    tier.expect([("", "c"), ("", "a"), ("", "c"), ("", "d"), ("", "b")])
+    for name in ("e", None):
+        assert tier.park(owner, name, 10, name) is None, "all that is there is needed, and this is not"
+    assert tier.evicted == 0
+    d = tier.park(owner, "d", 10, "d")
+    assert [each and each.state for each in (a, b, c, d)] == ["parked", "dropped", "parked", "parked"]
+    assert tier.park(owner, "b", 10, "b") is None, "it comes after all others"
+    assert tier.park(owner, "a", 20, "a") is not None, "it needs more room now: d goes, c comes sooner"
+    assert [each and each.state for each in (a, c, d)] == ["dropped", "parked", "dropped"]
+    tier.expect([])
+    assert tier.park(owner, "e", 10, "e") is not None
+    assert c is not None
+    assert c.state == "dropped", "least recently used where nothing comes"
+    tier.expect([("other", "e")])
+    assert tier.park(owner, "f", 30, "f") is not None, "a session of that name elsewhere is another one"
+
+
 NAMES = st.sampled_from(["a", "b", "c", None])
 
 
