@@ -77,10 +77,12 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> t
 
     A tensor made in inference mode could not be written to outside of it, by the next turn say.
     """
-    with torch.inference_mode(False):
-        if device.type == "cpu" and math.prod(shape) * dtype.itemsize >= _GRANULE:
-            return host_buffers.empty(shape, dtype)
-        return torch.empty(shape, dtype=dtype, device=device)
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):
+            return empty(shape, dtype, device)
+    if device.type == "cpu" and math.prod(shape) * dtype.itemsize >= _GRANULE:
+        return host_buffers.empty(shape, dtype)
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 GROWTH = 1.5

@@ -49,9 +49,9 @@ def _few_values(tensor: torch.Tensor) -> torch.Tensor:
     if not tensor.is_contiguous():
         return _sample(tensor, _QUICK_VALUES, 1)
     values = tensor.numel()
-    count = min(values, _QUICK_VALUES)
-    step = (values - 1) // (count - 1) if count > 1 else 1
-    return tensor.as_strided((count,), (step,), tensor.storage_offset())
+    if values < _QUICK_VALUES:
+        return tensor.detach().reshape(-1)
+    return tensor.as_strided((_QUICK_VALUES,), ((values - 1) // (_QUICK_VALUES - 1),))
 
 
 def _raw_bytes(values: torch.Tensor) -> bytes:
@@ -269,15 +269,14 @@ class Fingerprint:
         samples: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
 
         def watch(tensor: torch.Tensor, identity: int) -> int:
-            # inference tensors have no version counter; nothing but the sample watches them
-            version = -1 if tensor.is_inference() else tensor._version
+            try:
+                version = tensor._version
+            except RuntimeError:  # inference tensors have none; nothing but the sample watches them
+                version = -1
             versions.append((identity, version, tensor.data_ptr()))
-            if tensor.numel():
-                dtype = tensor.dtype
-                if dtype not in _ORDINARY_DTYPES:
-                    tensor = _comparable(tensor)
-                    dtype = tensor.dtype
-                samples.setdefault((tensor.device, dtype), []).append(_few_values(tensor))
+            tensor = _comparable(tensor)
+            values = _few_values(tensor)
+            samples.setdefault((tensor.device, tensor.dtype), []).append(values)
             return version
 
         def watch_parts(parts: Iterator[Part]) -> list[int]:
@@ -289,12 +288,11 @@ class Fingerprint:
         modules = [self.model]
         while modules:
             module = modules.pop()
-            if module._modules:
-                modules.extend(child for child in module._modules.values() if child is not None)
+            modules.extend(child for child in module._modules.values() if child is not None)
             if is_adapted(module):
                 adapters.append(state_of(module))
             for tensors in (module._parameters, module._buffers):
-                for name, tensor in tensors.items() if tensors else ():
+                for name, tensor in tensors.items():
                     if tensor is None or (varying and name.endswith("inv_freq")):
                         continue
                     if tensor.is_meta:

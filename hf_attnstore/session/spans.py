@@ -41,7 +41,7 @@ def crop(spans: Iterable[Span], tokens: int) -> list[Span]:
     for span in spans:
         if span.first >= tokens:
             break
-        kept.append(replace(span, stop=min(span.stop, span.start + tokens - span.first)))
+        kept.append(span if span.last <= tokens else replace(span, stop=span.start + tokens - span.first))
     return kept
 
 
