@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from .machine import Prices
@@ -17,11 +17,12 @@ from .plan import (
     PAPER_POLICIES,
     PAPER_POLICY,
     THINKING,
+    TIMED_POLICIES,
     WRONG,
     Plan,
     Trace,
 )
-from .runs import NO_STORE, PaperRun, Run, ServedTrace, TraceRun
+from .runs import NO_STORE, PaperRun, Run, ServedTrace, TraceRun, record_of
 
 Found = Mapping[Run, dict[str, Any]]
 
@@ -44,6 +45,11 @@ def percent(share: float, digits: int = 1) -> str:
 def called(policy: str, ahead: bool) -> str:
     """A policy with or without knowledge of the queue, in words."""
     return f"queue + {policy}" if ahead else policy
+
+
+def hit_rates(plan: Plan, trace: Trace, policy: str, found: Found) -> list[float]:
+    """Shares of a trace's tokens that a policy finds, one at each capacity of the plan."""
+    return [found[plan.trace(trace, policy, capacity)]["token_hit_rate"] for capacity in plan.capacities]
 
 
 def as_markdown(plan: Plan, found: Found, live: str, machine: str, versions: str) -> str:
@@ -86,11 +92,7 @@ def bars(plan: Plan, found: Found) -> list[tuple[str, str, str, bool]]:
             )
         )
     for trace in plan.traces:
-        rates = {
-            policy: {c: found[plan.trace(trace, policy, c)]["token_hit_rate"] for c in plan.capacities}
-            for policy in ("lru", DEFAULT_POLICY)
-        }
-        ratios = {c: rates[DEFAULT_POLICY][c] / max(rates["lru"][c], 1e-9) for c in plan.capacities}
+        ratios = dict(zip(plan.capacities, _against_lru(plan, trace, found), strict=True))
         if trace == plan.mooncake:
             for capacity, bar in ((0.05, 1.05), (0.10, 1.03)):
                 ratio = ratios[capacity]
@@ -104,6 +106,12 @@ def bars(plan: Plan, found: Found) -> list[tuple[str, str, str, bool]]:
         about = f"{trace.title}, 1 to 50 %: least of {DEFAULT_POLICY} / lru"
         rows.append((about, "≥ 0.99", f"{worst:.3f}", worst >= 0.99))
     return rows
+
+
+def _against_lru(plan: Plan, trace: Trace, found: Found) -> list[float]:
+    """How many times as much the default policy finds as LRU, at each capacity of the plan."""
+    rates = (hit_rates(plan, trace, policy, found) for policy in (DEFAULT_POLICY, "lru"))
+    return [ours / max(lru, 1e-9) for ours, lru in zip(*rates, strict=True)]
 
 
 def _bars_part(plan: Plan, found: Found) -> str:
@@ -160,7 +168,7 @@ def _paper_part(plan: Plan, found: Found) -> str:
         policies.append(cells)
     times = []
     for number, setting in enumerate(SETTINGS):
-        for policy, ahead in ((NO_STORE, True), *PAPER_POLICIES[:1], PAPER_POLICIES[2]):
+        for policy, ahead in TIMED_POLICIES:
             ours = found[plan.paper(number, policy, ahead)]
             times.append(
                 [
@@ -219,38 +227,21 @@ def _assumptions(plan: Plan, found: Found) -> str:
         cells = [f"{gap:g} s"]
         for policy, ahead in PAPER_POLICIES[:3]:
             ours = found[replace(plan.paper(0, policy, ahead), gap=gap)]
-            cells.append(f"{percent(ours['session_hit_rate'])} ({percent(ours['memory_share'])})")
+            cells.append(_hits(ours))
         cells.append(f"{ours['deepest_queue']:,}")
         gaps.append(cells)
-    decoding = []
-    for run in plan.decoding():
-        if run.policy == NO_STORE:
-            continue
-        ours, gain = found[run], against_recompute(run, found)
-        decoding.append(
-            [
-                f"× {run.decode:g}, {called(run.policy, run.ahead)}",
-                f"{percent(ours['session_hit_rate'])} ({percent(ours['memory_share'])})",
-                f"{gain['prefill']:.1f}×",
-                f"{gain['gpu_time']:.2f}×",
-                f"{ours['deepest_queue']:,}",
-            ]
-        )
-    prefilling = []
-    for run in plan.prefilling():
-        if run.policy == NO_STORE:
-            continue
-        ours, gain = found[run], against_recompute(run, found)
-        prefilling.append(
-            [
-                f"{percent(run.flops, 0)}, {called(run.policy, run.ahead)}",
-                f"{percent(ours['session_hit_rate'])} ({percent(ours['memory_share'])})",
-                percent(gain["ttft_cut"]),
-                f"{gain['prefill']:.1f}×",
-                f"{gain['gpu_time']:.2f}×",
-                percent(gain["cost"], 0),
-            ]
-        )
+    prefilling = _gains(
+        "prefill, policy",
+        [(percent(run.flops, 0), run) for run in plan.prefilling()],
+        ["TTFT cut", "prefill throughput", "GPU time", "cost cut"],
+        found,
+    )
+    decoding = _gains(
+        "decoding",
+        [(f"× {run.decode:g}", run) for run in plan.decoding()],
+        ["prefill throughput", "GPU time", "longest queue"],
+        found,
+    )
     disks = []
     for run in plan.disks():
         ours = found[run]
@@ -294,14 +285,11 @@ def _assumptions(plan: Plan, found: Found) -> str:
             "time go "
             "with a prefill that takes several times as long, beside decoding and loading, as the arithmetic that its "
             "360 ms for LLaMA-65B stand for:",
-            table(
-                ["prefill, policy", "hit rate (in memory)", "TTFT cut", "prefill throughput", "GPU time", "cost cut"],
-                prefilling,
-            ),
+            prefilling,
             "Speed of decoding, as a multiple of the time that the arithmetic gives. Fast decoding keeps the queue "
             "short: then "
             "there is nothing to look ahead at, and the disk is what limits:",
-            table(["decoding", "hit rate (in memory)", "prefill throughput", "GPU time", "longest queue"], decoding),
+            decoding,
             "Size of the disk. The sessions that are open at the same time fit onto 10 TB here, so LRU loses little "
             "there; on "
             "half of that the look-ahead makes the difference that the paper shows:",
@@ -314,22 +302,37 @@ def _assumptions(plan: Plan, found: Found) -> str:
     )
 
 
+def _gains(about: str, runs: Iterable[tuple[str, PaperRun]], columns: Sequence[str], found: Found) -> str:
+    """A table of what stores are worth beside recomputing everything, a row for each named run that has one."""
+    rows = []
+    for name, run in runs:
+        if run.policy == NO_STORE:
+            continue
+        ours, gain = found[run], against_recompute(run, found)
+        cells = {
+            "TTFT cut": percent(gain["ttft_cut"]),
+            "prefill throughput": f"{gain['prefill']:.1f}×",
+            "GPU time": f"{gain['gpu_time']:.2f}×",
+            "cost cut": percent(gain["cost"], 0),
+            "longest queue": f"{ours['deepest_queue']:,}",
+        }
+        policy = called(run.policy, run.ahead)
+        rows.append([f"{name}, {policy}", _hits(ours), *(cells[column] for column in columns)])
+    return table([about, "hit rate (in memory)", *columns], rows)
+
+
+def _hits(ours: Mapping[str, float]) -> str:
+    """Hit rate of turns, and in brackets the share of the tokens found that were in memory."""
+    return f"{percent(ours['session_hit_rate'])} ({percent(ours['memory_share'])})"
+
+
 # traces
 
 
 def _trace_part(plan: Plan, trace: Trace, found: Found) -> str:
     infinite = found[plan.trace(trace, "lru", 2.0)]
-    rows = []
-    for policy in CURVES:
-        rows.append(
-            [policy, *(f"{found[plan.trace(trace, policy, c)]['token_hit_rate']:.3f}" for c in plan.capacities)]
-        )
-    rates = {
-        policy: [found[plan.trace(trace, policy, c)]["token_hit_rate"] for c in plan.capacities]
-        for policy in ("lru", DEFAULT_POLICY)
-    }
-    ratios = (ours / lru for ours, lru in zip(rates[DEFAULT_POLICY], rates["lru"], strict=True))
-    relative = ["predictive / lru", *(f"{ratio:.3f}" for ratio in ratios)]
+    rows = [[policy, *(f"{rate:.3f}" for rate in hit_rates(plan, trace, policy, found))] for policy in CURVES]
+    relative = ["predictive / lru", *(f"{ratio:.3f}" for ratio in _against_lru(plan, trace, found))]
     depths = []
     for capacity in LOOK_AHEAD_AT:
         for policy in ("lru", DEFAULT_POLICY):
@@ -469,7 +472,7 @@ def as_record(plan: Plan, found: Found, live: dict[str, Any] | None) -> dict[str
     titles = {trace.path: trace.title for trace in plan.traces}
     runs = []
     for run, figures in found.items():
-        about = {"class": type(run).__name__, **asdict(run)}
+        about = record_of(run)
         if "path" in about:
             about["path"] = titles.get(about["path"], "trace")
         runs.append({"run": about, "found": {key: value for key, value in figures.items() if key != "cpu_seconds"}})
