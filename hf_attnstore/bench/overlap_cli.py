@@ -17,12 +17,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-_TRACES = 5
-
 if TYPE_CHECKING:
     from hf_attnstore.bench.overlap import Bench, Disk, Point, Way
     from hf_attnstore.bench.report import TableRows
     from hf_attnstore.timeline import Event
+
+_TRACES = 5
 
 
 def overlap(
