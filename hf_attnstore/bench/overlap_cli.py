@@ -17,6 +17,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from hf_attnstore.bench.one_line import errors_in_one_line
+
 if TYPE_CHECKING:
     from hf_attnstore.bench.overlap import Bench, Disk, Point, Way
     from hf_attnstore.bench.report import TableRows
@@ -63,7 +65,7 @@ def overlap(
     from hf_attnstore.timeline import trace_json
 
     console = Console()
-    with _errors_in_one_line():
+    with errors_in_one_line():
         plan, disks = parse_points(points), disks_of(slow)
         saving_disks = [disk for disk in disks if not disk.cold]  # what is written is in the page cache
         histories = list(dict.fromkeys(point.history for point in plan))
@@ -278,17 +280,6 @@ class _Setting:
             yield bench
         finally:
             bench.close()
-
-
-@contextmanager
-def _errors_in_one_line() -> Iterator[None]:
-    from hf_attnstore.errors import AttentionStoreError
-
-    try:
-        yield
-    except AttentionStoreError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
-        raise typer.Exit(2) from error
 
 
 def _report(
