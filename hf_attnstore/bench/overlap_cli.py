@@ -292,10 +292,9 @@ def _report(
     tables: list[TableRows],
     ways: Sequence[Way],
 ) -> str:
-    from hf_attnstore.bench.machine import versions
+    from hf_attnstore.bench.machine import versions, versions_in_words
     from hf_attnstore.bench.overlap_report import as_markdown
 
-    words = ", ".join(f"{name} {version}" for name, version in versions().items())
     legend = "\n".join(f"- **{way.title}**: {way.words}" for way in ways)
     simulated = (
         f"The disk of {slow}/s is simulated: a queue in front of the real one, with its page cache warm, which hands "
@@ -305,7 +304,7 @@ def _report(
     )
     return f"""# Overlap: {label}
 
-`attnstore bench overlap`. Measured on {about}; {words}.
+`attnstore bench overlap`. Measured on {about}; {versions_in_words(versions())}.
 
 All ways are the same code with other settings, interleaved in one process in shuffled order; medians of {repeats}
 repeats with the middle half in brackets, ratios are medians of those within a repeat. All ways gave the same tokens.

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hf_attnstore.bench.figures import Verdict, evaluate, ratio, spread
-from hf_attnstore.bench.machine import in_words
+from hf_attnstore.bench.machine import in_words, versions_in_words
 from hf_attnstore.bench.measure import PROBES, Measured
 from hf_attnstore.bench.methods import METHODS
 from hf_attnstore.bench.rss import MODES, Rss
@@ -159,7 +159,7 @@ def as_markdown(label: str, machine: dict[str, Any], versions: dict[str, str], r
         f"# attnstore bench: {label}",
         "",
         f"Measured on {in_words(machine)}.",
-        "With " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".",
+        f"With {versions_in_words(versions)}.",
         "",
         "All methods ran in one process, interleaved: every repeat runs each of them once, in shuffled",
         "order, after a warm-up round. Figures are medians with the middle half of the repeats in brackets;",

@@ -211,7 +211,7 @@ def report(
 
 
 def _save_report(plan: Plan, found: dict[Run, dict[str, Any]], live: dict[str, dict[str, Any]], output: Path) -> None:
-    from ..bench.machine import describe_machine, in_words, versions
+    from ..bench.machine import describe_machine, in_words, versions, versions_in_words
     from .paper import SETTINGS
     from .pictures import draw_curves, draw_models
     from .plan import CURVES, PAPER_POLICIES
@@ -219,8 +219,7 @@ def _save_report(plan: Plan, found: dict[Run, dict[str, Any]], live: dict[str, d
 
     output.mkdir(parents=True, exist_ok=True)
     machine = describe_machine(output)
-    words = ", ".join(f"{name} {version}" for name, version in versions().items())
-    text = as_markdown(plan, found, live_part(live), in_words(machine), words)
+    text = as_markdown(plan, found, live_part(live), in_words(machine), versions_in_words(versions()))
     (output / "hierarchy.md").write_text(text)
     record = {**as_record(plan, found, live), "machine": machine, "versions": versions()}
     (output / "hierarchy.json").write_text(json.dumps(record, indent=1) + "\n")
