@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from hf_attnstore.bench.one_line import errors_in_one_line
 
@@ -326,11 +325,8 @@ The last of these as a [trace](overlap-trace.json) for [Perfetto](https://ui.per
 
 
 def _print(console: Console, table: TableRows) -> None:
-    drawn = Table(title=table.title, title_justify="left", title_style="bold")
-    for index, column in enumerate(table.columns):
-        drawn.add_column(column, justify="right" if index else "left")
-    for row in table.rows:
-        drawn.add_row(*row)
-    console.print(drawn)
+    from hf_attnstore.bench.report import drawn
+
+    console.print(drawn(table))
     for note in table.notes:
         console.print(f"  {note}", style="dim", highlight=False)

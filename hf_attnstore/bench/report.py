@@ -133,16 +133,21 @@ def verdict_lines(verdicts: Sequence[Verdict]) -> list[tuple[str, str]]:
     return lines
 
 
+def drawn(table: TableRows) -> Table:
+    """A table for a terminal, without its notes."""
+    found = Table(title=table.title, title_justify="left", title_style="bold")
+    for index, column in enumerate(table.columns):
+        found.add_column(column, justify="right" if index else "left")
+    for row in table.rows:
+        found.add_row(*row)
+    return found
+
+
 def print_result(console: Console, result: Result) -> None:
     """Tables and bars on a terminal."""
     console.rule(f"[bold]{_headline(result)}")
     for table in tables(result):
-        drawn = Table(title=table.title, title_justify="left", title_style="bold")
-        for index, column in enumerate(table.columns):
-            drawn.add_column(column, justify="right" if index else "left")
-        for row in table.rows:
-            drawn.add_row(*row)
-        console.print(drawn)
+        console.print(drawn(table))
         for note in table.notes:
             console.print(f"  {note}", style="dim")
     for note in result.notes:
