@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from hf_attnstore.bench.gate_cli import gate
+from hf_attnstore.bench.one_line import errors_in_one_line
 from hf_attnstore.bench.overlap_cli import overlap, write_timeline
 from hf_attnstore.bench.queue_cli import queue
 from hf_attnstore.bench.reliability_cli import index, store
@@ -74,10 +75,8 @@ def bench(
     """
     if context.invoked_subcommand is not None:
         return
-    from hf_attnstore.errors import AttentionStoreError
-
     console = Console(stderr=as_json)
-    try:
+    with errors_in_one_line():
         histories = parse_histories(history or ["4096"])
         if timeline is not None:
             write_timeline(
@@ -104,9 +103,6 @@ def bench(
             threads=threads,
             rss=rss,
         )
-    except AttentionStoreError as error:
-        Console(stderr=True).print(f"[bold red]error:[/bold red] {error}", highlight=False)
-        raise typer.Exit(2) from error
     if check and missed:
         raise typer.Exit(1)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import platform
 import time
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -65,6 +67,11 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[name] = "unknown"
     return found
+
+
+def versions_in_words(found: Mapping[str, Any]) -> str:
+    """What `versions` gives, for a line of a report."""
+    return ", ".join(f"{name} {version}" for name, version in found.items())
 
 
 def file_system(path: Path) -> str:

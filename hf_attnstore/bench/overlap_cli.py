@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-_TRACES = 5
+from hf_attnstore.bench.one_line import errors_in_one_line
 
 if TYPE_CHECKING:
     from hf_attnstore.bench.overlap import Bench, Disk, Point, Way
     from hf_attnstore.bench.report import TableRows
     from hf_attnstore.timeline import Event
+
+_TRACES = 5
 
 
 def overlap(
@@ -63,7 +64,7 @@ def overlap(
     from hf_attnstore.timeline import trace_json
 
     console = Console()
-    with _errors_in_one_line():
+    with errors_in_one_line():
         plan, disks = parse_points(points), disks_of(slow)
         saving_disks = [disk for disk in disks if not disk.cold]  # what is written is in the page cache
         histories = list(dict.fromkeys(point.history for point in plan))
@@ -280,17 +281,6 @@ class _Setting:
             bench.close()
 
 
-@contextmanager
-def _errors_in_one_line() -> Iterator[None]:
-    from hf_attnstore.errors import AttentionStoreError
-
-    try:
-        yield
-    except AttentionStoreError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
-        raise typer.Exit(2) from error
-
-
 def _report(
     label: str,
     about: str,
@@ -301,10 +291,9 @@ def _report(
     tables: list[TableRows],
     ways: Sequence[Way],
 ) -> str:
-    from hf_attnstore.bench.machine import versions
+    from hf_attnstore.bench.machine import versions, versions_in_words
     from hf_attnstore.bench.overlap_report import as_markdown
 
-    words = ", ".join(f"{name} {version}" for name, version in versions().items())
     legend = "\n".join(f"- **{way.title}**: {way.words}" for way in ways)
     simulated = (
         f"The disk of {slow}/s is simulated: a queue in front of the real one, with its page cache warm, which hands "
@@ -314,7 +303,7 @@ def _report(
     )
     return f"""# Overlap: {label}
 
-`attnstore bench overlap`. Measured on {about}; {words}.
+`attnstore bench overlap`. Measured on {about}; {versions_in_words(versions())}.
 
 All ways are the same code with other settings, interleaved in one process in shuffled order; medians of {repeats}
 repeats with the middle half in brackets, ratios are medians of those within a repeat. All ways gave the same tokens.
@@ -336,11 +325,8 @@ The last of these as a [trace](overlap-trace.json) for [Perfetto](https://ui.per
 
 
 def _print(console: Console, table: TableRows) -> None:
-    drawn = Table(title=table.title, title_justify="left", title_style="bold")
-    for index, column in enumerate(table.columns):
-        drawn.add_column(column, justify="right" if index else "left")
-    for row in table.rows:
-        drawn.add_row(*row)
-    console.print(drawn)
+    from hf_attnstore.bench.report import drawn
+
+    console.print(drawn(table))
     for note in table.notes:
         console.print(f"  {note}", style="dim", highlight=False)

@@ -8,7 +8,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from hf_attnstore.bench.figures import spread
+from hf_attnstore.bench.figures import Spread, spread
 from hf_attnstore.bench.report import TITLES, Result, bandwidths
 
 _PLAIN, _STORE, _BOUND = "#9aa5b1", "#1f6feb", "#57606a"
@@ -36,27 +36,13 @@ def _ttft(axis: matplotlib.axes.Axes, result: Result) -> None:
     keys = [key for key in TITLES if result.measured.samples.get(key)]
     spreads = [spread([value * 1000 for value in result.series[f"ttft/{key}"]]) for key in keys]
     medians = [found.median for found in spreads]
-    axis.barh(
-        [TITLES[key] for key in keys],
-        medians,
-        xerr=[[f.median - f.low for f in spreads], [f.high - f.median for f in spreads]],
-        color=[_COLOURS.get(key, _PLAIN) for key in keys],
-        capsize=3,
-    )
+    colours = [_COLOURS.get(key, _PLAIN) for key in keys]
+    _bars(axis, [TITLES[key] for key in keys], spreads, colours, "{:,.0f} ms")
     axis.set_xscale("log")
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set_xlim(min(medians) / 2, max(medians) * 4)
-    for index, found in enumerate(spreads):
-        axis.annotate(
-            f"{found.median:,.0f} ms",
-            (found.high, index),
-            xytext=(6, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=9,
-        )
     work = result.measured.workload
     axis.set_title(f"Time to first token: {work.history:,} tokens of history, {work.new} new", fontsize=11)
     axis.set_xlabel("milliseconds, log scale")
@@ -66,26 +52,34 @@ def _ttft(axis: matplotlib.axes.Axes, result: Result) -> None:
 def _bandwidth(axis: matplotlib.axes.Axes, result: Result) -> None:
     found = bandwidths(result)
     spreads = [spread([nbytes / value / 2**30 for value in seconds]) for _, nbytes, seconds in found]
+    colours = [_STORE if title.startswith("store") else _PLAIN for title, _, _ in found]
+    _bars(axis, [title for title, _, _ in found], spreads, colours, "{:.1f}")
+    axis.set_title("Bandwidth", fontsize=11)
+    axis.set_xlabel("GiB/s")
+    axis.margins(x=0.12)
+    _tidy(axis)
+
+
+def _bars(
+    axis: matplotlib.axes.Axes, titles: Sequence[str], spreads: Sequence[Spread], colours: Sequence[str], words: str
+) -> None:
+    """Medians as bars with their middle half as whiskers, each with its median in `words` behind it."""
     axis.barh(
-        [title for title, _, _ in found],
-        [f.median for f in spreads],
-        xerr=[[f.median - f.low for f in spreads], [f.high - f.median for f in spreads]],
-        color=[_STORE if title.startswith("store") else _PLAIN for title, _, _ in found],
+        titles,
+        [found.median for found in spreads],
+        xerr=[[found.median - found.low for found in spreads], [found.high - found.median for found in spreads]],
+        color=colours,
         capsize=3,
     )
-    for index, f in enumerate(spreads):
+    for index, found in enumerate(spreads):
         axis.annotate(
-            f"{f.median:.1f}",
-            (f.high, index),
+            words.format(found.median),
+            (found.high, index),
             xytext=(6, 0),
             textcoords="offset points",
             va="center",
             fontsize=9,
         )
-    axis.set_title("Bandwidth", fontsize=11)
-    axis.set_xlabel("GiB/s")
-    axis.margins(x=0.12)
-    _tidy(axis)
 
 
 def _tidy(axis: matplotlib.axes.Axes) -> None:

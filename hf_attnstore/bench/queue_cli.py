@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from hf_attnstore.bench.one_line import errors_in_one_line
+
 if TYPE_CHECKING:
     from hf_attnstore.bench.queue_bench import Decision, Way
 
@@ -45,10 +47,9 @@ def queue(
     from hf_attnstore.bench.machine import ForeignLoad, describe_machine, in_words, versions
     from hf_attnstore.bench.queue_bench import BAR_DECISION_SECONDS, BAR_IN_MEMORY, decisions, measure
     from hf_attnstore.bench.shapes import choose_model, load_model
-    from hf_attnstore.errors import AttentionStoreError
 
     console = Console()
-    try:
+    with errors_in_one_line():
         longest = history + (rounds + 1) * (new + decode)
         spec = choose_model(shape or (None if model else "small"), model, device=device, seed=seed, max_tokens=longest)
         with console.status("loading the model") as status:
@@ -56,9 +57,6 @@ def queue(
             loaded = load_model(spec)
             ways = measure(loaded, sessions, room, history, new, decode, rounds, seed, store, status.update)
             timed = decisions(blocks, 20_000, status.update) if blocks else []
-    except AttentionStoreError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
-        raise typer.Exit(2) from error
     about = (
         f"{spec.label} on {spec.device}: {sessions} sessions of {history:,} tokens, memory for {room}, {rounds} turns "
         f"each of {new} new and {decode} generated tokens"

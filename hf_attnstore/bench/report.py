@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hf_attnstore.bench.figures import Verdict, evaluate, ratio, spread
-from hf_attnstore.bench.machine import in_words
+from hf_attnstore.bench.machine import in_words, versions_in_words
 from hf_attnstore.bench.measure import PROBES, Measured
 from hf_attnstore.bench.methods import METHODS
 from hf_attnstore.bench.rss import MODES, Rss
@@ -133,16 +133,21 @@ def verdict_lines(verdicts: Sequence[Verdict]) -> list[tuple[str, str]]:
     return lines
 
 
+def drawn(table: TableRows) -> Table:
+    """A table for a terminal, without its notes."""
+    found = Table(title=table.title, title_justify="left", title_style="bold")
+    for index, column in enumerate(table.columns):
+        found.add_column(column, justify="right" if index else "left")
+    for row in table.rows:
+        found.add_row(*row)
+    return found
+
+
 def print_result(console: Console, result: Result) -> None:
     """Tables and bars on a terminal."""
     console.rule(f"[bold]{_headline(result)}")
     for table in tables(result):
-        drawn = Table(title=table.title, title_justify="left", title_style="bold")
-        for index, column in enumerate(table.columns):
-            drawn.add_column(column, justify="right" if index else "left")
-        for row in table.rows:
-            drawn.add_row(*row)
-        console.print(drawn)
+        console.print(drawn(table))
         for note in table.notes:
             console.print(f"  {note}", style="dim")
     for note in result.notes:
@@ -159,7 +164,7 @@ def as_markdown(label: str, machine: dict[str, Any], versions: dict[str, str], r
         f"# attnstore bench: {label}",
         "",
         f"Measured on {in_words(machine)}.",
-        "With " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".",
+        f"With {versions_in_words(versions)}.",
         "",
         "All methods ran in one process, interleaved: every repeat runs each of them once, in shuffled",
         "order, after a warm-up round. Figures are medians with the middle half of the repeats in brackets;",

@@ -3,6 +3,8 @@
 It is a queue: everything that is read or written comes one after the other at a fixed rate. Asking the kernel to read
 ahead (`BlockFile.will_need`) puts bytes into the queue, and who reads them later waits only for what has not come yet.
 That is what a kernel does that has room for all that it was asked for.
+
+`store.throttle` has a simpler one, for the gate: it slows reading only, and knows nothing of reading ahead.
 """
 
 import threading

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
+
+from hf_attnstore.bench.one_line import errors_in_one_line
 
 
 def truncation(
@@ -43,17 +44,12 @@ def truncation(
 
     Reports perplexity, tokens computed again, and what a resumed turn costs with truncation and without.
     """
-    from hf_attnstore.errors import AttentionStoreError
-
     console = Console()
-    try:
+    with errors_in_one_line():
         missed = _truncation(
             console, model, text or [], tokens, window, chunk, keep_first, resume_shape, resume_history, repeats,
             output, device, seed,
         )  # fmt: skip
-    except AttentionStoreError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
-        raise typer.Exit(2) from error
     if check and missed:
         raise typer.Exit(1)
 

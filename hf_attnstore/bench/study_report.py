@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from hf_attnstore.bench.machine import versions_in_words
 from hf_attnstore.bench.study import Resumed, Stream, by_distance, medians
 
 RESUME_BAR = 1.15
@@ -95,8 +96,7 @@ def as_markdown(
     if resumed is not None:
         parts += ["", f"A turn resumed with {resumed.tokens:,} tokens in the window:", ""]
         parts += _markdown(RESUME_COLUMNS, resume_rows(resumed))
-    words = ", ".join(f"{name} {version}" for name, version in versions.items())
-    parts += ["", f"Measured on {machine}; {words}.", ""]
+    parts += ["", f"Measured on {machine}; {versions_in_words(versions)}.", ""]
     return "\n".join(parts)
 
 

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
+
+from hf_attnstore.bench.one_line import errors_in_one_line
 
 
 def thinking(
@@ -31,14 +32,9 @@ def thinking(
 
     Without the store, with it, and with `ChatSession(canonicalize=True)`: tokens prefilled and time to the first token.
     """
-    from hf_attnstore.errors import AttentionStoreError
-
     console = Console()
-    try:
+    with errors_in_one_line():
         _thinking(console, turns, message, reasoning, answer, repeats, model, output, device, seed)
-    except AttentionStoreError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
-        raise typer.Exit(2) from error
 
 
 def _thinking(

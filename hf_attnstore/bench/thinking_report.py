@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from hf_attnstore.bench.machine import versions_in_words
 from hf_attnstore.bench.thinking import METHODS, Lengths, Talk
 
 COLUMNS = ("template", "method", "prefilled per turn", "in the last turn", "in all turns", "ms to the first token",
@@ -85,10 +86,9 @@ def as_markdown(
         "",
     ]
     lines += [f"- `{talk.style}` is like {talk.like}" for talk in talks]
-    words = ", ".join(f"{name} {version}" for name, version in versions.items())
     busy = f" Other processes used {others:.0%} of the processors meanwhile"
     busy += ": the counts of tokens are exact, of the times only the ratios mean something." if others > 0.1 else "."
-    lines += ["", f"Measured on {machine}; {words}.{busy}", ""]
+    lines += ["", f"Measured on {machine}; {versions_in_words(versions)}.{busy}", ""]
     return "\n".join(lines)
 
 

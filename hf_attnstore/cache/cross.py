@@ -2,21 +2,19 @@
 
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import Cache
 
+from .cache import AttentionStoreCache
 from .layers import FullLayer
-
-if TYPE_CHECKING:
-    from .seq2seq import SequenceToSequenceCache
 
 
 class SelfAttentionSide(Cache):
     """The decoder's own tokens in a `SequenceToSequenceCache`: a view of its layers that holds nothing itself."""
 
-    def __init__(self, owner: "SequenceToSequenceCache") -> None:
+    def __init__(self, owner: AttentionStoreCache) -> None:
         super().__init__(layers=owner.layers)  # type: ignore[arg-type]
         self._owner = weakref.ref(owner)
 

@@ -23,7 +23,7 @@ from ..session.chain import common_prefix
 from ..session.view import View
 from ..store.device_tier import DeviceEntry, DeviceTier
 from ..store.keys import Key
-from .content import CacheContent
+from .choices import CacheChoices
 from .indexed import Track
 from .layers import FullLayer, KeptLayer, SlidingLayer, StoreLayer
 from .states import RunningState
@@ -98,7 +98,7 @@ class Parked:
                 tensor.record_stream(torch.cuda.current_stream(tensor.device))
 
 
-class ParkingCache(CacheContent):
+class ParkingCache(CacheChoices):
     """A cache that parks what it holds at the end of a turn, and begins one with what was parked of its session."""
 
     parks = True

@@ -5,43 +5,17 @@ encoder's output. Both depend on what the encoder was given, so both are kept be
 first as a chain of tokens, the second as a unit, which is of use as a whole or not at all.
 """
 
-import copy
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
-from transformers import EncoderDecoderCache
 
 from ..errors import CacheUseError, LoadError
-from ..session.chain import TokenChain
-from ..session.spans import total_tokens
-from ..session.units import find_unit, unit_ids
-from ..session.view import View
-from ..store.keys import Key, chain_root, input_root
 from ..store.store import AttentionStore
-from .cache import AttentionStoreCache, device_of
-from .cross import CrossAttentionSide, SelfAttentionSide
+from .cache import device_of
 from .decoder_facts import DecoderFacts, decoder_facts
-from .encoder_input import EncoderInput, content_digest, encoder_input, encoder_inputs, is_for_decoder
-from .inputs import foreign_input, mask_problem, position_problem
-from .layers import FullLayer
-from .restore import Pace, Restore, plan_restore
-from .saver import BlockSaver
-
-_DECODER_NAMES = {
-    "decoder_input_ids": "input_ids",
-    "decoder_inputs_embeds": "inputs_embeds",
-    "decoder_attention_mask": "attention_mask",
-    "decoder_position_ids": "position_ids",
-}
-"""What a decoder's inputs are called in the model's forward, and what they are for the cache."""
-_SHARED_NAMES = ("cache_position", "past_key_values")
-
-
-_MASK = "attention_mask"
+from .encoder_input import EncoderInput
+from .seq2seq_forwards import Awaited, SequenceToSequenceForwards
 
 
 class GenerateRunsAgainError(Exception):
@@ -49,16 +23,7 @@ class GenerateRunsAgainError(Exception):
     users: the turn is begun again with the encoder."""
 
 
-@dataclass(frozen=True)
-class _Awaited:
-    """A `generate` whose prompt is known when its first forward comes."""
-
-    prompt: int | None
-    """How many of the first forward's tokens are the prompt; None for all, where there can't be drafts among them."""
-    new_tokens: int
-
-
-class SequenceToSequenceCache(AttentionStoreCache, EncoderDecoderCache):
+class SequenceToSequenceCache(SequenceToSequenceForwards):
     """What `AttentionStoreCache(model, …)` gives for a model with an encoder: an `EncoderDecoderCache` too.
 
     `generate` is called as ever, with all of the encoder's input, and all of the decoder's where it has any
@@ -72,9 +37,6 @@ class SequenceToSequenceCache(AttentionStoreCache, EncoderDecoderCache):
     Raises:
         CacheUseError: a `window` or `keep_first` was given.
     """
-
-    parks = False
-    """The decoder's tokens are of use with what is kept of the encoder's output only."""
 
     def __init__(
         self,
@@ -96,42 +58,11 @@ class SequenceToSequenceCache(AttentionStoreCache, EncoderDecoderCache):
 
     def _prepare_empty(self) -> None:
         super()._prepare_empty()
-        self._self_side = SelfAttentionSide(self)
-        self._cross_side = CrossAttentionSide([FullLayer() for _ in self.layers])
-        self.is_updated: dict[int, bool] = dict.fromkeys(range(len(self.layers)), False)
-        """Which layers hold what they need of the encoder's output; the model's layers read and set it."""
-        self._digest = b""
-        """Of the encoder's input; empty where it has none, and then nothing is reused or kept."""
         self._wanted: bytes | None = None
         """The digest for which a turn is about to begin."""
-        self._given: dict[str, bytes] = {}
-        """Digests of the parts of the encoder's input, as far as they were given."""
-        self._awaited: _Awaited | None = None
-        self._special: int | None = None
-        """The padding token, where what comes after one can't be kept."""
         self._runs = 0
-        self._left_out = False
-        self._encoder_pace = Pace()
-        self._encoder_restore: Restore | None = None
-        self._encoder_blocks: tuple[Key, ...] = ()
-        """Where the store has what is held of the encoder's output."""
-        self._reused_positions = 0
 
     # what `generate` and models see
-
-    @property
-    def self_attention_cache(self) -> SelfAttentionSide:  # type: ignore[override]
-        """The decoder's own tokens."""
-        return self._self_side
-
-    @property  # type: ignore[override]
-    def cross_attention_cache(self) -> CrossAttentionSide:
-        """What the decoder keeps of the encoder's output."""
-        return self._cross_side
-
-    @cross_attention_cache.setter
-    def cross_attention_cache(self, other: Any) -> None:
-        """T5Gemma's `generate` puts an empty one without sliding windows in its place; this one has none."""
 
     @property
     def _is_user_defined(self) -> bool:
@@ -223,7 +154,7 @@ class SequenceToSequenceCache(AttentionStoreCache, EncoderDecoderCache):
                     self._clear()
                 self._given = dict(given.parts) if self._digest else {}
                 self._reused_positions = self._take_up_encoder()
-                self._awaited = _Awaited(prompt, new_tokens)
+                self._awaited = Awaited(prompt, new_tokens)
             except BaseException:
                 self._clear()
                 self._clear_encoder()
@@ -285,11 +216,6 @@ class SequenceToSequenceCache(AttentionStoreCache, EncoderDecoderCache):
             self._awaited = None
             super().end_turn()
 
-    def reset(self) -> None:
-        with self._guard:
-            super().reset()
-            self._forget_encoder()
-
     def _identify(self) -> None:
         before = self._fingerprint
         super()._identify()
@@ -306,285 +232,3 @@ class SequenceToSequenceCache(AttentionStoreCache, EncoderDecoderCache):
             self._forget_encoder()
         elif wanted is not None:
             self._attend_to(wanted)
-
-    def _attend_to(self, digest: bytes) -> None:
-        """From now on what is held, and kept, is that of this encoder's input."""
-        secret = self._store.secret if self._store is not None else b""
-        self._see_through(View.plain(input_root(self._model_root(), "decoder", digest, secret), secret))
-        if digest != self._digest:
-            self._forget_encoder()
-            self._digest = digest
-
-    def _model_root(self) -> Key:
-        if self._store is not None:
-            return self._store.root(self._fingerprint)
-        return chain_root(self._fingerprint, "")
-
-    # the encoder's output
-
-    def _encoder_root(self) -> Key:
-        secret = self._store.secret if self._store is not None else b""
-        return input_root(self._model_root(), "encoder", self._digest, secret)
-
-    def _encoder_is_held(self) -> bool:
-        return bool(self._cross_side.positions) and all(self.is_updated.values())
-
-    def _clear_encoder(self) -> None:
-        """Lets go of what is held of the encoder's output."""
-        if self._encoder_restore is not None:
-            self._encoder_restore.abandon()
-            self._encoder_restore = None
-        for layer in self._cross_side.layers:
-            layer.reset()
-        for number in self.is_updated:
-            self.is_updated[number] = False
-        self._encoder_blocks = ()
-        self._reused_positions = 0
-
-    def _forget_encoder(self) -> None:
-        self._clear_encoder()
-        self._digest = b""
-        self._given = {}
-
-    def _take_up_encoder(self) -> int:
-        """Gets what is known of the encoder's output into the layers, or on its way there. Returns its positions; 0 if
-        the encoder has to run."""
-        cross = self._cross_side
-        if not self._digest:
-            return 0
-        if self.rows > 1 or cross.rows > 1:
-            self.batch_select_indices(torch.tensor([0]))
-        if self._encoder_is_held():
-            return cross.positions
-        self._clear_encoder()
-        if self._store is None:
-            return 0
-        failures = self._store.failures
-        spans = find_unit(self._encoder_root(), self._chain.block_size, self._store)
-        positions = total_tokens(spans)
-        if self._store.failures != failures:
-            self._note("a load failed, the encoder runs again: a block could not be read", "load failed")
-        if not positions:
-            return 0
-        try:
-            restore = plan_restore(
-                cross.layers, self._attachment.devices, spans, positions, positions, self._store, self._encoder_pace
-            )
-        except LoadError as error:
-            self._note(f"a load failed, the encoder runs again: {error}", "load failed")
-            self._clear_encoder()
-            return 0
-        self._encoder_restore = self._watched(restore)
-        if restore is not None:
-            restore.start()
-        for number in self.is_updated:
-            self.is_updated[number] = True
-        self._encoder_blocks = tuple(span.block for span in spans)
-        return positions
-
-    def _finish_encoder(self) -> None:
-        restore, self._encoder_restore = self._encoder_restore, None
-        if restore is None:
-            return
-        try:
-            restore.finish()
-        except BaseException:
-            self._clear_encoder()
-            raise
-        finally:
-            load = restore.load.stats
-            stats = self._stats
-            stats.loaded_bytes += load.bytes
-            stats.load_seconds += load.seconds
-            stats.exposed_load_seconds += restore.exposed_seconds
-            tiers = dict(stats.blocks_from)
-            for tier, count in load.blocks_from.items():
-                tiers[tier] = tiers.get(tier, 0) + count
-            stats.blocks_from = tiers
-        self._from_disk = [*self._from_disk, *restore.load.from_disk]
-
-    def _finish_restore(self) -> None:
-        super()._finish_restore()
-        self._finish_encoder()
-
-    def _settle(self, *, keep_load: bool = False) -> None:
-        super()._settle(keep_load=keep_load)
-        if self._encoder_restore is None and not self._encoder_is_held():
-            self._clear_encoder()  # a forward failed before all layers had theirs
-
-    def _report_encoder(self) -> None:
-        self._stats.encoder_reused = self._reused_positions
-        self._stats.encoder_skipped = self._left_out
-
-    # saving
-
-    def _hand_over(self) -> None:
-        try:
-            self._finish_encoder()
-        except LoadError as error:
-            self._note(f"a load failed, the encoder runs again: {error}", "load failed")
-        nbytes, seconds = self._save_encoder()
-        super()._hand_over()
-        self._stats.saved_bytes += nbytes
-        self._stats.save_seconds += seconds
-
-    def _save_encoder(self) -> tuple[int, float]:
-        """Hands over what is held of the encoder's output, unless the store has it. Returns bytes and seconds."""
-        positions = self._cross_side.positions
-        if self._store is None or self._saver is None or not self._digest or not self._encoder_is_held():
-            return 0, 0.0
-        size = self._chain.block_size
-        chain = TokenChain(self._encoder_root(), size, unit_ids(positions, size), secret=self._store.secret)
-        keys = tuple(chain.key(number) for number in range(-(-positions // size)))
-        if self._store.known(keys) == len(keys):
-            self._encoder_blocks = keys
-            return 0, 0.0
-        saver = BlockSaver(self._cross_side.layers, chain, self._store, self._fingerprint)
-        saver.begin_turn(0, None)
-        self._encoder_blocks = keys if saver.finish(positions) == positions else ()
-        saver.release()
-        return saver.saved_bytes, saver.seconds
-
-    def _blocks_beside(self) -> tuple[Key, ...]:
-        return self._encoder_blocks
-
-    def _commit(self, tokens: int) -> None:
-        super()._commit(tokens)
-        if self._store is not None and self._encoder_blocks:
-            self._store.touch(self._encoder_blocks)
-
-    # forwards
-
-    def _begin_forward(self, named: Mapping[str, Any]) -> dict[str, Any] | None:
-        awaited, self._awaited = self._awaited, None
-        if awaited is not None:
-            self._begin_prompt(named, awaited)
-        elif not self._checked:
-            if not self._in_turn:
-                self._begin_own_turn()
-            self._check_encoder(named)
-        shown = {
-            **{name: value for name, value in named.items() if is_for_decoder(name) and name not in _DECODER_NAMES},
-            **{plain: named.get(name) for name, plain in _DECODER_NAMES.items()},
-            **{name: named.get(name) for name in _SHARED_NAMES if name in named},
-        }
-        replaced = super()._begin_forward(shown)
-        forward, cross = self._forward, self._cross_side
-        if forward is not None and cross.rows not in (0, forward.rows):
-            if cross.rows != 1:
-                raise CacheUseError(f"the cache holds {cross.rows} rows, the forward has {forward.rows}")
-            self._finish_encoder()
-            cross.batch_repeat_interleave(forward.rows)
-        if not replaced:
-            return None
-        names = {plain: name for name, plain in _DECODER_NAMES.items()}
-        return {names.get(name, name): value for name, value in replaced.items()}
-
-    def _begin_prompt(self, named: Mapping[str, Any], awaited: _Awaited) -> None:
-        """The first forward of a `generate`: its ids are the prompt, in as many rows as are generated."""
-        ids = named.get("decoder_input_ids")
-        if not self._untracked:
-            if not isinstance(ids, torch.Tensor) or ids.ndim != 2:
-                self._untrack("the decoder's prompt is not given as ids [rows, tokens]")
-            elif not bool((ids == ids[:1]).all()):
-                self._untrack("several rows that differ")
-            else:
-                self._check_prompt(named, ids.shape[1])
-        if self._untracked:
-            self._clear()
-            if not self._left_out:
-                self._forget_encoder()
-            self._prompt_tokens = self._stats.prompt_tokens = ids.shape[1] if isinstance(ids, torch.Tensor) else 0
-        else:
-            assert isinstance(ids, torch.Tensor)
-            row: np.ndarray = ids[0, : awaited.prompt].detach().cpu().numpy()
-            self._reopening = True  # the turn has begun already, only its prompt was not known
-            self.begin_turn(row, limit=len(row) - 1, new_tokens=awaited.new_tokens, checked=True)
-        self._report_encoder()
-
-    def _check_prompt(self, named: Mapping[str, Any], count: int) -> None:
-        """Untracks a prompt that its ids do not identify: a model's own `generate` may mask some of it."""
-        others = {
-            name: value
-            for name, value in named.items()
-            if is_for_decoder(name)
-            and name not in ("decoder_input_ids", "decoder_attention_mask", "decoder_position_ids")
-        }
-        foreign = foreign_input(others)
-        mask = named.get(_MASK)
-        seen = content_digest(mask[:1]) if isinstance(mask, torch.Tensor) else None
-        problem = (
-            (f"{foreign} are not identified by token ids" if foreign else None)
-            or mask_problem(named.get("decoder_attention_mask"), count)
-            or position_problem(named.get("decoder_position_ids"), 0, count)
-            # prefilling in chunks cuts the encoder's mask as if it were the decoder's
-            or ("the decoder is given another mask than the encoder" if seen != self._given.get(_MASK) else None)
-        )
-        if problem:
-            self._untrack(problem)
-
-    def _track(self, ids: torch.Tensor | None, rows: int, count: int, named: Mapping[str, Any]) -> None:
-        if self._special is not None and not self._untracked and ids is not None and bool((ids == self._special).any()):
-            self._untrack("padding tokens among the decoder's ids, which this model does not count as positions")
-        super()._track(ids, rows, count, named)
-
-    def _end_forward(self) -> None:
-        super()._end_forward()
-        self._finish_encoder()
-
-    def before_layer(self, number: int) -> None:
-        super().before_layer(number)
-        if self._encoder_restore is not None:
-            self._encoder_restore.before_layer(number)
-
-    def _identify_encoder(self, named: Mapping[str, Any]) -> EncoderInput:
-        main = str(getattr(self._model, "main_input_name", "input_ids"))
-        return encoder_input(encoder_inputs(self._model, (), named), main)
-
-    def _check_encoder(self, named: Mapping[str, Any]) -> None:
-        """In a loop of one's own: which encoder's input a forward is about, and whether it is that of those before."""
-        if self._held and self._untracked:
-            return
-        given = self._identify_encoder(named)
-        if self._given and not given.problem:
-            other = self._other_than_before(given)
-            if not other:
-                self._given = {**given.parts, **self._given}
-                return
-            if self._held and other == _MASK:
-                self._untrack("the encoder's mask is another than before")
-                return
-            if self._held:
-                raise CacheUseError(
-                    f"this forward's {other} are others than those that the cache holds KV of, which the decoder would "
-                    "go on reading: call reset() before, or make another cache"
-                )
-        if not given.problem and not self._untracked:
-            self._attend_to(given.digest)
-            self._given = dict(given.parts)
-            return
-        if given.problem:
-            self._untrack(given.problem)
-        self._forget_encoder()
-
-    def _other_than_before(self, given: EncoderInput) -> str:
-        """The name of a part of the encoder's input that is not as before; empty if there is none. That an input and
-        an output belong together can be seen from their length only."""
-        parts = given.parts
-        for name, digest in parts.items():
-            if name != _MASK and self._given.get(name, digest) != digest:
-                return name
-        if not any(name in self._given for name in parts if name != _MASK) and given.positions not in (
-            None,
-            self._cross_side.positions,
-        ):
-            return "encoder_outputs"
-        return _MASK if parts.get(_MASK) != self._given.get(_MASK) else ""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "AttentionStoreCache":
-        twin = super().__deepcopy__(memo)
-        assert isinstance(twin, SequenceToSequenceCache)
-        twin._cross_side = CrossAttentionSide([copy.deepcopy(layer, memo) for layer in self._cross_side.layers])
-        twin.is_updated = dict(self.is_updated)
-        twin._digest, twin._given = self._digest, dict(self._given)
-        return twin

@@ -94,6 +94,10 @@ class _Conversation:
         self.by_token = by_token(model)
         self.reused_any = False
 
+    def cache(self, store: AttentionStore) -> AttentionStoreCache:
+        """A cache of the session in which it is kept, that reuses all it can."""
+        return AttentionStoreCache(self.model, "talk", store, gate=False)
+
     def known(self, prompt: torch.Tensor) -> int:
         """How many tokens of a prompt should be reused."""
         longest = min(prompt.shape[1] - 1, self.text.shape[1])
@@ -228,7 +232,7 @@ def run_unreferenced(model: Any, twin: Any, folder: Path) -> Outcome:
     prompt = some_ids(FIRST, 11)
     for name, message in (("first turn", SECOND), ("second turn", THIRD), ("after a restart", 0), ("exact repeat", 0)):
         with _opened(talk) as store:
-            step, said = talk.unreferenced_turn(name, prompt, AttentionStoreCache(model, "talk", store, gate=False))
+            step, said = talk.unreferenced_turn(name, prompt, talk.cache(store))
         steps.append(step)
         if message:
             prompt = _prompt(said, message, len(steps))
@@ -245,7 +249,7 @@ def _opened(talk: _Conversation) -> AttentionStore:
 
 def _in_process(talk: _Conversation) -> list[Step]:
     with _opened(talk) as store:
-        cache = AttentionStoreCache(talk.model, "talk", store, gate=False)
+        cache = talk.cache(store)
         one, said = talk.turn("first turn", some_ids(FIRST, 11), cache, loads=True)
         two, said = talk.turn("second turn", _prompt(said, SECOND, 12), cache, loads=False)
         three, _ = talk.turn("third turn", _prompt(said, THIRD, 13), cache, loads=False)
@@ -254,50 +258,32 @@ def _in_process(talk: _Conversation) -> list[Step]:
 
 def _across_a_restart(talk: _Conversation) -> list[Step]:
     with _opened(talk) as store:
-        first, said = talk.turn(
-            "first turn", some_ids(FIRST, 21), AttentionStoreCache(talk.model, "talk", store, gate=False), loads=True
-        )
+        first, said = talk.turn("first turn", some_ids(FIRST, 21), talk.cache(store), loads=True)
     with _opened(talk) as store:
-        step, said = talk.turn(
-            "after a restart",
-            _prompt(said, SECOND, 22),
-            AttentionStoreCache(talk.model, "talk", store, gate=False),
-            loads=True,
-        )
+        step, said = talk.turn("after a restart", _prompt(said, SECOND, 22), talk.cache(store), loads=True)
     with _opened(talk) as store:
-        again, _ = talk.turn(
-            "after another restart",
-            _prompt(said, THIRD, 23),
-            AttentionStoreCache(talk.model, "talk", store, gate=False),
-            loads=True,
-        )
+        again, _ = talk.turn("after another restart", _prompt(said, THIRD, 23), talk.cache(store), loads=True)
     return [first, step, again]
 
 
 def _edited_history(talk: _Conversation) -> list[Step]:
     with _opened(talk) as store:
-        _, said = talk.turn(
-            "first turn", some_ids(FIRST, 31), AttentionStoreCache(talk.model, "talk", store, gate=False), loads=True
-        )
+        _, said = talk.turn("first turn", some_ids(FIRST, 31), talk.cache(store), loads=True)
         prompt = _prompt(said, SECOND, 32)
-        talk.turn("second turn", prompt, AttentionStoreCache(talk.model, "talk", store, gate=False), loads=True)
+        talk.turn("second turn", prompt, talk.cache(store), loads=True)
     edited = prompt.clone()
     edited[:, -SECOND + EDITED_AT :] = some_ids(SECOND - EDITED_AT, 33)
     if edited[0, -SECOND + EDITED_AT] == prompt[0, -SECOND + EDITED_AT]:
         edited[0, -SECOND + EDITED_AT] += 1
     with _opened(talk) as store:
-        step, _ = talk.turn(
-            "edited history", edited, AttentionStoreCache(talk.model, "talk", store, gate=False), loads=True
-        )
+        step, _ = talk.turn("edited history", edited, talk.cache(store), loads=True)
     return [step]
 
 
 def _exact_repeat(talk: _Conversation) -> list[Step]:
     prompt = some_ids(FIRST, 41)
     with _opened(talk) as store:
-        talk.turn("first turn", prompt, AttentionStoreCache(talk.model, "talk", store, gate=False), loads=True)
+        talk.turn("first turn", prompt, talk.cache(store), loads=True)
     with _opened(talk) as store:
-        step, _ = talk.turn(
-            "exact repeat", prompt, AttentionStoreCache(talk.model, "talk", store, gate=False), loads=True
-        )
+        step, _ = talk.turn("exact repeat", prompt, talk.cache(store), loads=True)
     return [step]

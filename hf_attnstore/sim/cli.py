@@ -29,6 +29,8 @@ Policies = Annotated[
 Output = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file, too.", show_default=False)]
 Jobs = Annotated[int, typer.Option(min=1, help="Runs at the same time.")]
 _CORES = os.cpu_count() or 1
+_REPLAYED = ["lru", "fifo", "predictive"]
+"""Policies that a live store is driven with."""
 Blocks = Annotated[int, typer.Option("--block-tokens", min=16, help="Tokens of a block, where the trace does not say.")]
 
 
@@ -154,7 +156,7 @@ def replay(
     """Drive a real store with tiny blocks through a trace, and compare it with the simulation turn by turn."""
     _check_kind(kind)
     requests = _small(file, kind, sessions, block_tokens)
-    results = _replays(requests, memory / 100, _policies(policy, ["lru", "fifo", "predictive"]))
+    results = _replays(requests, memory / 100, _policies(policy, _REPLAYED))
     table = Table(title=f"{requests.name}: {len(requests.rows):,} turns, live / simulated")
     for name in ("policy", "blocks found", "in memory", "evicted", "turns that differ", "wrong bytes", "seconds"):
         table.add_column(name, justify="left" if name == "policy" else "right")
@@ -203,22 +205,21 @@ def report(
     earlier = output / "hierarchy.json"
     known = from_record(json.loads(earlier.read_text()), plan) if resume and earlier.exists() else {}
     found = known | _do([run for run in plan.runs() if run not in known], jobs)
-    live = _replays(_small(mooncake, "auto", live_sessions, 1024), 0.1, ["lru", "fifo", "predictive"])
+    live = _replays(_small(mooncake, "auto", live_sessions, 1024), 0.1, _REPLAYED)
     _save_report(plan, found, live, output)
     Console().print(f"Report: {output / 'hierarchy.md'}", highlight=False)
 
 
 def _save_report(plan: Plan, found: dict[Run, dict[str, Any]], live: dict[str, dict[str, Any]], output: Path) -> None:
-    from ..bench.machine import describe_machine, in_words, versions
+    from ..bench.machine import describe_machine, in_words, versions, versions_in_words
     from .paper import SETTINGS
     from .pictures import draw_curves, draw_models
     from .plan import CURVES, PAPER_POLICIES
-    from .report import as_markdown, as_record, called, live_part, picture_of
+    from .report import as_markdown, as_record, called, hit_rates, live_part, picture_of
 
     output.mkdir(parents=True, exist_ok=True)
     machine = describe_machine(output)
-    words = ", ".join(f"{name} {version}" for name, version in versions().items())
-    text = as_markdown(plan, found, live_part(live), in_words(machine), words)
+    text = as_markdown(plan, found, live_part(live), in_words(machine), versions_in_words(versions()))
     (output / "hierarchy.md").write_text(text)
     record = {**as_record(plan, found, live), "machine": machine, "versions": versions()}
     (output / "hierarchy.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -233,9 +234,7 @@ def _save_report(plan: Plan, found: dict[Run, dict[str, Any]], live: dict[str, d
         output / "hierarchy.png",
     )
     for each in plan.traces:
-        curves = {
-            policy: [found[plan.trace(each, policy, c)]["token_hit_rate"] for c in plan.capacities] for policy in CURVES
-        }
+        curves = {policy: hit_rates(plan, each, policy, found) for policy in CURVES}
         limit = found[plan.trace(each, "lru", 2.0)]["token_hit_rate"]
         draw_curves(each.title, plan.capacities, curves, limit, output / picture_of(each))
 
@@ -354,8 +353,8 @@ def _served_row(table: Table, name: str, found: dict[str, Any]) -> None:
 
 
 def _write(output: Path | None, runs: Sequence[Run], found: dict[Run, dict[str, Any]]) -> None:
-    from dataclasses import asdict
+    from .runs import record_of
 
     if output is not None:
-        record = [{"run": {"class": type(run).__name__, **asdict(run)}, "found": found[run]} for run in runs]
+        record = [{"run": record_of(run), "found": found[run]} for run in runs]
         output.write_text(json.dumps(record, indent=1) + "\n")

@@ -31,6 +31,8 @@ PAPER_POLICIES = (
     (DEFAULT_POLICY, False),
 )
 """Name of a policy, and whether the queue is known to the store."""
+TIMED_POLICIES = ((NO_STORE, True), PAPER_POLICIES[0], PAPER_POLICIES[2])
+"""Of which times are told: recomputing everything, and the paper's policy with and without the queue."""
 
 
 @dataclass(frozen=True)
@@ -84,13 +86,13 @@ class Plan:
     def decoding(self) -> Iterator[PaperRun]:
         """Faster and slower decoding: with it goes the depth of the queue."""
         for factor in (0.1, 0.3, 1.0):
-            for policy, ahead in ((NO_STORE, True), PAPER_POLICIES[0], PAPER_POLICIES[2]):
+            for policy, ahead in TIMED_POLICIES:
                 yield replace(self.paper(0, policy, ahead), decode=factor)
 
     def prefilling(self) -> Iterator[PaperRun]:
         """Slower prefilling: with it go the gain, and what loading has to hide behind."""
         for flops in PREFILLING:
-            for policy, ahead in ((NO_STORE, True), PAPER_POLICIES[0], PAPER_POLICIES[2]):
+            for policy, ahead in TIMED_POLICIES:
                 yield replace(self.paper(0, policy, ahead), flops=flops)
 
     def disks(self) -> Iterator[PaperRun]:

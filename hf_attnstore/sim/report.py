@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from .machine import Prices
@@ -17,11 +17,12 @@ from .plan import (
     PAPER_POLICIES,
     PAPER_POLICY,
     THINKING,
+    TIMED_POLICIES,
     WRONG,
     Plan,
     Trace,
 )
-from .runs import NO_STORE, PaperRun, Run, ServedTrace, TraceRun
+from .runs import NO_STORE, PaperRun, Run, ServedTrace, TraceRun, record_of
 
 Found = Mapping[Run, dict[str, Any]]
 
@@ -46,13 +47,17 @@ def called(policy: str, ahead: bool) -> str:
     return f"queue + {policy}" if ahead else policy
 
 
+def hit_rates(plan: Plan, trace: Trace, policy: str, found: Found) -> list[float]:
+    """Shares of a trace's tokens that a policy finds, one at each capacity of the plan."""
+    return [found[plan.trace(trace, policy, capacity)]["token_hit_rate"] for capacity in plan.capacities]
+
+
 def as_markdown(plan: Plan, found: Found, live: str, machine: str, versions: str) -> str:
     """The whole report."""
     parts = [
         "# The hierarchy on real traces and on the paper's workload",
         "Made by `attnstore sim report`. Figures are simulated on a virtual clock, by the policies, orders, accounts "
-        "and "
-        "windows of the store itself (`hf_attnstore/store`); only bytes, devices and clocks are not there. "
+        "and windows of the store itself (`hf_attnstore/store`); only bytes, devices and clocks are not there. "
         f"\n\n{machine}; {versions}.",
         _bars_part(plan, found),
         _paper_part(plan, found),
@@ -86,11 +91,7 @@ def bars(plan: Plan, found: Found) -> list[tuple[str, str, str, bool]]:
             )
         )
     for trace in plan.traces:
-        rates = {
-            policy: {c: found[plan.trace(trace, policy, c)]["token_hit_rate"] for c in plan.capacities}
-            for policy in ("lru", DEFAULT_POLICY)
-        }
-        ratios = {c: rates[DEFAULT_POLICY][c] / max(rates["lru"][c], 1e-9) for c in plan.capacities}
+        ratios = dict(zip(plan.capacities, _against_lru(plan, trace, found), strict=True))
         if trace == plan.mooncake:
             for capacity, bar in ((0.05, 1.05), (0.10, 1.03)):
                 ratio = ratios[capacity]
@@ -104,6 +105,12 @@ def bars(plan: Plan, found: Found) -> list[tuple[str, str, str, bool]]:
         about = f"{trace.title}, 1 to 50 %: least of {DEFAULT_POLICY} / lru"
         rows.append((about, "≥ 0.99", f"{worst:.3f}", worst >= 0.99))
     return rows
+
+
+def _against_lru(plan: Plan, trace: Trace, found: Found) -> list[float]:
+    """How many times as much the default policy finds as LRU, at each capacity of the plan."""
+    rates = (hit_rates(plan, trace, policy, found) for policy in (DEFAULT_POLICY, "lru"))
+    return [ours / max(lru, 1e-9) for ours, lru in zip(*rates, strict=True)]
 
 
 def _bars_part(plan: Plan, found: Found) -> str:
@@ -160,7 +167,7 @@ def _paper_part(plan: Plan, found: Found) -> str:
         policies.append(cells)
     times = []
     for number, setting in enumerate(SETTINGS):
-        for policy, ahead in ((NO_STORE, True), *PAPER_POLICIES[:1], PAPER_POLICIES[2]):
+        for policy, ahead in TIMED_POLICIES:
             ours = found[plan.paper(number, policy, ahead)]
             times.append(
                 [
@@ -185,13 +192,10 @@ def _paper_part(plan: Plan, found: Found) -> str:
     return "\n\n".join(
         [
             "## The paper's four models",
-            f"{workload.turns:,} turns of {plan.sessions:,} sessions, arriving at one a second; "
-            f"{MEMORY // GB} GB of memory, {DISK // GB:,} GB of disk, batch {BATCH}, windows of 4 K tokens (65B: 2 "
-            f"K) of "
-            "which the oldest half goes on overflow, blocks of "
-            f"{plan.block_tokens} tokens. The first 10,000 turns are not counted. The sessions are drawn from "
-            f"distributions "
-            f"fitted to what the paper says of its own: {facts}.",
+            f"{workload.turns:,} turns of {plan.sessions:,} sessions, arriving at one a second; {MEMORY // GB} GB of "
+            f"memory, {DISK // GB:,} GB of disk, batch {BATCH}, windows of 4 K tokens (65B: 2 K) of which the oldest "
+            f"half goes on overflow, blocks of {plan.block_tokens} tokens. The first 10,000 turns are not counted. The "
+            f"sessions are drawn from distributions fitted to what the paper says of its own: {facts}.",
             table(head, rows),
             "A turn is a hit if it has a history and finds all of it; tokens count each for itself. TTFT is without "
             "the wait in the queue, as there: the paper's TTFT cut is 1 − 1/throughput.",
@@ -207,8 +211,7 @@ def _paper_part(plan: Plan, found: Found) -> str:
             ),
             f"Prices (assumed, of the kind of AWS on-demand ones): ${prices.accelerator:g} an hour for an A100, "
             f"${prices.memory:g} for a GB of memory, ${prices.disk:g} for a GB of disk; the hours are those in which "
-            f"the "
-            "accelerators are busy.",
+            "the accelerators are busy.",
         ]
     )
 
@@ -219,38 +222,21 @@ def _assumptions(plan: Plan, found: Found) -> str:
         cells = [f"{gap:g} s"]
         for policy, ahead in PAPER_POLICIES[:3]:
             ours = found[replace(plan.paper(0, policy, ahead), gap=gap)]
-            cells.append(f"{percent(ours['session_hit_rate'])} ({percent(ours['memory_share'])})")
+            cells.append(_hits(ours))
         cells.append(f"{ours['deepest_queue']:,}")
         gaps.append(cells)
-    decoding = []
-    for run in plan.decoding():
-        if run.policy == NO_STORE:
-            continue
-        ours, gain = found[run], against_recompute(run, found)
-        decoding.append(
-            [
-                f"× {run.decode:g}, {called(run.policy, run.ahead)}",
-                f"{percent(ours['session_hit_rate'])} ({percent(ours['memory_share'])})",
-                f"{gain['prefill']:.1f}×",
-                f"{gain['gpu_time']:.2f}×",
-                f"{ours['deepest_queue']:,}",
-            ]
-        )
-    prefilling = []
-    for run in plan.prefilling():
-        if run.policy == NO_STORE:
-            continue
-        ours, gain = found[run], against_recompute(run, found)
-        prefilling.append(
-            [
-                f"{percent(run.flops, 0)}, {called(run.policy, run.ahead)}",
-                f"{percent(ours['session_hit_rate'])} ({percent(ours['memory_share'])})",
-                percent(gain["ttft_cut"]),
-                f"{gain['prefill']:.1f}×",
-                f"{gain['gpu_time']:.2f}×",
-                percent(gain["cost"], 0),
-            ]
-        )
+    prefilling = _gains(
+        "prefill, policy",
+        [(percent(run.flops, 0), run) for run in plan.prefilling()],
+        ["TTFT cut", "prefill throughput", "GPU time", "cost cut"],
+        found,
+    )
+    decoding = _gains(
+        "decoding",
+        [(f"× {run.decode:g}", run) for run in plan.decoding()],
+        ["prefill throughput", "GPU time", "longest queue"],
+        found,
+    )
     disks = []
     for run in plan.disks():
         ours = found[run]
@@ -278,33 +264,22 @@ def _assumptions(plan: Plan, found: Found) -> str:
         [
             "## What is assumed, and what it matters",
             "The paper leaves open how long people take between an answer and their next turn, how fast its server "
-            "decodes, "
-            "and the distributions behind its moments. Here: gaps are exponential with a mean of 30 s; prefill "
-            "reaches 58 % "
-            "of an A100's arithmetic, which gives the 360 ms that the paper states for 2,000 tokens of LLaMA-65B on "
-            "four of "
-            "them; decoding reaches 60 % of its memory bandwidth; links carry 26 GB/s to the device and 5 GB/s from "
-            "and to "
-            "the disk. All of it for LLaMA-2 13B unless said otherwise.",
+            "decodes, and the distributions behind its moments. Here: gaps are exponential with a mean of 30 s; "
+            "prefill reaches 58 % of an A100's arithmetic, which gives the 360 ms that the paper states for 2,000 "
+            "tokens of LLaMA-65B on four of them; decoding reaches 60 % of its memory bandwidth; links carry 26 GB/s "
+            "to the device and 5 GB/s from and to the disk. All of it for LLaMA-2 13B unless said otherwise.",
             "Mean gap between turns: hit rate of turns (share of tokens found in memory):",
             table(["gap", *seen, "longest queue"], gaps),
-            "Speed of prefilling, as the share of the accelerators' arithmetic that it reaches. The slower it is, "
-            "the more "
-            "reuse is worth, and the more of a load hides behind it. The paper's speed-ups in prefill and in GPU "
-            "time go "
-            "with a prefill that takes several times as long, beside decoding and loading, as the arithmetic that its "
-            "360 ms for LLaMA-65B stand for:",
-            table(
-                ["prefill, policy", "hit rate (in memory)", "TTFT cut", "prefill throughput", "GPU time", "cost cut"],
-                prefilling,
-            ),
+            "Speed of prefilling, as the share of the accelerators' arithmetic that it reaches. The slower it is, the "
+            "more reuse is worth, and the more of a load hides behind it. The paper's speed-ups in prefill and in GPU "
+            "time go with a prefill that takes several times as long, beside decoding and loading, as the arithmetic "
+            "that its 360 ms for LLaMA-65B stand for:",
+            prefilling,
             "Speed of decoding, as a multiple of the time that the arithmetic gives. Fast decoding keeps the queue "
-            "short: then "
-            "there is nothing to look ahead at, and the disk is what limits:",
-            table(["decoding", "hit rate (in memory)", "prefill throughput", "GPU time", "longest queue"], decoding),
+            "short: then there is nothing to look ahead at, and the disk is what limits:",
+            decoding,
             "Size of the disk. The sessions that are open at the same time fit onto 10 TB here, so LRU loses little "
-            "there; on "
-            "half of that the look-ahead makes the difference that the paper shows:",
+            "there; on half of that the look-ahead makes the difference that the paper shows:",
             table(["disk", "hit rate (turns)", "hit rate (tokens)", "in memory"], disks),
             "Depth of the look-ahead, as a multiple of the paper's windows (65B, whose sessions do not all fit):",
             table(["depth", "hit rate (turns)", "hit rate (tokens)", "in memory"], depths),
@@ -314,22 +289,37 @@ def _assumptions(plan: Plan, found: Found) -> str:
     )
 
 
+def _gains(about: str, runs: Iterable[tuple[str, PaperRun]], columns: Sequence[str], found: Found) -> str:
+    """A table of what stores are worth beside recomputing everything, a row for each named run that has one."""
+    rows = []
+    for name, run in runs:
+        if run.policy == NO_STORE:
+            continue
+        ours, gain = found[run], against_recompute(run, found)
+        cells = {
+            "TTFT cut": percent(gain["ttft_cut"]),
+            "prefill throughput": f"{gain['prefill']:.1f}×",
+            "GPU time": f"{gain['gpu_time']:.2f}×",
+            "cost cut": percent(gain["cost"], 0),
+            "longest queue": f"{ours['deepest_queue']:,}",
+        }
+        policy = called(run.policy, run.ahead)
+        rows.append([f"{name}, {policy}", _hits(ours), *(cells[column] for column in columns)])
+    return table([about, "hit rate (in memory)", *columns], rows)
+
+
+def _hits(ours: Mapping[str, float]) -> str:
+    """Hit rate of turns, and in brackets the share of the tokens found that were in memory."""
+    return f"{percent(ours['session_hit_rate'])} ({percent(ours['memory_share'])})"
+
+
 # traces
 
 
 def _trace_part(plan: Plan, trace: Trace, found: Found) -> str:
     infinite = found[plan.trace(trace, "lru", 2.0)]
-    rows = []
-    for policy in CURVES:
-        rows.append(
-            [policy, *(f"{found[plan.trace(trace, policy, c)]['token_hit_rate']:.3f}" for c in plan.capacities)]
-        )
-    rates = {
-        policy: [found[plan.trace(trace, policy, c)]["token_hit_rate"] for c in plan.capacities]
-        for policy in ("lru", DEFAULT_POLICY)
-    }
-    ratios = (ours / lru for ours, lru in zip(rates[DEFAULT_POLICY], rates["lru"], strict=True))
-    relative = ["predictive / lru", *(f"{ratio:.3f}" for ratio in ratios)]
+    rows = [[policy, *(f"{rate:.3f}" for rate in hit_rates(plan, trace, policy, found))] for policy in CURVES]
+    relative = ["predictive / lru", *(f"{ratio:.3f}" for ratio in _against_lru(plan, trace, found))]
     depths = []
     for capacity in LOOK_AHEAD_AT:
         for policy in ("lru", DEFAULT_POLICY):
@@ -363,23 +353,19 @@ def _trace_part(plan: Plan, trace: Trace, found: Found) -> str:
         [
             f"## {trace.title}",
             f"{infinite['turns']:,} requests, {infinite['tokens'] / 1e6:,.0f} M tokens, blocks of {trace.block_tokens} "
-            f"tokens. Tokens found in contiguous beginnings, as a share of all tokens of prompts, at capacities in "
-            f"percent "
-            f"of the trace's different blocks; without a limit {infinite['token_hit_rate']:.3f}. The optimum is "
-            f"Belady's MIN "
-            "with bypass, which knows what comes.",
+            "tokens. Tokens found in contiguous beginnings, as a share of all tokens of prompts, at capacities in "
+            f"percent of the trace's different blocks; without a limit {infinite['token_hit_rate']:.3f}. The optimum "
+            "is Belady's MIN with bypass, which knows what comes.",
             table(["", *(percent(c, 0) for c in plan.capacities)], [*rows, relative]),
             f"![{trace.title}: hit rate by capacity]({picture_of(trace)})",
             "`fifo` and all policies after it drop ends of chains only; `fifo (any block)` is the plain one.",
             "With the next requests known in their true order (`schedule`), by depth: 1 is as many turns as fit into "
-            "the store "
-            "(in brackets). Of a turn is known what its conversation has already; of a first turn nothing.",
+            "the store (in brackets). Of a turn is known what its conversation has already; of a first turn nothing.",
             table(["capacity, policy", *(f"depth {d:g}" for d in (0.0, *DEPTHS))], depths),
             "With a share of what is foreseen replaced by other conversations (depth 1, predictive):",
             table(["capacity", *(f"{percent(w, 0)} wrong" for w in WRONG)], wrong),
             "In its own time, on the paper's machine for LLaMA-2 70B (prompt windows not limited; token hit rate of "
-            "what "
-            "the conversation had before):",
+            "what the conversation had before):",
             table(
                 ["", "hit rate", "in memory", "TTFT mean", "p50", "p99", "mean wait", "GPU busy", "longest queue"],
                 served,
@@ -400,8 +386,7 @@ def _thinking_part(plan: Plan, trace: Trace, found: Found) -> str:
         [
             "## Think time",
             f"{trace.title} at 5 % of its blocks, with think times multiplied (sessions begin when they did: the "
-            f"longer "
-            "people think, the more sessions are open at the same time):",
+            "longer people think, the more sessions are open at the same time):",
             table(["", *(f"× {factor:g}" for factor in THINKING)], rows),
         ]
     )
@@ -431,11 +416,10 @@ def live_part(live: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n\n".join(
         [
             "## A live store beside the simulator",
-            f"{some['sessions']:,} conversations with several turns, {some['blocks']:,} different blocks, on a "
-            f"real `AttentionStore` whose "
-            f"memory tier has room for {some['memory']:,} of them and whose disk for all; blocks are tiny, random, and "
-            "compared byte by byte when they come back. The store goes by the trace's clock. Live / simulated, in "
-            "blocks. " + verdict,
+            f"{some['sessions']:,} conversations with several turns, {some['blocks']:,} different blocks, on a real "
+            f"`AttentionStore` whose memory tier has room for {some['memory']:,} of them and whose disk for all; "
+            "blocks are tiny, random, and compared byte by byte when they come back. The store goes by the trace's "
+            "clock. Live / simulated, in blocks. " + verdict,
             table(["policy", "turns", "found", "in memory", "evicted from memory", "turns that differ", "wrong"], rows),
         ]
     )
@@ -469,7 +453,7 @@ def as_record(plan: Plan, found: Found, live: dict[str, Any] | None) -> dict[str
     titles = {trace.path: trace.title for trace in plan.traces}
     runs = []
     for run, figures in found.items():
-        about = {"class": type(run).__name__, **asdict(run)}
+        about = record_of(run)
         if "path" in about:
             about["path"] = titles.get(about["path"], "trace")
         runs.append({"run": about, "found": {key: value for key, value in figures.items() if key != "cpu_seconds"}})

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -159,6 +159,11 @@ class ServedTrace:
 
 
 Run = PaperRun | TraceRun | ServedTrace
+
+
+def record_of(run: Run) -> dict[str, Any]:
+    """A run for a JSON file: the name of its class, and its fields."""
+    return {"class": type(run).__name__, **asdict(run)}
 
 
 def _timed(workload: Workload, server: Server, warm_up: int, progress: Callable[[int], None]) -> dict[str, Any]:

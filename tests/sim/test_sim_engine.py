@@ -74,13 +74,16 @@ def test_what_is_on_disk_only_takes_the_time_of_the_disk(monkeypatch: pytest.Mon
     assert out.memory_share == 0.0
 
 
+def behind_another(answer: int) -> Workload:
+    """b's KV takes all of the memory that a's was in; a comes back while c, with an answer of so many tokens, occupies
+    the only slot."""
+    a = talk(Turn(90, 10), Turn(50, 10, think=20.0))
+    return Workload("", [a, talk(Turn(290, 10), start=3.0), talk(Turn(5, answer), start=19.0)])
+
+
 def test_the_queue_brings_it_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     constant_steps(monkeypatch)
-    # a comes back while c occupies the only slot for longer than the fetch takes
-    work = Workload(
-        "",
-        [talk(Turn(90, 10), Turn(50, 10, think=20.0)), talk(Turn(290, 10), start=3.0), talk(Turn(5, 200), start=19.0)],
-    )
+    work = behind_another(200)  # longer than the fetch takes
     told = simulate(work, server(memory=305_000, batch=1))
     assert (told.fast, told.slow) == (100, 0)
     untold = simulate(work, server(memory=305_000, batch=1, ahead=False))
@@ -89,11 +92,7 @@ def test_the_queue_brings_it_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_fetch_that_is_not_over_counts_as_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     constant_steps(monkeypatch)
-    work = Workload(
-        "",
-        [talk(Turn(90, 10), Turn(50, 10, think=20.0)), talk(Turn(290, 10), start=3.0), talk(Turn(5, 119), start=19.0)],
-    )
-    out = simulate(work, server(memory=305_000, batch=1))
+    out = simulate(behind_another(119), server(memory=305_000, batch=1))
     # a comes at about 20.2 s and begins when c is over, at about 20.2 s: the 0.5 s of the fetch have just begun
     assert out.slow == 100
     assert out.ttft[3] < 100_000 / 2e5 + 0.05
