@@ -94,7 +94,7 @@ class Tiers:
         if went_on_from is not None:
             known = (went_on_from,)
             lowest = self._books[-1].order
-            if len(lowest.children(went_on_from)) <= 1:
+            if lowest.followers(went_on_from) <= 1:
                 matched = lowest.place(went_on_from)
         group = self.policy.group(Use(now, chain, tokens, end, known, matched, self._holds, conversation))
         for book in self._books:

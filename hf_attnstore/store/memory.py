@@ -143,7 +143,7 @@ class MemoryTier:
 
     def has_followers(self, key: Key) -> bool:
         """Whether a block here follows this one."""
-        return bool(self._book.order.children(key))
+        return self._book.order.followers(key) > 0
 
     def reschedule(self, schedule: Callable[[], Iterable[Hashable]]) -> None:
         """Changes the look-ahead, by a function that says for which blocks that changes something."""

@@ -2,7 +2,7 @@
 
 import heapq
 from collections.abc import Container, Generator, Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from .lookahead import Lookahead
@@ -14,7 +14,7 @@ class _Entry:
     parent: Hashable
     start: int
     place: Place
-    children: set[Any] = field(default_factory=set)
+    followers: int
 
 
 class EvictionOrder:
@@ -28,7 +28,8 @@ class EvictionOrder:
         self.policy = policy
         self._lookahead = lookahead if lookahead is not None else Lookahead()
         self._entries: dict[Hashable, _Entry] = {}
-        self._orphans: dict[Hashable, set[Any]] = {}
+        self._orphans: dict[Hashable, int] = {}
+        """How many blocks here follow one that is not."""
         self._heaps: list[list[tuple[float, int, Any]]] = [[] for _ in range(policy.groups)]
         self._jobs: list[tuple[int, int, Any]] = []
 
@@ -44,7 +45,7 @@ class EvictionOrder:
         return entry.place if entry is not None else None
 
     def _push(self, key: Hashable, entry: _Entry) -> None:
-        if entry.children:
+        if entry.followers:
             return
         job = self._lookahead.job(key)
         if job is None:
@@ -58,16 +59,18 @@ class EvictionOrder:
         if key in self._entries:
             self.move(key, place)
             return
-        entry = self._entries[key] = _Entry(parent, start, place, self._orphans.pop(key, set()))
+        entry = self._entries[key] = _Entry(parent, start, place, self._orphans.pop(key, 0))
         before = self._entries.get(parent)
-        siblings = before.children if before is not None else self._orphans.setdefault(parent, set())
-        siblings.add(key)
+        if before is not None:
+            before.followers += 1
+        else:
+            self._orphans[parent] = self._orphans.get(parent, 0) + 1
         self._push(key, entry)
 
-    def children(self, parent: Hashable) -> set[Any]:
-        """The blocks here that follow `parent`, which itself need not be here."""
+    def followers(self, parent: Hashable) -> int:
+        """How many blocks here follow `parent`, which itself need not be here."""
         entry = self._entries.get(parent)
-        return entry.children if entry is not None else self._orphans.get(parent, set())
+        return entry.followers if entry is not None else self._orphans.get(parent, 0)
 
     def move(self, key: Hashable, place: Place) -> None:
         """Gives a block another place. Harmless if it is not here."""
@@ -94,18 +97,18 @@ class EvictionOrder:
         entry = self._entries.pop(key, None)
         if entry is None:
             return
-        if entry.children:
-            self._orphans[key] = entry.children
+        if entry.followers:
+            self._orphans[key] = entry.followers
         parent = self._entries.get(entry.parent)
-        siblings = parent.children if parent is not None else self._orphans.get(entry.parent, set())
-        siblings.discard(key)
-        if siblings:
-            return
-        if parent is None:
-            self._orphans.pop(entry.parent, None)
+        if parent is not None:
+            parent.followers -= 1
+            if not parent.followers:
+                parent.place = self.policy.left(parent.place, entry.place)
+                self._push(entry.parent, parent)
+        elif self._orphans[entry.parent] > 1:
+            self._orphans[entry.parent] -= 1
         else:
-            parent.place = self.policy.left(parent.place, entry.place)
-            self._push(entry.parent, parent)
+            del self._orphans[entry.parent]
 
     def rescheduled(self, keys: Iterable[Hashable]) -> None:
         """What the look-ahead says of these blocks has changed."""
@@ -159,7 +162,7 @@ class EvictionOrder:
             job = -rank if group is None else None
             if (
                 entry is None
-                or entry.children
+                or entry.followers
                 or job_of(key) != job
                 or (group is not None and entry.place != (group, rank))
             ):
