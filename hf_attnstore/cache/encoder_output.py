@@ -162,15 +162,7 @@ class EncoderOutputCache(AttentionStoreCache, EncoderDecoderCache):
             self._clear_encoder()
             raise
         finally:
-            load = restore.load.stats
-            stats = self._stats
-            stats.loaded_bytes += load.bytes
-            stats.load_seconds += load.seconds
-            stats.exposed_load_seconds += restore.exposed_seconds
-            tiers = dict(stats.blocks_from)
-            for tier, count in load.blocks_from.items():
-                tiers[tier] = tiers.get(tier, 0) + count
-            stats.blocks_from = tiers
+            self._stats.add_load(restore.load.stats, restore.exposed_seconds)
         self._from_disk = [*self._from_disk, *restore.load.from_disk]
 
     def _finish_restore(self) -> None:

@@ -317,13 +317,13 @@ class Fingerprint:
             if unusual is not None:
                 watch_parts(hidden_parts("", unusual, unpack=False))
         quick = [_raw_bytes(torch.cat(values)) for values in samples.values()]
-        settings = (str(config.__dict__), str(text.__dict__), self._autocast(), self.model.training)
-        return (settings, adapters, versions, quick), parameters
+        settings = [str(each.__dict__) for each in ((config,) if text is config else (config, text))]
+        autocast = [_autocast_dtype(kind) for kind in sorted({device.type for device, _ in samples})]
+        return (settings, autocast, self.model.training, adapters, versions, quick), parameters
 
     def _autocast(self) -> str:
         first = next(self.model.parameters(), None)
-        device = first.device.type if first is not None else "cpu"
-        return str(torch.get_autocast_dtype(device)) if _autocast_enabled(device) else ""
+        return _autocast_dtype(first.device.type if first is not None else "cpu")
 
     def _parts(self) -> Iterator[Part]:
         config: Any = self.model.config
@@ -365,11 +365,12 @@ def _same_tensors(a: list[tuple[int, Any]], b: list[tuple[int, Any]]) -> bool:
     return [tensor for tensor, _ in a] == [tensor for tensor, _ in b]
 
 
-def _autocast_enabled(device_type: str) -> bool:
+def _autocast_dtype(device_type: str) -> str:
+    """What is computed in under autocast; empty without."""
     try:
-        return torch.is_autocast_enabled(device_type)
+        return str(torch.get_autocast_dtype(device_type)) if torch.is_autocast_enabled(device_type) else ""
     except RuntimeError:  # a device type without autocast
-        return False
+        return ""
 
 
 _fingerprints: "weakref.WeakKeyDictionary[nn.Module, Fingerprint]" = weakref.WeakKeyDictionary()

@@ -91,12 +91,7 @@ class CacheLoads(CacheContent):
         else:
             self._gate.loaded(restore)
         finally:
-            load = restore.load.stats
-            stats = self._stats
-            stats.loaded_bytes += load.bytes
-            stats.load_seconds += load.seconds
-            stats.exposed_load_seconds += restore.exposed_seconds
-            stats.blocks_from = {**stats.blocks_from, **load.blocks_from}
+            self._stats.add_load(restore.load.stats, restore.exposed_seconds)
         self._from_disk = restore.load.from_disk
 
     def _settle(self, *, keep_load: bool = False) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from ..store.sizes import format_bytes
+from ..store.transfer import LoadStats
 
 
 @dataclass
@@ -59,6 +60,13 @@ class TurnStats:
     """From the call of `generate` to its first new token; None where none came, and in a loop of one's own."""
     seconds: float = 0.0
     """From the call of `generate`, or the first of a loop of one's own, to the turn's end, handing over included."""
+
+    def add_load(self, load: LoadStats, exposed_seconds: float) -> None:
+        """A load of this turn is over; there may be several."""
+        self.loaded_bytes += load.bytes
+        self.load_seconds += load.seconds
+        self.exposed_load_seconds += exposed_seconds
+        self.blocks_from = dict(Counter(self.blocks_from) + load.blocks_from)
 
     def __str__(self) -> str:
         """One line for people: what was reused, what it cost, and why something was not reused."""

@@ -92,6 +92,22 @@ class Stage:
         """The targets, cut into pieces."""
         return self._cut([piece.tokens for piece in self.pieces])
 
+    def copies(self, held: Sequence[tuple[int, Piece, Block]]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Where to, and from where, the pieces are to be copied that blocks in memory have. Each comes with its number
+        in `pieces`."""
+        to: list[torch.Tensor] = []
+        sources: list[torch.Tensor] = []
+        if held:
+            sizes = [piece.tokens for piece in self.pieces]
+            for name, target in self.targets.items():
+                parts = target.split(sizes, dim=1)
+                for place, piece, block in held:
+                    tensor = block.tensors[name]
+                    to.append(parts[place])
+                    # most pieces are whole blocks; to slice for nothing takes its time
+                    sources.append(tensor if sizes[place] == tensor.shape[1] else tensor[:, piece.start : piece.stop])
+        return to, sources
+
     def finish(self) -> None:
         """Moves what is to be moved, all pieces being there: neighbours that go equally far in one go."""
         if self.arrived is not None:
@@ -259,23 +275,18 @@ class Load:
         """Puts a stage in place in host memory. Interrupted, it counts as not done and starts again."""
         began = time.perf_counter()
         stage = self._stages[number]
-        token_bytes = stage.token_bytes
-        parts = stage.parts() if len(self._from_disk) < len(self._sources) else []
         rows: Rows | None = None
-        copies: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        held: list[tuple[int, Piece, Block]] = []
         first = 0
-        bytes_from: Counter[str] = Counter()
+        tokens_from: dict[str, int] = {}
         reading: dict[str, float] = {}
         for place, piece in enumerate(stage.pieces):
             tier, source = self._sources[piece.key]
-            bytes_from[tier] += piece.tokens * token_bytes
+            tokens = piece.tokens
+            tokens_from[tier] = tokens_from.get(tier, 0) + tokens
             if isinstance(source, Block):
                 source.wait_ready()
-                whole = piece.tokens == source.meta.token_count  # the usual case; to slice for nothing takes its time
-                for name, target in parts[place].items():
-                    tensor = source.tensors[name]
-                    copies[0].append(target)
-                    copies[1].append(tensor if whole else tensor[:, piece.start : piece.stop])
+                held.append((place, piece, source))
             else:
                 started = time.perf_counter()
                 rows = rows or Rows(stage.targets)
@@ -289,7 +300,10 @@ class Load:
                     self.error = LoadError(f"reading block {piece.key.hex()} failed: {error!r}")
                     return
                 reading[tier] = reading.get(tier, 0.0) + time.perf_counter() - started
-            first += piece.tokens
+            first += tokens
+        token_bytes = stage.token_bytes
+        bytes_from = Counter({tier: tokens * token_bytes for tier, tokens in tokens_from.items()})
+        copies = stage.copies(held)
         if stage.whole:
             bytes_from[self._sources[stage.checkpoint][0]] += sum(target.nbytes for target in stage.whole.values())
             try:

@@ -113,7 +113,10 @@ def build(
 
         page.load(on.loaded, current, everything, js=_READ_ADDRESS, **common)
         current.change(None, current, None, js=_WRITE_ADDRESS)
+        # what was chosen holds at once: a message that is sent before it is open is for it
+        entries.input(None, entries, current, js="(name) => name")
         entries.select(on.selected, search, everything, **common)
+        new.click(None, None, current, js="() => ''")
         new.click(on.new, search, everything, **common)
         search.change(on.searched, [search, current], [entries, more, note], **common)
         gr.on([box.input, box.focus], on.typing, current, None, **{**at_once, "trigger_mode": "once"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 from hf_attnstore import AttentionStore, AttentionStoreCache, TurnStats
 from hf_attnstore.families.encoder_decoders import encoder_input, make_seq2seq
 from hf_attnstore.families.tiny import build
+from hf_attnstore.store.transfer import LoadStats
 
 NEW: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 1}
 
@@ -116,3 +118,11 @@ def test_what_was_not_reused_is_said_with_its_reason() -> None:
     )
     stats.truncation = "rotated"
     assert "2,000 out of the window (kept keys rotated)" in str(stats)
+
+
+def test_loads_of_one_turn_add_up() -> None:
+    stats = TurnStats()
+    stats.add_load(LoadStats(bytes=100, seconds=0.5, blocks_from=Counter(disk=2)), 0.25)
+    stats.add_load(LoadStats(bytes=20, seconds=0.25, blocks_from=Counter(disk=1, memory=3)), 0.25)
+    assert (stats.loaded_bytes, stats.load_seconds, stats.exposed_load_seconds) == (120, 0.75, 0.5)
+    assert stats.blocks_from == {"disk": 3, "memory": 3}

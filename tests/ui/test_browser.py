@@ -195,6 +195,41 @@ def test_conversations_are_found_renamed_copied_and_deleted(come: Callable[..., 
     assert user.messages()[0] == PRINCE
 
 
+HOLD_THE_NEXT_REQUEST = """() => {
+    const send = window.fetch;
+    let held = false;
+    window.fetch = (...request) => {
+        if (held || !String(request[0]?.url ?? request[0]).includes("queue/join")) return send(...request);
+        held = true;
+        return new Promise(resolve => setTimeout(() => resolve(send(...request)), 600));
+    };
+}"""
+
+
+def test_a_message_is_for_the_conversation_that_was_chosen_though_it_is_not_open_yet(come: Callable[..., User]) -> None:
+    user = come()
+    user.ask(PRINCE, 1)
+    user.press("New conversation")
+    user.page.wait_for_function("document.querySelectorAll('#chat .aside').length === 0")
+    user.ask(OFFICER, 1)
+    user.listed(OFFICER, PRINCE)
+    user.page.evaluate(HOLD_THE_NEXT_REQUEST)
+    user.page.locator("#entries label", has_text=PRINCE).click()
+    assert user.messages()[0] == OFFICER, "it is not open yet"
+    user.say(MOTHER)
+    user.footers(2)
+    assert [user.messages()[place] for place in (0, 2)] == [PRINCE, MOTHER]
+    user.page.wait_for_timeout(1000)  # what was held back is there now
+    assert [user.messages()[place] for place in (0, 2)] == [PRINCE, MOTHER]
+
+    user.page.evaluate(HOLD_THE_NEXT_REQUEST)
+    user.press("New conversation")
+    user.say(OFFICER)
+    user.footers(1)
+    assert user.messages()[0] == OFFICER
+    user.listed(f"{OFFICER} (2)", PRINCE, OFFICER)
+
+
 def test_a_model_error_is_a_message_and_the_conversation_goes_on(come: Callable[..., User], gate: Gate) -> None:
     user = come()
     user.ask(PRINCE, 1)
