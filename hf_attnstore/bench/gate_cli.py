@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
+
+from hf_attnstore.bench.one_line import errors_in_one_line
 
 _HISTORIES = [64, 256, 1024, 4096, 8192]
 
@@ -46,17 +47,12 @@ def gate(
 
     Regret is how much longer the gate's choice takes than the better of the other two.
     """
-    from hf_attnstore.errors import AttentionStoreError
-
     console = Console()
-    try:
+    with errors_in_one_line():
         missed = _gate(
             console, shape, model, history or _HISTORIES, new, [value * 1e6 for value in bandwidth or []], repeats,
             store, output, device, threads, seed,
         )  # fmt: skip
-    except AttentionStoreError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
-        raise typer.Exit(2) from error
     if check and missed:
         raise typer.Exit(1)
 

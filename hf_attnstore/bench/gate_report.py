@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hf_attnstore.bench.gate_bench import METHODS, Cell
+from hf_attnstore.bench.machine import versions_in_words
 
 REGRET_BAR = 0.05
 """Of the mean over all cells."""
@@ -104,10 +105,9 @@ def as_markdown(
         "each tier the gate began knowing nothing, had a first turn of each length and four resumed ones to learn, and "
         "learned from its own turns only. Slow disks are the same disk, read no faster than they say.",
     ]
-    words = ", ".join(f"{name} {version}" for name, version in versions.items())
     busy = f" Other processes used {others:.0%} of the processors meanwhile"
     busy += ": differences of a few percent mean nothing here." if others > 0.1 else "."
-    lines += ["", f"Measured on {machine}; {words}.{busy}", ""]
+    lines += ["", f"Measured on {machine}; {versions_in_words(versions)}.{busy}", ""]
     return "\n".join(lines)
 
 
