@@ -222,13 +222,6 @@ def test_a_message_is_for_the_conversation_that_was_chosen_though_it_is_not_open
     user.page.wait_for_timeout(1000)  # what was held back is there now
     assert [user.messages()[place] for place in (0, 2)] == [PRINCE, MOTHER]
 
-    user.page.evaluate(HOLD_THE_NEXT_REQUEST)
-    user.press("New conversation")
-    user.say(OFFICER)
-    user.footers(1)
-    assert user.messages()[0] == OFFICER
-    user.listed(f"{OFFICER} (2)", PRINCE, OFFICER)
-
 
 def test_a_model_error_is_a_message_and_the_conversation_goes_on(come: Callable[..., User], gate: Gate) -> None:
     user = come()
