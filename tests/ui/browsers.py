@@ -123,6 +123,10 @@ class User:
         """Nothing is being answered on the page."""
         self.page.wait_for_selector("#message .submit-button")
 
+    def settle(self) -> None:
+        """What is shown is shown: Gradio sends the last of an answer twice, and the second time ends an edit."""
+        self.page.wait_for_timeout(1000)
+
     def messages(self) -> list[str]:
         """What was asked, and answered, without footers."""
         found = self.page.locator("#chat [data-testid=user], #chat [data-testid=bot]").all_text_contents()

@@ -146,6 +146,7 @@ def test_a_reload_in_the_middle_of_an_answer_shows_it_go_on_and_stop_keeps_it(
 def test_edit_retry_and_undo_go_back_and_reuse(come: Callable[..., User]) -> None:
     user = come()
     first = [user.ask(text, turn) for turn, text in enumerate((PRINCE, OFFICER, MOTHER), 1)]
+    user.settle()
     user.page.locator("#chat [aria-label=Edit]").nth(1).click()
     user.page.locator("#chat textarea").fill("the three letters")
     user.page.locator("#chat [aria-label=Submit]").click()
@@ -156,6 +157,7 @@ def test_edit_retry_and_undo_go_back_and_reuse(come: Callable[..., User]) -> Non
     assert user.messages()[2] == "the three letters"
 
     user.page.locator("#without input").check()
+    user.settle()
     user.page.locator("#chat [aria-label=Retry]").click()
     user.page.locator("#chat .aside", has_text="without the store").wait_for()
     compared = user.footers(2)[1]
