@@ -169,13 +169,19 @@ def test_edit_retry_and_undo_go_back_and_reuse(come: Callable[..., User]) -> Non
     assert user.messages()[0] == PRINCE
 
 
-def test_conversations_are_found_renamed_copied_and_deleted(come: Callable[..., User]) -> None:
+def with_two_conversations(come: Callable[..., User]) -> User:
+    """Somebody who has asked one thing in each, and has the second one open."""
     user = come()
     user.ask(PRINCE, 1)
     user.press("New conversation")
     user.page.wait_for_function("document.querySelectorAll('#chat .aside').length === 0")
     user.ask(OFFICER, 1)
     user.listed(OFFICER, PRINCE)
+    return user
+
+
+def test_conversations_are_found_renamed_copied_and_deleted(come: Callable[..., User]) -> None:
+    user = with_two_conversations(come)
     user.page.fill("#search textarea, #search input", "prince")
     user.listed(PRINCE)
     user.page.fill("#search textarea, #search input", "")
@@ -209,12 +215,7 @@ HOLD_THE_NEXT_REQUEST = """() => {
 
 
 def test_a_message_is_for_the_conversation_that_was_chosen_though_it_is_not_open_yet(come: Callable[..., User]) -> None:
-    user = come()
-    user.ask(PRINCE, 1)
-    user.press("New conversation")
-    user.page.wait_for_function("document.querySelectorAll('#chat .aside').length === 0")
-    user.ask(OFFICER, 1)
-    user.listed(OFFICER, PRINCE)
+    user = with_two_conversations(come)
     user.page.evaluate(HOLD_THE_NEXT_REQUEST)
     user.page.locator("#entries label", has_text=PRINCE).click()
     assert user.messages()[0] == OFFICER, "it is not open yet"
