@@ -21,7 +21,7 @@ from ..errors import AttentionStoreError
 from ..store import AttentionStore, block_store, disk_store, upcoming
 from ..store.blocks import Block, BlockMeta
 from ..store.keys import Key, block_key, chain_root, encode_tokens
-from ..store.transfer import Piece, Stage
+from ..store.stages import Piece, Stage
 from .replay import Hits, Request, Requests, replay
 from .tiers import Tiers
 

@@ -48,21 +48,19 @@ class Tiers:
     def find(self, blocks: Sequence[Hashable]) -> Found:
         """Where the blocks of a prompt are, up to the first that is nowhere."""
         memory, disk = self.memory, self.disk
+        if disk is None:
+            return Found(memory.leading(blocks), [])
         slow: list[Hashable] = []
         for number, key in enumerate(blocks):
             if key not in memory:
-                if disk is None or key not in disk:
+                if key not in disk:
                     return Found(number, slow)
                 slow.append(key)
         return Found(len(blocks), slow)
 
     def loaded(self, blocks: Sequence[Hashable], now: float) -> None:
         """A turn has read these blocks: those in memory count as used now."""
-        order, policy = self.memory.order, self.policy
-        for key in blocks:
-            before = order.place(key)
-            if before is not None:
-                order.move(key, policy.place(before, before.group, now))
+        self.memory.order.touch(blocks, now)
 
     def newcomer(self, now: float) -> Place:
         """Where a block stands whose turn is not over."""
@@ -129,25 +127,25 @@ class Tiers:
             protect: the end of the chain must not go to make room for what continues it.
         """
         count = len(blocks)
-        while first < count and blocks[first] in book:
-            first += 1
-        missing = range(first, count)
-        parents = [before, *blocks][first:count]
-        at_once = bool(missing) and not any(blocks[number] in book for number in missing[1:])
-        if at_once and self._reserve_all(book, [sizes(number) for number in missing], now, parents[0], protect):
-            for number in reversed(missing):  # from the end, so that none of them is ever the last but that
-                book.add(blocks[number], parents[number - first], start + number, sizes(number), place, dirty=dirty)
-            return list(blocks[first:])
+        first += book.leading(blocks[first:])
+        if first >= count:
+            return []
+        new = blocks[first:]
+        parent = blocks[first - 1] if first else before
+        if not book.has_any(new) and len(set(new)) == len(new):
+            all_sizes = [sizes(number) for number in range(first, count)]
+            if self._reserve_all(book, all_sizes, now, parent, protect):
+                book.add_chain(new, parent, start + first, all_sizes, place, dirty=dirty)
+                return list(new)
         added: list[Hashable] = []
-        for number, parent in zip(missing, parents, strict=True):
-            key = blocks[number]
-            if key in book:
-                continue
-            size = sizes(number)
-            if not self._reserve(book, size, now, parent if protect else None):
-                break
-            book.add(key, parent, start + number, size, place, dirty=dirty)
-            added.append(key)
+        for number, key in enumerate(new, first):
+            if key not in book:
+                size = sizes(number)
+                if not self._reserve(book, size, now, parent if protect else None):
+                    break
+                book.add(key, parent, start + number, size, place, dirty=dirty)
+                added.append(key)
+            parent = key
         return added
 
     def _reserve_all(

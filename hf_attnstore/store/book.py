@@ -1,7 +1,8 @@
 """The accounts of a tier: bytes reserved and held under a cap, and who goes when room is needed. No bytes here."""
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import closing
+from itertools import takewhile
 
 from .lookahead import Lookahead
 from .order import EvictionOrder
@@ -97,6 +98,30 @@ class TierBook:
         if dirty:
             self.dirty.add(key)
         return True
+
+    def add_chain(
+        self,
+        keys: Sequence[Hashable],
+        parent: Hashable,
+        start: int,
+        sizes: Sequence[int],
+        place: Place,
+        *,
+        dirty: bool = False,
+    ) -> None:
+        """Takes over blocks that follow one another, none of which is here, and whose bytes were reserved."""
+        self._sizes.update(zip(keys, sizes, strict=True))
+        self.order.add_chain(keys, parent, start, place)
+        if dirty:
+            self.dirty.update(keys)
+
+    def leading(self, keys: Iterable[Hashable]) -> int:
+        """How many of these blocks, from the first on, are here."""
+        return len(list(takewhile(self._sizes.__contains__, keys)))
+
+    def has_any(self, keys: Iterable[Hashable]) -> bool:
+        """Whether any of these blocks is here."""
+        return not self._sizes.keys().isdisjoint(keys)
 
     def remove(self, key: Hashable) -> None:
         """Takes a block out. Harmless if it is not here."""

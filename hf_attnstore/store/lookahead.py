@@ -31,8 +31,9 @@ class Lookahead:
         self._next = 0
         self._blocks: dict[int, tuple[Hashable, ...]] = {}
         """The blocks of the turns that count."""
-        self._jobs: dict[Hashable, tuple[int, ...]] = {}
-        """Numbers of turns by block, rising; never changed in place, so that other threads may read them."""
+        self.jobs: dict[Hashable, tuple[int, ...]] = {}
+        """Numbers of the turns that need a block, rising, where there are any; to be read only. They are never changed
+        in place, so that other threads may do that."""
 
     def __len__(self) -> int:
         return len(self._names)
@@ -49,7 +50,7 @@ class Lookahead:
 
     def job(self, key: Hashable) -> int | None:
         """The number of the first turn that needs a block; None if none does. A smaller number is sooner."""
-        jobs = self._jobs.get(key)
+        jobs = self.jobs.get(key)
         return jobs[0] if jobs else None
 
     def fetches(self, count: int) -> Iterator[tuple[int, Hashable]]:
@@ -91,8 +92,8 @@ class Lookahead:
                 changed.update(self._forget(number))
                 self._blocks[number] = wanted
                 for key in wanted:
-                    jobs = self._jobs.get(key, ())
-                    self._jobs[key] = tuple(sorted({*jobs, number}))
+                    jobs = self.jobs.get(key, ())
+                    self.jobs[key] = tuple(sorted({*jobs, number}))
                 changed.update(wanted)
         return changed
 
@@ -106,7 +107,7 @@ class Lookahead:
             return set()
         self._blocks[self._numbers[-1]] = tuple(blocks)
         for key in blocks:
-            self._jobs[key] = (*self._jobs.get(key, ()), self._numbers[-1])
+            self.jobs[key] = (*self.jobs.get(key, ()), self._numbers[-1])
         return set(blocks)
 
     def pop(self) -> set[Hashable]:
@@ -131,9 +132,9 @@ class Lookahead:
     def _forget(self, number: int) -> set[Hashable]:
         blocks = self._blocks.pop(number, ())
         for key in blocks:
-            jobs = tuple(job for job in self._jobs.get(key, ()) if job != number)
+            jobs = tuple(job for job in self.jobs.get(key, ()) if job != number)
             if jobs:
-                self._jobs[key] = jobs
+                self.jobs[key] = jobs
             else:
-                self._jobs.pop(key, None)
+                self.jobs.pop(key, None)
         return set(blocks)

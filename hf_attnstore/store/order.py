@@ -8,6 +8,8 @@ from typing import Any
 from .lookahead import Lookahead
 from .policies import Place, Policy
 
+_NOBODY = object()
+
 
 @dataclass(slots=True)
 class _Entry:
@@ -26,12 +28,14 @@ class EvictionOrder:
 
     def __init__(self, policy: Policy, lookahead: Lookahead | None = None) -> None:
         self.policy = policy
-        self._lookahead = lookahead if lookahead is not None else Lookahead()
+        self._jobs_of = (lookahead if lookahead is not None else Lookahead()).jobs.get
         self._entries: dict[Hashable, _Entry] = {}
         self._orphans: dict[Hashable, int] = {}
         """How many blocks here follow one that is not."""
         self._heaps: list[list[tuple[float, int, Any]]] = [[] for _ in range(policy.groups)]
         self._jobs: list[tuple[int, int, Any]] = []
+        self._pushed: set[int] = set()
+        """Groups of which the first may be another one than it was."""
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -44,15 +48,22 @@ class EvictionOrder:
         entry = self._entries.get(key)
         return entry.place if entry is not None else None
 
-    def _push(self, key: Hashable, entry: _Entry) -> None:
+    def _push(self, key: Hashable, entry: _Entry, gone: Hashable = _NOBODY) -> None:
+        """A block may be one of those that can go now. If `gone`, which is not here any more, is still the first of its
+        group, it takes the place of that, in one step."""
         if entry.followers:
             return
-        job = self._lookahead.job(key)
-        if job is None:
+        jobs = self._jobs_of(key)
+        if jobs is None:
             group, stamp = entry.place
-            heapq.heappush(self._heaps[group], (stamp, -entry.start, key))
+            heap = self._heaps[group]
+            if heap and heap[0][2] == gone:
+                heapq.heapreplace(heap, (stamp, -entry.start, key))
+            else:
+                heapq.heappush(heap, (stamp, -entry.start, key))
+            self._pushed.add(group)
         else:
-            heapq.heappush(self._jobs, (-job, -entry.start, key))
+            heapq.heappush(self._jobs, (-jobs[0], -entry.start, key))
 
     def add(self, key: Hashable, parent: Hashable, start: int, place: Place) -> None:
         """Adds a block that follows `parent`, which itself need not be here."""
@@ -67,6 +78,23 @@ class EvictionOrder:
             self._orphans[parent] = self._orphans.get(parent, 0) + 1
         self._push(key, entry)
 
+    def add_chain(self, keys: Sequence[Hashable], parent: Hashable, start: int, place: Place) -> None:
+        """Adds blocks none of which is here, each following the one before and the first `parent`: as `add` does from
+        the last to the first."""
+        if not keys:
+            return
+        entries, orphans = self._entries, self._orphans
+        before = entries.get(parent)
+        if before is not None:
+            before.followers += 1
+        else:
+            orphans[parent] = orphans.get(parent, 0) + 1
+        for number, key in enumerate(keys, start):
+            entries[key] = entry = _Entry(parent, number, place, orphans.pop(key, 0) + 1)
+            parent = key
+        entry.followers -= 1  # what the last one is followed by was here before
+        self._push(keys[-1], entry)
+
     def followers(self, parent: Hashable) -> int:
         """How many blocks here follow `parent`, which itself need not be here."""
         entry = self._entries.get(parent)
@@ -78,6 +106,17 @@ class EvictionOrder:
         if entry is not None and entry.place != place:
             entry.place = place
             self._push(key, entry)
+
+    def touch(self, keys: Iterable[Hashable], now: float) -> None:
+        """Blocks were read now, each for itself. Harmless for those that are not here."""
+        entries, place_of = self._entries, self.policy.place
+        for key in keys:
+            entry = entries.get(key)
+            if entry is not None:
+                before = entry.place
+                entry.place = place = place_of(before, before.group, now)
+                if not entry.followers and place != before:
+                    self._push(key, entry)
 
     def used(self, chain: Sequence[Hashable], group: int, now: float, *, short: Hashable | None = None) -> None:
         """A turn of a policy's `group` used a chain.
@@ -104,7 +143,7 @@ class EvictionOrder:
             parent.followers -= 1
             if not parent.followers:
                 parent.place = self.policy.left(parent.place, entry.place)
-                self._push(entry.parent, parent)
+                self._push(entry.parent, parent, gone=key)
         elif self._orphans[entry.parent] > 1:
             self._orphans[entry.parent] -= 1
         else:
@@ -129,23 +168,33 @@ class EvictionOrder:
         passed: list[tuple[list[Any], Any]] = []
         heads: list[Any] = [None] * len(self._heaps)
         values: list[Any] = [_NEVER] * len(self._heaps)
+        changed = self._pushed = {group for group, heap in enumerate(self._heaps) if heap}
+        worth = self.policy.worth
         try:
             while True:
-                for group, heap in enumerate(self._heaps):
-                    if heads[group] is (heap[0] if heap else None):  # as when the one before was chosen
-                        continue
-                    head = heads[group] = self._first(heap, excluded, group, passed)
-                    place = self._entries[head[2]].place if head is not None else None
-                    values[group] = (self.policy.worth(place, now), place.stamp) if place is not None else _NEVER
+                for group in changed:
+                    head = heads[group] = self._first(self._heaps[group], excluded, group, passed)
+                    if head is None:
+                        values[group] = _NEVER
+                    else:
+                        place = self._entries[head[2]].place
+                        values[group] = (worth(place, now), place.stamp)
+                changed.clear()
                 best = min(values)
                 if best is not _NEVER:
                     group = values.index(best)
-                    head, heads[group] = heads[group], _UNKNOWN
+                    head = heads[group]
+                    while head is not None and head[0] == best[1]:  # mostly what the one before has followed
+                        changed.add(group)
+                        yield head[2]
+                        if len(changed) > 1:
+                            break
+                        head = self._first(self._heaps[group], excluded, group, passed)
                 else:
                     head = self._first(self._jobs, excluded, None, passed)
                     if head is None or (job is not None and -head[0] <= job):
                         return
-                yield head[2]
+                    yield head[2]
         finally:
             for heap, item in passed:
                 heapq.heappush(heap, item)
@@ -154,17 +203,20 @@ class EvictionOrder:
         self, heap: list[Any], excluded: Container[Any], group: int | None, passed: list[tuple[list[Any], Any]]
     ) -> tuple[Any, int, Any] | None:
         """The first entry of a heap that still holds. Those of `excluded` are taken out of it, into `passed`."""
-        entries, job_of = self._entries, self._lookahead.job
+        entries, jobs_of = self._entries, self._jobs_of
         while heap:
             item = heap[0]
             rank, _, key = item
             entry = entries.get(key)
-            job = -rank if group is None else None
+            jobs = jobs_of(key)
             if (
                 entry is None
                 or entry.followers
-                or job_of(key) != job
-                or (group is not None and entry.place != (group, rank))
+                or (
+                    (jobs is None or jobs[0] != -rank)
+                    if group is None
+                    else (jobs is not None or entry.place != (group, rank))
+                )
             ):
                 heapq.heappop(heap)
             elif key in excluded:
@@ -174,5 +226,4 @@ class EvictionOrder:
         return None
 
 
-_UNKNOWN = object()
 _NEVER = (float("inf"), float("inf"))

@@ -1,7 +1,9 @@
 """Who goes first: orders of eviction against plain models of them, windows by their formulas."""
 
+import itertools
 import json
 import random
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -94,6 +96,39 @@ def test_an_order_is_what_looking_at_every_block_gives(name: str, steps: list[tu
                 plain.remove(victim)
         assert len(order) == len(plain.places)
         assert all(order.place(m) == place for m, place in plain.places.items())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_a_chain_added_at_once_stands_as_one_added_block_by_block(name: str, seed: int) -> None:
+    dice = random.Random(seed)
+    policy, lookahead = make_policy(name), Lookahead()
+    lookahead.schedule(["a"], {"a": [(0, 1), (2, 3)]})
+    at_once, one_by_one = EvictionOrder(policy, lookahead), EvictionOrder(policy, lookahead)
+    for step in range(40):
+        chain, first, count = dice.randrange(4), dice.randrange(6), dice.randrange(4)
+        keys = [(chain, number) for number in range(first, first + count)]
+        if dice.random() < 0.7 and not any(key in at_once for key in keys):
+            place = Place(dice.randrange(policy.groups), float(step))
+            at_once.add_chain(keys, (chain, first - 1), first, place)
+            for _, number in reversed(keys):
+                one_by_one.add((chain, number), (chain, number - 1), number, place)
+        else:
+            for order in (at_once, one_by_one):
+                order.remove((chain, first))
+        for key in itertools.product(range(4), range(-1, 10)):
+            assert at_once.place(key) == one_by_one.place(key)
+            assert at_once.followers(key) == one_by_one.followers(key)
+    gone = []
+    for order in (at_once, one_by_one):
+        gone.append([])
+        with closing(order.victims(100.0)) as victims:
+            for victim in victims:
+                gone[-1].append(victim)
+                order.remove(victim)
+        assert not len(order)
+    assert gone[0] == gone[1]
 
 
 class Table:

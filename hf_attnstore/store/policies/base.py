@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 MOST_GROUPS = 16
@@ -15,8 +14,7 @@ class Place(NamedTuple):
     stamp: float
 
 
-@dataclass(frozen=True, slots=True)
-class Use:
+class Use(NamedTuple):
     """One turn on a conversation, as a policy sees it. Keys are of any hashable kind."""
 
     now: float

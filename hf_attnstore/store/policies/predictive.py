@@ -114,10 +114,10 @@ class Predictive(Policy):
             self._returns.refresh()
 
     def _count_waiting(self, now: float) -> None:
-        ends = self._ends.values()
-        groups = np.fromiter((end.group for end in ends), int, len(ends))
-        began = np.fromiter((end.at for end in ends), float, len(ends))
-        shorts = began[np.fromiter((end.short is not None for end in ends), bool, len(ends))]
+        ends = list(self._ends.values())
+        groups = np.array([end.group for end in ends], int)
+        began = np.array([end.at for end in ends], float)
+        shorts = np.array([end.at for end in ends if end.short is not None], float)
         groups, began = np.append(groups, np.zeros(len(shorts), int)), np.append(began, shorts)
         self._returns.waited(groups, np.maximum(self._counted_at - began, 0), np.maximum(now - began, 0))
         self._counted_at = now
@@ -128,7 +128,8 @@ class Predictive(Policy):
     def left(self, place: Place, follower: Place) -> Place:
         if follower.stamp <= place.stamp:
             return place
-        return Place(follower.group or place.group, follower.stamp)  # a short end says nothing of what it followed
+        # a short end says nothing of what it followed
+        return follower if follower.group else Place(place.group, follower.stamp)
 
     def worth(self, place: Place, now: float) -> float:
         return self._returns.worth[place.group][bin_of(now - place.stamp)]

@@ -119,11 +119,11 @@ def _unknown() -> np.ndarray:
 def _best_ratio(hazard: np.ndarray) -> np.ndarray:
     """The Gittins index by group and bin, from the chance of a return in each bin of those that reach it."""
     groups, bins = hazard.shape
-    best = np.zeros((groups, bins))
-    for first in range(bins):
-        staying = np.cumprod(1 - hazard[:, first:], axis=1)
-        reaching = np.concatenate([np.ones((groups, 1)), staying[:, :-1]], axis=1)
-        returns = np.cumsum(reaching * hazard[:, first:], axis=1)
-        kept = np.cumsum(_WIDTHS[first:] * (reaching + staying) / 2, axis=1)
-        best[:, first] = (returns / kept).max(axis=1)
-    return best
+    waiting = np.triu(np.ones((bins, bins), bool))
+    """Whether who waits from the bin of the row on is still waiting in that of the column, of all horizons."""
+    chance = np.where(waiting, hazard[:, None, :], 0)
+    staying = np.cumprod(1 - chance, axis=2)
+    reaching = np.concatenate([np.ones((groups, bins, 1)), staying[:, :, :-1]], axis=2)
+    returns = np.cumsum(reaching * chance, axis=2)
+    kept = np.cumsum(np.where(waiting, _WIDTHS * (reaching + staying) / 2, 0), axis=2)
+    return np.divide(returns, kept, out=np.zeros_like(kept), where=waiting).max(axis=2)
