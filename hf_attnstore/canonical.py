@@ -24,6 +24,7 @@ from torch import nn
 from .cache.attach import ensure_hooks
 from .cache.prefill import prefill
 from .errors import SessionBusyError, StoreClosedError
+from .openmp import leave_computing_to_others
 from .session.chain import common_prefix
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ class BackgroundPrefill:
         with _registering:
             _running.setdefault(self._cache.store, {})[self._cache.session] = self
         self._cache.store.register(self)
+        leave_computing_to_others()
         try:
             threading.Thread(target=self._run, name="attnstore-canonicalize").start()
         except RuntimeError:  # no more threads

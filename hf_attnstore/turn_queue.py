@@ -23,6 +23,7 @@ from .cache.attach import owner_of
 from .canonical import Surroundings, give_way
 from .chat import ChatSession
 from .errors import QueueFullError, SessionBusyError, TurnQueueError, TurnTimeoutError
+from .openmp import leave_computing_to_others
 from .store import AttentionStore
 from .turn import Turn
 from .waiting_turns import WaitingTurns
@@ -142,6 +143,7 @@ class TurnQueue:
         self._ended = threading.Event()
         self._worker = threading.Thread(target=self._work, name="attnstore-turns", daemon=True)
         self._herald = threading.Thread(target=self._tell, name="attnstore-turns-news", daemon=True)
+        leave_computing_to_others()  # who makes a queue has loaded the model, most often, and so computed something
         self._worker.start()
         self._herald.start()
         _open_queues.add(self)

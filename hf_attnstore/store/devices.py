@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 
+import numpy as np
 import torch
 
 from .blocks import Block, as_bytes
@@ -29,6 +30,10 @@ def host_tensors(
     whole = {s.spec.name: torch.empty(s.spec.shape, dtype=s.spec.dtype, pin_memory=pinned) for s in stored}
     read(source, [(s, [as_bytes(whole[s.spec.name]).reshape(-1)]) for s in stored])
     return whole
+
+
+_SMALL = 32_768
+"""Bytes: torch copies no more than so many values, of whatever size, with one thread."""
 
 
 class DeviceCopies:
@@ -65,7 +70,11 @@ class DeviceCopies:
         stream = self._streams.get(device)
         if stream is None:  # a device without streams of its own to copy on
             for name, target in targets.items():
-                target.copy_(sources[name])
+                if target.device.type == "cpu" and target.nbytes > _SMALL:
+                    # torch would copy with a team of threads for each I/O thread, which slows computing: see openmp.py
+                    np.copyto(as_bytes(target), as_bytes(sources[name]))
+                else:
+                    target.copy_(sources[name])
             if arrived is not None:
                 arrived(targets)
             return
