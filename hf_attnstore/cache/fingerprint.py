@@ -16,72 +16,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapters import adapters_of, is_adapted, is_inert, names_of_parts, state_of
+from .adapters import adapters_of, is_adapted, is_inert, names_of_parts
+from .marks import Watch, autocast_dtype
 from .ranks import ranks_of
-from .weights import Part, attribute_parts, hidden_parts, module_parts, plain_parts
+from .samples import comparable, few_values, raw_bytes, sample_of
+from .structure import has_length_dependent_rope
+from .weights import Part, module_parts, offloaded, plain_parts
 
 LAYOUT_VERSION = 1
-
-_RUNS, _RUN_LENGTH = 16, 64
-_QUICK_VALUES = 4
 
 _IRRELEVANT = frozenset(
     "_name_or_path _commit_hash transformers_version architectures dtype torch_dtype use_cache return_dict "
     "output_attentions output_hidden_states bos_token_id eos_token_id pad_token_id id2label label2id".split()
 )
 """Settings that say nothing about how KV is computed (dtypes are taken from the weights)."""
-
-
-def _sample(tensor: torch.Tensor, runs: int, length: int) -> torch.Tensor:
-    """Up to `runs` evenly spread runs of `length` neighbouring values of `tensor`, as one dimension."""
-    tensor = tensor.detach()
-    if tensor.numel() <= runs * length:
-        return tensor.reshape(-1)
-    step = (tensor.numel() - length) // (runs - 1)
-    if tensor.is_contiguous():
-        return tensor.as_strided((runs, length), (step, 1), tensor.storage_offset()).reshape(-1)
-    places = (torch.arange(runs)[:, None] * step + torch.arange(length)).reshape(-1).to(tensor.device)
-    return tensor[torch.unravel_index(places, tensor.shape)]
-
-
-def _few_values(tensor: torch.Tensor) -> torch.Tensor:
-    """Some values of a tensor, spread over it, in one cheap step."""
-    if not tensor.is_contiguous():
-        return _sample(tensor, _QUICK_VALUES, 1)
-    values = tensor.numel()
-    if values < _QUICK_VALUES:
-        return tensor.detach().reshape(-1)
-    return tensor.as_strided((_QUICK_VALUES,), ((values - 1) // (_QUICK_VALUES - 1),))
-
-
-def _raw_bytes(values: torch.Tensor) -> bytes:
-    return values.cpu().contiguous().view(torch.uint8).numpy().tobytes()
-
-
-def _offloaded(module: nn.Module, name: str) -> torch.Tensor | None:
-    """The content of a parameter that accelerate has moved away."""
-    hook = getattr(module, "_hf_hook", None)
-    for candidate in getattr(hook, "hooks", (hook,)):
-        weights = getattr(candidate, "weights_map", None)
-        if weights is not None:
-            try:
-                return weights[name]
-            except KeyError:
-                continue
-    return None
-
-
-def _offloaded_in_memory(module: nn.Module, name: str) -> torch.Tensor | None:
-    """The content of a parameter that accelerate keeps in host memory; None for one on disk, or not offloaded."""
-    hook = getattr(module, "_hf_hook", None)
-    for candidate in getattr(hook, "hooks", (hook,)):
-        weights = getattr(candidate, "weights_map", None)
-        dataset, prefix = getattr(weights, "dataset", weights), getattr(weights, "prefix", "")
-        held = getattr(dataset, "state_dict", dataset)
-        if isinstance(held, Mapping) and isinstance(held.get(prefix + name), torch.Tensor):
-            tensor: torch.Tensor = held[prefix + name]
-            return tensor
-    return None
 
 
 _Names = Mapping[tuple[str, ...], tuple[str, ...] | None]
@@ -122,22 +70,10 @@ def _tensors(name: str, module: nn.Module, names: _Names) -> Iterator[tuple[str,
         if tensor is None or called is None:
             continue
         if tensor.device.type == "meta":
-            tensor = _offloaded(module, own)
+            tensor = offloaded(module, own)
             if tensor is None:
                 raise ValueError(f"the content of {name}.{own} is not available")
         yield f"{name}.{'.'.join(called)}", tensor
-
-
-_COMPARED_AS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_ORDINARY_DTYPES = frozenset(
-    getattr(torch, name)
-    for name in "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool complex64 complex128".split()
-)
-
-
-def _comparable(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of a dtype that everything can be done with, and the same bytes."""
-    return tensor if tensor.dtype in _ORDINARY_DTYPES else tensor.view(_COMPARED_AS[tensor.dtype.itemsize])
 
 
 def _relevant(config: Any) -> Any:
@@ -146,40 +82,6 @@ def _relevant(config: Any) -> Any:
     if isinstance(config, (list, tuple)):
         return [_relevant(value) for value in config]
     return config if isinstance(config, (int, float, bool, str, type(None))) else str(config)
-
-
-def has_length_dependent_rope(config: Any) -> bool:
-    """Whether the rotary frequencies change with the length of the text (dynamic NTK, LongRoPE)."""
-    return any(rope.get("rope_type", rope.get("type")) in ("dynamic", "longrope") for rope in _ropes(config))
-
-
-def _ropes(config: Any) -> Iterator[dict[str, Any]]:
-    found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
-    if isinstance(found, dict):
-        yield found
-        yield from (rope for rope in found.values() if isinstance(rope, dict))
-
-
-def position_limit(config: Any) -> int | None:
-    """The number of tokens up to which KV depends on nothing that comes later; None if that is always so."""
-    # models that state this number themselves (Phi) let go of their cache when a text grows beyond it
-    original = getattr(config, "original_max_position_embeddings", None)
-    if not has_length_dependent_rope(config):
-        return original if isinstance(original, int) and original > 0 else None
-    limits = [config.max_position_embeddings, original]
-    limits += [rope.get("original_max_position_embeddings") for rope in _ropes(config)]
-    return min(int(limit) for limit in limits if limit)
-
-
-def positions_of(config: Any) -> int | None:
-    """How many positions a model is made for, in tokens; None if it does not say."""
-    stated = getattr(config, "max_position_embeddings", None)
-    if not isinstance(stated, int) or stated <= 0:
-        return None
-    kinds = [rope for rope in _ropes(config) if rope.get("rope_type", rope.get("type")) == "dynamic"]
-    return int(
-        stated * max((float(rope.get("factor") or 1) for rope in kinds), default=1.0)
-    )  # dynamic NTK reaches beyond
 
 
 class Fingerprint:
@@ -193,6 +95,7 @@ class Fingerprint:
     def __init__(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)
         self._lock = threading.Lock()  # threads may be under different autocast, and must not get each other's
+        self._watch = Watch()
         self._marks: Any = None
         self._parameters: list[tuple[int, Any]] = []
         self._content = ""
@@ -217,7 +120,7 @@ class Fingerprint:
             return self._current()
 
     def _current(self) -> str:
-        marks, parameters = self._current_marks()
+        marks, parameters = self._watch.look(self.model, self._unusual)
         if marks != self._marks:
             if self._failure is not None and self._failure[0] == marks:
                 raise ValueError(self._failure[1])
@@ -228,7 +131,7 @@ class Fingerprint:
                 self._failure = marks, str(error)
                 raise
             if found != self._unusual:  # there is more to be watched: what was there before it is taken as it is now
-                marks, parameters = self._current_marks()
+                marks, parameters = self._watch.look(self.model, self._unusual)
                 content = self._compute()
             if content != self._content:
                 self._salt = ""
@@ -256,74 +159,9 @@ class Fingerprint:
             settings["rank"] = [ranks.rank, ranks.size]
         return json.dumps(settings, sort_keys=True)
 
-    @torch.no_grad()
-    def _current_marks(self) -> tuple[tuple[Any, ...], list[tuple[int, Any]]]:
-        """What tells that something changed, and the version counter of each parameter. Runs before every turn, so
-        it does little and names nothing."""
-        config: Any = self.model.config
-        text = config.get_text_config(decoder=True)
-        varying = has_length_dependent_rope(text)
-        versions: list[Any] = []
-        parameters: list[tuple[int, Any]] = []
-        adapters: list[Any] = []
-        samples: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
-
-        def watch(tensor: torch.Tensor, identity: int) -> int:
-            try:
-                version = tensor._version
-            except RuntimeError:  # inference tensors have none; nothing but the sample watches them
-                version = -1
-            versions.append((identity, version, tensor.data_ptr()))
-            tensor = _comparable(tensor)
-            values = _few_values(tensor)
-            samples.setdefault((tensor.device, tensor.dtype), []).append(values)
-            return version
-
-        def watch_parts(parts: Iterator[Part]) -> list[int]:
-            found = list(parts)
-            versions.append([part for _, part in found if isinstance(part, str)])
-            # the object may be made anew every time; the memory is the same
-            return [watch(part, 0) for _, part in found if isinstance(part, torch.Tensor)]
-
-        modules = [self.model]
-        while modules:
-            module = modules.pop()
-            modules.extend(child for child in module._modules.values() if child is not None)
-            if is_adapted(module):
-                adapters.append(state_of(module))
-            for tensors in (module._parameters, module._buffers):
-                for name, tensor in tensors.items():
-                    if tensor is None or (varying and name.endswith("inv_freq")):
-                        continue
-                    if tensor.is_meta:
-                        held = _offloaded_in_memory(module, name)
-                        if held is None:
-                            versions.append(name)
-                            continue
-                        tensor = held
-                    version: Any
-                    if tensor.is_quantized:
-                        version = tensor._version
-                        versions.append((id(tensor), version, tensor.data_ptr()))
-                    elif type(tensor) in (nn.Parameter, torch.Tensor):
-                        version = watch(tensor, id(tensor))
-                    else:
-                        version = watch_parts(plain_parts("", tensor))
-                        watch_parts(attribute_parts("", tensor))
-                    if tensors is module._parameters:
-                        parameters.append((id(tensor), version))
-        for reference in self._unusual:
-            unusual = reference()
-            if unusual is not None:
-                watch_parts(hidden_parts("", unusual, unpack=False))
-        quick = [_raw_bytes(torch.cat(values)) for values in samples.values()]
-        settings = [str(each.__dict__) for each in ((config,) if text is config else (config, text))]
-        autocast = [_autocast_dtype(kind) for kind in sorted({device.type for device, _ in samples})]
-        return (settings, autocast, self.model.training, adapters, versions, quick), parameters
-
     def _autocast(self) -> str:
         first = next(self.model.parameters(), None)
-        return _autocast_dtype(first.device.type if first is not None else "cpu")
+        return autocast_dtype(first.device.type if first is not None else "cpu")
 
     def _parts(self) -> Iterator[Part]:
         config: Any = self.model.config
@@ -350,27 +188,19 @@ class Fingerprint:
                 continue
             described.append(f"{name} {part.dtype} {tuple(part.shape)}")
             if part.numel():
-                plain = _comparable(part.detach())
+                plain = comparable(part.detach())
                 # the few values that are watched between turns count too: a change of them must be one of the digest
-                sample = torch.cat([_sample(plain, _RUNS, _RUN_LENGTH), _few_values(plain)])
+                sample = torch.cat([sample_of(plain), few_values(plain)])
                 # where a weight lies must not matter, so samples are put in order by dtype alone
                 samples.setdefault(plain.dtype, []).append(sample.cpu())
         hasher.update("\n".join(described).encode())
         for dtype in sorted(samples, key=str):
-            hasher.update(_raw_bytes(torch.cat(samples[dtype])))
+            hasher.update(raw_bytes(torch.cat(samples[dtype])))
         return hasher.hexdigest()
 
 
 def _same_tensors(a: list[tuple[int, Any]], b: list[tuple[int, Any]]) -> bool:
     return [tensor for tensor, _ in a] == [tensor for tensor, _ in b]
-
-
-def _autocast_dtype(device_type: str) -> str:
-    """What is computed in under autocast; empty without."""
-    try:
-        return str(torch.get_autocast_dtype(device_type)) if torch.is_autocast_enabled(device_type) else ""
-    except RuntimeError:  # a device type without autocast
-        return ""
 
 
 _fingerprints: "weakref.WeakKeyDictionary[nn.Module, Fingerprint]" = weakref.WeakKeyDictionary()

@@ -1,5 +1,6 @@
-"""How a model is built: its decoder layers, and where each of them computes."""
+"""How a model is built: its decoder layers, where each of them computes, and the positions it is made for."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -60,3 +61,36 @@ def compute_device(layer: nn.Module) -> torch.device | None:
         if parameter.device.type != "meta":
             return parameter.device
     return None
+
+
+def has_length_dependent_rope(config: Any) -> bool:
+    """Whether the rotary frequencies change with the length of the text (dynamic NTK, LongRoPE)."""
+    return any(rope.get("rope_type", rope.get("type")) in ("dynamic", "longrope") for rope in _ropes(config))
+
+
+def _ropes(config: Any) -> Iterator[dict[str, Any]]:
+    found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    if isinstance(found, dict):
+        yield found
+        yield from (rope for rope in found.values() if isinstance(rope, dict))
+
+
+def position_limit(config: Any) -> int | None:
+    """The number of tokens up to which KV depends on nothing that comes later; None if that is always so."""
+    # models that state this number themselves (Phi) let go of their cache when a text grows beyond it
+    original = getattr(config, "original_max_position_embeddings", None)
+    if not has_length_dependent_rope(config):
+        return original if isinstance(original, int) and original > 0 else None
+    limits = [config.max_position_embeddings, original]
+    limits += [rope.get("original_max_position_embeddings") for rope in _ropes(config)]
+    return min(int(limit) for limit in limits if limit)
+
+
+def positions_of(config: Any) -> int | None:
+    """How many positions a model is made for, in tokens; None if it does not say."""
+    stated = getattr(config, "max_position_embeddings", None)
+    if not isinstance(stated, int) or stated <= 0:
+        return None
+    kinds = [rope for rope in _ropes(config) if rope.get("rope_type", rope.get("type")) == "dynamic"]
+    # dynamic NTK reaches beyond
+    return int(stated * max((float(rope.get("factor") or 1) for rope in kinds), default=1.0))

@@ -1,4 +1,5 @@
-"""What a model computes with, as plain tensors: below tensor subclasses, packed parameters and quantised modules.
+"""What a model computes with, as plain tensors: below tensor subclasses, packed parameters and quantised modules, and
+where accelerate has moved it.
 
 Quantised weights are bytes that mean nothing without their scales, tables and block sizes. These are parts of a
 tensor subclass (torchao, quanto, DTensor), attributes of a parameter (bitsandbytes), entries of a module's state
@@ -171,3 +172,29 @@ def _understood(name: str, value: Any, depth: int, *, strict: bool = True) -> It
         yield from _understood(name, dict(vars(value)), depth + 1, strict=strict)
     elif strict:
         raise ValueError(f"{name} is a {type(value).__name__}, which says nothing of its content")
+
+
+def offloaded(module: nn.Module, name: str) -> torch.Tensor | None:
+    """The content of a parameter that accelerate has moved away."""
+    hook = getattr(module, "_hf_hook", None)
+    for candidate in getattr(hook, "hooks", (hook,)):
+        weights = getattr(candidate, "weights_map", None)
+        if weights is not None:
+            try:
+                return weights[name]
+            except KeyError:
+                continue
+    return None
+
+
+def offloaded_in_memory(module: nn.Module, name: str) -> torch.Tensor | None:
+    """The content of a parameter that accelerate keeps in host memory; None for one on disk, or not offloaded."""
+    hook = getattr(module, "_hf_hook", None)
+    for candidate in getattr(hook, "hooks", (hook,)):
+        weights = getattr(candidate, "weights_map", None)
+        dataset, prefix = getattr(weights, "dataset", weights), getattr(weights, "prefix", "")
+        held = getattr(dataset, "state_dict", dataset)
+        if isinstance(held, Mapping) and isinstance(held.get(prefix + name), torch.Tensor):
+            tensor: torch.Tensor = held[prefix + name]
+            return tensor
+    return None
