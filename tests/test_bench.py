@@ -263,6 +263,17 @@ def test_each_repeat_has_every_step_once_in_an_order_of_its_own():
     assert orders[2] == step_order(steps, 2, seed=3)
 
 
+def test_steps_that_are_compared_come_one_after_the_other():
+    steps = [str(number) for number in range(12)]
+    together = {"2", "7", "11", "none of them"}
+    orders = [step_order(steps, repeat, 3, together) for repeat in range(20)]
+    assert all(sorted(order) == sorted(steps) for order in orders)
+    places = [sorted(order.index(step) for step in ("2", "7", "11")) for order in orders]
+    assert all(last - first == 2 for first, _, last in places)
+    assert len({first for first, _, _ in places}) > 3
+    assert len({tuple(step for step in order if step in together) for order in orders}) > 3
+
+
 def test_other_tokens_are_an_error_except_where_a_kept_cache_gives_them_too():
     assert same_tokens("x", [1, 2], [1, 2], [1, 2], exact=True) is None
     for kept, exact in (([1, 3], True), ([1, 2], False), (None, True)):

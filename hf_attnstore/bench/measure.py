@@ -1,7 +1,8 @@
 """The measurement of one history length: every method in turn, interleaved, and nothing timed twice.
 
-Each repeat runs every step once, in an order shuffled by the seed, so that drift of the machine falls on all
-alike, and figures of one repeat can be compared as pairs. A first round warms up and is thrown away.
+Each repeat runs every step once, in an order shuffled by the seed, so that drift of the machine falls on all alike, and
+figures of one repeat can be compared as pairs; the ways to resume a turn follow one another. A first round warms up and
+is thrown away.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import copy
 import random
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -74,11 +75,20 @@ class Measured:
     notes: list[str] = field(default_factory=list)
 
 
-def step_order(steps: Sequence[str], repeat: int, seed: int) -> list[str]:
-    """The order of one repeat's steps: shuffled, the same for the same seed."""
-    order = list(steps)
-    random.Random(f"{seed}/{repeat}").shuffle(order)
-    return order
+def step_order(steps: Sequence[str], repeat: int, seed: int, together: Collection[str] = ()) -> list[str]:
+    """The order of one repeat's steps: shuffled, the same for the same seed.
+
+    Args:
+        together: steps that come one after the other, in an order that is shuffled too: the shorter the time between
+            two figures, the less of their ratio is the machine's drift.
+    """
+    dice = random.Random(f"{seed}/{repeat}")
+    apart = [step for step in steps if step not in together]
+    near = [step for step in steps if step in together]
+    dice.shuffle(apart)
+    dice.shuffle(near)
+    place = dice.randrange(len(apart) + 1)
+    return apart[:place] + near + apart[place:]
 
 
 def same_tokens(
@@ -212,7 +222,7 @@ class _Run:
         self._prepare()
         for repeat in range(-1, self.workload.repeats):
             # The warm-up runs in order: plain generate and the kept cache, which others must equal, first.
-            names = list(steps) if repeat < 0 else step_order(list(steps), repeat, self.workload.seed)
+            names = list(steps) if repeat < 0 else step_order(list(steps), repeat, self.workload.seed, self.methods)
             if repeat < 0:
                 names.sort(key=lambda name: ("first", "kept").index(name) if name in ("first", "kept") else 2)
             for name in names:

@@ -106,10 +106,15 @@ def reservations(points: Sequence[PointResult], share: float) -> str:
     text = (
         f"Between repeats, the TTFT of one and the same way differs by a factor of {factor:.2f} (median of all ways)."
     )
-    if share > BUSY or factor > NOISY:
+    if share > BUSY:
         text += (
             f" **The machine was busy: others used {share:.0%} of its CPUs. Differences of TTFT and of turn times are "
             "noise here and are not to be compared; and slower computing hides more of a load than it would alone.**"
+        )
+    elif factor > NOISY:
+        text += (
+            f" **Nobody else used the machine to speak of ({share:.0%} of its CPUs), and yet its speed is not steady: "
+            "small differences of TTFT and of turn times are noise. What was exposed of a load is steadier.**"
         )
     return text
 

@@ -15,7 +15,7 @@ from ..store import AttentionStore
 from ..store.blocks import Block, BlockMeta
 from ..store.keys import block_key, encode_tokens
 from ..store.manifest import Manifest, SpanRow
-from ..store.transfer import Piece, Stage
+from ..store.stages import Piece, Stage
 
 SETTINGS = ("as it comes", "durability=power", "encrypted", "encrypted, durability=power")
 _FINGERPRINT = "0" * 40

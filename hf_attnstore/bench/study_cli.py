@@ -73,7 +73,7 @@ def _truncation(
     from hf_attnstore.bench.shapes import BenchError, choose_model, load_model
     from hf_attnstore.bench.study import METHODS, Resumed, Stream, own_text, resume, stream, tokenised
     from hf_attnstore.bench.study_report import RESUME_BAR, as_markdown, draw, print_study
-    from hf_attnstore.cache.fingerprint import positions_of
+    from hf_attnstore.cache.structure import positions_of
     from hf_attnstore.chat_model import load_chat_model
 
     loaded, tokenizer = load_chat_model(name, device=device)
