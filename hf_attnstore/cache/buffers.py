@@ -8,6 +8,8 @@ the next layer that needs one. A buffer returns only when no tensor refers to it
 import math
 import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -37,11 +39,11 @@ class HostBuffers:
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """An uninitialised CPU tensor, in memory that was used before if there is some of about its size."""
-        nbytes = math.prod(shape) * dtype.itemsize
-        buffer = self._take(nbytes)
+        values = math.prod(shape)
+        buffer = self._take(values * dtype.itemsize)
         lease = buffer.view(_Lease)  # all of it: the tensor's storage is then as large as what is in use
         weakref.finalize(lease, self._give_back, buffer).atexit = False
-        return torch.from_numpy(lease)[:nbytes].view(dtype).view(shape)
+        return torch.frombuffer(lease, dtype=dtype)[:values].view(shape)
 
     def _take(self, nbytes: int) -> np.ndarray:
         size = max(-(-nbytes // _GRANULE) * _GRANULE, _GRANULE)
@@ -72,13 +74,22 @@ host_buffers = HostBuffers()
 on_pressure(host_buffers.clear)
 
 
-def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """An uninitialised tensor that outlives inference mode; see `HostBuffers` for those in host memory.
-
-    A tensor made in inference mode could not be written to outside of it, by the next turn say.
+@contextmanager
+def outliving_inference_mode() -> Iterator[None]:
+    """Tensors made within outlive inference mode: one that is made in it could not be written to outside of it, by
+    the next turn say. To leave it takes as long as making a tensor does, so who makes many leaves it for all of them.
     """
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """An uninitialised tensor that outlives inference mode; see `HostBuffers` for those in host memory."""
     if torch.is_inference_mode_enabled():
-        with torch.inference_mode(False):
+        with outliving_inference_mode():
             return empty(shape, dtype, device)
     if device.type == "cpu" and math.prod(shape) * dtype.itemsize >= _GRANULE:
         return host_buffers.empty(shape, dtype)

@@ -19,7 +19,6 @@ from ..store.store import AttentionStore
 from ..timeline import Event
 from .attach import Attachment, ensure_hooks, feed, owner_of
 from .compiled import outside_graphs
-from .fingerprint import position_limit
 from .forwards import CacheForwards
 from .gating import Gate, wanted
 from .inputs import foreign_input
@@ -30,7 +29,7 @@ from .ranks import known_ranks
 from .spatial_positions import places_in_space, spatial_positions
 from .states import ConvolutionState, HybridLayer
 from .stats import TurnStats
-from .structure import is_encoder_decoder
+from .structure import is_encoder_decoder, position_limit
 from .truncation import window_of
 
 _MAX_PLANS = 8

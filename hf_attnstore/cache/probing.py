@@ -16,8 +16,8 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from .fingerprint import has_length_dependent_rope
 from .positions import Geometry, LayerGeometry, Rotation
+from .structure import has_length_dependent_rope
 
 logger = logging.getLogger("hf_attnstore")
 

@@ -12,8 +12,10 @@ from ..session.spans import Span, overlapping
 from ..store.blocks import TensorSpec
 from ..store.keys import Key
 from ..store.policy import lookahead_depth
+from ..store.stages import Piece, Stage
 from ..store.store import AttentionStore
-from ..store.transfer import Load, Piece, Stage
+from ..store.transfer import Load
+from .buffers import outliving_inference_mode
 from .layers import KeptLayer, SlidingLayer
 from .overlap import Overlap
 from .positions import Geometry, Rotation
@@ -195,21 +197,25 @@ def plan_restore(
     rotated = sum(span.last - span.first for span in parts[earliest] if span.shift)
     if rotated and (geometry is None or not geometry.movable):
         raise LoadError("the stored keys belong to other positions, and this model's can't be moved")
+    by_layer = _by_layer(described)
     stages: list[Stage] = []
-    for number, start, first in missing:
-        layer = layers[number]
-        if start >= length:
-            layer.crop_to(length)
-            layer.length = length
-            stages.append(Stage())
-            continue
-        specs = _specs(described, number)
-        targets = layer.restore(first if start == first else layer.first, start, length, specs, devices[number])
-        stage = Stage(pieces[start], {tensor_name(number, name): target for name, target in targets.items()})
-        if geometry is not None and any(span.shift for span in parts[start]):
-            turned = {"keys": geometry.layers[number].keys, "values": geometry.layers[number].values}
-            stage.arrived = partial(_rotate, {tensor_name(number, n): r for n, r in turned.items() if r is not None})
-        stages.append(stage)
+    with outliving_inference_mode():
+        for number, start, first in missing:
+            layer = layers[number]
+            if start >= length:
+                layer.crop_to(length)
+                layer.length = length
+                stages.append(Stage())
+                continue
+            specs = _specs(by_layer, number)
+            targets = layer.restore(first if start == first else layer.first, start, length, specs, devices[number])
+            stage = Stage(pieces[start], {tensor_name(number, name): target for name, target in targets.items()})
+            if geometry is not None and any(span.shift for span in parts[start]):
+                turned = {"keys": geometry.layers[number].keys, "values": geometry.layers[number].values}
+                stage.arrived = partial(
+                    _rotate, {tensor_name(number, n): r for n, r in turned.items() if r is not None}
+                )
+            stages.append(stage)
     if checkpoint is not None:
         _install(layers, devices, checkpoint, store, stages)
     return Restore(layers, store.load(stages), pace, rotated, earliest)
@@ -224,6 +230,7 @@ def _install(
 ) -> None:
     """Makes the layers take on the states of a checkpoint, which come with the stages."""
     described, encoded = store.describe_checkpoint(checkpoint.key)
+    by_layer = _by_layer(described)
     try:
         numbers = decode_numbers(encoded or "")
     except ValueError as error:
@@ -232,7 +239,7 @@ def _install(
         if isinstance(layer, RunningState):
             if number not in numbers:
                 raise LoadError(f"a stored checkpoint has no state of layer {number}")
-            targets = layer.install(_specs(described, number), numbers[number], devices[number])
+            targets = layer.install(_specs(by_layer, number), numbers[number], devices[number])
             stages[number].whole = {tensor_name(number, name): target for name, target in targets.items()}
             stages[number].checkpoint = checkpoint.key
 
@@ -243,10 +250,19 @@ def _rotate(rotations: Mapping[str, Rotation], shift: int, tensors: Mapping[str,
         rotation.rotate_(tensors[name], shift)
 
 
-def _specs(described: Mapping[str, TensorSpec], number: int) -> dict[str, TensorSpec]:
+def _by_layer(described: Mapping[str, TensorSpec]) -> dict[str, dict[str, TensorSpec]]:
+    """What a block has, by what `tensor_name` begins with for a layer, then by the layer's own names."""
+    found: dict[str, dict[str, TensorSpec]] = {}
+    for name, spec in described.items():
+        parts = name.split(".", 2)
+        if len(parts) == 3:
+            found.setdefault(f"{parts[0]}.{parts[1]}.", {})[parts[2]] = spec
+    return found
+
+
+def _specs(by_layer: Mapping[str, dict[str, TensorSpec]], number: int) -> dict[str, TensorSpec]:
     """What a block has of a layer, by the layer's own names."""
-    beginning = tensor_name(number, "")
-    specs = {name.removeprefix(beginning): spec for name, spec in described.items() if name.startswith(beginning)}
+    specs = by_layer.get(tensor_name(number, ""))
     if not specs:
         raise LoadError(f"a stored block has nothing of layer {number}")
     return specs

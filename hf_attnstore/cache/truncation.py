@@ -9,7 +9,7 @@ import numpy as np
 from ..session.spans import Span, total_tokens
 from ..session.view import View
 from ..session.window import Window
-from .fingerprint import positions_of
+from .structure import positions_of
 
 logger = logging.getLogger("hf_attnstore")
 

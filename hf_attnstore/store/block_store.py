@@ -17,7 +17,8 @@ from .blocks import TOKEN_IDS, Block, BlockMeta, Match, TensorSpec
 from .keys import Key, chain_root, common_prefix, decode_tokens, encode_tokens
 from .opened import OpenStore
 from .rows import BlockRow
-from .transfer import Load, Source, Stage
+from .stages import Source, Stage
+from .transfer import Load
 
 logger = logging.getLogger("hf_attnstore")
 

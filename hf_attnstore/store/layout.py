@@ -26,6 +26,7 @@ FORMAT_VERSION = "2"
 MAX_HEADER_BYTES = 16 << 20
 
 _OPENING = '{"__metadata__":{"check":"'
+_DECODER = json.JSONDecoder()
 _CHECK_DIGITS = 16
 _DTYPES = {
     "F64": torch.float64,
@@ -142,7 +143,7 @@ def _split_header(encoded: bytes) -> tuple[dict[str, str], str]:
     if encoded[opening : opening + _CHECK_DIGITS] != _check(encoded[:8], encoded[opening + _CHECK_DIGITS :]):
         raise LoadError("the checksum of the header is wrong")
     header = encoded[8:].decode()
-    metadata, end = json.JSONDecoder().raw_decode(header, len('{"__metadata__":'))
+    metadata, end = _DECODER.raw_decode(header, len('{"__metadata__":'))
     if header[end] != ",":
         raise LoadError("the header describes no tensors")
     return metadata, "{" + header[end + 1 :]

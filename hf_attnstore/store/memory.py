@@ -135,11 +135,7 @@ class MemoryTier:
     def touch(self, keys: Iterable[Key]) -> None:
         """Marks blocks as used now."""
         with self._changed:
-            now = self._clock()
-            for key in keys:
-                before = self._book.order.place(key)
-                if before is not None:
-                    self._book.order.move(key, self._policy.place(before, before.group, now))
+            self._book.order.touch(keys, self._clock())
 
     def has_followers(self, key: Key) -> bool:
         """Whether a block here follows this one."""

@@ -14,111 +14,22 @@ them into place when it gets there. For targets on a device the I/O threads do e
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain, groupby
 from typing import Protocol
 
 import torch
 
 from ..errors import LoadError
 from ..timeline import Time
-from .blocks import Block
 from .device_times import DeviceTimes
 from .devices import DeviceCopies, host_tensors
 from .disk import BlockFile
 from .keys import Key
 from .placing import Rows, read_adjacent
+from .stages import Source, Stage, Ways
 from .threads import IOThreads
-
-Source = Block | BlockFile
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Tokens `[start, stop)` of a block."""
-
-    key: Key
-    start: int
-    stop: int
-    shift: int = 0
-    """How far its keys are to be moved, for the stage's `arrived`."""
-
-    @property
-    def tokens(self) -> int:
-        return self.stop - self.start
-
-
-@dataclass(slots=True)
-class Stage:
-    """What arrives together: the same pieces of several tensors.
-
-    A target is `[heads, tokens, dim]`, of the stored dtype, with the tokens of all pieces one after the other;
-    within a head it is contiguous. All targets of a stage lie on one device.
-    """
-
-    pieces: Sequence[Piece] = ()
-    targets: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    arrived: Callable[[int, Mapping[str, torch.Tensor]], None] | None = None
-    """Called with a shift and the part of every target that is to be moved by it, `[heads, tokens, dim]`, once that
-    is there, to move it in place; on the stream that brought it."""
-    whole: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """Contiguous targets that take tensors of `checkpoint` as they are, of whatever shape."""
-    checkpoint: Key = b""
-
-    @property
-    def device(self) -> torch.device | None:
-        """Where the targets lie; None for a stage that brings nothing."""
-        return next((target.device for target in self.all_targets()), None)
-
-    def all_targets(self) -> Iterator[torch.Tensor]:
-        return chain(self.targets.values(), self.whole.values())
-
-    @property
-    def nbytes(self) -> int:
-        return sum(target.nbytes for target in self.all_targets())
-
-    @property
-    def token_bytes(self) -> int:
-        """Bytes of one token in all targets."""
-        return sum(target.nbytes // max(target.shape[1], 1) for target in self.targets.values())
-
-    def needs(self) -> list[Key]:
-        """The blocks that it needs."""
-        return [piece.key for piece in self.pieces] + ([self.checkpoint] if self.whole else [])
-
-    def parts(self) -> list[dict[str, torch.Tensor]]:
-        """The targets, cut into pieces."""
-        return self._cut([piece.tokens for piece in self.pieces])
-
-    def copies(self, held: Sequence[tuple[int, Piece, Block]]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Where to, and from where, the pieces are to be copied that blocks in memory have. Each comes with its number
-        in `pieces`."""
-        to: list[torch.Tensor] = []
-        sources: list[torch.Tensor] = []
-        if held:
-            sizes = [piece.tokens for piece in self.pieces]
-            for name, target in self.targets.items():
-                parts = target.split(sizes, dim=1)
-                for place, piece, block in held:
-                    tensor = block.tensors[name]
-                    to.append(parts[place])
-                    # most pieces are whole blocks; to slice for nothing takes its time
-                    sources.append(tensor if sizes[place] == tensor.shape[1] else tensor[:, piece.start : piece.stop])
-        return to, sources
-
-    def finish(self) -> None:
-        """Moves what is to be moved, all pieces being there: neighbours that go equally far in one go."""
-        if self.arrived is not None:
-            runs = [(shift, sum(p.tokens for p in run)) for shift, run in groupby(self.pieces, lambda p: p.shift)]
-            for (shift, _), part in zip(runs, self._cut([tokens for _, tokens in runs]), strict=True):
-                if shift:
-                    self.arrived(shift, part)
-
-    def _cut(self, sizes: list[int]) -> list[dict[str, torch.Tensor]]:
-        cut = {name: target.split(sizes, dim=1) for name, target in self.targets.items()}
-        return [{name: parts[number] for name, parts in cut.items()} for number in range(len(sizes))]
 
 
 @dataclass
@@ -174,7 +85,8 @@ class Load:
         self._threads = threads
         self._stages = list(stages)
         self._sources = sources
-        self._from_disk = [key for key, (tier, _) in sources.items() if tier == "disk"]
+        self._files = {key: source for key, (_, source) in sources.items() if isinstance(source, BlockFile)}
+        self._from_disk = list(self._files)
         self._on_failure = on_failure
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
@@ -182,6 +94,8 @@ class Load:
         self._in_place = [not stage.needs() for stage in self._stages]
         self._remaining = [len(stage.needs()) for stage in self._stages]
         self._devices = DeviceCopies(t for stage in self._stages for t in stage.all_targets())
+        self._ways: dict[int, Ways] = {}
+        """By the `pieces` of stages, which most stages share."""
         self._requested = 0
         self._outstanding = 0
         self._cancelled = False
@@ -221,10 +135,9 @@ class Load:
             self._requested += 1
             wanted = self._stages[number]
             if self._here[number]:
-                for key in wanted.needs():
-                    source = self._sources[key][1]
-                    if isinstance(source, BlockFile):
-                        source.will_need([*wanted.targets, *wanted.whole])
+                for key in wanted.needs() if self._files else ():
+                    if key in self._files:
+                        self._files[key].will_need([*wanted.targets, *wanted.whole])
                 continue
             parts = wanted.parts()
             jobs = [partial(self._bring_piece, number, place, parts[place]) for place in range(len(wanted.pieces))]
@@ -263,10 +176,9 @@ class Load:
                 return
             self._closed = True
         self._devices.drain()
-        for _, source in self._sources.values():
-            if isinstance(source, BlockFile):
-                source.close()
-        self._sources = {}
+        for file in self._files.values():
+            file.close()
+        self._sources, self._files, self._ways = {}, {}, {}
         self._stages = [Stage() for _ in self._stages]
 
     # on the consumer's thread
@@ -275,49 +187,40 @@ class Load:
         """Puts a stage in place in host memory. Interrupted, it counts as not done and starts again."""
         began = time.perf_counter()
         stage = self._stages[number]
-        rows: Rows | None = None
-        held: list[tuple[int, Piece, Block]] = []
-        first = 0
-        tokens_from: dict[str, int] = {}
+        key = b""
         reading: dict[str, float] = {}
-        for place, piece in enumerate(stage.pieces):
-            tier, source = self._sources[piece.key]
-            tokens = piece.tokens
-            tokens_from[tier] = tokens_from.get(tier, 0) + tokens
-            if isinstance(source, Block):
-                source.wait_ready()
-                held.append((place, piece, source))
-            else:
-                started = time.perf_counter()
-                rows = rows or Rows(stage.targets)
-                try:
-                    rows.read(source, piece.start, piece.stop, first)
-                except LoadError as error:
-                    self.error = error
-                    self._on_failure(piece.key, error)
-                    return
-                except Exception as error:
-                    self.error = LoadError(f"reading block {piece.key.hex()} failed: {error!r}")
-                    return
+        states: dict[str, torch.Tensor] = {}
+        try:
+            ways = self._ways.get(id(stage.pieces))
+            if ways is None:
+                ways = self._ways[id(stage.pieces)] = Ways(stage.pieces, self._sources)
+            rows = Rows(stage.targets) if ways.files else None
+            for piece, tier, file, first in ways.files:
+                key, started = piece.key, time.perf_counter()
+                assert rows is not None
+                rows.read(file, piece.start, piece.stop, first)
                 reading[tier] = reading.get(tier, 0.0) + time.perf_counter() - started
-            first += tokens
-        token_bytes = stage.token_bytes
-        bytes_from = Counter({tier: tokens * token_bytes for tier, tokens in tokens_from.items()})
-        copies = stage.copies(held)
-        if stage.whole:
-            bytes_from[self._sources[stage.checkpoint][0]] += sum(target.nbytes for target in stage.whole.values())
-            try:
-                found = self._whole_tensors(stage)
-            except LoadError as error:
-                self.error = error
-                self._on_failure(stage.checkpoint, error)
-                return
-            copies[0].extend(stage.whole.values())
-            copies[1].extend(found[name] for name in stage.whole)
-        if copies[0]:
-            torch._foreach_copy_(*copies)
+            if stage.whole:
+                key = stage.checkpoint
+                states = self._whole_tensors(stage)
+        except LoadError as error:
+            self.error = error
+            if key:
+                self._on_failure(key, error)
+            return
+        except Exception as error:
+            self.error = LoadError(f"reading block {key.hex()} failed: {error!r}")
+            return
+        stage.join(ways.runs)
+        for name, state in states.items():
+            stage.whole[name].copy_(state)
         stage.finish()
         self._in_place[number] = True
+        token_bytes = stage.token_bytes
+        bytes_from = {tier: tokens * token_bytes for tier, tokens in ways.tokens_from.items()}
+        if states:
+            tier = self._sources[stage.checkpoint][0]
+            bytes_from[tier] = bytes_from.get(tier, 0) + sum(target.nbytes for target in stage.whole.values())
         self._account(number, time.perf_counter() - began, bytes_from, reading)
 
     def _whole_tensors(self, stage: Stage) -> dict[str, torch.Tensor]:

@@ -164,11 +164,11 @@ def one_rank_can_not_identify_its_weights(number: int, model: Any, folder: str) 
         turn(model, tokens(30, 5), AttentionStoreCache(model, "carol", store))
         cache = AttentionStoreCache(model, "carol", store)
         if number == 1:
-            cache._attachment.fingerprint._current_marks = lambda: 1 / 0  # type: ignore[method-assign]
+            cache._attachment.fingerprint._watch.look = lambda *_: 1 / 0  # type: ignore[method-assign]
         ours = turn(model, tokens(30, 5), cache)
         assert_reused(cache, tokens(30), 0)
         assert torch.equal(ours.sequences, turn(model, tokens(30, 5), None).sequences)
-        cache._attachment.fingerprint.__dict__.pop("_current_marks", None)
+        cache._attachment.fingerprint._watch.__dict__.pop("look", None)
 
 
 def out_of_the_window(number: int, model: Any, folder: str) -> None:

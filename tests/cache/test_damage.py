@@ -133,23 +133,22 @@ def test_an_interrupt_while_kv_is_put_in_place_leaves_nothing_half_done(
     model, other = make_model(family), make_model(family)
     sequence = turn(model, tokens(70), AttentionStoreCache(model, "alice", store)).sequences
     owner: Any = torch if tier == "memory" else BlockFile
-    name = "_foreach_copy_" if tier == "memory" else "read"
+    name = "cat" if tier == "memory" else "read"
     if tier == "disk":
         store.drop_memory()
     original = getattr(owner, name)
     calls = []
 
-    def interrupted(*arguments: Any) -> Any:
-        calls.append(1)
-        if len(calls) == nth:
-            raise KeyboardInterrupt
-        return original(*arguments)
+    def interrupted(*arguments: Any, **settings: Any) -> Any:
+        if tier == "disk" or "out" in settings:  # models use `torch.cat` too, though not to write into what is there
+            calls.append(1)
+            if len(calls) == nth:
+                raise KeyboardInterrupt
+        return original(*arguments, **settings)
 
     prompt = follow_up(sequence, 20, 2)
     cache = AttentionStoreCache(model, "alice", store)
     monkeypatch.setattr(owner, name, interrupted)
-    if tier == "memory" and nth > model.config.num_hidden_layers:
-        pytest.skip("one copy for each layer")
     with pytest.raises(KeyboardInterrupt):
         turn(model, prompt, cache)
     monkeypatch.undo()

@@ -9,10 +9,10 @@ import pytest
 import torch
 from tiny_models import make_llama, make_model, tokens
 from torch import nn
-from turns import assert_reused, follow_up, turn
+from turns import assert_reused, count_values_read, follow_up, turn
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, CacheUseError
-from hf_attnstore.cache import fingerprint as fingerprint_module
+from hf_attnstore.cache import samples
 from hf_attnstore.cache.fingerprint import Fingerprint
 
 peft = pytest.importorskip("peft")
@@ -274,13 +274,7 @@ def test_the_fingerprint_reads_a_bounded_sample_of_each_parameter(monkeypatch: p
             self.weights = nn.ParameterList([nn.Parameter(torch.ones(size), requires_grad=False) for _ in range(5)])
 
     read: list[int] = []
-    original = fingerprint_module._raw_bytes
-
-    def counted(values: torch.Tensor) -> bytes:
-        read.append(values.numel())
-        return original(values)
-
-    monkeypatch.setattr(fingerprint_module, "_raw_bytes", counted)
+    count_values_read(monkeypatch, read)
     counts = []
     for size in (10_000, 4_000_000):
         read.clear()
@@ -306,3 +300,26 @@ def test_an_unchanged_model_keeps_its_fingerprint_over_turns_and_training_mode()
     turn(model, tokens(20), None)
     assert fingerprint.current() == before
     assert Fingerprint(model).current() == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.float64])
+@pytest.mark.parametrize("values", [1, 3, 4, 5, 1000, 1001])
+def test_peeking_reads_the_few_values_that_count(dtype: torch.dtype, values: int) -> None:
+    whole = torch.arange(3 * values).to(dtype)
+    part = whole[values : 2 * values]  # one that does not begin where its memory does
+    found = samples.peek(part, part.data_ptr())
+    if values < 4:
+        assert found is None
+    else:
+        assert found == samples.raw_bytes(samples.few_values(part))
+    assert samples.peek(whole[::2], whole.data_ptr()) is None
+
+
+def test_weights_whose_memory_was_taken_away_are_not_read() -> None:
+    model = make_model()
+    weight = model.model.layers[0].mlp.up_proj.weight
+    fingerprint = Fingerprint(model)
+    fingerprint.current()
+    weight.untyped_storage().resize_(0)
+    with pytest.raises((RuntimeError, ValueError)):
+        fingerprint.current()

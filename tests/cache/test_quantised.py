@@ -14,10 +14,9 @@ import torch
 from quantised_models import FORMS, Opaque, _wrapped, changed, dynamically_quantised, quantised
 from tiny_models import make_model, tokens
 from torch import nn
-from turns import Reference, assert_reused, assert_same, follow_up, turn
+from turns import Reference, assert_reused, assert_same, count_values_read, follow_up, turn
 
 from hf_attnstore import AttentionStore, AttentionStoreCache
-from hf_attnstore.cache import fingerprint as fingerprint_module
 from hf_attnstore.cache.fingerprint import Fingerprint
 
 MAKERS: dict[str, Callable[..., Any]] = {
@@ -136,13 +135,7 @@ def test_what_can_not_be_identified_is_not_reused_and_is_said_once(
 def test_samples_of_large_quantised_weights_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     make, _ = FORMS["a dict beside the parameter"]
     read: list[int] = []
-    original = fingerprint_module._raw_bytes
-
-    def counted(values: torch.Tensor) -> bytes:
-        read.append(values.numel())
-        return original(values)
-
-    monkeypatch.setattr(fingerprint_module, "_raw_bytes", counted)
+    count_values_read(monkeypatch, read)
     model = quantised(make)
     before: list[int] = []
     for size in (64, 1024):

@@ -202,6 +202,8 @@ def test_a_turn_that_is_interrupted_between_forwards_keeps_its_state(model: Any,
 
 def test_a_forward_that_is_interrupted_leaves_no_state_behind(hybrid: Any, store: AttentionStore) -> None:
     ids = prompt(33)
+    # the model is asked now whether it continues, where nobody knows it, and not in the forwards that are counted
+    turn(hybrid, prompt(5), AttentionStoreCache(hybrid, None, store, save=False))
     cache = AttentionStoreCache(hybrid, "alice", store)
     count = 0
 

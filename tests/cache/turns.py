@@ -6,12 +6,14 @@ import inspect
 import math
 from typing import Any
 
+import pytest
 import torch
 from tiny_models import BLOCK, tokens
 from torch import nn
 from transformers import Cache, DynamicCache, GenerationMixin
 
 from hf_attnstore import AttentionStoreCache
+from hf_attnstore.cache import fingerprint, marks, samples
 from hf_attnstore.cache.layers import SlidingLayer
 
 CHUNKS_CONTINUE = "past_length = 0" not in inspect.getsource(GenerationMixin._prefill)
@@ -92,3 +94,21 @@ def layer_hooks(model: nn.Module) -> list[dict[str, list[tuple[int, Any]]]]:
         names = [name for name in vars(module) if name.endswith("hooks") or "_hooks_" in name]
         state.append({name: list(vars(module)[name].items()) for name in names})
     return state
+
+
+def count_values_read(monkeypatch: pytest.MonkeyPatch, read: list[int]) -> None:
+    """From now on `read` gets the number of values that fingerprints read of weights, step by step."""
+    raw_bytes, peek = samples.raw_bytes, samples.peek
+
+    def counted(values: torch.Tensor) -> bytes:
+        read.append(values.numel())
+        return raw_bytes(values)
+
+    def counted_peek(tensor: torch.Tensor, address: int) -> bytes | None:
+        found = peek(tensor, address)
+        read.append(len(found or b"") // tensor.itemsize)
+        return found
+
+    monkeypatch.setattr(fingerprint, "raw_bytes", counted)
+    monkeypatch.setattr(marks, "raw_bytes", counted)
+    monkeypatch.setattr(marks, "peek", counted_peek)

@@ -39,8 +39,8 @@ from hf_attnstore.store.keys import Key, chain_root, cut_root, decode_tokens
 from hf_attnstore.store.layout import _with_check, encode_block
 from hf_attnstore.store.manifest import Manifest, SpanRow
 from hf_attnstore.store.records import decode_record
+from hf_attnstore.store.stages import Piece, Stage
 from hf_attnstore.store.store import repair_store
-from hf_attnstore.store.transfer import Piece, Stage
 from hf_attnstore.store.vault import Vault
 
 SEED = int(os.environ.get("ATTNSTORE_TEST_SEED", "0"))

@@ -40,7 +40,7 @@ from hf_attnstore.store.database import DamagedDatabaseError
 from hf_attnstore.store.disk_store import DAMAGED
 from hf_attnstore.store.keys import chain_root
 from hf_attnstore.store.manifest import Manifest, SpanRow
-from hf_attnstore.store.transfer import Piece, Stage
+from hf_attnstore.store.stages import Piece, Stage
 
 SIZE = 16
 """Tokens of a block."""

@@ -56,7 +56,8 @@ from hf_attnstore.store.blocks import Block
 from hf_attnstore.store.disk import DiskTier
 from hf_attnstore.store.files import tree_bytes
 from hf_attnstore.store.manifest import Manifest, SpanRow
-from hf_attnstore.store.transfer import Load, Piece, Stage
+from hf_attnstore.store.stages import Piece, Stage
+from hf_attnstore.store.transfer import Load
 
 FAMILIES = ("llama-gqa", "gemma3")
 COPY = " copy "

@@ -7,7 +7,7 @@ from hf_attnstore.store import AttentionStore
 from hf_attnstore.store.blocks import Block, BlockMeta
 from hf_attnstore.store.keys import Key, block_key, chain_root, encode_tokens
 from hf_attnstore.store.manifest import Manifest, SpanRow
-from hf_attnstore.store.transfer import Piece, Stage
+from hf_attnstore.store.stages import Piece, Stage
 
 FINGERPRINT = "f" * 40
 LAYERS = 2

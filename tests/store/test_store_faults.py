@@ -29,7 +29,7 @@ from hf_attnstore import (
     StoreFormatError,
 )
 from hf_attnstore.store.disk import DiskTier
-from hf_attnstore.store.transfer import Piece, Stage
+from hf_attnstore.store.stages import Piece, Stage
 from hf_attnstore.store.vault import Vault
 
 HERE = Path(__file__).parent

@@ -1,0 +1,150 @@
+"""What a load brings, stage by stage, and where it comes from."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, groupby
+from typing import NamedTuple
+
+import torch
+
+from ..errors import LoadError
+from .blocks import Block
+from .disk import BlockFile
+from .keys import Key
+
+Source = Block | BlockFile
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Tokens `[start, stop)` of a block."""
+
+    key: Key
+    start: int
+    stop: int
+    shift: int = 0
+    """How far its keys are to be moved, for the stage's `arrived`."""
+
+    @property
+    def tokens(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(slots=True)
+class Stage:
+    """What arrives together: the same pieces of several tensors.
+
+    A target is `[heads, tokens, dim]`, of the stored dtype, with the tokens of all pieces one after the other;
+    within a head it is contiguous. All targets of a stage lie on one device.
+    """
+
+    pieces: Sequence[Piece] = ()
+    targets: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    arrived: Callable[[int, Mapping[str, torch.Tensor]], None] | None = None
+    """Called with a shift and the part of every target that is to be moved by it, `[heads, tokens, dim]`, once that
+    is there, to move it in place; on the stream that brought it."""
+    whole: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Contiguous targets that take tensors of `checkpoint` as they are, of whatever shape."""
+    checkpoint: Key = b""
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the targets lie; None for a stage that brings nothing."""
+        return next((target.device for target in self.all_targets()), None)
+
+    def all_targets(self) -> Iterator[torch.Tensor]:
+        return chain(self.targets.values(), self.whole.values())
+
+    @property
+    def nbytes(self) -> int:
+        return sum(target.nbytes for target in self.all_targets())
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token in all targets."""
+        return sum(target.nbytes // max(target.shape[1], 1) for target in self.targets.values())
+
+    def needs(self) -> list[Key]:
+        """The blocks that it needs."""
+        return [piece.key for piece in self.pieces] + ([self.checkpoint] if self.whole else [])
+
+    def parts(self) -> list[dict[str, torch.Tensor]]:
+        """The targets, cut into pieces."""
+        return self._cut([piece.tokens for piece in self.pieces])
+
+    def join(self, runs: Sequence["Run"]) -> None:
+        """Puts the pieces in place that blocks in memory have."""
+        for name, target in self.targets.items():
+            for run in runs:
+                torch.cat(
+                    [part.tensors[name] if cut is None else part.tensors[name][:, cut] for part, cut in run.parts],
+                    dim=1,
+                    out=target[:, run.first : run.first + run.tokens],
+                )
+
+    def finish(self) -> None:
+        """Moves what is to be moved, all pieces being there: neighbours that go equally far in one go."""
+        if self.arrived is not None:
+            runs = [(shift, sum(p.tokens for p in run)) for shift, run in groupby(self.pieces, lambda p: p.shift)]
+            for (shift, _), part in zip(runs, self._cut([tokens for _, tokens in runs]), strict=True):
+                if shift:
+                    self.arrived(shift, part)
+
+    def _cut(self, sizes: list[int]) -> list[dict[str, torch.Tensor]]:
+        cut = {name: target.split(sizes, dim=1) for name, target in self.targets.items()}
+        return [{name: parts[number] for name, parts in cut.items()} for number in range(len(sizes))]
+
+
+@dataclass(slots=True)
+class Run:
+    """Pieces one after the other whose blocks are all in memory."""
+
+    first: int
+    """Tokens of the stage before it."""
+    tokens: int = 0
+    parts: list[tuple[Block, slice | None]] = field(default_factory=list)
+    """Blocks, and what is wanted of them: most are wanted whole, and to slice for nothing takes its time."""
+
+
+class FilePiece(NamedTuple):
+    """A piece whose block is on disk."""
+
+    piece: Piece
+    tier: str
+    file: BlockFile
+    first: int
+    """Tokens of the stage before it."""
+
+
+class Ways:
+    """How the pieces of a stage get to host memory; found once for all stages that have the same pieces."""
+
+    def __init__(self, pieces: Sequence[Piece], sources: Mapping[Key, tuple[str, Source]]) -> None:
+        """Waits for blocks that are still arriving from an accelerator.
+
+        Raises:
+            LoadError: a block in memory is not what its name says.
+        """
+        self.runs: list[Run] = []
+        self.files: list[FilePiece] = []
+        self.tokens_from: Counter[str] = Counter()
+        """Tokens by tier."""
+        first = 0
+        for piece in pieces:
+            tier, source = sources[piece.key]
+            self.tokens_from[tier] += piece.tokens
+            if isinstance(source, BlockFile):
+                self.files.append(FilePiece(piece, tier, source, first))
+            else:
+                source.wait_ready()
+                count = source.meta.token_count
+                # of a block that is too short or too long, the next ones would be put in the wrong places
+                if piece.stop > count or any(tensor.shape[1] != count for tensor in source.tensors.values()):
+                    raise LoadError(f"block {piece.key.hex()} has other tokens than it should have")
+                if not self.runs or self.runs[-1].first + self.runs[-1].tokens != first:
+                    self.runs.append(Run(first))
+                run = self.runs[-1]
+                run.tokens += piece.tokens
+                run.parts.append((source, None if piece.tokens == count else slice(piece.start, piece.stop)))
+            first += piece.tokens

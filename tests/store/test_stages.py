@@ -1,0 +1,87 @@
+"""How the pieces of a stage get to host memory."""
+
+from __future__ import annotations
+
+import pytest
+import store_blocks
+import torch
+from store_blocks import make_chain, save
+
+from hf_attnstore import AttentionStore
+from hf_attnstore.errors import LoadError
+from hf_attnstore.store.blocks import Block, BlockMeta
+from hf_attnstore.store.disk import BlockFile
+from hf_attnstore.store.stages import Piece, Stage, Ways
+
+HEADS, DIM = 2, 4
+
+
+def block(name: bytes, tokens: int, rows: int | None = None) -> Block:
+    key = name.ljust(32, b"\0")
+    meta = BlockMeta(key, b"p" * 32, "f", 0, b"\0\0\0\0" * tokens)
+    shape = (HEADS, tokens if rows is None else rows, DIM)
+    return Block(meta, {"keys": torch.rand(shape), "values": torch.rand(shape)})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int8, torch.bool])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_pieces_in_memory_are_put_in_place_to_the_bit(dtype: torch.dtype, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        blocks = [block(b"a", 300), block(b"b", 300), block(b"c", 7)]
+        for held in blocks:
+            held.tensors = {name: (tensor * 100).to(dtype) for name, tensor in held.tensors.items()}
+        pieces = [Piece(blocks[0].meta.key, 0, 300), Piece(blocks[1].meta.key, 5, 100), Piece(blocks[2].meta.key, 0, 7)]
+        ways = Ways(pieces, {held.meta.key: ("memory", held) for held in blocks})
+        buffers = {name: torch.zeros(HEADS, 450, DIM).to(dtype) for name in ("keys", "values")}
+        stage = Stage(pieces, {name: buffer[:, 10:412] for name, buffer in buffers.items()})
+        stage.join(ways.runs)
+        assert ways.tokens_from == {"memory": 402}
+        assert not ways.files
+        assert len(ways.runs) == 1
+        for name, buffer in buffers.items():
+            wanted = [held.tensors[name][:, p.start : p.stop] for held, p in zip(blocks, pieces, strict=True)]
+            found = buffer.view(torch.uint8)
+            assert torch.equal(found[:, 10:412], torch.cat(wanted, dim=1).view(torch.uint8))
+            assert not torch.cat([found[:, :10], found[:, 412:]], dim=1).any(), "nothing else was written to"
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("rows", [3, 5])
+def test_a_block_with_other_tokens_than_its_name_says_moves_none_of_the_others(rows: int) -> None:
+    wrong = block(b"a", 4, rows)
+    with pytest.raises(LoadError, match="other tokens"):
+        Ways([Piece(wrong.meta.key, 0, 4)], {wrong.meta.key: ("memory", wrong)})
+
+
+def test_what_is_wanted_beyond_a_blocks_end_is_refused() -> None:
+    short = block(b"a", 4)
+    with pytest.raises(LoadError, match="other tokens"):
+        Ways([Piece(short.meta.key, 0, 5)], {short.meta.key: ("memory", short)})
+
+
+def test_the_kernel_is_asked_for_every_stage_that_is_requested(
+    store: AttentionStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it has already: only a file knows that, and benches stand in for it."""
+    chain = make_chain(list(range(12)), 4)
+    save(store, chain, "alice")
+    store.flush()
+    store.drop_memory()
+    asked: list[list[str]] = []
+    monkeypatch.setattr(BlockFile, "will_need", lambda self, names: asked.append(list(names)))
+    pieces = [Piece(block.meta.key, 0, 4) for block in chain]
+    stages = [
+        Stage(pieces, {f"layers.{layer}.keys": torch.zeros(store_blocks.HEADS, 12, store_blocks.DIM)})
+        for layer in range(store_blocks.LAYERS)
+    ]
+    running = store.load(stages)
+    try:
+        running.request(0)
+        assert asked == [["layers.0.keys"]] * 3
+        running.request(1)
+        assert asked[3:] == [["layers.1.keys"]] * 3
+    finally:
+        running.finish()
