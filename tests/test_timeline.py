@@ -347,20 +347,28 @@ def test_a_turn_that_is_begun_again_after_a_failed_load_is_one_turn(
 def test_io_threads_bring_a_layer_while_the_one_before_computes(
     resumed: tuple[Any, torch.Tensor], store: AttentionStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The source gives a layer only when the one before it is computing: without overlap this would never end."""
+    """The source gives a layer only when the one before it is computing, and that one ends only when the source is
+    asked for the layer: without overlap this would never end."""
     model, prompt = resumed
     computing = [threading.Event() for _ in range(LAYERS)]
+    asked_for = [threading.Event() for _ in range(LAYERS)]
+
+    def compute_slowly(number: int) -> None:
+        computing[number].set()
+        assert number + 1 == LAYERS or asked_for[number + 1].wait(20)
+
     for number, layer in enumerate(model.model.layers):
-        layer.register_forward_pre_hook(lambda *_, number=number: computing[number].set())
+        layer.register_forward_pre_hook(lambda *_, number=number: compute_slowly(number))
     read = BlockFile.read
 
-    def slowly(self: BlockFile, wanted: Any) -> int:
+    def read_slowly(self: BlockFile, wanted: Any) -> int:
         name = wanted[0][0].spec.name  # layers.1.keys, or the ids, which are not for a layer
         layer = int(name.split(".")[1]) if name.startswith("layers.") else 0
+        asked_for[layer].set()
         assert layer == 0 or computing[layer - 1].wait(20)
         return read(self, wanted)
 
-    monkeypatch.setattr(BlockFile, "read", slowly)
+    monkeypatch.setattr(BlockFile, "read", read_slowly)
     cache = AttentionStoreCache(model, "alice", store, save=False, record=True)
     cache.overlap = Overlap(io_threads=True)
     ours = turn(model, prompt, cache, max_new_tokens=2)
