@@ -14,7 +14,7 @@ from torch import nn
 from ..errors import CacheUseError
 from ..store.device_tier import Owner
 from ..store.store import AttentionStore
-from .compiled import outside_graphs, uncompiled
+from .compiled import OutsideGraphsCache, outside_graphs, uncompiled
 from .continuing import CONTINUING_VERSION, Continues, is_verified, probe_continuing
 from .fingerprint import fingerprint_of
 from .positions import Geometry
@@ -239,12 +239,11 @@ def _remove_hooks(module: nn.Module) -> None:
 
 
 def _cache_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    from .cache import AttentionStoreCache
-
+    """The cache of ours that a call has."""
     for name in ("past_key_values", "cache_params"):
-        if isinstance(cache := kwargs.get(name), AttentionStoreCache):
+        if isinstance(cache := kwargs.get(name), OutsideGraphsCache):
             return cache
-    return next((value for value in args if isinstance(value, AttentionStoreCache)), None)
+    return next((value for value in args if isinstance(value, OutsideGraphsCache)), None)
 
 
 @outside_graphs

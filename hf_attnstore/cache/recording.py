@@ -92,9 +92,10 @@ class TurnRecorder:
         """A layer has what is loaded for it, or the device will not compute it before. It needed it since `began`."""
         self.timeline.add("wait", layer_name(number), began, self.now(number))
 
-    def brought(self, stage: int, how: str, begin: Time, end: Time) -> None:
-        """A part of a load has been put in place; `stage` is the number of its layer."""
-        self.timeline.add("load", f"{layer_name(stage)}{how and ', '}{how}", begin, end)
+    def brought(self, stage: int, how: str, begin: Time, end: Time, stages: int = 1) -> None:
+        """A part of a load has been put in place; `stage` is the number of its layer, the first of so many."""
+        name = layer_name(stage) if stages == 1 else f"layers {stage} to {stage + stages - 1}"
+        self.timeline.add("load", f"{name}{how and ', '}{how}", begin, end)
 
     def saved(self, what: int | str, began: Time) -> None:
         """KV was handed over since `began`: that of a layer, or what is said."""

@@ -16,7 +16,8 @@ from ..store.stages import Piece, Stage
 from ..store.store import AttentionStore
 from ..store.transfer import Load
 from .buffers import outliving_inference_mode
-from .layers import KeptLayer, SlidingLayer
+from .joining import make_rooms
+from .layers import FullLayer, KeptLayer, SlidingLayer
 from .overlap import Overlap
 from .positions import Geometry, Rotation
 from .recording import TurnRecorder
@@ -198,8 +199,11 @@ def plan_restore(
     if rotated and (geometry is None or not geometry.movable):
         raise LoadError("the stored keys belong to other positions, and this model's can't be moved")
     by_layer = _by_layer(described)
+    specs = {number: _specs(by_layer, number) for number, start, _ in missing if start < length}
     stages: list[Stage] = []
     with outliving_inference_mode():
+        fresh = [number for number, start, first in missing if start == first == 0 and _in_host_memory(devices[number])]
+        rooms = make_rooms(layers, {number: specs[number] for number in fresh if number in specs}, length)
         for number, start, first in missing:
             layer = layers[number]
             if start >= length:
@@ -207,9 +211,14 @@ def plan_restore(
                 layer.length = length
                 stages.append(Stage())
                 continue
-            specs = _specs(by_layer, number)
-            targets = layer.restore(first if start == first else layer.first, start, length, specs, devices[number])
+            room = rooms.get(number)
+            if room is not None and isinstance(layer, FullLayer):
+                targets = layer.restore_into(room.buffers, length)
+            else:
+                low = first if start == first else layer.first
+                targets = layer.restore(low, start, length, specs[number], devices[number])
             stage = Stage(pieces[start], {tensor_name(number, name): target for name, target in targets.items()})
+            stage.joint = room.joint if room is not None else None
             if geometry is not None and any(span.shift for span in parts[start]):
                 turned = {"keys": geometry.layers[number].keys, "values": geometry.layers[number].values}
                 stage.arrived = partial(
@@ -242,6 +251,10 @@ def _install(
             targets = layer.install(_specs(by_layer, number), numbers[number], devices[number])
             stages[number].whole = {tensor_name(number, name): target for name, target in targets.items()}
             stages[number].checkpoint = checkpoint.key
+
+
+def _in_host_memory(device: torch.device | None) -> bool:
+    return device is None or device.type == "cpu"
 
 
 def _rotate(rotations: Mapping[str, Rotation], shift: int, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from ..session.chain import TokenChain
 from ..store.blocks import Block, BlockMeta
+from ..store.devices import ALIGNMENT
 from ..store.keys import Key
 from ..store.store import AttentionStore
 from .buffers import empty
@@ -30,7 +31,7 @@ class _Piecewise:
 
     def take(self, like: torch.Tensor) -> torch.Tensor:
         """Host memory for a tensor of the block. All layers' lies together: one large piece of memory is much
-        cheaper to get than many small ones."""
+        cheaper to get than many small ones, and what lies together is copied faster."""
         if self._room is None:
             self._room = empty((2 * self._layers * _padded(like.nbytes),), torch.uint8, torch.device("cpu"))
         start, self._used = self._used, self._used + _padded(like.nbytes)
@@ -40,7 +41,7 @@ class _Piecewise:
 
 
 def _padded(nbytes: int) -> int:
-    return -(-nbytes // 64) * 64
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 class BlockSaver:

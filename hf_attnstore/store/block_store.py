@@ -14,6 +14,7 @@ from ..errors import (
 )
 from ..timeline import Timeline
 from .blocks import TOKEN_IDS, Block, BlockMeta, Match, TensorSpec
+from .devices import host_memory
 from .keys import Key, chain_root, common_prefix, decode_tokens, encode_tokens
 from .opened import OpenStore
 from .rows import BlockRow
@@ -255,10 +256,7 @@ class BlockStore(OpenStore):
                 if not self._memory.reserve(size, job=job) and not self._reserve_once_written(size, job):
                     return None
                 try:
-                    pinned = torch.cuda.is_available()
-                    tensors = {
-                        t.spec.name: torch.empty(t.spec.shape, dtype=t.spec.dtype, pin_memory=pinned) for t in specs
-                    }
+                    tensors = host_memory([t.spec for t in specs], pinned=torch.cuda.is_available())
                     file.read([(t, [tensors[t.spec.name].view(torch.uint8).reshape(-1).numpy()]) for t in specs])
                 except BaseException:
                     self._memory.release(size)

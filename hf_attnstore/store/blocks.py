@@ -6,6 +6,7 @@ a name of its own (`state_root`), so that neither is ever found in the place of 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -77,6 +78,7 @@ class Block:
     meta: BlockMeta
     tensors: dict[str, torch.Tensor]
     arriving: list[torch.cuda.Event] = field(default_factory=list)
+    _together: dict[tuple[str, ...], torch.Tensor | None] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def nbytes(self) -> int:
@@ -86,6 +88,13 @@ class Block:
         while self.arriving:
             self.arriving[-1].synchronize()
             self.arriving.pop()
+
+    def together(self, names: tuple[str, ...]) -> torch.Tensor | None:
+        """Several tensors as one, `[all their heads, tokens, dim]`, where they lie one after the other in memory; else
+        None."""
+        if names not in self._together:
+            self._together[names] = _as_one([self.tensors.get(name) for name in names])
+        return self._together[names]
 
     def specs(self) -> dict[str, TensorSpec]:
         return {name: TensorSpec(name, t.dtype, tuple(t.shape)) for name, t in self.tensors.items()}
@@ -100,6 +109,21 @@ class Match:
     """Number of leading tokens that agree."""
     token_count: int
     """Number of tokens in the block."""
+
+
+def _as_one(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    first = tensors[0]
+    if first is None:
+        return None
+    heads, end = 0, first.data_ptr()
+    for tensor in tensors:
+        if tensor is None or tensor.dtype != first.dtype or tensor.shape[1:] != first.shape[1:]:
+            return None
+        same_memory = tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not same_memory or tensor.data_ptr() != end or not tensor.is_contiguous():
+            return None
+        heads, end = heads + tensor.shape[0], end + tensor.nbytes
+    return first.as_strided((heads, *first.shape[1:]), first.stride())
 
 
 def as_bytes(tensor: torch.Tensor) -> np.ndarray:

@@ -1,12 +1,12 @@
 """The way of KV from host memory to a device: pinned staging, a copy stream for each device, events per stage."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
 
-from .blocks import Block, as_bytes
+from .blocks import Block, TensorSpec, as_bytes
 from .disk import BlockFile
 from .memory_size import on_pressure
 
@@ -19,6 +19,18 @@ def _give_back_pinned_memory() -> None:
         empty()
 
 
+ALIGNMENT = 16
+"""Bytes: tensors of a block begin at multiples of it, in memory. A larger one would leave gaps behind short blocks."""
+
+
+def host_memory(specs: Sequence[TensorSpec], *, pinned: bool) -> dict[str, torch.Tensor]:
+    """Uninitialised tensors by name, one after the other in one piece of host memory: that is cheaper to get than many,
+    and is copied faster."""
+    sizes = [-(-spec.nbytes // ALIGNMENT) * ALIGNMENT for spec in specs]
+    parts = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=pinned).split(sizes)
+    return {s.name: part[: s.nbytes].view(s.dtype).view(s.shape) for s, part in zip(specs, parts, strict=True)}
+
+
 def host_tensors(
     source: Block | BlockFile, names: Iterable[str], read: Callable[..., None], *, pinned: bool
 ) -> dict[str, torch.Tensor]:
@@ -27,7 +39,7 @@ def host_tensors(
         source.wait_ready()
         return {name: source.tensors[name] for name in names}
     stored = [source.tensor(name) for name in names]
-    whole = {s.spec.name: torch.empty(s.spec.shape, dtype=s.spec.dtype, pin_memory=pinned) for s in stored}
+    whole = host_memory([s.spec for s in stored], pinned=pinned)
     read(source, [(s, [as_bytes(whole[s.spec.name]).reshape(-1)]) for s in stored])
     return whole
 

@@ -28,6 +28,8 @@ MAX_HEADER_BYTES = 16 << 20
 _OPENING = '{"__metadata__":{"check":"'
 _DECODER = json.JSONDecoder()
 _CHECK_DIGITS = 16
+_ALIGNMENT = 64
+"""Bytes: where the data begin is a multiple of it. From anywhere else the kernel copies a quarter more slowly."""
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -120,7 +122,7 @@ def encode_block(block: Block, vault: Vault) -> tuple[bytes, list[np.ndarray]]:
 def _with_check(fields: str) -> bytes:
     """A header (with its length) whose metadata begin with a checksum of all that follows it."""
     rest = f'",{fields}'.encode()
-    rest += b" " * (-(len(_OPENING) + _CHECK_DIGITS + len(rest)) % 8)
+    rest += b" " * (-(8 + len(_OPENING) + _CHECK_DIGITS + len(rest)) % _ALIGNMENT)
     length = struct.pack("<Q", len(_OPENING) + _CHECK_DIGITS + len(rest))
     return length + _OPENING.encode() + _check(length, rest) + rest
 

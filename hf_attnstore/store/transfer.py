@@ -50,9 +50,10 @@ class LoadStats:
     def add(self, seconds: float, bytes_from: Mapping[str, int], reading: Mapping[str, float]) -> None:
         """Adds a part of a load that took so long, of which some tiers are known to have taken a share by themselves;
         what is left went by the others."""
-        self.bytes += sum(bytes_from.values())
         self.seconds += seconds
-        self.bytes_from.update(bytes_from)
+        for tier, nbytes in bytes_from.items():
+            self.bytes += nbytes
+            self.bytes_from[tier] += nbytes
         others = {tier: nbytes for tier, nbytes in bytes_from.items() if tier not in reading}
         left = seconds - (sum(reading.values()) if others else 0.0)
         for tier, nbytes in bytes_from.items():
@@ -66,8 +67,9 @@ class LoadRecorder(Protocol):
 
     times: DeviceTimes
 
-    def brought(self, stage: int, how: str, begin: Time, end: Time) -> None:
-        """A part of a stage was put in place; `how`, if there is more than one step on the way."""
+    def brought(self, stage: int, how: str, begin: Time, end: Time, stages: int = 1) -> None:
+        """A part of a stage, or of so many from it on, was put in place; `how`, if there is more than one step on the
+        way."""
 
 
 class Load:
@@ -186,7 +188,8 @@ class Load:
     def _fetch(self, number: int) -> None:
         """Puts a stage in place in host memory. Interrupted, it counts as not done and starts again."""
         began = time.perf_counter()
-        stage = self._stages[number]
+        stage, numbers = self._stages[number], self._together(number)
+        stages = [self._stages[place] for place in numbers]
         key = b""
         reading: dict[str, float] = {}
         states: dict[str, torch.Tensor] = {}
@@ -194,7 +197,7 @@ class Load:
             ways = self._ways.get(id(stage.pieces))
             if ways is None:
                 ways = self._ways[id(stage.pieces)] = Ways(stage.pieces, self._sources)
-            rows = Rows(stage.targets) if ways.files else None
+            rows = Rows({name: t for each in stages for name, t in each.targets.items()}) if ways.files else None
             for piece, tier, file, first in ways.files:
                 key, started = piece.key, time.perf_counter()
                 assert rows is not None
@@ -211,17 +214,28 @@ class Load:
         except Exception as error:
             self.error = LoadError(f"reading block {key.hex()} failed: {error!r}")
             return
-        stage.join(ways.runs)
+        if stage.joint is None or len(stages) < stage.joint.stages or not stage.joint.join(ways.runs):
+            for each in stages:
+                each.join(ways.runs)
         for name, state in states.items():
             stage.whole[name].copy_(state)
-        stage.finish()
-        self._in_place[number] = True
-        token_bytes = stage.token_bytes
+        for place, each in zip(numbers, stages, strict=True):
+            each.finish()
+            self._in_place[place] = True
+        token_bytes = sum(each.token_bytes for each in stages)
         bytes_from = {tier: tokens * token_bytes for tier, tokens in ways.tokens_from.items()}
         if states:
             tier = self._sources[stage.checkpoint][0]
             bytes_from[tier] = bytes_from.get(tier, 0) + sum(target.nbytes for target in stage.whole.values())
-        self._account(number, time.perf_counter() - began, bytes_from, reading)
+        self._account(number, time.perf_counter() - began, bytes_from, reading, len(stages))
+
+    def _together(self, number: int) -> range:
+        """The numbers of the stages that are put in place with one: those that it has a joint with, if none of them is
+        there yet."""
+        joint = self._stages[number].joint
+        if joint is not None and not any(self._in_place[number : number + joint.stages]):
+            return range(number, number + joint.stages)
+        return range(number, number + 1)
 
     def _whole_tensors(self, stage: Stage) -> dict[str, torch.Tensor]:
         """The tensors of a stage's checkpoint, in host memory."""
@@ -233,14 +247,19 @@ class Load:
         return found
 
     def _account(
-        self, number: int, seconds: float, bytes_from: Mapping[str, int], reading: Mapping[str, float]
+        self,
+        number: int,
+        seconds: float,
+        bytes_from: Mapping[str, int],
+        reading: Mapping[str, float],
+        stages: int = 1,
     ) -> None:
         with self._lock:
             self.stats.add(seconds, bytes_from, reading)
             self.stage_seconds[number] += seconds
         if self.recorder is not None:
             end = time.perf_counter()
-            self.recorder.brought(number, "read" if self._devices.pinned else "", end - seconds, end)
+            self.recorder.brought(number, "read" if self._devices.pinned else "", end - seconds, end, stages)
 
     # on the I/O threads
 

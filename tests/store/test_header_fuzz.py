@@ -34,6 +34,12 @@ def encoded(fields: Any) -> bytes:
     return _with_check(json.dumps(fields, separators=(",", ":")).removeprefix('{"__metadata__":{'))
 
 
+@pytest.mark.parametrize("tokens", range(1, 20))
+def test_data_begin_where_the_kernel_copies_fast_from(tokens: int) -> None:
+    header, _ = encode_block(make_block(chain_root("f" * 40, ""), list(range(tokens)), 0), Vault())
+    assert len(header) % 64 == 0
+
+
 def check(layout: Layout) -> None:
     """Whatever is believed lies inside the file, whole and in its place."""
     end = layout.file_bytes

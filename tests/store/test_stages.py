@@ -11,7 +11,7 @@ from hf_attnstore import AttentionStore
 from hf_attnstore.errors import LoadError
 from hf_attnstore.store.blocks import Block, BlockMeta
 from hf_attnstore.store.disk import BlockFile
-from hf_attnstore.store.stages import Piece, Stage, Ways
+from hf_attnstore.store.stages import Joint, Piece, Stage, Ways
 
 HEADS, DIM = 2, 4
 
@@ -60,6 +60,74 @@ def test_what_is_wanted_beyond_a_blocks_end_is_refused() -> None:
     short = block(b"a", 4)
     with pytest.raises(LoadError, match="other tokens"):
         Ways([Piece(short.meta.key, 0, 5)], {short.meta.key: ("memory", short)})
+
+
+NAMES = tuple(f"layers.{layer}.{name}" for layer in range(store_blocks.LAYERS) for name in ("keys", "values"))
+
+
+def together(found: Block) -> Block:
+    """The block, with its tensors one after the other in memory."""
+    parts = torch.cat([found.tensors[name] for name in NAMES]).split(store_blocks.HEADS)
+    return Block(found.meta, dict(zip(NAMES, parts, strict=True)))
+
+
+def test_tensors_that_lie_together_are_one_and_others_are_not() -> None:
+    (made,) = make_chain(list(range(4)), 4)
+    joined = together(made)
+    whole = joined.together(NAMES)
+    assert whole is not None
+    assert torch.equal(whole, torch.cat([made.tensors[name] for name in NAMES]))
+    assert whole.data_ptr() == joined.tensors[NAMES[0]].data_ptr()
+    assert joined.together(NAMES) is whole
+    tail = joined.together(NAMES[1:])
+    assert tail is not None
+    assert torch.equal(tail, whole[store_blocks.HEADS :])
+    for names in (NAMES[::-1], NAMES[::2], (*NAMES, "layers.9.keys"), ("none",)):
+        assert joined.together(names) is None
+    assert made.together(NAMES) is None
+    joined = together(made)
+    joined.tensors[NAMES[1]] = joined.tensors[NAMES[1]].to(torch.int32)
+    assert joined.together(NAMES) is None
+
+
+@pytest.mark.parametrize("where", ["memory", "disk", "both"])
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+def test_stages_that_lie_together_are_put_in_place_once(
+    where: str, apart: bool, order: list[int], store: AttentionStore
+) -> None:
+    chain = make_chain(list(range(14)), 4)
+    for held in chain if apart else [together(made) for made in chain]:
+        assert store.reserve(held.nbytes, wait=True)
+        store.put(held)
+    store.flush()
+    if where != "memory":
+        store._memory.resize(0 if where == "disk" else 2 * chain[0].nbytes)
+        assert store.stats()["memory_blocks"] == (0 if where == "disk" else 2)
+    pieces = [Piece(made.meta.key, 1 if made is chain[0] else 0, made.meta.token_count) for made in chain]
+    heads = store_blocks.HEADS
+    whole = torch.zeros(len(NAMES) * heads, 20, store_blocks.DIM)
+    target = whole[:, 3:16]
+    parts = dict(zip(NAMES, target.split(heads), strict=True))
+    stages = [Stage(pieces, {name: parts[name] for name in names}) for names in (NAMES[:2], NAMES[2:])]
+    stages[0].joint = Joint(NAMES, target, 2)
+    running = store.load(stages)
+    expected = torch.cat([torch.cat([made.tensors[name] for made in chain], dim=1) for name in NAMES])[:, 1:]
+    try:
+        running.wait(order[0])
+        there = slice(0, None) if order[0] == 0 else slice(2 * heads, None)
+        assert torch.equal(target[there], expected[there])
+        assert order[0] == 0 or not target[: 2 * heads].any()
+        target[2 * heads :] += 1  # what has been put in place is the consumer's
+        running.wait(order[1])
+        expected[2 * heads :] += 1
+        assert torch.equal(target, expected)
+        assert not torch.cat([whole[:, :3], whole[:, 16:]], dim=1).any()
+        assert running.stats.bytes == target.nbytes
+        assert sum(running.stats.bytes_from.values()) == target.nbytes
+        assert set(running.stats.bytes_from) == ({"memory", "disk"} if where == "both" else {where})
+    finally:
+        running.finish()
 
 
 def test_the_kernel_is_asked_for_every_stage_that_is_requested(
