@@ -19,7 +19,7 @@ from hf_attnstore.bench.methods import METHODS, check_reuse
 from hf_attnstore.bench.report import TITLES, Result, as_markdown, as_record, tables, verdict_lines
 from hf_attnstore.bench.rss import Rss, RssJob, measure_rss
 from hf_attnstore.bench.shapes import BenchError, ModelSpec, choose_model, load_model, random_ids
-from hf_attnstore.bench.timing import Sample, timed_generate
+from hf_attnstore.bench.timing import Sample, page_faults, timed_generate
 
 HISTORY, NEW, DECODE, BLOCK = 72, 8, 4, 16
 TURNS = {method.key for method in METHODS} | {"first", "saving", "not_saving"}
@@ -141,9 +141,21 @@ def test_the_record_is_plain_json_with_the_raw_samples(measured):
     for samples in record["samples"].values():
         assert len(samples) == 2
         for sample in samples:
-            assert set(sample) == {"ttft", "decode", "total", "setup", "load", "exposed", "loaded_bytes"}
+            assert set(sample) == {"ttft", "decode", "total", "setup", "load", "exposed", "loaded_bytes", "faults"}
             assert 0 < sample["ttft"] <= sample["total"]
+            assert sample["faults"] is None or sample["faults"] >= 0
     assert [bar["key"] for bar in record["bars"]] == [bar.key for bar in figures.BARS]
+
+
+@pytest.mark.skipif(page_faults() is None, reason="nobody counts page faults here")
+def test_memory_that_is_fresh_shows(model):
+    def fresh():
+        torch.ones(64 << 20, dtype=torch.uint8)
+
+    ids = random_ids(model, 8, (0,))
+    used = [timed_generate(model, ids, 2, lambda: None)[0].faults for _ in range(4)]
+    assert None not in used
+    assert timed_generate(model, ids, 2, fresh)[0].faults >= min(used) + 32, "in pages of 2 MiB, if they are so large"
 
 
 def test_the_command_writes_json_picture_and_markdown_and_cleans_up(tmp_path):

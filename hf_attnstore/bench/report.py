@@ -214,6 +214,7 @@ def _turns(result: Result) -> TableRows:
                 _bytes(samples[0].loaded_bytes) if samples[0].loaded_bytes else "–",
                 _milliseconds(loads),
                 _milliseconds(exposed),
+                _count([sample.faults for sample in samples if sample.faults is not None]),
             )
         )
     return TableRows(
@@ -228,11 +229,14 @@ def _turns(result: Result) -> TableRows:
             "loaded",
             "load, ms",
             "exposed, ms",
+            "page faults",
         ),
         rows,
         (
             "TTFT: from the call to the first new token, making the cache or reading a file included. "
-            "Load: summed over I/O threads for the store; exposed: what compute had to wait for.",
+            "Load: summed over I/O threads for the store; exposed: what compute had to wait for. "
+            "Page faults: in that time; thousands mean that memory came fresh from the system instead of being used "
+            "again.",
             *([] if not measured.evictions else [_eviction_note(measured)]),
         ),
     )
@@ -347,6 +351,13 @@ def _milliseconds(values: Sequence[float]) -> str:
     found = spread([value * 1000 for value in values])
     digits = 0 if found.median >= 1000 else 1 if found.median >= 10 else 2
     return f"{found.median:,.{digits}f} ({found.low:,.{digits}f}–{found.high:,.{digits}f})"
+
+
+def _count(values: Sequence[int]) -> str:
+    if not values:
+        return "–"
+    found = spread([float(value) for value in values])
+    return f"{found.median:,.0f} ({found.low:,.0f}–{found.high:,.0f})"
 
 
 def _against(above: Sequence[float], below: Sequence[float] | None) -> str:

@@ -29,6 +29,9 @@ class Sample:
         load: seconds spent loading KV, or None where nothing is loaded.
         exposed: seconds of `load` during which compute had to wait, or None where nothing is loaded.
         loaded_bytes: bytes of KV loaded.
+        faults: pages of memory that the process got from the system before the first new token, or None where that
+            is not known. Many of them mean that memory was not there to be used again: they cost more than the copy
+            that goes into them.
     """
 
     ttft: float
@@ -39,6 +42,7 @@ class Sample:
     load: float | None = None
     exposed: float | None = None
     loaded_bytes: int = 0
+    faults: int | None = None
 
 
 class TokenClock(BaseStreamer):
@@ -50,15 +54,28 @@ class TokenClock(BaseStreamer):
 
     def __init__(self) -> None:
         self.times: list[float] = []
+        self.faults: int | None = None
+        """Page faults of the process until the first token came."""
         self._saw_prompt = False
 
     def put(self, value: torch.Tensor) -> None:
         if self._saw_prompt:
             self.times.append(time.perf_counter())
+            if self.faults is None:
+                self.faults = page_faults()
         self._saw_prompt = True
 
     def end(self) -> None:
         pass
+
+
+def page_faults() -> int | None:
+    """Pages that this process has got from the system without reading them from a disk; None where nobody counts."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def settle(device: torch.device) -> None:
@@ -83,6 +100,7 @@ def timed_generate(
     """
     clock = TokenClock()
     settle(model.device)
+    faults = page_faults()
     start = time.perf_counter()
     cache = make_cache()
     # Looked up only now: making a cache may put a wrapper around it.
@@ -105,5 +123,6 @@ def timed_generate(
         total=end - start,
         setup=made - start,
         tokens=tuple(out[0, ids.shape[1] :].tolist()),
+        faults=clock.faults - faults if clock.faults is not None and faults is not None else None,
     )
     return sample, cache
