@@ -5,9 +5,9 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from itertools import groupby
 
 from ..store.book import TierBook
 from ..store.lookahead import fetch_window, keep_window
@@ -151,20 +151,18 @@ class TimedTiers:
         memory, disk = self.tiers.memory, self.tiers.disk
         if disk is None:
             return True
-        fits = True
         taken: list[Hashable] = []
-        sizes = []
+        sizes: list[int] = []
         for key in chain.blocks:
             if key in memory or key in self._arriving:
                 continue
             if key not in disk:
                 break
-            size = disk.size(key)
-            if not memory.reserve(size, now, job=job):
-                fits = False
-                break
             taken.append(key)
-            sizes.append(size)
+            sizes.append(disk.size(key))
+        count = len(taken) if memory.reserve(sum(sizes), now, job=job) else memory.reserve_leading(sizes, now, job=job)
+        fits = count == len(taken)
+        taken, sizes = taken[:count], sizes[:count]
         if taken:
             total = sum(sizes)
             self._reader = max(now, self._reader) + total / self.links.read
@@ -178,16 +176,20 @@ class TimedTiers:
     def _arrived(self, now: float, transfer: _Transfer) -> None:
         memory, disk = self.tiers.memory, self.tiers.disk
         assert disk is not None
-        numbers = {key: number for number, key in enumerate(transfer.whole)}
         place = self.tiers.newcomer(now)
-        for key, size in zip(transfer.blocks, transfer.sizes, strict=True):
+        for key in transfer.blocks:
             self._arriving.pop(key, None)
-            if key not in disk:  # it went while it was read: nobody has any more use for it
-                memory.release(size)
-                continue
-            number = numbers[key]
+        for number, keys, sizes in _runs(transfer):
             parent = transfer.whole[number - 1] if number else transfer.before
-            memory.add(key, parent, transfer.start + number, size, place)
+            if disk.leading(keys) == len(keys) and not memory.has_any(keys):
+                memory.add_chain(keys, parent, transfer.start + number, sizes, place)
+                continue
+            for key, size in zip(keys, sizes, strict=True):
+                if key in disk:
+                    memory.add(key, parent, transfer.start + number, size, place)
+                else:  # it went while it was read: nobody has any more use for it
+                    memory.release(size)
+                parent, number = key, number + 1
         self.look_ahead(now)
 
     # a turn
@@ -297,19 +299,28 @@ class TimedTiers:
         assert disk is not None
         first, sizes = transfer.whole.index(transfer.blocks[0]), transfer.sizes
         if not first or transfer.whole[first - 1] in disk:  # else it would be of no use there
-            for number, key in enumerate(transfer.blocks, first):
-                place = memory.order.place(key)
+            number = first
+            for place, run in groupby(transfer.blocks, memory.order.place):
                 if place is None:
                     break  # superseded while it waited
-                chain = transfer.whole[: number + 1]
-                room = partial(_size, sizes[number - first])
-                if not self.tiers.admit(
-                    disk, now, chain, transfer.start, room, place, first=number, protect=True, before=transfer.before
-                ):
+                count = len(list(run))
+                added = self.tiers.admit(
+                    disk, now, transfer.whole[: number + count], transfer.start, lambda at: sizes[at - first], place,
+                    first=number, protect=True, before=transfer.before,
+                )  # fmt: skip
+                if len(added) < count:
                     break
+                number += count
         for key in transfer.blocks:
             memory.dirty.discard(key)
 
 
-def _size(nbytes: int, number: int) -> int:
-    return nbytes
+def _runs(transfer: _Transfer) -> Iterator[tuple[int, list[Hashable], list[int]]]:
+    """Blocks that follow one another, with the number of the first in their chain, and their sizes."""
+    numbers = {key: number for number, key in enumerate(transfer.whole)}
+    begin = 0
+    for end in range(1, len(transfer.blocks) + 1):
+        first = numbers[transfer.blocks[begin]]
+        if end == len(transfer.blocks) or numbers[transfer.blocks[end]] != first + end - begin:
+            yield first, list(transfer.blocks[begin:end]), transfer.sizes[begin:end]
+            begin = end

@@ -81,6 +81,10 @@ class TierBook:
         self.used += nbytes
         return True
 
+    def reserve_leading(self, sizes: Sequence[int], now: float, *, job: int | None = None) -> int:
+        """Reserves for as many of these sizes, from the first on, as there is room for. Returns how many."""
+        return len(list(takewhile(lambda size: self.reserve(size, now, job=job), sizes)))
+
     def release(self, nbytes: int) -> None:
         """Gives reserved bytes back."""
         self.used -= nbytes
