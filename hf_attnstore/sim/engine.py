@@ -263,7 +263,7 @@ class _Run:
         prompt = chain.prompt(turn)
         loaded = Loaded(0, 0, 0, 0.0)
         if self.store is not None:
-            loaded = self.store.begin(prompt, chain, self.now)
+            loaded = self.store.begin(job.session, prompt, chain, self.now)
         reused = min(loaded.tokens, prompt.tokens - 1)
         compute = model.prefill_seconds(prompt.tokens - reused, reused)
         links = self.server.links
@@ -328,7 +328,7 @@ class _Run:
             assert job.prompt is not None
             assert job.loaded is not None
             self.store.advance(self.now)
-            self.store.end(job.prompt, chain, job.loaded, self.now)
+            self.store.end(job.session, job.prompt, chain, job.loaded, self.now)
         following = job.place + 1
         if following < len(turns):
             turn = turns[following]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from ..store.book import TierBook
+from ..store.device_tier import DeviceTier, Owner
 from ..store.lookahead import fetch_window, keep_window
 from ..store.policies import Policy
 from .chains import Chain, Prompt
@@ -51,7 +51,7 @@ class TimedTiers:
         kv_bytes: bytes of a token's KV.
         ahead: whether it is told of the turns that wait (`schedule`).
         depth: how many times as far as the paper it looks ahead.
-        device: bytes of KV that stay on the device.
+        device: bytes of KV that stay on the device, of whole sessions.
     """
 
     def __init__(
@@ -69,7 +69,10 @@ class TimedTiers:
     ) -> None:
         self.tiers = Tiers(memory, disk, policy, self._gone)
         self.links = links
-        self.device = TierBook(device, self.tiers.policy) if device else None
+        self.device = DeviceTier(device) if device else None
+        self._owner = Owner()
+        self._coming: deque[str] = deque()
+        """The sessions whose turns wait, in order; only for the device."""
         self.not_saved = 0
         """Blocks for which there was no room."""
         self.fetched_bytes = self.written_bytes = 0
@@ -95,6 +98,8 @@ class TimedTiers:
         """A turn waits, behind all others."""
         if self._ahead:
             self._waiting.append((name, chain))
+            if self.device is not None:
+                self._coming.append(str(name))
 
     def look_ahead(self, now: float) -> None:
         """Takes what waits into account, and fetches what runs soon."""
@@ -126,6 +131,8 @@ class TimedTiers:
     def _next_runs(self) -> None:
         if not self._ahead:
             return
+        if self._coming:
+            self._coming.popleft()
         if not self._counted:
             self._waiting.popleft()
             return
@@ -194,19 +201,17 @@ class TimedTiers:
 
     # a turn
 
-    def begin(self, prompt: Prompt, chain: Chain, now: float) -> Loaded:
+    def begin(self, session: Hashable, prompt: Prompt, chain: Chain, now: float) -> Loaded:
         """Finds and loads what a turn's prompt has in common with what is there."""
         self._next_runs()
         found = self.tiers.find(prompt.blocks)
-        tokens = self._tokens(prompt, found.blocks)
+        kept = self._take(session, prompt.blocks)
+        tokens = self._tokens(prompt, max(found.blocks, kept))
         if not tokens:
             return Loaded(0, 0, 0, 0.0)
-        kept = 0
-        if self.device is not None:
-            while kept < found.blocks and prompt.blocks[kept] in self.device:
-                kept += 1
         on_device = self._tokens(prompt, kept)
-        slow = [key for key in found.slow if self.device is None or key not in self.device]
+        on_it = set(prompt.blocks[:kept])
+        slow = [key for key in found.slow if key not in on_it]
         seconds = (tokens - on_device) * self._kv_bytes / self.links.device
         if slow:
             seconds = max(seconds, self._read(slow, now))
@@ -215,6 +220,21 @@ class TimedTiers:
         if found.slow:
             self._promote(prompt.blocks[: found.blocks], chain, now)
         return Loaded(tokens, slow_tokens, on_device, seconds)
+
+    def _take(self, session: Hashable, blocks: Sequence[Hashable]) -> int:
+        """Takes what the device has of a session. Returns how many blocks of the prompt, from the first on, that is."""
+        if self.device is None:
+            return 0
+        for entry in self.device.entries(self._owner, str(session)):
+            there = self.device.take(entry)
+            return next((n for n, (a, b) in enumerate(zip(blocks, there, strict=False)) if a != b), len(there))
+        return 0
+
+    def _park(self, session: Hashable, chain: Chain) -> None:
+        """Leaves a session's KV on the device, if that is worth it."""
+        if self.device is not None:
+            self.device.expect([("", name) for name in self._coming])
+            self.device.park(self._owner, str(session), chain.tokens * self._kv_bytes, list(chain.blocks))
 
     def _tokens(self, prompt: Prompt, blocks: int) -> int:
         if blocks == len(prompt.blocks) and prompt.short:
@@ -249,7 +269,7 @@ class TimedTiers:
         place = tiers.newcomer(now)
         tiers.admit(tiers.memory, now, blocks, chain.start, lambda n: disk.size(blocks[n]), place, before=chain.before)
 
-    def end(self, prompt: Prompt, chain: Chain, loaded: Loaded, now: float) -> None:
+    def end(self, session: Hashable, prompt: Prompt, chain: Chain, loaded: Loaded, now: float) -> None:
         """Keeps what a turn made: in memory at once, on disk as soon as that is written."""
         tiers = self.tiers
         blocks = list(chain.blocks)
@@ -271,9 +291,7 @@ class TimedTiers:
             return end_size if number == last else full
 
         first = tiers.find(blocks).blocks
-        if self.device is not None:
-            tiers.admit(self.device, now, blocks, chain.start, size, place, before=chain.before)
-            self.device.order.used(blocks, place.group, now)
+        self._park(session, chain)
         dirty = tiers.disk is not None
         added = tiers.admit(
             tiers.memory, now, blocks, chain.start, size, place,
@@ -286,8 +304,6 @@ class TimedTiers:
         )  # fmt: skip
         if old is not None and prompt.history:
             tiers.supersede(old)
-            if self.device is not None:
-                self.device.remove(old)
         if added and tiers.disk is not None:
             sizes = [size(number) for number in range(first, first + len(added))]
             self.written_bytes += sum(sizes)

@@ -114,6 +114,23 @@ def test_kept_on_the_device_loads_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     assert out.ttft[1] == pytest.approx(0.05)
 
 
+def test_a_device_with_room_for_one_keeps_the_session_that_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    constant_steps(monkeypatch)
+    turns = [Turn(500, 10), *[Turn(10, 10, think=0.0) for _ in range(4)]]
+    work = Workload("", [talk(*turns), talk(*turns)])  # always one runs and the other waits
+    histories = 510 + 530 + 550 + 570
+    untold = simulate(work, server(memory=10**7, device=600_000, batch=1, ahead=False))
+    assert (untold.kept, untold.fast) == (0, 2 * histories), "each takes the other's place"
+    told = simulate(work, server(memory=10**7, device=600_000, batch=1))
+    assert (told.kept, told.fast) == (histories, histories), "who waits keeps its place"
+
+
+def test_the_device_knows_a_session_by_its_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    constant_steps(monkeypatch)
+    work = Workload("", [talk(Turn(60, 20), Turn(30, 10, think=5.0))])
+    assert simulate(work, server(device=10**6, window=100)).kept == 0, "of what is kept, positions have changed"
+
+
 def test_an_overflow_keeps_half_with_decoupled_positions_and_nothing_without(monkeypatch: pytest.MonkeyPatch) -> None:
     constant_steps(monkeypatch)
     work = Workload("", [talk(Turn(60, 20), Turn(30, 10, think=5.0))])
