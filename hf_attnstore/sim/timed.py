@@ -107,12 +107,15 @@ class TimedTiers:
             return
         mean = self._session_bytes / self._sessions if self._sessions else 0.0
         memory = self.tiers.memory.capacity
-        disk = self.tiers.disk.capacity if self.tiers.disk is not None else 0
-        keep = int(keep_window(memory, disk, mean) * self._depth)
-        while self._waiting and len(self._counted) < keep:
-            name, chain = self._waiting.popleft()
-            self._counted.append(chain)
-            self.tiers.queued(name, chain.blocks)
+        if self._waiting:
+            disk = self.tiers.disk.capacity if self.tiers.disk is not None else 0
+            keep = int(keep_window(memory, disk, mean) * self._depth)
+            while self._waiting and len(self._counted) < keep:
+                name, chain = self._waiting.popleft()
+                self._counted.append(chain)
+                self.tiers.queued(name, chain.blocks)
+        if self._arriving:
+            return
         # farther than memory reaches there is nothing to fetch; and what is under way can't be evicted, so it is little
         fetch = min(int(fetch_window(memory, mean) * min(self._depth, 1.0)), len(self._counted))
         while (

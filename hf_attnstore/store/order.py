@@ -151,9 +151,10 @@ class EvictionOrder:
 
     def rescheduled(self, keys: Iterable[Hashable]) -> None:
         """What the look-ahead says of these blocks has changed."""
+        entry_of = self._entries.get
         for key in keys:
-            entry = self._entries.get(key)
-            if entry is not None:
+            entry = entry_of(key)
+            if entry is not None and not entry.followers:
                 self._push(key, entry)
 
     def victims(self, now: float, excluded: Container[Any] = (), *, job: int | None = None) -> Generator[Hashable]:
