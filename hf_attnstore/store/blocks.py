@@ -113,7 +113,7 @@ class Match:
 
 def _as_one(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
     first = tensors[0]
-    if first is None:
+    if first is None or first.ndim != 3:
         return None
     heads, end = 0, first.data_ptr()
     for tensor in tensors:
@@ -123,7 +123,8 @@ def _as_one(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
         if not same_memory or tensor.data_ptr() != end or not tensor.is_contiguous():
             return None
         heads, end = heads + tensor.shape[0], end + tensor.nbytes
-    return first.as_strided((heads, *first.shape[1:]), first.stride())
+    _, tokens, dim = first.shape
+    return first.as_strided((heads, tokens, dim), (tokens * dim, dim, 1))  # a single head's own stride may be anything
 
 
 def as_bytes(tensor: torch.Tensor) -> np.ndarray:

@@ -85,6 +85,9 @@ def test_tensors_that_lie_together_are_one_and_others_are_not() -> None:
     for names in (NAMES[::-1], NAMES[::2], (*NAMES, "layers.9.keys"), ("none",)):
         assert joined.together(names) is None
     assert made.together(NAMES) is None
+    single = torch.arange(12.0).view(2, 3, 2)
+    odd = Block(made.meta, {"a": single[:1].as_strided((1, 3, 2), (99, 2, 1)), "b": single[1:]})
+    assert torch.equal(odd.together(("a", "b")), single), "whatever the stride of a dimension of one is"
     joined = together(made)
     joined.tensors[NAMES[1]] = joined.tensors[NAMES[1]].to(torch.int32)
     assert joined.together(NAMES) is None
