@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from hf_attnstore.bench.figures import Verdict, evaluate, ratio, spread
+from hf_attnstore.bench.figures import Spread, Verdict, evaluate, ratio, spread
 from hf_attnstore.bench.machine import in_words, versions_in_words
 from hf_attnstore.bench.measure import PROBES, Measured
 from hf_attnstore.bench.methods import METHODS
@@ -283,7 +283,7 @@ def _bandwidth(result: Result) -> TableRows:
         rows.append(
             (
                 title,
-                f"{rates.median:.2f} ({rates.low:.2f}–{rates.high:.2f})",
+                _with_middle_half(rates, 2),
                 _milliseconds(seconds),
                 _bytes(nbytes),
             )
@@ -350,14 +350,17 @@ def _milliseconds(values: Sequence[float]) -> str:
         return "–"
     found = spread([value * 1000 for value in values])
     digits = 0 if found.median >= 1000 else 1 if found.median >= 10 else 2
-    return f"{found.median:,.{digits}f} ({found.low:,.{digits}f}–{found.high:,.{digits}f})"
+    return _with_middle_half(found, digits)
 
 
 def _count(values: Sequence[int]) -> str:
     if not values:
         return "–"
-    found = spread([float(value) for value in values])
-    return f"{found.median:,.0f} ({found.low:,.0f}–{found.high:,.0f})"
+    return _with_middle_half(spread([float(value) for value in values]), 0)
+
+
+def _with_middle_half(found: Spread, digits: int) -> str:
+    return f"{found.median:,.{digits}f} ({found.low:,.{digits}f}–{found.high:,.{digits}f})"
 
 
 def _against(above: Sequence[float], below: Sequence[float] | None) -> str:

@@ -10,6 +10,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -99,6 +100,12 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> t
 GROWTH = 1.5
 GRANULE = 64
 """Tokens: buffers have room for a multiple of so many."""
+
+
+@lru_cache
+def none_of(heads: int, dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """`[1, heads, 0, dim]`, to make buffers like."""
+    return torch.empty((1, heads, 0, dim), dtype=dtype, device=device)
 
 
 def with_capacity(like: torch.Tensor, capacity: int) -> torch.Tensor:

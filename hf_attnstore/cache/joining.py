@@ -10,7 +10,7 @@ import torch
 
 from ..store.blocks import TensorSpec
 from ..store.stages import Joint
-from .buffers import with_capacity
+from .buffers import none_of, with_capacity
 from .layers import FullLayer, KeptLayer
 
 _ENOUGH = 1 << 20
@@ -45,7 +45,7 @@ def make_rooms(
         tensors = [(number, name, spec) for number in group for name, spec in specs[number].items()]
         heads, dim, dtype = sum(spec.shape[0] for *_, spec in tensors), tensors[0][2].shape[2], tensors[0][2].dtype
         capacity = max(length, *(layers[number].expected for number in group))
-        whole = with_capacity(torch.empty((1, heads, 0, dim), dtype=dtype), capacity)
+        whole = with_capacity(none_of(heads, dim, dtype, torch.device("cpu")), capacity)
         parts = whole.split([spec.shape[0] for *_, spec in tensors], dim=1)
         for (number, name, _), part in zip(tensors, parts, strict=True):
             rooms.setdefault(number, Room()).buffers[name] = part

@@ -9,23 +9,16 @@ serves which kind of transformers layer.
 import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from ..store.blocks import TensorSpec
-from .buffers import GROWTH, with_capacity
+from .buffers import GROWTH, none_of, with_capacity
 from .watching import is_watched
 
 _CPU = torch.device("cpu")
-
-
-@lru_cache
-def _none_of(heads: int, dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """`[1, heads, 0, dim]`, to be grown."""
-    return torch.empty((1, heads, 0, dim), dtype=dtype, device=device)
 
 
 class KeptLayer:
@@ -246,7 +239,7 @@ class StoreLayer(KeptLayer, CacheLayerMixin):
         self, first: int, start: int, stop: int, specs: Mapping[str, TensorSpec], device: torch.device | None
     ) -> dict[str, torch.Tensor]:
         if start == first:
-            like = {name: _none_of(s.shape[0], s.shape[-1], s.dtype, device or _CPU) for name, s in specs.items()}
+            like = {name: none_of(s.shape[0], s.shape[-1], s.dtype, device or _CPU) for name, s in specs.items()}
             self._buffers, self.first, self.length = {}, first, first
             self.expected = max(self.expected, stop)
             self._make_room(stop - first, like)

@@ -202,8 +202,12 @@ def plan_restore(
     specs = {number: _specs(by_layer, number) for number, start, _ in missing if start < length}
     stages: list[Stage] = []
     with outliving_inference_mode():
-        fresh = [number for number, start, first in missing if start == first == 0 and _in_host_memory(devices[number])]
-        rooms = make_rooms(layers, {number: specs[number] for number in fresh if number in specs}, length)
+        fresh = {
+            number: specs[number]
+            for number, start, first in missing
+            if start == first == 0 < length and _in_host_memory(devices[number])
+        }
+        rooms = make_rooms(layers, fresh, length)
         for number, start, first in missing:
             layer = layers[number]
             if start >= length:
@@ -212,7 +216,8 @@ def plan_restore(
                 stages.append(Stage())
                 continue
             room = rooms.get(number)
-            if room is not None and isinstance(layer, FullLayer):
+            if room is not None:
+                assert isinstance(layer, FullLayer)
                 targets = layer.restore_into(room.buffers, length)
             else:
                 low = first if start == first else layer.first

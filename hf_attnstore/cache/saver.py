@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..session.chain import TokenChain
-from ..store.blocks import Block, BlockMeta
-from ..store.devices import ALIGNMENT
+from ..store.blocks import Block, BlockMeta, padded
 from ..store.keys import Key
 from ..store.store import AttentionStore
 from .buffers import empty
@@ -33,15 +32,11 @@ class _Piecewise:
         """Host memory for a tensor of the block. All layers' lies together: one large piece of memory is much
         cheaper to get than many small ones, and what lies together is copied faster."""
         if self._room is None:
-            self._room = empty((2 * self._layers * _padded(like.nbytes),), torch.uint8, torch.device("cpu"))
-        start, self._used = self._used, self._used + _padded(like.nbytes)
+            self._room = empty((2 * self._layers * padded(like.nbytes),), torch.uint8, torch.device("cpu"))
+        start, self._used = self._used, self._used + padded(like.nbytes)
         if self._used > len(self._room):  # layers of different sizes
             return torch.empty(like.shape, dtype=like.dtype)
         return self._room[start : start + like.nbytes].view(like.dtype).view(like.shape)
-
-
-def _padded(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 class BlockSaver:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 from .workload import Turn
@@ -24,6 +24,11 @@ class Prompt:
     history: int
     blocks: list[Hashable]
     short: int
+
+
+def common_blocks(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
+    """How many blocks two chains have in common, from the first on."""
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 
 class Chain:

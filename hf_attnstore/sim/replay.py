@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..store.policies import Policy
-from .chains import Chain
+from .chains import Chain, common_blocks
 from .tiers import Tiers
 from .workload import Workload
 
@@ -90,8 +90,7 @@ def requests_of(workload: Workload, block_tokens: int | None = None, window: int
         blocks = list(chain.blocks)
         foreseen: Sequence[Hashable] = prompt.blocks
         if turn.ids is not None:
-            common = next((n for n, (a, b) in enumerate(zip(blocks, before, strict=False)) if a != b), None)
-            foreseen = blocks[: min(len(blocks), len(before)) if common is None else common]
+            foreseen = blocks[: common_blocks(blocks, before)]
             short_before = None
         gone = short_before is not None and (not blocks or short_before not in blocks[-1:])
         found.rows.append(

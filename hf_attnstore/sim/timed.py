@@ -12,7 +12,7 @@ from itertools import groupby
 from ..store.device_tier import DeviceTier, Owner
 from ..store.lookahead import fetch_window, keep_window
 from ..store.policies import Policy
-from .chains import Chain, Prompt
+from .chains import Chain, Prompt, common_blocks
 from .machine import Links
 from .tiers import Tiers
 
@@ -71,8 +71,6 @@ class TimedTiers:
         self.links = links
         self.device = DeviceTier(device) if device else None
         self._owner = Owner()
-        self._coming: deque[str] = deque()
-        """The sessions whose turns wait, in order; only for the device."""
         self.not_saved = 0
         """Blocks for which there was no room."""
         self.fetched_bytes = self.written_bytes = 0
@@ -85,7 +83,7 @@ class TimedTiers:
         self._arriving: dict[Hashable, float] = {}
         self._waiting: deque[tuple[Hashable, Chain]] = deque()
         """Turns beyond what the look-ahead counts."""
-        self._counted: deque[Chain] = deque()
+        self._counted: deque[tuple[Hashable, Chain]] = deque()
         self._fetched = 0
         """How many of the counted turns have been fetched for."""
         self._begun = 0
@@ -98,8 +96,6 @@ class TimedTiers:
         """A turn waits, behind all others."""
         if self._ahead:
             self._waiting.append((name, chain))
-            if self.device is not None:
-                self._coming.append(str(name))
 
     def look_ahead(self, now: float) -> None:
         """Takes what waits into account, and fetches what runs soon."""
@@ -107,21 +103,18 @@ class TimedTiers:
             return
         mean = self._session_bytes / self._sessions if self._sessions else 0.0
         memory = self.tiers.memory.capacity
-        if self._waiting:
-            disk = self.tiers.disk.capacity if self.tiers.disk is not None else 0
-            keep = int(keep_window(memory, disk, mean) * self._depth)
-            while self._waiting and len(self._counted) < keep:
-                name, chain = self._waiting.popleft()
-                self._counted.append(chain)
-                self.tiers.queued(name, chain.blocks)
-        if self._arriving:
-            return
+        disk = self.tiers.disk.capacity if self.tiers.disk is not None else 0
+        keep = int(keep_window(memory, disk, mean) * self._depth)
+        while self._waiting and len(self._counted) < keep:
+            name, chain = self._waiting.popleft()
+            self._counted.append((name, chain))
+            self.tiers.queued(name, chain.blocks)
         # farther than memory reaches there is nothing to fetch; and what is under way can't be evicted, so it is little
         fetch = min(int(fetch_window(memory, mean) * min(self._depth, 1.0)), len(self._counted))
         while (
             not self._arriving
             and self._fetched < fetch
-            and self._fetch(self._counted[self._fetched], self._begun + self._fetched, now)
+            and self._fetch(self._counted[self._fetched][1], self._begun + self._fetched, now)
         ):
             self._fetched += 1
 
@@ -134,8 +127,6 @@ class TimedTiers:
     def _next_runs(self) -> None:
         if not self._ahead:
             return
-        if self._coming:
-            self._coming.popleft()
         if not self._counted:
             self._waiting.popleft()
             return
@@ -228,15 +219,13 @@ class TimedTiers:
         """Takes what the device has of a session. Returns how many blocks of the prompt, from the first on, that is."""
         if self.device is None:
             return 0
-        for entry in self.device.entries(self._owner, str(session)):
-            there = self.device.take(entry)
-            return next((n for n, (a, b) in enumerate(zip(blocks, there, strict=False)) if a != b), len(there))
-        return 0
+        there = [self.device.take(entry) for entry in self.device.entries(self._owner, str(session))]
+        return common_blocks(blocks, there[0]) if there else 0
 
     def _park(self, session: Hashable, chain: Chain) -> None:
         """Leaves a session's KV on the device, if that is worth it."""
         if self.device is not None:
-            self.device.expect([("", name) for name in self._coming])
+            self.device.expect([("", str(name)) for name, _ in (*self._counted, *self._waiting)])
             self.device.park(self._owner, str(session), chain.tokens * self._kv_bytes, list(chain.blocks))
 
     def _tokens(self, prompt: Prompt, blocks: int) -> int:

@@ -13,8 +13,7 @@ from ..errors import (
     LoadError,
 )
 from ..timeline import Timeline
-from .blocks import TOKEN_IDS, Block, BlockMeta, Match, TensorSpec
-from .devices import host_memory
+from .blocks import TOKEN_IDS, Block, BlockMeta, Match, TensorSpec, host_memory
 from .keys import Key, chain_root, common_prefix, decode_tokens, encode_tokens
 from .opened import OpenStore
 from .rows import BlockRow

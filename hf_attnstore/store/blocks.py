@@ -127,6 +127,23 @@ def _as_one(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
     return first.as_strided((heads, tokens, dim), (tokens * dim, dim, 1))  # a single head's own stride may be anything
 
 
+_ALIGNMENT = 16
+"""Bytes. A larger one would leave gaps behind short blocks, so that their tensors would not lie together."""
+
+
+def padded(nbytes: int) -> int:
+    """The bytes that a tensor takes in memory where others of its block follow it."""
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def host_memory(specs: Sequence[TensorSpec], *, pinned: bool) -> dict[str, torch.Tensor]:
+    """Uninitialised tensors by name, one after the other in one piece of host memory: that is cheaper to get than many,
+    and is copied faster."""
+    sizes = [padded(spec.nbytes) for spec in specs]
+    parts = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=pinned).split(sizes)
+    return {s.name: part[: s.nbytes].view(s.dtype).view(s.shape) for s, part in zip(specs, parts, strict=True)}
+
+
 def as_bytes(tensor: torch.Tensor) -> np.ndarray:
     """A uint8 view of a CPU tensor whose last dimension is contiguous; the last axis counts bytes."""
     return tensor.view(torch.uint8).numpy()

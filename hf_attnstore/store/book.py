@@ -76,8 +76,7 @@ class TierBook:
 
     def reserve(self, nbytes: int, now: float, *, evict: bool = True, job: int | None = None) -> bool:
         """Takes `nbytes` out of the free room. False if there is none; see `make_room`."""
-        fits = self.used + nbytes <= self.capacity
-        if not fits and not self.make_room(nbytes, now, evict=evict, job=job):
+        if not self.make_room(nbytes, now, evict=evict, job=job):
             return False
         self.used += nbytes
         return True

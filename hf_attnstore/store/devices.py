@@ -1,12 +1,12 @@
 """The way of KV from host memory to a device: pinned staging, a copy stream for each device, events per stage."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import torch
 
-from .blocks import Block, TensorSpec, as_bytes
+from .blocks import Block, as_bytes, host_memory
 from .disk import BlockFile
 from .memory_size import on_pressure
 
@@ -17,18 +17,6 @@ def _give_back_pinned_memory() -> None:
     empty: Callable[[], None] | None = getattr(torch._C, "_host_emptyCache", None)
     if empty is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         empty()
-
-
-ALIGNMENT = 16
-"""Bytes: tensors of a block begin at multiples of it, in memory. A larger one would leave gaps behind short blocks."""
-
-
-def host_memory(specs: Sequence[TensorSpec], *, pinned: bool) -> dict[str, torch.Tensor]:
-    """Uninitialised tensors by name, one after the other in one piece of host memory: that is cheaper to get than many,
-    and is copied faster."""
-    sizes = [-(-spec.nbytes // ALIGNMENT) * ALIGNMENT for spec in specs]
-    parts = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=pinned).split(sizes)
-    return {s.name: part[: s.nbytes].view(s.dtype).view(s.shape) for s, part in zip(specs, parts, strict=True)}
 
 
 def host_tensors(

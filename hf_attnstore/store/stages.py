@@ -79,11 +79,7 @@ class Stage:
         """Puts the pieces in place that blocks in memory have."""
         for name, target in self.targets.items():
             for run in runs:
-                torch.cat(
-                    [part.tensors[name] if cut is None else part.tensors[name][:, cut] for part, cut in run.parts],
-                    dim=1,
-                    out=target[:, run.first : run.first + run.tokens],
-                )
+                run.join([block.tensors[name] for block, _ in run.parts], target)
 
     def finish(self) -> None:
         """Moves what is to be moved, all pieces being there: neighbours that go equally far in one go."""
@@ -112,18 +108,19 @@ class Joint:
     def join(self, runs: Sequence["Run"]) -> bool:
         """Puts the pieces in place that blocks in memory have. False where these do not lie together: then nothing was
         done."""
-        heads, _, dim = self.target.shape
-        joined: list[list[torch.Tensor]] = []
+        found: list[list[torch.Tensor]] = []
         for run in runs:
-            joined.append([])
-            for block, cut in run.parts:
-                whole = block.together(self.names)
-                if whole is None or (whole.shape[0], whole.shape[2], whole.dtype) != (heads, dim, self.target.dtype):
-                    return False
-                joined[-1].append(whole if cut is None else whole[:, cut])
-        for run, parts in zip(runs, joined, strict=True):
-            torch.cat(parts, dim=1, out=self.target[:, run.first : run.first + run.tokens])
+            wholes = [block.together(self.names) for block, _ in run.parts]
+            found.append([whole for whole in wholes if whole is not None and self._fits(whole)])
+            if len(found[-1]) < len(wholes):
+                return False
+        for run, tensors in zip(runs, found, strict=True):
+            run.join(tensors, self.target)
         return True
+
+    def _fits(self, whole: torch.Tensor) -> bool:
+        target = self.target
+        return whole.dtype == target.dtype and whole.shape[::2] == target.shape[::2]
 
 
 @dataclass(slots=True)
@@ -135,6 +132,11 @@ class Run:
     tokens: int = 0
     parts: list[tuple[Block, slice | None]] = field(default_factory=list)
     """Blocks, and what is wanted of them: most are wanted whole, and to slice for nothing takes its time."""
+
+    def join(self, tensors: Sequence[torch.Tensor], target: torch.Tensor) -> None:
+        """Puts what is wanted of the blocks' tensors, each `[heads, tokens, dim]`, into its place in a target."""
+        cuts = [tensor if cut is None else tensor[:, cut] for tensor, (_, cut) in zip(tensors, self.parts, strict=True)]
+        torch.cat(cuts, dim=1, out=target[:, self.first : self.first + self.tokens])
 
 
 class FilePiece(NamedTuple):

@@ -28,7 +28,7 @@ from .devices import DeviceCopies, host_tensors
 from .disk import BlockFile
 from .keys import Key
 from .placing import Rows, read_adjacent
-from .stages import Source, Stage, Ways
+from .stages import Joint, Source, Stage, Ways
 from .threads import IOThreads
 
 
@@ -188,7 +188,8 @@ class Load:
     def _fetch(self, number: int) -> None:
         """Puts a stage in place in host memory. Interrupted, it counts as not done and starts again."""
         began = time.perf_counter()
-        stage, numbers = self._stages[number], self._together(number)
+        stage, joint = self._stages[number], self._joint(number)
+        numbers = range(number, number + (joint.stages if joint is not None else 1))
         stages = [self._stages[place] for place in numbers]
         key = b""
         reading: dict[str, float] = {}
@@ -214,7 +215,7 @@ class Load:
         except Exception as error:
             self.error = LoadError(f"reading block {key.hex()} failed: {error!r}")
             return
-        if stage.joint is None or len(stages) < stage.joint.stages or not stage.joint.join(ways.runs):
+        if joint is None or not joint.join(ways.runs):
             for each in stages:
                 each.join(ways.runs)
         for name, state in states.items():
@@ -229,13 +230,10 @@ class Load:
             bytes_from[tier] = bytes_from.get(tier, 0) + sum(target.nbytes for target in stage.whole.values())
         self._account(number, time.perf_counter() - began, bytes_from, reading, len(stages))
 
-    def _together(self, number: int) -> range:
-        """The numbers of the stages that are put in place with one: those that it has a joint with, if none of them is
-        there yet."""
+    def _joint(self, number: int) -> Joint | None:
+        """What a stage is put in place by together with those after it, as long as none of them is there."""
         joint = self._stages[number].joint
-        if joint is not None and not any(self._in_place[number : number + joint.stages]):
-            return range(number, number + joint.stages)
-        return range(number, number + 1)
+        return joint if joint is not None and not any(self._in_place[number : number + joint.stages]) else None
 
     def _whole_tensors(self, stage: Stage) -> dict[str, torch.Tensor]:
         """The tensors of a stage's checkpoint, in host memory."""
