@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .adapters import is_adapted, state_of
-from .samples import comparable, few_values, peek, raw_bytes
+from .samples import Peephole, comparable, few_values, peephole, raw_bytes
 from .structure import has_length_dependent_rope
 from .weights import Part, attribute_parts, hidden_parts, offloaded_in_memory, plain_parts
 
@@ -29,6 +29,8 @@ class Watch:
         self._described = ""
         self._text: Any = None
         self._varying = False
+        self._peepholes: dict[int, Peephole] = {}
+        """Of plain tensors on the CPU, by identity: those that were there at the last look."""
 
     @torch.no_grad()
     def look(self, model: nn.Module, unusual: Sequence[weakref.ref[nn.Module]]) -> tuple[Marks, Versions]:
@@ -39,7 +41,7 @@ class Watch:
         """
         settings = self._settings(model)
         varying = self._varying
-        seen = _Seen()
+        known, seen = self._peepholes, _Seen()
         versions: Versions = []
         adapters: list[Any] = []
         modules = [model]
@@ -53,13 +55,20 @@ class Watch:
                 for name, tensor in tensors.items():
                     if tensor is None or (varying and name.endswith("inv_freq")):
                         continue
+                    version: Any
+                    hole = known.get(id(tensor))
+                    if hole is not None and hole.fits(tensor):  # as nearly always
+                        version = seen.note_through(hole, id(tensor), tensor._version)
+                        seen.peepholes[id(tensor)] = hole
+                        if tensors is module._parameters:
+                            versions.append((id(tensor), version))
+                        continue
                     if tensor.is_meta:
                         held = offloaded_in_memory(module, name)
                         if held is None:
                             seen.marks.append(name)
                             continue
                         tensor = held
-                    version: Any
                     if tensor.is_quantized:
                         version = tensor._version
                         seen.marks.append((id(tensor), version, tensor.data_ptr()))
@@ -74,6 +83,7 @@ class Watch:
             more = reference()
             if more is not None:
                 seen.note_parts(hidden_parts("", more, unpack=False))
+        self._peepholes = seen.peepholes
         autocast = [autocast_dtype(kind) for kind in sorted(seen.device_types)]
         return (settings, autocast, model.training, adapters, seen.marks, seen.values()), versions
 
@@ -94,6 +104,7 @@ class _Seen:
     def __init__(self) -> None:
         self.marks: list[Any] = []
         self.device_types: set[str] = set()
+        self.peepholes: dict[int, Peephole] = {}
         self._samples: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
 
     def note(self, tensor: torch.Tensor, identity: int) -> int:
@@ -102,15 +113,21 @@ class _Seen:
             version = tensor._version
         except RuntimeError:  # inference tensors have none; nothing but the sample watches them
             version = -1
-        address = tensor.data_ptr()
-        values = peek(tensor, address)
-        self.marks.append((identity, version, address, values))
-        if values is not None:
-            self.device_types.add("cpu")
-        else:
-            tensor = comparable(tensor)
-            self.device_types.add(tensor.device.type)
-            self._samples.setdefault((tensor.device, tensor.dtype), []).append(few_values(tensor))
+        hole = peephole(tensor)
+        if hole is not None:
+            if identity and version >= 0:
+                self.peepholes[identity] = hole
+            return self.note_through(hole, identity, version)
+        self.marks.append((identity, version, tensor.data_ptr()))
+        tensor = comparable(tensor)
+        self.device_types.add(tensor.device.type)
+        self._samples.setdefault((tensor.device, tensor.dtype), []).append(few_values(tensor))
+        return version
+
+    def note_through(self, hole: Peephole, identity: int, version: int) -> int:
+        """Notes a plain tensor on the CPU; returns its version counter."""
+        self.marks.append((identity, version, hole.address, hole.read()))
+        self.device_types.add("cpu")
         return version
 
     def note_parts(self, parts: Iterator[Part]) -> list[int]:

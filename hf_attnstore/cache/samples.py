@@ -1,7 +1,10 @@
 """Parts of a model's tensors: bounded samples that identify them, and a few values that are cheap to look at."""
 
-from ctypes import string_at
+import weakref
+from ctypes import c_uint8
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 _RUNS, _RUN_LENGTH = 16, 64
@@ -30,16 +33,41 @@ def few_values(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.as_strided((_QUICK_VALUES,), ((values - 1) // (_QUICK_VALUES - 1),))
 
 
-def peek(tensor: torch.Tensor, address: int) -> bytes | None:
-    """The bytes of `few_values` of a tensor whose data lies at `address`, read without tensor operations: for a model
-    on the CPU these take longer than all else that is looked at before a turn. None where they are not in host memory
-    one after the other."""
-    values = tensor.numel()
-    if not address or values < _QUICK_VALUES or not tensor.is_cpu or not tensor.is_contiguous():
+@dataclass(frozen=True, slots=True)
+class Peephole:
+    """`few_values` of a tensor in host memory, to be read without tensor operations: for a model on the CPU these take
+    longer than all else that is looked at before a turn. Keeps neither the tensor nor its memory."""
+
+    tensor: "weakref.ref[torch.Tensor]"
+    address: int
+    nbytes: int
+    values: np.ndarray
+    """Over memory that is the tensor's as long as `fits` says so; not to be read without asking."""
+
+    def fits(self, tensor: torch.Tensor) -> bool:
+        """Whether it is this tensor that it shows, and its values are where they were."""
+        return (
+            self.tensor() is tensor
+            and tensor.data_ptr() == self.address
+            and tensor.nbytes == self.nbytes
+            and tensor.is_contiguous()
+        )
+
+    def read(self) -> bytes:
+        """The bytes of the values as they are now."""
+        return self.values.tobytes()
+
+
+def peephole(tensor: torch.Tensor) -> Peephole | None:
+    """None where the values are not in host memory, at equal distances."""
+    count, address = tensor.numel(), tensor.data_ptr()
+    if not address or count < _QUICK_VALUES or not tensor.is_cpu or not tensor.is_contiguous():
         return None
-    size = tensor.itemsize
-    step = (values - 1) // (_QUICK_VALUES - 1) * size
-    return b"".join([string_at(address + place * step, size) for place in range(_QUICK_VALUES)])
+    size, nbytes = tensor.itemsize, tensor.nbytes
+    memory = memoryview((c_uint8 * nbytes).from_address(address))
+    step = (count - 1) // (_QUICK_VALUES - 1) * size
+    values: np.ndarray = np.ndarray((_QUICK_VALUES,), f"V{size}", memory, strides=(step,))
+    return Peephole(weakref.ref(tensor), address, nbytes, values)
 
 
 def raw_bytes(values: torch.Tensor) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -307,12 +308,33 @@ def test_an_unchanged_model_keeps_its_fingerprint_over_turns_and_training_mode()
 def test_peeking_reads_the_few_values_that_count(dtype: torch.dtype, values: int) -> None:
     whole = torch.arange(3 * values).to(dtype)
     part = whole[values : 2 * values]  # one that does not begin where its memory does
-    found = samples.peek(part, part.data_ptr())
+    hole = samples.peephole(part)
     if values < 4:
-        assert found is None
+        assert hole is None
     else:
-        assert found == samples.raw_bytes(samples.few_values(part))
-    assert samples.peek(whole[::2], whole.data_ptr()) is None
+        assert hole is not None
+        assert hole.fits(part)
+        assert hole.read() == samples.raw_bytes(samples.few_values(part))
+        part.neg_() if dtype.is_floating_point else part.bitwise_not_()
+        assert hole.read() == samples.raw_bytes(samples.few_values(part))  # as they are now
+    assert samples.peephole(whole[::2]) is None
+
+
+def test_a_peephole_shows_one_tensor_where_it_was() -> None:
+    tensor = torch.nn.Parameter(torch.arange(64.0).reshape(8, 8))
+    hole = samples.peephole(tensor)
+    assert hole is not None
+    assert hole.fits(tensor)
+    assert not hole.fits(tensor.data)  # another object, though of the same memory
+    whole = tensor.data
+    for other in (whole[1:], whole[:4], whole.t(), whole.clone(), torch.empty(0)):
+        tensor.data = other
+        assert not hole.fits(tensor)
+    tensor.data = whole
+    assert hole.fits(tensor)
+    gone = weakref.ref(tensor)
+    del tensor
+    assert gone() is None  # it is not kept for the sake of looking at it
 
 
 def test_weights_whose_memory_was_taken_away_are_not_read() -> None:

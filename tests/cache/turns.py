@@ -98,17 +98,16 @@ def layer_hooks(model: nn.Module) -> list[dict[str, list[tuple[int, Any]]]]:
 
 def count_values_read(monkeypatch: pytest.MonkeyPatch, read: list[int]) -> None:
     """From now on `read` gets the number of values that fingerprints read of weights, step by step."""
-    raw_bytes, peek = samples.raw_bytes, samples.peek
+    raw_bytes, through = samples.raw_bytes, samples.Peephole.read
 
     def counted(values: torch.Tensor) -> bytes:
         read.append(values.numel())
         return raw_bytes(values)
 
-    def counted_peek(tensor: torch.Tensor, address: int) -> bytes | None:
-        found = peek(tensor, address)
-        read.append(len(found or b"") // tensor.itemsize)
-        return found
+    def counted_through(hole: samples.Peephole) -> bytes:
+        read.append(len(hole.values))
+        return through(hole)
 
     monkeypatch.setattr(fingerprint, "raw_bytes", counted)
     monkeypatch.setattr(marks, "raw_bytes", counted)
-    monkeypatch.setattr(marks, "peek", counted_peek)
+    monkeypatch.setattr(samples.Peephole, "read", counted_through)
