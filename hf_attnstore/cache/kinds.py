@@ -1,7 +1,9 @@
 """Which class serves which kind of transformers layer. A new kind is added here, in one line and a class."""
 
 import logging
+import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -60,8 +62,37 @@ def make_layers(model: nn.Module) -> list[KeptLayer]:
     Raises:
         UnsupportedModelError: the model does not say which layers it has.
     """
+    layers = []
+    for number, (template, kind) in enumerate(_templates(model)):
+        maker = _MAKERS.get(type(template).__name__)
+        layer = maker(template) if maker is not None else snapshot_of(template, reusable=False)
+        layer.kind = "shared" if isinstance(layer, SharedLayer) else kind
+        if not layer.reusable:
+            _warn(decoder_config(model).model_type, number, kind, type(template).__name__)
+        layers.append(layer)
+    return layers
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What `DynamicCache` makes of settings."""
+
+    settings: str
+    layers: list[tuple[Any, str]]
+    """A layer as it makes it, never used, and the name of its kind."""
+
+
+_found: "weakref.WeakKeyDictionary[nn.Module, _Found]" = weakref.WeakKeyDictionary()
+"""By model: each turn's cache would ask again, and settings are slow to read."""
+
+
+def _templates(model: nn.Module) -> list[tuple[Any, str]]:
     config = decoder_config(model)
     text = config.get_text_config(decoder=True)
+    settings = f"{type(text).__qualname__} {vars(text)}"
+    known = _found.get(model)
+    if known is not None and known.settings == settings:
+        return known.layers
     try:
         templates = DynamicCache(config=text).layers
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
@@ -70,17 +101,9 @@ def make_layers(model: nn.Module) -> list[KeptLayer]:
         raise UnsupportedModelError(f"{config.model_type} does not say which layers it has")
     templates = _as_many_as_there_are(model, templates)
     names = getattr(text, "layer_types", None) or []
-    layers = []
-    for number, template in enumerate(templates):
-        maker = _MAKERS.get(type(template).__name__)
-        layer = maker(template) if maker is not None else snapshot_of(template, reusable=False)
-        layer.kind = names[number] if number < len(names) else _NAMES.get(type(template).__name__, "")
-        layer.kind = layer.kind or type(template).__name__
-        if isinstance(layer, SharedLayer):
-            layer.kind = "shared"
-        if not layer.reusable:
-            _warn(config.model_type, number, layer.kind, type(template).__name__)
-        layers.append(layer)
+    kinds = [names[n] if n < len(names) else _NAMES.get(type(t).__name__, "") for n, t in enumerate(templates)]
+    layers = [(template, kind or type(template).__name__) for template, kind in zip(templates, kinds, strict=True)]
+    _found[model] = _Found(settings, layers)
     return layers
 
 

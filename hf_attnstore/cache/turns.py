@@ -103,6 +103,9 @@ class CacheTurns(ParkingCache):
                 else:
                     self._take_up_together(shown, limit)
                     reused = self._held
+                # where little is new, all of the session was found; else what comes now takes longer than to ask
+                if not self._untracked and (not reused or len(shown) - reused > self._chain.block_size):
+                    self._say_if_of_another_model()
             except ContextWindowError:
                 self._park()  # nothing has changed
                 self._close_turn()
@@ -370,15 +373,19 @@ class CacheTurns(ParkingCache):
             else:
                 plain = View.plain(chain_root(fingerprint, ""))
             self._change_view(plain, np.empty(0, dtype=np.int64))
-        name = self._kept_as
-        if self._store is not None and name is not None:
-            before = self._store.session_fingerprint(name)
-            if before not in (None, "", fingerprint):
-                self._note(
-                    f"session {self.session!r} was computed by a model with other weights or settings "
-                    f"({before[:12]}, now {fingerprint[:12]}): that KV is not reused",
-                    "other model",
-                )
+
+    def _say_if_of_another_model(self) -> None:
+        """Tells why what is known of the session is not reused, if it is that."""
+        name, fingerprint = self._kept_as, self._fingerprint
+        if self._store is None or name is None:
+            return
+        before = self._store.session_fingerprint(name)
+        if before not in (None, "", fingerprint):
+            self._note(
+                f"session {self.session!r} was computed by a model with other weights or settings "
+                f"({before[:12]}, now {fingerprint[:12]}): that KV is not reused",
+                "other model",
+            )
 
     def _hand_over(self) -> None:
         if self._store is None:
