@@ -79,6 +79,7 @@ class Block:
     tensors: dict[str, torch.Tensor]
     arriving: list[torch.cuda.Event] = field(default_factory=list)
     _together: dict[tuple[str, ...], torch.Tensor | None] = field(default_factory=dict, repr=False, compare=False)
+    _whole: bool | None = field(default=None, repr=False, compare=False)
 
     @property
     def nbytes(self) -> int:
@@ -95,6 +96,13 @@ class Block:
         if names not in self._together:
             self._together[names] = _as_one([self.tensors.get(name) for name in names])
         return self._together[names]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every tensor has something of every token."""
+        if self._whole is None:
+            self._whole = all(tensor.shape[1] == self.meta.token_count for tensor in self.tensors.values())
+        return self._whole
 
     def specs(self) -> dict[str, TensorSpec]:
         return {name: TensorSpec(name, t.dtype, tuple(t.shape)) for name, t in self.tensors.items()}

@@ -172,7 +172,7 @@ class Ways:
                 source.wait_ready()
                 count = source.meta.token_count
                 # of a block that is too short or too long, the next ones would be put in the wrong places
-                if piece.stop > count or any(tensor.shape[1] != count for tensor in source.tensors.values()):
+                if piece.stop > count or not source.is_whole:
                     raise LoadError(f"block {piece.key.hex()} has other tokens than it should have")
                 if not self.runs or self.runs[-1].first + self.runs[-1].tokens != first:
                     self.runs.append(Run(first))
