@@ -12,6 +12,8 @@ import torch
 from hypothesis import settings
 
 from hf_attnstore import AttentionStore
+from hf_attnstore.store import transfer
+from hf_attnstore.store.disk import BlockFile
 
 # what is reused must not depend on how fast the machine is just now; tests of that choice switch it on
 os.environ["ATTNSTORE_GATE"] = "off"
@@ -34,6 +36,15 @@ def store(tmp_path: Path) -> Iterator[AttentionStore]:
     """An open store with blocks of 16 tokens."""
     with AttentionStore(tmp_path / "store", block_size=16) as opened:
         yield opened
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loads of any size are read at once by several threads, as large ones are; whatever the file system can tell of
+    the page cache."""
+    monkeypatch.setattr(transfer, "WORTH_SHARING", 1)
+    monkeypatch.setattr(BlockFile, "in_page_cache", True)
+    monkeypatch.setattr(transfer, "cores_to_spare", lambda: 2)
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ def slow_disk(bytes_per_second: float | None) -> Iterator[None]:
         yield
         return
     queue = Queue(bytes_per_second)
-    read, will_need, write = BlockFile.read, BlockFile.will_need, DiskTier.write
+    read, write = BlockFile.read, DiskTier.write
 
     def ask_ahead(self: BlockFile, names: Iterable[str]) -> None:
         coming = self.__dict__.setdefault("coming", {})
@@ -65,14 +65,16 @@ def slow_disk(bytes_per_second: float | None) -> Iterator[None]:
         (BlockFile, "read"): read_late,
         (BlockFile, "will_need"): ask_ahead,
         (DiskTier, "write"): write_late,
+        (BlockFile, "in_page_cache"): False,
     }
-    for (owner, name), function in changed.items():
-        setattr(owner, name, function)
+    originals = {(owner, name): vars(owner)[name] for owner, name in changed}
+    for (owner, name), other in changed.items():
+        setattr(owner, name, other)
     try:
         yield
     finally:
-        for (owner, name), function in zip(changed, (read, will_need, write), strict=True):
-            setattr(owner, name, function)
+        for (owner, name), original in originals.items():
+            setattr(owner, name, original)
 
 
 def _sleep_until(then: float) -> None:

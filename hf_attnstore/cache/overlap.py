@@ -15,3 +15,8 @@ class Overlap:
     """Whether I/O threads bring what is for host memory too, and not only what is for devices."""
     save_late: bool = False
     """Whether nothing is handed over to the store before the turn ends."""
+
+    @property
+    def as_it_comes(self) -> bool:
+        """Whether nothing is set that a load goes by."""
+        return self.depth is None and not self.load_first and not self.io_threads

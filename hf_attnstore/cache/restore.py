@@ -1,7 +1,7 @@
 """Bringing KV back, layer by layer, while the model computes."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -102,16 +102,18 @@ class Restore:
         self._depth = layers
 
     def start(self) -> None:
-        """Asks for the first layers; returns at once.
+        """Asks for the first layers, or brings all of them where nothing of that could be hidden behind computing.
 
         Raises:
-            LoadError: a block could not be read; only where everything is to be in place first.
+            LoadError: a block could not be read, where all of them are brought.
         """
         if self.overlap.io_threads:
             self._load.use_threads()
         if self.overlap.depth is not None:
             self._depth = self.overlap.depth
         self._load.recorder = self.recorder
+        if self.overlap.as_it_comes:
+            self._timed(0, self._load.preload)
         self._load.request(self._depth)
         if self.overlap.load_first:
             for layer in self._layers:
@@ -128,12 +130,16 @@ class Restore:
         self._clock, self._waited = now, 0.0
 
     def _wait(self, number: int) -> None:
+        self._waited += self._timed(number, partial(self._load.wait, number))
+
+    def _timed(self, number: int, wait: Callable[[], float]) -> float:
+        """Waits for a layer, or for all from it on. Returns the seconds that took."""
         began = self.recorder.now(number) if self.recorder is not None else 0.0
-        waited = self._load.wait(number)
-        if self.recorder is not None:
+        waited = wait()
+        if self.recorder is not None and waited:
             self.recorder.waited(number, began)
         self.exposed_seconds += waited
-        self._waited += waited
+        return waited
 
     def finish(self) -> None:
         """Ends the load: every layer is complete, or the error of the first that is not.

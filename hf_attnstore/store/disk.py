@@ -16,13 +16,13 @@ from .blocks import TOKEN_IDS, Block, BlockMeta, Bytes
 from .files import MAX_IOVECS, make_private_directory, write_file
 from .keys import Key, block_key, encode_tokens
 from .layout import MAX_HEADER_BYTES, Layout, StoredTensor, encode_block, parse_header
-from .throttle import throttled
+from .throttle import is_slow, throttled
 from .vault import Vault
 
 SUFFIX = ".safetensors"
 
 
-def _failed(path: Path, error: OSError) -> LoadError:
+def _failed(path: str | Path, error: OSError) -> LoadError:
     """A file that is gone is gone; whatever else the system says may be otherwise the next time."""
     return LoadError(f"{path}: {error.strerror}", transient=not isinstance(error, FileNotFoundError))
 
@@ -30,7 +30,7 @@ def _failed(path: Path, error: OSError) -> LoadError:
 class BlockFile:
     """A block file open for reading. Stays readable when the file is deleted meanwhile; close it after use."""
 
-    def __init__(self, path: Path, vault: Vault) -> None:
+    def __init__(self, path: str | Path, vault: Vault) -> None:
         self.path = path
         self._secret = vault.secret
         try:
@@ -61,22 +61,27 @@ class BlockFile:
                 head += more
         except OSError as error:
             raise _failed(self.path, error) from error
-        self._in_page_cache = self._seems_cached(size)
+        self._cached = self._seems_cached(size)
         try:
             return parse_header(head[:end], size)
         except LoadError as error:
             raise LoadError(f"{self.path}: {error}") from error
 
     def _seems_cached(self, size: int) -> bool:
-        """Whether the kernel has a few places, spread over the file, in its page cache: then asking it to read
-        ahead costs more than it brings."""
+        """Whether the kernel has the middle and the end of the file in its page cache."""
         if not hasattr(os, "RWF_NOWAIT"):
             return False
         place = bytearray(1)
         try:
-            return all(os.preadv(self._fd, [place], size * n // 4 - 1, os.RWF_NOWAIT) == 1 for n in range(1, 5))
+            return all(os.preadv(self._fd, [place], at, os.RWF_NOWAIT) == 1 for at in (size // 2, size - 1))
         except OSError:  # EAGAIN: it would have to be read; others: the file system can't tell
             return False
+
+    @property
+    def in_page_cache(self) -> bool:
+        """Whether the kernel had the file in its page cache when it was opened, as far as can be told from a few
+        places: then asking for it ahead of use brings nothing."""
+        return self._cached and not is_slow()
 
     def close(self) -> None:
         os.close(self._fd)
@@ -143,7 +148,7 @@ class BlockFile:
 
     def will_need(self, names: Iterable[str]) -> None:
         """Makes the kernel read tensors into its page cache, in the background; returns at once."""
-        if self._in_page_cache or not hasattr(os, "posix_fadvise"):
+        if self.in_page_cache or not hasattr(os, "posix_fadvise"):
             return
         for name in names:
             stored = self.layout.tensors.get(name)
@@ -179,6 +184,7 @@ class DiskTier:
         self._vault = vault
         self._sync = sync
         self.blocks = root / "blocks"
+        self._blocks = str(self.blocks)
         self._partial = root / "partial"
         self._quarantine = root / "quarantine"
 
@@ -187,8 +193,12 @@ class DiskTier:
             make_private_directory(folder)
 
     def path(self, fingerprint: str, key: Key) -> Path:
+        return Path(self._path(fingerprint, key))
+
+    def _path(self, fingerprint: str, key: Key) -> str:
+        """As text: to make a `Path` takes as long as opening the file."""
         name = key.hex()
-        return Path(f"{self.blocks}/{fingerprint}/{name[:2]}/{name}{SUFFIX}")
+        return f"{self._blocks}/{fingerprint}/{name[:2]}/{name}{SUFFIX}"
 
     def open(self, fingerprint: str, key: Key) -> BlockFile:
         """Opens a block for reading; checks that the file is the block it should be.
@@ -196,14 +206,14 @@ class DiskTier:
         Raises:
             LoadError: the file is missing, damaged, or another block's.
         """
-        file = self.open_path(self.path(fingerprint, key))
+        file = self.open_path(self._path(fingerprint, key))
         meta = file.layout.meta
         if meta.key != key or meta.fingerprint != fingerprint:
             file.close()
             raise LoadError(f"{file.path}: the file holds another block ({meta.key.hex()})")
         return file
 
-    def open_path(self, path: Path) -> BlockFile:
+    def open_path(self, path: str | Path) -> BlockFile:
         """Opens whatever block a file says it is.
 
         Raises:

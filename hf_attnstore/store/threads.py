@@ -94,6 +94,38 @@ class IOThreads:
         if closed:
             task()
 
+    def share(self, work: Callable[[], None], helpers: int) -> None:
+        """Runs `work` here, and in up to so many of the threads as are free meanwhile; returns when nobody is at it
+        any more.
+
+        Args:
+            work: does one part after the other until there are none left, whoever else does; must not fail.
+        """
+        changed = threading.Condition()
+        at_it, over = 0, False
+
+        def help_out() -> None:
+            nonlocal at_it
+            with changed:
+                if over:
+                    return
+                at_it += 1
+            try:
+                work()
+            finally:
+                with changed:
+                    at_it -= 1
+                    changed.notify_all()
+
+        for _ in range(min(helpers, self.count)):
+            self.submit(help_out)
+        try:
+            work()
+        finally:
+            with changed:
+                over = True
+                changed.wait_for(lambda: not at_it)
+
     def drain(self) -> None:
         """Returns when every task submitted so far has run. For a single thread only: several do not keep order."""
         done = threading.Event()

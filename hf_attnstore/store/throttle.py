@@ -28,6 +28,11 @@ def slow_disk(bytes_per_second: float) -> Iterator[None]:
         _bandwidth = before
 
 
+def is_slow() -> bool:
+    """Whether this process reads as from a slow disk, whatever there is in the page cache."""
+    return _bandwidth is not None
+
+
 def throttled(nbytes: int) -> None:
     """So many bytes were read: waits until a slow disk would have them, if there is to be one."""
     global _free_at

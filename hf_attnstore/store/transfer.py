@@ -8,14 +8,15 @@ very cores it computes with: one that preempts a thread of a parallel region hol
 interpreter's lock is handed to and fro (measured on two cores: half as long again for a resumed turn; a thread that
 only helps while the consumer waits, or only until it comes for its first stage, costs what it brings too). Asking for
 such a stage only makes the kernel read its files into the page cache, and the consumer itself reads or copies
-them into place when it gets there. For targets on a device the I/O threads do everything.
+them into place when it gets there. Before it computes at all the cores are free, though: where the page cache has all
+files, so that there is nothing to wait for beside computing, everything is read at once then, by all that can help.
+For targets on a device the I/O threads do everything.
 """
 
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
@@ -26,40 +27,20 @@ from ..timeline import Time
 from .device_times import DeviceTimes
 from .devices import DeviceCopies, host_tensors
 from .disk import BlockFile
+from .groups import Group
 from .keys import Key
-from .placing import Rows, read_adjacent
-from .stages import Joint, Source, Stage, Ways
+from .load_stats import LoadStats
+from .placing import read_adjacent
+from .stages import FilePiece, Source, Stage, Ways
 from .threads import IOThreads
 
+WORTH_SHARING = 4 << 20
+"""Bytes of files from which on it pays to have them read by several threads."""
 
-@dataclass
-class LoadStats:
-    """What a load has done so far."""
 
-    bytes: int = 0
-    """Bytes put in place."""
-    seconds: float = 0.0
-    """Time spent reading and copying, summed over I/O threads."""
-    blocks_from: Counter[str] = field(default_factory=Counter)
-    """Number of blocks by tier."""
-    bytes_from: Counter[str] = field(default_factory=Counter)
-    """`bytes` by tier."""
-    seconds_from: dict[str, float] = field(default_factory=dict)
-    """`seconds` by tier."""
-
-    def add(self, seconds: float, bytes_from: Mapping[str, int], reading: Mapping[str, float]) -> None:
-        """Adds a part of a load that took so long, of which some tiers are known to have taken a share by themselves;
-        what is left went by the others."""
-        self.seconds += seconds
-        for tier, nbytes in bytes_from.items():
-            self.bytes += nbytes
-            self.bytes_from[tier] += nbytes
-        others = {tier: nbytes for tier, nbytes in bytes_from.items() if tier not in reading}
-        left = seconds - (sum(reading.values()) if others else 0.0)
-        for tier, nbytes in bytes_from.items():
-            share = nbytes / max(sum((others or bytes_from).values()), 1)
-            taken = reading[tier] if others and tier in reading else left * share
-            self.seconds_from[tier] = self.seconds_from.get(tier, 0.0) + taken
+def cores_to_spare() -> int:
+    """How many threads can help the consumer as long as it does not compute."""
+    return torch.get_num_threads() - 1
 
 
 class LoadRecorder(Protocol):
@@ -185,55 +166,131 @@ class Load:
 
     # on the consumer's thread
 
+    def preload(self) -> float:
+        """Puts everything in place at once, with the help of the I/O threads, where that is faster than to bring stage
+        after stage: what is for host memory, and in files that the page cache has.
+
+        Returns:
+            The seconds that took, 0 where it is left to `wait`.
+
+        Raises:
+            LoadError: a block could not be read; what was to be loaded is not usable.
+        """
+        files = self._files.values()
+        if sum(file.layout.file_bytes for file in files) < WORTH_SHARING:
+            return 0.0
+        if not all(self._here) or not all(file.in_page_cache for file in files):
+            return 0.0
+        began = time.perf_counter()
+        self._requested = len(self._stages)
+        try:
+            groups = self._groups()
+        except LoadError as error:
+            self._fail(error)
+            raise
+        pieces = deque((group, piece) for group in groups for piece in group.ways.files)
+        self._threads.share(partial(self._read_all, pieces), cores_to_spare())
+        reading = time.perf_counter() - began
+        tiers = {file.tier for group in groups for file in group.ways.files}
+        self._complete(groups, began, {tier: reading / len(tiers) for tier in tiers})
+        if self.error is not None:
+            raise self.error
+        return time.perf_counter() - began
+
+    def _groups(self) -> list[Group]:
+        """All stages, as they are put in place together."""
+        groups: list[Group] = []
+        number = 0
+        while number < len(self._stages):
+            groups.append(self._group(number))
+            number += len(groups[-1].stages)
+        return groups
+
+    def _read_all(self, pieces: "deque[tuple[Group, FilePiece]]") -> None:
+        """Reads pieces until there are none left. Any number of threads may be at it."""
+        while self.error is None:
+            try:
+                group, file = pieces.popleft()
+            except IndexError:
+                return
+            try:
+                group.read(file)
+            except Exception as error:
+                self._fail(error, file.piece.key)
+            except BaseException:
+                pieces.clear()  # interrupted: nobody needs the rest
+                raise
+
     def _fetch(self, number: int) -> None:
         """Puts a stage in place in host memory. Interrupted, it counts as not done and starts again."""
         began = time.perf_counter()
-        stage, joint = self._stages[number], self._joint(number)
-        numbers = range(number, number + (joint.stages if joint is not None else 1))
-        stages = [self._stages[place] for place in numbers]
         key = b""
         reading: dict[str, float] = {}
-        states: dict[str, torch.Tensor] = {}
         try:
-            ways = self._ways.get(id(stage.pieces))
-            if ways is None:
-                ways = self._ways[id(stage.pieces)] = Ways(stage.pieces, self._sources)
-            rows = Rows({name: t for each in stages for name, t in each.targets.items()}) if ways.files else None
-            for piece, tier, file, first in ways.files:
-                key, started = piece.key, time.perf_counter()
-                assert rows is not None
-                rows.read(file, piece.start, piece.stop, first)
-                reading[tier] = reading.get(tier, 0.0) + time.perf_counter() - started
-            if stage.whole:
-                key = stage.checkpoint
-                states = self._whole_tensors(stage)
-        except LoadError as error:
-            self.error = error
-            if key:
-                self._on_failure(key, error)
-            return
+            group = self._group(number)
+            for file in group.ways.files:
+                key, started = file.piece.key, time.perf_counter()
+                group.read(file)
+                reading[file.tier] = reading.get(file.tier, 0.0) + time.perf_counter() - started
         except Exception as error:
+            self._fail(error, key)
+        else:
+            self._complete([group], began, reading)
+
+    def _complete(self, groups: Sequence[Group], began: float, reading: Mapping[str, float]) -> None:
+        """Puts in place what is not to be read from blocks' files, where there was no error so far.
+
+        Args:
+            began: when that was begun, on the clock of `time.perf_counter`.
+            reading: seconds of reading files, by tier.
+        """
+        bytes_from: Counter[str] = Counter()
+        for group in groups if self.error is None else ():
+            stage = group.stages[0]
+            states: dict[str, torch.Tensor] = {}
+            if stage.whole:
+                try:
+                    states = self._whole_tensors(stage)
+                except Exception as error:
+                    self._fail(error, stage.checkpoint)
+                    return
+            group.join()
+            for name, state in states.items():
+                stage.whole[name].copy_(state)
+                bytes_from[self._sources[stage.checkpoint][0]] += stage.whole[name].nbytes
+            for each in group.stages:
+                each.finish()
+            bytes_from.update(group.bytes_from())
+        if self.error is None:
+            count = sum(len(group.stages) for group in groups)
+            for number in range(groups[0].number, groups[0].number + count):
+                self._in_place[number] = True
+            self._account(groups[0].number, time.perf_counter() - began, bytes_from, reading, count)
+
+    def _group(self, number: int) -> Group:
+        """What is put in place together with a stage: it and those that it is joined with, if none of them is there.
+
+        Raises:
+            LoadError: a block in memory is not what its name says.
+        """
+        stage = self._stages[number]
+        ways = self._ways.get(id(stage.pieces))
+        if ways is None:
+            ways = self._ways[id(stage.pieces)] = Ways(stage.pieces, self._sources)
+        joint = stage.joint
+        if joint is not None and any(self._in_place[number : number + joint.stages]):
+            joint = None
+        count = joint.stages if joint is not None else 1
+        return Group(number, self._stages[number : number + count], ways, joint)
+
+    def _fail(self, error: Exception, key: Key = b"") -> None:
+        """Nothing more is loaded, for this reason; the store is told of the block."""
+        if not isinstance(error, LoadError):  # a thread that dies would leave the model waiting for ever
             self.error = LoadError(f"reading block {key.hex()} failed: {error!r}")
             return
-        if joint is None or not joint.join(ways.runs):
-            for each in stages:
-                each.join(ways.runs)
-        for name, state in states.items():
-            stage.whole[name].copy_(state)
-        for place, each in zip(numbers, stages, strict=True):
-            each.finish()
-            self._in_place[place] = True
-        token_bytes = sum(each.token_bytes for each in stages)
-        bytes_from = {tier: tokens * token_bytes for tier, tokens in ways.tokens_from.items()}
-        if states:
-            tier = self._sources[stage.checkpoint][0]
-            bytes_from[tier] = bytes_from.get(tier, 0) + sum(target.nbytes for target in stage.whole.values())
-        self._account(number, time.perf_counter() - began, bytes_from, reading, len(stages))
-
-    def _joint(self, number: int) -> Joint | None:
-        """What a stage is put in place by together with those after it, as long as none of them is there."""
-        joint = self._stages[number].joint
-        return joint if joint is not None and not any(self._in_place[number : number + joint.stages]) else None
+        self.error = error
+        if key:
+            self._on_failure(key, error)
 
     def _whole_tensors(self, stage: Stage) -> dict[str, torch.Tensor]:
         """The tensors of a stage's checkpoint, in host memory."""
@@ -301,11 +358,8 @@ class Load:
             if not self._cancelled and self.error is None:
                 nbytes = bring()
                 self._account(number, time.perf_counter() - began, {self._sources[key][0]: nbytes}, {})
-        except LoadError as error:
-            self.error = error
-            self._on_failure(key, error)
-        except Exception as error:  # a thread that dies would leave the model waiting for ever
-            self.error = LoadError(f"reading block {key.hex()} failed: {error!r}")
+        except Exception as error:
+            self._fail(error, key)
         finally:
             with self._idle:
                 self._remaining[number] -= 1

@@ -22,10 +22,13 @@ PROMPTS = (45, 9, 30, 1)
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("tier", ["memory", "disk"])
+@pytest.mark.parametrize("tier", ["memory", "disk", "disk at once"])
 def test_turns_from_a_tier_have_the_logits_of_a_kept_dynamic_cache(
-    family: str, dtype: torch.dtype, tier: str, store: AttentionStore
+    family: str, dtype: torch.dtype, tier: str, store: AttentionStore, request: pytest.FixtureRequest
 ) -> None:
+    if tier == "disk at once":
+        request.getfixturevalue("at_once")
+        tier = "disk"
     model, reference = make_model(family, dtype), Reference(make_model(family, dtype))
     sequence = tokens(0)
     known = 0

@@ -43,9 +43,18 @@ def files_in_order(store: AttentionStore, session: str) -> list[Path]:
 @pytest.mark.parametrize("keep_lock", [None, "alice"], ids=["by content", "session"])
 @pytest.mark.parametrize("which", [0, 2, -1], ids=["first", "middle", "last"])
 @pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("together", [False, True], ids=["layer by layer", "at once"])
 def test_a_damaged_block_is_recomputed_with_a_warning_and_put_aside(
-    damage: str, which: int, keep_lock: str | None, store: AttentionStore, log: pytest.LogCaptureFixture
+    damage: str,
+    which: int,
+    keep_lock: str | None,
+    together: bool,
+    store: AttentionStore,
+    log: pytest.LogCaptureFixture,
+    request: pytest.FixtureRequest,
 ) -> None:
+    if together:
+        request.getfixturevalue("at_once")
     model, other = make_model(), make_model()
     sequence = turn(model, tokens(70), AttentionStoreCache(model, "alice", store)).sequences
     store.drop_memory()
