@@ -97,6 +97,9 @@ class Fingerprint:
         self._lock = threading.Lock()  # threads may be under different autocast, and must not get each other's
         self._watch = Watch()
         self._marks: Any = None
+        self.changes = 0
+        """How often `current` has found that something is not as it was: as long as this stays the same, the weights'
+        tensors are the same ones, in the same places."""
         self._parameters: list[tuple[int, Any]] = []
         self._content = ""
         self._salt = ""
@@ -122,6 +125,7 @@ class Fingerprint:
     def _current(self) -> str:
         marks, parameters = self._watch.look(self.model, self._unusual)
         if marks != self._marks:
+            self.changes += 1
             if self._failure is not None and self._failure[0] == marks:
                 raise ValueError(self._failure[1])
             found = self._unusual

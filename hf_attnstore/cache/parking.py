@@ -52,6 +52,8 @@ class Parked:
     checkpoints: dict[int, Key]
     places: frozenset[torch.device]
     """Where the model was."""
+    changes: int
+    """How often the model had been found to have changed."""
     donor: "weakref.ref[ParkingCache]"
     donor_held: int
     """How many tokens of the buffers whoever has the donor can see."""
@@ -81,9 +83,13 @@ class Parked:
         """The ids `[tokens]` of the whole conversation, those dropped from the window included."""
         return self.view.whole(self.ids)
 
-    def problem(self, model: nn.Module) -> str:
-        """Why it can't be gone on with; empty if it can."""
-        if self.places != _places(model):
+    def problem(self, model: nn.Module, changes: int) -> str:
+        """Why it can't be gone on with; empty if it can.
+
+        Args:
+            changes: of the model, by now.
+        """
+        if self.changes != changes and self.places != _places(model):
             return "the model was moved to other devices"
         if self.versions != _versions(self.layers):
             return "its tensors were written to from outside"
@@ -145,6 +151,7 @@ class ParkingCache(CacheChoices):
             states_at=self._states_at,
             checkpoints={tokens: key for tokens, key in self._checkpoints.items() if tokens <= length},
             places=_places(self._model),
+            changes=self._attachment.fingerprint.changes,
             donor=weakref.ref(self),
             donor_held=self._held,
         )
@@ -215,7 +222,7 @@ class ParkingCache(CacheChoices):
         taken = tier.take(best[1])
         if taken is None:
             return
-        problem = taken.problem(self._model)
+        problem = taken.problem(self._model, self._attachment.fingerprint.changes)
         if problem:
             self._refuse(tier, best[1], problem, "not as it was parked")
             return

@@ -542,13 +542,19 @@ def test_a_model_that_was_moved_is_not_given_tensors_of_elsewhere(
     model, reference = make_model(), Reference(make_model())
     first = turn(model, tokens(40), AttentionStoreCache(model, "alice", store))
     reference.turn(tokens(40))
-    (entry,) = store.device_tier.entries(model._attnstore_attachment.parked, "alice")
-    entry.content.places = frozenset({torch.device("cuda:7")})
     prompt = follow_up(first.sequences, 9, seed=1)
-    cache = AttentionStoreCache(model, "alice", store)
-    assert_same(turn(model, prompt, cache), reference.turn(prompt))
-    assert_reused(cache, prompt, 45)
-    assert cache.stats.loaded_bytes > 0
+    for elsewhere in (False, True):
+        (entry,) = store.device_tier.entries(model._attnstore_attachment.parked, "alice")
+        if elsewhere:
+            entry.content.places = frozenset({torch.device("cuda:7")})
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()  # the same weights somewhere else, on this device or from another
+        cache = AttentionStoreCache(model, "alice", store)
+        expected = reference.turn(prompt)
+        assert_same(turn(model, prompt, cache), expected)
+        assert_reused(cache, prompt, prompt.shape[1] - 9 - 1)
+        assert (cache.stats.loaded_bytes > 0) == elsewhere
+        prompt = follow_up(expected.sequences, 9, seed=2)
 
 
 def test_a_turn_that_nothing_identifies_parks_nothing_and_takes_nothing(store: AttentionStore) -> None:
