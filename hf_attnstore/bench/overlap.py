@@ -48,7 +48,7 @@ class Way:
 FIRST, ONE, MEASURED, ALL, THREADS, FETCHED, MEMORY = (
     Way("first", "no overlap", "everything is loaded before the first layer computes", Overlap(load_first=True)),
     Way("one", "one layer ahead", "layer by layer, without a pre-load buffer", Overlap(depth=1)),
-    Way("measured", "as it comes", "layer by layer, as many layers ahead as the measured pace asks for"),
+    Way("measured", "as it comes", "as far ahead as the measured pace asks for; all first where the page cache has it"),
     Way("all", "all layers asked for", "layer by layer, all of them asked for at once", Overlap(depth=1 << 20)),
     Way(
         "threads", "I/O threads", "the same, read by I/O threads as it is for a device",
