@@ -112,11 +112,15 @@ class Load:
         self._here = [False for _ in self._stages]
 
     def request(self, stage: int) -> None:
-        """Asks for every stage up to and including `stage`; returns at once."""
-        while self._requested <= min(stage, len(self._stages) - 1):
+        """Asks for every stage up to and including `stage`, and for those that are put in place together with it;
+        returns at once."""
+        last = min(stage, len(self._stages) - 1)
+        while self._requested <= last:
             number = self._requested
             self._requested += 1
             wanted = self._stages[number]
+            if wanted.joint is not None:
+                last = max(last, number + wanted.joint.stages - 1)
             if self._here[number]:
                 for key in wanted.needs() if self._files else ():
                     if key in self._files:

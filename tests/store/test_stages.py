@@ -156,3 +156,27 @@ def test_the_kernel_is_asked_for_every_stage_that_is_requested(
         assert asked[3:] == [["layers.1.keys"]] * 3
     finally:
         running.finish()
+
+
+def test_what_is_put_in_place_together_is_asked_for_together(
+    store: AttentionStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain = make_chain(list(range(8)), 4)
+    save(store, chain, "alice")
+    store.flush()
+    store.drop_memory()
+    asked: list[list[str]] = []
+    monkeypatch.setattr(BlockFile, "will_need", lambda self, names: asked.append(list(names)))
+    target = torch.zeros(len(NAMES) * store_blocks.HEADS, 8, store_blocks.DIM)
+    parts = dict(zip(NAMES, target.split(store_blocks.HEADS), strict=True))
+    pieces = [Piece(block.meta.key, 0, 4) for block in chain]
+    stages = [Stage(pieces, {name: parts[name] for name in names}) for names in (NAMES[:2], NAMES[2:])]
+    stages[0].joint = Joint(NAMES, target, 2)
+    running = store.load(stages)
+    try:
+        running.request(0)
+        assert asked == [list(NAMES[:2])] * 2 + [list(NAMES[2:])] * 2
+        running.request(1)
+        assert len(asked) == 4
+    finally:
+        running.finish()
