@@ -4,7 +4,7 @@ The version counter, the address and a few values of every tensor; settings, ada
 """
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ class Watch:
         """
         settings = self._settings(model)
         varying = self._varying
-        known, seen = self._peepholes, _Seen()
+        seen = _Seen(self._peepholes)
         versions: Versions = []
         adapters: list[Any] = []
         modules = [model]
@@ -55,30 +55,9 @@ class Watch:
                 for name, tensor in tensors.items():
                     if tensor is None or (varying and name.endswith("inv_freq")):
                         continue
-                    version: Any
-                    hole = known.get(id(tensor))
-                    if hole is not None and hole.fits(tensor):  # as nearly always
-                        version = seen.note_through(hole, id(tensor), tensor._version)
-                        seen.peepholes[id(tensor)] = hole
-                        if tensors is module._parameters:
-                            versions.append((id(tensor), version))
-                        continue
-                    if tensor.is_meta:
-                        held = offloaded_in_memory(module, name)
-                        if held is None:
-                            seen.marks.append(name)
-                            continue
-                        tensor = held
-                    if tensor.is_quantized:
-                        version = tensor._version
-                        seen.marks.append((id(tensor), version, tensor.data_ptr()))
-                    elif type(tensor) in (nn.Parameter, torch.Tensor):
-                        version = seen.note(tensor, id(tensor))
-                    else:
-                        version = seen.note_parts(plain_parts("", tensor))
-                        seen.note_parts(attribute_parts("", tensor))
-                    if tensors is module._parameters:
-                        versions.append((id(tensor), version))
+                    version = seen.note_again(tensor) or seen.note_own(module, name, tensor)
+                    if version is not None and tensors is module._parameters:
+                        versions.append(version)
         for reference in unusual:
             more = reference()
             if more is not None:
@@ -101,11 +80,40 @@ class Watch:
 class _Seen:
     """What was seen of tensors."""
 
-    def __init__(self) -> None:
+    def __init__(self, known: Mapping[int, Peephole]) -> None:
+        self._known = known
+        """Of tensors that were there at the last look, by identity."""
         self.marks: list[Any] = []
         self.device_types: set[str] = set()
         self.peepholes: dict[int, Peephole] = {}
+        """For the next look."""
         self._samples: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+
+    def note_again(self, tensor: torch.Tensor) -> tuple[int, int] | None:
+        """Looks at a tensor that is what and where it was at the last look, as nearly all are; returns its identity and
+        its version counter. None if it is another, or one that is looked at in another way."""
+        hole = self._known.get(id(tensor))
+        if hole is None or not hole.fits(tensor):
+            return None
+        return id(tensor), self._note_through(hole, id(tensor), tensor._version)
+
+    def note_own(self, module: nn.Module, name: str, tensor: torch.Tensor) -> tuple[int, Any] | None:
+        """Looks at whatever a module has under a name; returns its identity and its version counters. None if there is
+        nothing to be seen of it."""
+        if tensor.is_meta:
+            held = offloaded_in_memory(module, name)
+            if held is None:
+                self.marks.append(name)
+                return None
+            tensor = held
+        if tensor.is_quantized:
+            self.marks.append((id(tensor), tensor._version, tensor.data_ptr()))
+            return id(tensor), tensor._version
+        if type(tensor) in (nn.Parameter, torch.Tensor):
+            return id(tensor), self.note(tensor, id(tensor))
+        version = self.note_parts(plain_parts("", tensor))
+        self.note_parts(attribute_parts("", tensor))
+        return id(tensor), version
 
     def note(self, tensor: torch.Tensor, identity: int) -> int:
         """Looks at a plain tensor; returns its version counter."""
@@ -115,17 +123,16 @@ class _Seen:
             version = -1
         hole = peephole(tensor)
         if hole is not None:
-            if identity and version >= 0:
-                self.peepholes[identity] = hole
-            return self.note_through(hole, identity, version)
+            return self._note_through(hole, identity, version)
         self.marks.append((identity, version, tensor.data_ptr()))
         tensor = comparable(tensor)
         self.device_types.add(tensor.device.type)
         self._samples.setdefault((tensor.device, tensor.dtype), []).append(few_values(tensor))
         return version
 
-    def note_through(self, hole: Peephole, identity: int, version: int) -> int:
-        """Notes a plain tensor on the CPU; returns its version counter."""
+    def _note_through(self, hole: Peephole, identity: int, version: int) -> int:
+        if identity and version >= 0:
+            self.peepholes[identity] = hole
         self.marks.append((identity, version, hole.address, hole.read()))
         self.device_types.add("cpu")
         return version

@@ -30,7 +30,12 @@ def few_values(tensor: torch.Tensor) -> torch.Tensor:
     values = tensor.numel()
     if values < _QUICK_VALUES:
         return tensor.detach().reshape(-1)
-    return tensor.as_strided((_QUICK_VALUES,), ((values - 1) // (_QUICK_VALUES - 1),))
+    return tensor.as_strided((_QUICK_VALUES,), (_distance(values),))
+
+
+def _distance(values: int) -> int:
+    """Of a few values, of so many that lie one after the other."""
+    return (values - 1) // (_QUICK_VALUES - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +70,7 @@ def peephole(tensor: torch.Tensor) -> Peephole | None:
         return None
     size, nbytes = tensor.itemsize, tensor.nbytes
     memory = memoryview((c_uint8 * nbytes).from_address(address))
-    step = (count - 1) // (_QUICK_VALUES - 1) * size
-    values: np.ndarray = np.ndarray((_QUICK_VALUES,), f"V{size}", memory, strides=(step,))
+    values: np.ndarray = np.ndarray((_QUICK_VALUES,), f"V{size}", memory, strides=(_distance(count) * size,))
     return Peephole(weakref.ref(tensor), address, nbytes, values)
 
 

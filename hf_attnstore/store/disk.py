@@ -184,7 +184,6 @@ class DiskTier:
         self._vault = vault
         self._sync = sync
         self.blocks = root / "blocks"
-        self._blocks = str(self.blocks)
         self._partial = root / "partial"
         self._quarantine = root / "quarantine"
 
@@ -198,7 +197,7 @@ class DiskTier:
     def _path(self, fingerprint: str, key: Key) -> str:
         """As text: to make a `Path` takes as long as opening the file."""
         name = key.hex()
-        return f"{self._blocks}/{fingerprint}/{name[:2]}/{name}{SUFFIX}"
+        return f"{self.blocks}/{fingerprint}/{name[:2]}/{name}{SUFFIX}"
 
     def open(self, fingerprint: str, key: Key) -> BlockFile:
         """Opens a block for reading; checks that the file is the block it should be.

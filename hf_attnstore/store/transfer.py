@@ -196,7 +196,8 @@ class Load:
         self._threads.share(partial(self._read_all, pieces), cores_to_spare())
         reading = time.perf_counter() - began
         tiers = {file.tier for group in groups for file in group.ways.files}
-        self._complete(groups, began, {tier: reading / len(tiers) for tier in tiers})
+        if self.error is None:
+            self._complete(groups, began, {tier: reading / len(tiers) for tier in tiers})
         if self.error is not None:
             raise self.error
         return time.perf_counter() - began
@@ -242,14 +243,14 @@ class Load:
             self._complete([group], began, reading)
 
     def _complete(self, groups: Sequence[Group], began: float, reading: Mapping[str, float]) -> None:
-        """Puts in place what is not to be read from blocks' files, where there was no error so far.
+        """Puts in place what is not read from blocks' files, all of which has been: then the stages are complete.
 
         Args:
             began: when that was begun, on the clock of `time.perf_counter`.
             reading: seconds of reading files, by tier.
         """
         bytes_from: Counter[str] = Counter()
-        for group in groups if self.error is None else ():
+        for group in groups:
             stage = group.stages[0]
             states: dict[str, torch.Tensor] = {}
             if stage.whole:
@@ -265,11 +266,9 @@ class Load:
             for each in group.stages:
                 each.finish()
             bytes_from.update(group.bytes_from())
-        if self.error is None:
-            count = sum(len(group.stages) for group in groups)
-            for number in range(groups[0].number, groups[0].number + count):
-                self._in_place[number] = True
-            self._account(groups[0].number, time.perf_counter() - began, bytes_from, reading, count)
+        first, count = groups[0].number, sum(len(group.stages) for group in groups)
+        self._in_place[first : first + count] = [True] * count
+        self._account(first, time.perf_counter() - began, bytes_from, reading, count)
 
     def _group(self, number: int) -> Group:
         """What is put in place together with a stage: it and those that it is joined with, if none of them is there.

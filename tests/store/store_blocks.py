@@ -47,14 +47,28 @@ def save(store: AttentionStore, chain: list[Block], session: str | None = None) 
         store.commit(session, FINGERPRINT, Manifest(rows, length=sum(row.stop for row in rows)))
 
 
-def load(store: AttentionStore, chain: list[Block]) -> list[dict[str, torch.Tensor]]:
-    """Loads whole blocks, one stage for each layer; raises what the load raises."""
+def on_disk_only(store: AttentionStore, ids: list[int], size: int) -> list[Block]:
+    """A chain that is saved, and that memory does not have."""
+    chain = make_chain(ids, size)
+    save(store, chain, "alice")
+    store.flush()
+    store.drop_memory()
+    return chain
+
+
+def stages_of(chain: list[Block]) -> list[Stage]:
+    """What loads whole blocks into zeros, one stage for each layer."""
     pieces = [Piece(block.meta.key, 0, block.meta.token_count) for block in chain]
     names = [[f"layers.{layer}.{name}" for name in ("keys", "values")] for layer in range(LAYERS)]
-    stages = [
+    return [
         Stage(pieces, {name: torch.cat([block.tensors[name] for block in chain], dim=1).zero_() for name in layer})
         for layer in names
     ]
+
+
+def load(store: AttentionStore, chain: list[Block]) -> list[dict[str, torch.Tensor]]:
+    """Loads whole blocks, one stage for each layer; raises what the load raises."""
+    stages = stages_of(chain)
     parts = [stage.parts() for stage in stages]
     targets = [{name: t for part in parts for name, t in part[place].items()} for place in range(len(chain))]
     running = store.load(stages)

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import store_blocks
 import torch
-from store_blocks import make_chain, save
+from store_blocks import on_disk_only, stages_of
 
 from hf_attnstore import AttentionStore
 from hf_attnstore.errors import LoadError
 from hf_attnstore.store import transfer
 from hf_attnstore.store.blocks import Block
 from hf_attnstore.store.disk import BlockFile
-from hf_attnstore.store.stages import Piece, Stage
+from hf_attnstore.store.stages import Stage
 from hf_attnstore.store.threads import IOThreads
 from hf_attnstore.store.throttle import slow_disk
 from hf_attnstore.store.transfer import Load
@@ -26,28 +27,16 @@ HELPERS = 2
 
 
 @pytest.fixture
+def store(tmp_path: Path) -> Iterator[AttentionStore]:
+    """With as many I/O threads as are to help, however few cores there are."""
+    with AttentionStore(tmp_path / "store", block_size=16, io_threads=HELPERS) as opened:
+        yield opened
+
+
+@pytest.fixture
 def chain(store: AttentionStore, at_once: None) -> list[Block]:
     """Five blocks, on disk only."""
-    chain = make_chain(list(range(19)), 4)
-    save(store, chain, "alice")
-    store.flush()
-    store.drop_memory()
-    return chain
-
-
-def stages_of(chain: list[Block]) -> list[Stage]:
-    pieces = [Piece(block.meta.key, 0, block.meta.token_count) for block in chain]
-    tokens = sum(piece.tokens for piece in pieces)
-    return [
-        Stage(
-            pieces,
-            {
-                f"layers.{layer}.{name}": torch.zeros(store_blocks.HEADS, tokens, store_blocks.DIM)
-                for name in ("keys", "values")
-            },
-        )
-        for layer in range(store_blocks.LAYERS)
-    ]
+    return on_disk_only(store, list(range(19)), 4)
 
 
 def in_place(stages: list[Stage], chain: list[Block]) -> bool:
@@ -179,7 +168,7 @@ def test_an_interrupt_leaves_nobody_reading(store: AttentionStore, chain: list[B
 
     def interrupt() -> None:
         assert helping.wait(LONG)
-        interrupted.set()
+        threading.Timer(0.2, interrupted.set).start()  # not before this thread has let go of the rest
         raise KeyboardInterrupt
 
     def help_out() -> None:

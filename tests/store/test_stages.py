@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import store_blocks
 import torch
-from store_blocks import make_chain, save
+from store_blocks import make_chain, on_disk_only
 
 from hf_attnstore import AttentionStore
 from hf_attnstore.errors import LoadError
@@ -133,16 +133,17 @@ def test_stages_that_lie_together_are_put_in_place_once(
         running.finish()
 
 
-def test_the_kernel_is_asked_for_every_stage_that_is_requested(
-    store: AttentionStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """What the kernel is asked to read ahead, file by file."""
+    found: list[list[str]] = []
+    monkeypatch.setattr(BlockFile, "will_need", lambda self, names: found.append(list(names)))
+    return found
+
+
+def test_the_kernel_is_asked_for_every_stage_that_is_requested(store: AttentionStore, asked: list[list[str]]) -> None:
     """Whatever it has already: only a file knows that, and benches stand in for it."""
-    chain = make_chain(list(range(12)), 4)
-    save(store, chain, "alice")
-    store.flush()
-    store.drop_memory()
-    asked: list[list[str]] = []
-    monkeypatch.setattr(BlockFile, "will_need", lambda self, names: asked.append(list(names)))
+    chain = on_disk_only(store, list(range(12)), 4)
     pieces = [Piece(block.meta.key, 0, 4) for block in chain]
     stages = [
         Stage(pieces, {f"layers.{layer}.keys": torch.zeros(store_blocks.HEADS, 12, store_blocks.DIM)})
@@ -158,15 +159,8 @@ def test_the_kernel_is_asked_for_every_stage_that_is_requested(
         running.finish()
 
 
-def test_what_is_put_in_place_together_is_asked_for_together(
-    store: AttentionStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    chain = make_chain(list(range(8)), 4)
-    save(store, chain, "alice")
-    store.flush()
-    store.drop_memory()
-    asked: list[list[str]] = []
-    monkeypatch.setattr(BlockFile, "will_need", lambda self, names: asked.append(list(names)))
+def test_what_is_put_in_place_together_is_asked_for_together(store: AttentionStore, asked: list[list[str]]) -> None:
+    chain = on_disk_only(store, list(range(8)), 4)
     target = torch.zeros(len(NAMES) * store_blocks.HEADS, 8, store_blocks.DIM)
     parts = dict(zip(NAMES, target.split(store_blocks.HEADS), strict=True))
     pieces = [Piece(block.meta.key, 0, 4) for block in chain]
