@@ -289,8 +289,9 @@ class ChatSession:
                 **kwargs,
             )
             finished = True
-            # with a device tier, that decides whose KV stays on the device
-            self._cache = cache if self.reuse and not self.store.device_tier.capacity else None
+            # who asked for a device tier has it decide whose KV stays on the device
+            tier = self.store.device_tier
+            self._cache = cache if self.reuse and (tier.host_only or not tier.capacity) else None
         finally:
             self._timeline = list(cache.timeline)
             if run.ids:

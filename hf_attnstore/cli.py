@@ -60,7 +60,9 @@ Memory = Annotated[
 Disk = Annotated[str, typer.Option(help="Disk space for KV, such as 100GiB.")]
 OnDevice = Annotated[
     str,
-    typer.Option(help="KV that stays on the device between turns, such as 4GiB, for the conversations used last."),
+    typer.Option(
+        help="KV that stays on the device between turns, such as 4GiB, for the conversations used last; auto: on a CPU."
+    ),
 ]
 Dtype = Annotated[str, typer.Option(help="Such as bfloat16 or float32; auto is what the checkpoint has.")]
 
@@ -104,7 +106,7 @@ def chat(
     sample: Annotated[bool, typer.Option(help="Sample answers instead of taking the likeliest token.")] = False,
     memory: Memory = "2GiB",
     disk: Disk = "50GiB",
-    on_device: OnDevice = "0",
+    on_device: OnDevice = "auto",
     device: Device = None,
     dtype: Dtype = "auto",
 ) -> None:

@@ -117,7 +117,7 @@ def measure(
     cells = []
     with tempfile.TemporaryDirectory(prefix="attnstore-gate-", dir=folder) as place:
         prompts = {history: random_ids(model, history, (seed, history)) for history in histories}
-        with AttentionStore(place, memory="8GiB") as store:
+        with AttentionStore(place, memory="8GiB", device=0) as store:
             for history, ids in prompts.items():
                 progress(f"computing {history:,} tokens to keep")
                 timed_generate(model, ids, 0, lambda: AttentionStoreCache(model, store=store, drop=0, gate=False))

@@ -115,7 +115,7 @@ class StoreDevice(Method):
     """This library, with all KV where the turn before left it, in layers with room for what is new."""
 
     key = "device"
-    title = "store, from the device tier"
+    title = "store, left in place"
 
     def prepare(self) -> None:
         setting = self.setting

@@ -162,7 +162,9 @@ class Bench:
         self.history = random_ids(model, history, (seed, history))
         kept = baselines.filled_cache(model, self.history)
         nbytes = baselines.kv_bytes(kept)
-        self.store = AttentionStore(folder / "store", memory=memory_cap(2 * nbytes), disk="1TiB", block_size=block_size)
+        self.store = AttentionStore(
+            folder / "store", memory=memory_cap(2 * nbytes), disk="1TiB", device=0, block_size=block_size
+        )
         self.setting = Setting(
             model=model, ids=self.history, history=history, decode=decode, folder=folder, store=self.store, kept=kept,
             kv_bytes=nbytes, evictions=[],

@@ -236,7 +236,8 @@ def _turns(result: Result) -> TableRows:
             "TTFT: from the call to the first new token, making the cache or reading a file included. "
             "Load: summed over I/O threads for the store; exposed: what compute had to wait for. "
             "Page faults: in that time; thousands mean that memory came fresh from the system instead of being used "
-            "again.",
+            "again. Left in place: by the device tier, as a store does without being asked on a CPU, for the "
+            "conversations used last; from memory: of a store without one.",
             *([] if not measured.evictions else [_eviction_note(measured)]),
         ),
     )

@@ -11,7 +11,7 @@ That the bytes are still those that were parked is checked by the tensors' versi
 
 import logging
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,12 +73,6 @@ class Parked:
             yield from _tensors(layer.__dict__)
 
     @property
-    def nbytes(self) -> int:
-        """Bytes allocated for the tensors, their spare capacity included."""
-        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in self.tensors()}
-        return sum(storage.nbytes() for storage in storages.values())
-
-    @property
     def conversation(self) -> np.ndarray:
         """The ids `[tokens]` of the whole conversation, those dropped from the window included."""
         return self.view.whole(self.ids)
@@ -124,7 +118,7 @@ class ParkingCache(CacheChoices):
         if self._store is None or not self.parks or not self._ranks.alone:
             return None
         tier = self._store.device_tier
-        return tier if tier.capacity else None
+        return tier if tier.capacity and (self._attachment.computes_on_cpu or not tier.host_only) else None
 
     # parking
 
@@ -136,6 +130,9 @@ class ParkingCache(CacheChoices):
             return
         if not self._saving and tier.forgotten != self._forgotten:
             return  # nobody holds the session for who only reads: it may have been deleted meanwhile
+        nbytes = _allocated(self.layers)
+        if nbytes < tier.least:
+            return
         try:
             layers = [_twin(layer) for layer in self.layers]
         except _UnknownError as unknown:
@@ -156,9 +153,7 @@ class ParkingCache(CacheChoices):
             donor_held=self._held,
         )
         assert self._store is not None
-        self._parked = tier.park(
-            self._attachment.parked, self.session, parked.nbytes, parked, namespace=self._store.namespace
-        )
+        self._parked = tier.park(self._attachment.parked, self.session, nbytes, parked, namespace=self._store.namespace)
 
     def _parkable(self) -> int:
         """How many of the leading tokens held may be parked: those that were handed over to the store, and identified;
@@ -315,6 +310,12 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(item)
     elif isinstance(value, Track) and value.buffer is not None:
         yield value.buffer
+
+
+def _allocated(layers: Sequence[KeptLayer]) -> int:
+    """Bytes allocated for the tensors of layers, their spare capacity included."""
+    storages = [tensor.untyped_storage() for layer in layers for tensor in _tensors(layer.__dict__)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def _copy_states(layer: KeptLayer, *, watched_only: bool = False) -> None:

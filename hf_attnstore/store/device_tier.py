@@ -65,9 +65,13 @@ class DeviceTier:
     takes an entry has it alone: it is in the tier no more.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, *, least: int = 0, host_only: bool = False) -> None:
         self.capacity = capacity
         """Bytes; 0 for a tier that holds nothing."""
+        self.least = least
+        """Bytes; of less, nothing is kept."""
+        self.host_only = host_only
+        """Whether it is only for what lies in host memory."""
         self.evicted = 0
         """Entries dropped for want of room."""
         self.forgotten = 0
@@ -101,15 +105,15 @@ class DeviceTier:
         """Takes in what a turn left, as used just now, in place of what an earlier one left of the same session.
 
         Returns:
-            None where it is larger than the tier, or what is there is needed sooner, or the tier is closed; nothing is
-            evicted then.
+            None where it is larger than the tier, or too small, or what is there is needed sooner, or the tier is
+            closed; nothing is evicted then.
         """
         entry = DeviceEntry(owner.number, session, namespace, nbytes, content, dropped)
         with self._lock:
             if session is not None:
                 for older in self.entries(owner, session, namespace):
                     self.drop(older)
-            if self._closed or not 0 < nbytes <= self.capacity:
+            if self._closed or not max(self.least, 1) <= nbytes <= self.capacity:
                 return None
             going = self._in_the_way(nbytes)
             if any(self._turns_until(other) < self._turns_until(entry) for other in going):

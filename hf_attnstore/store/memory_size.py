@@ -129,10 +129,14 @@ class AutomaticSize:
     """Keeps a memory tier as large as the rule says, until it is closed or nobody has it any more.
 
     What is free is asked every few seconds.
+
+    Args:
+        resized: called with the capacity, in bytes, whenever that was set.
     """
 
-    def __init__(self, memory: MemoryTier) -> None:
+    def __init__(self, memory: MemoryTier, resized: Callable[[int], None] = lambda capacity: None) -> None:
         self._memory = memory
+        self._resized = resized
         self._checked = 0.0
         self._checking = threading.Lock()
         self._ended = threading.Event()
@@ -141,10 +145,10 @@ class AutomaticSize:
             logger.warning(
                 'nobody can say how much memory is free here: memory="auto" is %d GiB', WITHOUT_KNOWLEDGE // _GIB
             )
-            memory.resize(WITHOUT_KNOWLEDGE)
+            self._resize(WITHOUT_KNOWLEDGE)
             self._thread: threading.Thread | None = None
             return
-        memory.resize(next_capacity(free, 0))
+        self._resize(next_capacity(free, 0))
         arguments: tuple[Any, ...] = (weakref.ref(self), self._ended)
         self._thread = threading.Thread(target=_watch, args=arguments, name="attnstore-memory", daemon=True)
         self._thread.start()
@@ -167,12 +171,16 @@ class AutomaticSize:
             after = next_capacity(free, self._memory.used, before)
             if after == before:
                 return
-            self._memory.resize(after)
+            self._resize(after)
             if after < before:
                 for relieve in _pressure:
                     relieve()
         finally:
             self._checking.release()
+
+    def _resize(self, capacity: int) -> None:
+        self._memory.resize(capacity)
+        self._resized(capacity)
 
     def close(self) -> None:
         """Nothing is looked at any more."""

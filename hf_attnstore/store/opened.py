@@ -37,6 +37,10 @@ logger = logging.getLogger("hf_attnstore")
 
 MAX_NAME_BYTES = 1024
 
+_LEAST_LEFT, _MOST_LEFT = 4 << 20, 512 << 20
+"""Bytes of KV that stay where they were computed without anybody having asked for it. A conversation's at least, since
+less is soon copied; of all together at most."""
+
 Durability = Literal["process", "power"]
 
 
@@ -58,6 +62,12 @@ def _close_open_stores() -> None:
             store.close()
         except Exception:
             logger.warning("the store %s could not be closed at exit", store.path, exc_info=True)
+
+
+def _fit(tier: DeviceTier, memory: int) -> None:
+    """Gives a device tier that nobody asked for its size, beside so many bytes of memory for blocks."""
+    if tier.host_only:
+        tier.resize(min(memory // 4, _MOST_LEFT))
 
 
 def default_path() -> Path:
@@ -82,7 +92,7 @@ class OpenStore:
         durability: Durability = "process",
         encryption_key: str | bytes | None = None,
         policy: str = DEFAULT,
-        device: int | str = 0,
+        device: int | str = AUTO,
     ) -> None:
         if block_size is not None and block_size < 1:
             raise AttentionStoreError(f"block_size is a number of tokens, at least 1, not {block_size}")
@@ -94,8 +104,7 @@ class OpenStore:
         self._order = Order(make_policy(policy))
         capacity = 0 if memory == AUTO else parse_bytes(memory)
         self._memory = MemoryTier(capacity, self._order.policy, self._order.lookahead)
-        self.device_tier = DeviceTier(parse_bytes(device))
-        """KV that stays where it was computed between two turns; caches park it there and take it."""
+        left = None if device == AUTO else parse_bytes(device)
         self._accounts = Accounts()
         key = parse_key(encryption_key)
         folder = open_folder(self.path, block_size, key)
@@ -122,7 +131,11 @@ class OpenStore:
         self._views: weakref.WeakValueDictionary[str, OpenStore] = weakref.WeakValueDictionary({self.namespace: self})
         self._prepare_upcoming()
         self._order.policy.recall(self._learned() or {})
-        self._automatic = AutomaticSize(self._memory) if memory == AUTO else None
+        self.device_tier = DeviceTier(left) if left is not None else DeviceTier(0, least=_LEAST_LEFT, host_only=True)
+        """KV that stays where it was computed between two turns; caches park it there and take it."""
+        fit = partial(_fit, self.device_tier)
+        fit(capacity)
+        self._automatic = AutomaticSize(self._memory, fit) if memory == AUTO else None
         _open_stores.add(self)
 
     def _prepare_upcoming(self) -> None:

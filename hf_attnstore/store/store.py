@@ -52,7 +52,8 @@ class AttentionStore(UpcomingTurns):
             "auto" follows what is free: it shrinks when other programs need memory, and grows back.
         disk: bytes on disk, index included; 0 keeps blocks in memory only.
         device: bytes of KV that stay where they were computed, between two turns of a session, for the sessions used
-            last: of all devices together, the buffers' spare room included. 0 keeps none.
+            last: of all devices together, the buffers' spare room included. 0 keeps none. "auto": for models that
+            compute on the CPU, a quarter of `memory` beside it, 512 MiB at most.
         block_size: tokens per block, 256 if not said. A store keeps the size it was made with.
         namespace: blocks and sessions of different namespaces never meet: one for each user, for instance.
         io_threads: threads that read; default by the number of cores.

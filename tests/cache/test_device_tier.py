@@ -14,13 +14,14 @@ import pytest
 import torch
 from chat_fixtures import tiny_model, tiny_tokenizer
 from tiny_models import BLOCK, make_model, tokens
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from turns import Reference, assert_reused, assert_same, follow_up, turn
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, ChatSession, ContextWindowError, attach, detach
 from hf_attnstore.cache import watching
 from hf_attnstore.families.encoder_decoders import encoder_input, make_seq2seq
 from hf_attnstore.families.tiny import build, families
+from hf_attnstore.store import memory_size
 
 FAMILIES = ("llama-gqa", "gemma3", "mistral", "deepseek-v3", "gpt2")
 STATES = ("qwen3_next", "lfm2", "mamba2", "falcon_h1", "deepseek_v4", "glm_moe_dsa")
@@ -144,15 +145,123 @@ def test_one_object_for_all_turns_takes_its_own_back(store: AttentionStore) -> N
         prompt = follow_up(ours.sequences, 5, seed=number)
 
 
-def test_it_is_off_unless_asked_for(tmp_path: Path) -> None:
+# where nobody asked for it
+
+
+def large_model() -> LlamaForCausalLM:
+    """16 KiB of KV a token."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 8}
+    ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    config = LlamaConfig(vocab_size=101, num_key_value_heads=8, head_dim=64, **sizes, **ends)
+    return LlamaForCausalLM(config).eval()
+
+
+LARGE = 300
+"""Tokens of which that model has more KV than is always loaded."""
+
+
+@pytest.mark.parametrize("session", ["alice", None])
+def test_on_a_cpu_much_kv_stays_without_being_asked_for(session: str | None, tmp_path: Path) -> None:
+    model, reference, prompt, held = large_model(), Reference(large_model()), tokens(LARGE), 0
+    with AttentionStore(tmp_path / "store", block_size=BLOCK) as store:
+        for number in range(3):
+            cache = AttentionStoreCache(model, session, store)
+            ours = turn(model, prompt, cache)
+            assert_same(ours, reference.turn(prompt))
+            if number:
+                assert_from_device(cache, prompt, held)
+            prompt, held = follow_up(ours.sequences, 9, seed=number), ours.sequences.shape[1] - 1
+            assert store.stats()["device_bytes"] >= 16 * 1024 * held > store.device_tier.least
+        del cache
+        store.drop_memory()
+        assert sessions_on_device(store) == 0
+        again = AttentionStoreCache(model, session, store)  # all of it is in the store as well
+        assert_same(turn(model, prompt, again), reference.turn(prompt))
+        assert_loaded(again, prompt, held)
+
+
+def test_little_kv_does_not(tmp_path: Path) -> None:
     model = make_model()
     with AttentionStore(tmp_path / "store", block_size=BLOCK) as store:
         first = turn(model, tokens(40), AttentionStoreCache(model, "alice", store))
-        assert (store.stats()["device_bytes"], store.stats()["device_capacity"], sessions_on_device(store)) == (0, 0, 0)
+        assert (store.stats()["device_bytes"], sessions_on_device(store)) == (0, 0)
         cache = AttentionStoreCache(model, "alice", store)
         prompt = follow_up(first.sequences, 9, seed=1)
         turn(model, prompt, cache)
         assert_loaded(cache, prompt, 45)
+
+
+def test_none_does_where_that_was_asked_for(tmp_path: Path) -> None:
+    model = large_model()
+    with AttentionStore(tmp_path / "store", block_size=BLOCK, device=0) as store:
+        first = turn(model, tokens(LARGE), AttentionStoreCache(model, "alice", store))
+        assert (store.stats()["device_bytes"], store.stats()["device_capacity"], sessions_on_device(store)) == (0, 0, 0)
+        cache = AttentionStoreCache(model, "alice", store)
+        prompt = follow_up(first.sequences, 9, seed=1)
+        turn(model, prompt, cache)
+        assert_loaded(cache, prompt, first.sequences.shape[1] - 1)
+
+
+def test_none_does_on_an_accelerator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = large_model()
+    with AttentionStore(tmp_path / "store", block_size=BLOCK) as store:
+        cache = AttentionStoreCache(model, "alice", store)
+        monkeypatch.setattr(cache._attachment, "computes_on_cpu", False)
+        turn(model, tokens(LARGE), cache)
+        assert sessions_on_device(store) == 0
+
+
+@pytest.mark.parametrize(
+    ("memory", "capacity"), [(0, 0), ("64MiB", 16 << 20), ("1GiB", 256 << 20), ("2GiB", 512 << 20), ("8GiB", 512 << 20)]
+)
+def test_it_has_a_quarter_of_what_blocks_have(memory: int | str, capacity: int, tmp_path: Path) -> None:
+    with AttentionStore(tmp_path / "store", memory=memory) as store:
+        assert store.stats()["device_capacity"] == capacity
+    with AttentionStore(tmp_path / "store", memory=memory, device="3GiB") as store:
+        assert store.stats()["device_capacity"] == 3 << 30
+
+
+def test_it_shrinks_with_the_memory_for_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = [memory_size.FreeMemory(8 << 30, 6 << 30)]
+    monkeypatch.setattr(memory_size, "free_memory", lambda: free[0])
+    monkeypatch.setattr(memory_size, "_TICK_SECONDS", 3600.0)
+    model = large_model()
+    with AttentionStore(tmp_path / "store", block_size=BLOCK, memory="auto") as store:
+        cache = AttentionStoreCache(model, "alice", store)
+        made = turn(model, tokens(LARGE), cache).sequences
+        buffers = [weakref.ref(buffer) for layer in cache.layers for buffer in layer._buffers.values()]
+        del cache
+        gc.collect()
+        store.flush()
+        assert (store.stats()["device_capacity"], sessions_on_device(store)) == (512 << 20, 1)
+        free[0] = memory_size.FreeMemory(8 << 30, 0)
+        assert store._automatic is not None
+        store._automatic.check()
+        stats = store.stats()
+        assert (stats["memory_capacity"], stats["device_capacity"], stats["device_sessions"]) == (0, 0, 0)
+        assert all(buffer() is None for buffer in buffers)
+        again = AttentionStoreCache(model, "alice", store)
+        prompt = follow_up(made, 9, seed=1)
+        turn(model, prompt, again)
+        assert_loaded(again, prompt, made.shape[1] - 1)
+        assert sessions_on_device(store) == 0
+        free[0] = memory_size.FreeMemory(8 << 30, 6 << 30)
+        store._automatic.check()
+        assert store.stats()["device_capacity"] == 512 << 20
+
+
+def test_a_chat_keeps_its_own(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(tokenizer)
+    with AttentionStore(tmp_path / "store", block_size=BLOCK) as store:
+        chat = ChatSession(model, tokenizer, store, "a", max_new_tokens=6)
+        for number in range(3):
+            store.drop_memory()
+            chat.send(f"the old prince looked at the letter and said {'nothing ' * number}")
+            assert chat.stats is not None
+            assert chat.stats.cache.loaded_bytes == 0
+            assert bool(chat.stats.cache.reused_tokens) == bool(number)
 
 
 def test_after_a_restart_the_same_is_loaded(tmp_path: Path) -> None:
