@@ -154,7 +154,7 @@ def replay(
         after: called after every turn with its number, the tiers, and what was found until then.
     """
     hits = Hits()
-    tiers = Tiers(capacity, disk, policy, hits.evictions.append if trace else lambda key: None)
+    tiers = Tiers(capacity, disk, policy, hits.evictions.extend if trace else lambda keys: None)
     ahead = _foreseen(requests.rows, wrong, seed) if window else iter(())
     for blocks, name in itertools.islice(ahead, window):
         tiers.queued(name, blocks)
@@ -219,19 +219,20 @@ def _turn(tiers: Tiers, row: Request, block_tokens: int, hits: Hits, trace: bool
                     row.at,
                     row.prompt[: number + 1],
                     row.start,
-                    _one,
+                    [1],
                     place,
                     first=number,
                     before=row.before,
                 )
     first = tiers.find(row.blocks).blocks
+    sizes = [1] * (len(row.blocks) - first)
     single = tiers.disk is None
     new = tiers.admit(
         tiers.memory,
         row.at,
         row.blocks,
         row.start,
-        _one,
+        sizes,
         place,
         first=first,
         dirty=not single,
@@ -240,12 +241,10 @@ def _turn(tiers: Tiers, row: Request, block_tokens: int, hits: Hits, trace: bool
     )
     if tiers.disk is not None:  # what found no room in memory is never handed over
         upto = row.blocks[: first + len(new)]
-        tiers.admit(tiers.disk, row.at, upto, row.start, _one, place, first=first, protect=True, before=row.before)
+        tiers.admit(
+            tiers.disk, row.at, upto, row.start, sizes[: len(new)], place, first=first, protect=True, before=row.before
+        )
         tiers.memory.dirty.difference_update(new)
     tiers.turn_is_over(row.at, row.blocks, tokens=row.kept, short=row.short, went_on_from=went_on_from)
     if row.superseded is not None:
         tiers.supersede(row.superseded)
-
-
-def _one(number: int) -> int:
-    return 1

@@ -29,7 +29,7 @@ class Tiers:
     Args:
         memory, disk: bytes; a disk of 0 is none, and what goes out of memory is then gone.
         policy: by name, or one that is there already.
-        evicted: called with every block that memory gives up.
+        evicted: called with blocks that memory gives up.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Tiers:
         memory: int,
         disk: int = 0,
         policy: str | Policy = "lru",
-        evicted: Callable[[Hashable], None] = lambda key: None,
+        evicted: Callable[[Sequence[Hashable]], None] = lambda keys: None,
     ) -> None:
         self.policy = make_policy(policy) if isinstance(policy, str) else policy
         self.lookahead = Lookahead()
@@ -50,13 +50,11 @@ class Tiers:
         memory, disk = self.memory, self.disk
         if disk is None:
             return Found(memory.leading(blocks), [])
-        slow: list[Hashable] = []
-        for number, key in enumerate(blocks):
-            if key not in memory:
-                if key not in disk:
-                    return Found(number, slow)
-                slow.append(key)
-        return Found(len(blocks), slow)
+        slow = memory.absent(blocks)
+        count = disk.leading(slow)
+        if count == len(slow):
+            return Found(len(blocks), slow)
+        return Found(blocks.index(slow[count]), slow[:count])
 
     def loaded(self, blocks: Sequence[Hashable], now: float) -> None:
         """A turn has read these blocks: those in memory count as used now."""
@@ -107,7 +105,7 @@ class Tiers:
         now: float,
         blocks: Sequence[Hashable],
         start: int,
-        sizes: Callable[[int], int],
+        sizes: Sequence[int],
         place: Place,
         *,
         first: int = 0,
@@ -119,28 +117,26 @@ class Tiers:
 
         Args:
             start: number of the chain's first block.
-            sizes: bytes of a block, by its number in `blocks`.
+            sizes: bytes of `blocks[first:]`.
             place: where the new ones stand.
             first: number in `blocks` of the first one to look at.
             dirty: they stay until somebody takes them out of the tier's `dirty`.
             before: what the first of `blocks` follows, if that is known.
             protect: the end of the chain must not go to make room for what continues it.
         """
-        count = len(blocks)
-        first += book.leading(blocks[first:])
-        if first >= count:
+        there = book.leading(blocks[first:])
+        first += there
+        if first >= len(blocks):
             return []
-        new = blocks[first:]
+        new, sizes = blocks[first:], sizes[there:]
         parent = blocks[first - 1] if first else before
-        if not book.has_any(new) and len(set(new)) == len(new):
-            all_sizes = [sizes(number) for number in range(first, count)]
-            if self._reserve_all(book, all_sizes, now, parent, protect):
-                book.add_chain(new, parent, start + first, all_sizes, place, dirty=dirty)
-                return list(new)
+        distinct = not book.has_any(new) and len(set(new)) == len(new)
+        if distinct and self._reserve_all(book, sizes, now, parent, protect):
+            book.add_chain(new, parent, start + first, sizes, place, dirty=dirty)
+            return list(new)
         added: list[Hashable] = []
-        for number, key in enumerate(new, first):
+        for number, (key, size) in enumerate(zip(new, sizes, strict=True), first):
             if key not in book:
-                size = sizes(number)
                 if not self._reserve(book, size, now, parent if protect else None):
                     break
                 book.add(key, parent, start + number, size, place, dirty=dirty)
@@ -149,7 +145,7 @@ class Tiers:
         return added
 
     def _reserve_all(
-        self, book: TierBook, sizes: list[int], now: float, parent: Hashable | None, protect: bool
+        self, book: TierBook, sizes: Sequence[int], now: float, parent: Hashable | None, protect: bool
     ) -> bool:
         """Reserves room for all blocks that follow `parent`, or none. What the first is reserved for may be `parent`
         itself, unless `protect`; then that has a follower, and stays."""

@@ -36,10 +36,10 @@ class Loaded:
 class _Transfer:
     """Blocks on their way: into memory, or onto disk."""
 
-    blocks: Sequence[Hashable]
+    blocks: list[Hashable]
     start: int
     sizes: list[int]
-    whole: Sequence[Hashable]
+    whole: list[Hashable]
     before: Hashable | None
 
 
@@ -103,12 +103,15 @@ class TimedTiers:
             return
         mean = self._session_bytes / self._sessions if self._sessions else 0.0
         memory = self.tiers.memory.capacity
-        disk = self.tiers.disk.capacity if self.tiers.disk is not None else 0
-        keep = int(keep_window(memory, disk, mean) * self._depth)
-        while self._waiting and len(self._counted) < keep:
-            name, chain = self._waiting.popleft()
-            self._counted.append((name, chain))
-            self.tiers.queued(name, chain.blocks)
+        if self._waiting:
+            disk = self.tiers.disk.capacity if self.tiers.disk is not None else 0
+            keep = int(keep_window(memory, disk, mean) * self._depth)
+            while self._waiting and len(self._counted) < keep:
+                name, chain = self._waiting.popleft()
+                self._counted.append((name, chain))
+                self.tiers.queued(name, chain.blocks)
+        if self._arriving:
+            return
         # farther than memory reaches there is nothing to fetch; and what is under way can't be evicted, so it is little
         fetch = min(int(fetch_window(memory, mean) * min(self._depth, 1.0)), len(self._counted))
         while (
@@ -118,11 +121,12 @@ class TimedTiers:
         ):
             self._fetched += 1
 
-    def _gone(self, key: Hashable) -> None:
-        """Memory gave up a block: a turn that needs it is fetched for again, as soon as there is room."""
-        job = self.tiers.lookahead.job(key)
-        if job is not None:
-            self._fetched = min(self._fetched, max(0, job - self._begun))
+    def _gone(self, keys: Sequence[Hashable]) -> None:
+        """Memory gave up blocks: a turn that needs them is fetched for again, as soon as there is room."""
+        jobs = self.tiers.lookahead.jobs
+        first = min((jobs[key][0] for key in keys if key in jobs), default=None)
+        if first is not None:
+            self._fetched = min(self._fetched, max(0, first - self._begun))
 
     def _next_runs(self) -> None:
         if not self._ahead:
@@ -148,38 +152,33 @@ class TimedTiers:
         heapq.heappush(self._events, (at, next(self._numbers), over, transfer))
 
     def _fetch(self, chain: Chain, job: int, now: float) -> bool:
-        """Begins to read what a waiting turn needs from disk into memory. False if there is no room for all of it."""
+        """Begins to read what a waiting turn needs from disk into memory, where nothing else is on its way. False if
+        there is no room for all of it."""
         memory, disk = self.tiers.memory, self.tiers.disk
         if disk is None:
             return True
-        taken: list[Hashable] = []
-        sizes: list[int] = []
-        for key in chain.blocks:
-            if key in memory or key in self._arriving:
-                continue
-            if key not in disk:
-                break
-            taken.append(key)
-            sizes.append(disk.size(key))
-        count = len(taken) if memory.reserve(sum(sizes), now, job=job) else memory.reserve_leading(sizes, now, job=job)
-        fits = count == len(taken)
-        taken, sizes = taken[:count], sizes[:count]
-        if taken:
+        needed = memory.absent(chain.blocks)
+        wanted = needed[: disk.leading(needed)]
+        if not wanted:
+            return True
+        sizes = disk.sizes(wanted)
+        count = memory.reserve_leading(sizes, now, job=job)
+        if count:
+            taken, sizes = wanted[:count], sizes[:count]
             total = sum(sizes)
             self._reader = max(now, self._reader) + total / self.links.read
             self.fetched_bytes += total
-            self._arriving.update(dict.fromkeys(taken, self._reader))
+            self._arriving = dict.fromkeys(taken, self._reader)
             self._later(
                 self._reader, self._arrived, _Transfer(taken, chain.start, sizes, list(chain.blocks), chain.before)
             )
-        return fits
+        return count == len(wanted)
 
     def _arrived(self, now: float, transfer: _Transfer) -> None:
         memory, disk = self.tiers.memory, self.tiers.disk
         assert disk is not None
         place = self.tiers.newcomer(now)
-        for key in transfer.blocks:
-            self._arriving.pop(key, None)
+        self._arriving.clear()
         for number, keys, sizes in _runs(transfer):
             parent = transfer.whole[number - 1] if number else transfer.before
             if disk.leading(keys) == len(keys) and not memory.has_any(keys):
@@ -204,8 +203,10 @@ class TimedTiers:
         if not tokens:
             return Loaded(0, 0, 0, 0.0)
         on_device = self._tokens(prompt, kept)
-        on_it = set(prompt.blocks[:kept])
-        slow = [key for key in found.slow if key not in on_it]
+        slow = found.slow
+        if kept:
+            on_it = set(prompt.blocks[:kept])
+            slow = [key for key in slow if key not in on_it]
         seconds = (tokens - on_device) * self._kv_bytes / self.links.device
         if slow:
             seconds = max(seconds, self._read(slow, now))
@@ -254,12 +255,11 @@ class TimedTiers:
         """What a turn has read from disk stays in memory, if there is room."""
         disk = self.tiers.disk
         assert disk is not None
-        arriving = [key for key in blocks if key in self._arriving]
-        if arriving:
+        if not self._arriving.keys().isdisjoint(blocks):
             return  # the fetch that is under way brings it
         tiers = self.tiers
         place = tiers.newcomer(now)
-        tiers.admit(tiers.memory, now, blocks, chain.start, lambda n: disk.size(blocks[n]), place, before=chain.before)
+        tiers.admit(tiers.memory, now, blocks, chain.start, disk.sizes(blocks), place, before=chain.before)
 
     def end(self, session: Hashable, prompt: Prompt, chain: Chain, loaded: Loaded, now: float) -> None:
         """Keeps what a turn made: in memory at once, on disk as soon as that is written."""
@@ -275,18 +275,14 @@ class TimedTiers:
         if loaded.tokens:
             went_on_from = prompt.blocks[min(-(-loaded.tokens // self._block_tokens), len(prompt.blocks)) - 1]
         place = tiers.newcomer(now)
-        last = len(blocks) - 1 if short else -1
-        full = self._block_tokens * self._kv_bytes
-        end_size = chain.short * self._kv_bytes
-
-        def size(number: int) -> int:
-            return end_size if number == last else full
-
         first = tiers.find(blocks).blocks
+        sizes = [self._block_tokens * self._kv_bytes] * (len(blocks) - first)
+        if short and sizes:
+            sizes[-1] = chain.short * self._kv_bytes
         self._park(session, chain)
         dirty = tiers.disk is not None
         added = tiers.admit(
-            tiers.memory, now, blocks, chain.start, size, place,
+            tiers.memory, now, blocks, chain.start, sizes, place,
             first=first, dirty=dirty, protect=not dirty, before=chain.before,
         )  # fmt: skip
         self.not_saved += len(blocks) - first - len(added)
@@ -297,9 +293,10 @@ class TimedTiers:
         if old is not None and prompt.history:
             tiers.supersede(old)
         if added and tiers.disk is not None:
-            sizes = [size(number) for number in range(first, first + len(added))]
-            self.written_bytes += sum(sizes)
-            self._writer = max(now, self._writer) + sum(sizes) / self.links.write
+            sizes = sizes[: len(added)]
+            total = sum(sizes)
+            self.written_bytes += total
+            self._writer = max(now, self._writer) + total / self.links.write
             self._later(self._writer, self._written, _Transfer(added, chain.start, sizes, blocks, chain.before))
 
     def _written(self, now: float, transfer: _Transfer) -> None:
@@ -313,22 +310,25 @@ class TimedTiers:
                     break  # superseded while it waited
                 count = len(list(run))
                 added = self.tiers.admit(
-                    disk, now, transfer.whole[: number + count], transfer.start, lambda at: sizes[at - first], place,
+                    disk, now, transfer.whole[: number + count], transfer.start, sizes[number - first :][:count], place,
                     first=number, protect=True, before=transfer.before,
                 )  # fmt: skip
                 if len(added) < count:
                     break
                 number += count
-        for key in transfer.blocks:
-            memory.dirty.discard(key)
+        memory.dirty.difference_update(transfer.blocks)
 
 
 def _runs(transfer: _Transfer) -> Iterator[tuple[int, list[Hashable], list[int]]]:
     """Blocks that follow one another, with the number of the first in their chain, and their sizes."""
+    first = transfer.whole.index(transfer.blocks[0])
+    if transfer.whole[first : first + len(transfer.blocks)] == transfer.blocks:
+        yield first, transfer.blocks, transfer.sizes
+        return
     numbers = {key: number for number, key in enumerate(transfer.whole)}
     begin = 0
     for end in range(1, len(transfer.blocks) + 1):
         first = numbers[transfer.blocks[begin]]
         if end == len(transfer.blocks) or numbers[transfer.blocks[end]] != first + end - begin:
-            yield first, list(transfer.blocks[begin:end]), transfer.sizes[begin:end]
+            yield first, transfer.blocks[begin:end], transfer.sizes[begin:end]
             begin = end

@@ -1,8 +1,8 @@
 """The accounts of a tier: bytes reserved and held under a cap, and who goes when room is needed. No bytes here."""
 
+from bisect import bisect_right
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from contextlib import closing
-from itertools import takewhile
+from itertools import accumulate, takewhile
 
 from .lookahead import Lookahead
 from .order import EvictionOrder
@@ -16,7 +16,7 @@ class TierBook:
         capacity: bytes; what is reserved and held is never more.
         policy: who goes first.
         lookahead: the upcoming turns, whose blocks go last; shared by the tiers.
-        evicted: called with every block that had to go.
+        evicted: called with blocks that had to go.
     """
 
     def __init__(
@@ -24,7 +24,7 @@ class TierBook:
         capacity: int,
         policy: Policy,
         lookahead: Lookahead | None = None,
-        evicted: Callable[[Hashable], None] = lambda key: None,
+        evicted: Callable[[Sequence[Hashable]], None] = lambda keys: None,
     ) -> None:
         self.capacity = capacity
         self.used = 0
@@ -44,6 +44,11 @@ class TierBook:
         """Bytes of a block; 0 if it is not here."""
         return self._sizes.get(key, 0)
 
+    def sizes(self, keys: Iterable[Hashable]) -> list[int]:
+        """Bytes of blocks; 0 for one that is not here."""
+        size = self._sizes.get
+        return [size(key, 0) for key in keys]
+
     def make_room(self, nbytes: int, now: float, *, evict: bool = True, job: int | None = None) -> bool:
         """Evicts until `nbytes` more fit.
 
@@ -56,18 +61,17 @@ class TierBook:
         """
         if nbytes > self.capacity:
             return False
-        if self.used + nbytes <= self.capacity:
+        missing = self.used + nbytes - self.capacity
+        if missing <= 0:
             return True
         if not evict:
             return False
-        with closing(self.order.victims(now, self.dirty, job=job)) as victims:
-            for victim in victims:
-                self.remove(victim)
-                self.evictions += 1
-                self._evicted(victim)
-                if self.used + nbytes <= self.capacity:
-                    return True
-        return False
+        gone = self.order.evict(missing, self._sizes, now, self.dirty, job=job)
+        if gone:
+            self.used -= sum(map(self._sizes.pop, gone))
+            self.evictions += len(gone)
+            self._evicted(gone)
+        return self.used + nbytes <= self.capacity
 
     def shrink(self, capacity: int, now: float) -> None:
         """Sets the cap, and evicts down to it as far as that can be done now."""
@@ -83,7 +87,15 @@ class TierBook:
 
     def reserve_leading(self, sizes: Sequence[int], now: float, *, job: int | None = None) -> int:
         """Reserves for as many of these sizes, from the first on, as there is room for. Returns how many."""
-        return len(list(takewhile(lambda size: self.reserve(size, now, job=job), sizes)))
+        total = sum(sizes)
+        if self.reserve(total, now, job=job):
+            return len(sizes)
+        if total > self.capacity:
+            return len(list(takewhile(lambda size: self.reserve(size, now, job=job), sizes)))
+        sums = list(accumulate(sizes))  # what may go has gone
+        count = bisect_right(sums, self.capacity - self.used)
+        self.used += sums[count - 1] if count else 0
+        return count
 
     def release(self, nbytes: int) -> None:
         """Gives reserved bytes back."""
@@ -122,6 +134,11 @@ class TierBook:
     def leading(self, keys: Iterable[Hashable]) -> int:
         """How many of these blocks, from the first on, are here."""
         return len(list(takewhile(self._sizes.__contains__, keys)))
+
+    def absent(self, keys: Iterable[Hashable]) -> list[Hashable]:
+        """Those of these blocks that are not here."""
+        sizes = self._sizes
+        return [key for key in keys if key not in sizes]
 
     def has_any(self, keys: Iterable[Hashable]) -> bool:
         """Whether any of these blocks is here."""

@@ -105,10 +105,14 @@ class Lookahead:
         self._next += 1
         if not counts:
             return set()
-        self._blocks[self._numbers[-1]] = tuple(blocks)
+        number = self._numbers[-1]
+        self._blocks[number] = tuple(blocks)
+        changed = {key for key in blocks if key not in self.jobs}
+        alone = (number,)
         for key in blocks:
-            self.jobs[key] = (*self.jobs.get(key, ()), self._numbers[-1])
-        return set(blocks)
+            if self.jobs.setdefault(key, alone) is not alone:
+                self.jobs[key] += alone
+        return changed
 
     def pop(self) -> set[Hashable]:
         """The first turn runs now, or is over. Returns the blocks whose job has changed."""
@@ -131,10 +135,11 @@ class Lookahead:
 
     def _forget(self, number: int) -> set[Hashable]:
         blocks = self._blocks.pop(number, ())
+        alone = (number,)
         for key in blocks:
-            jobs = tuple(job for job in self.jobs.get(key, ()) if job != number)
-            if jobs:
-                self.jobs[key] = jobs
+            jobs = self.jobs.get(key, alone)
+            if jobs != alone:
+                self.jobs[key] = tuple(job for job in jobs if job != number)
             else:
                 self.jobs.pop(key, None)
         return set(blocks)

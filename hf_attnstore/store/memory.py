@@ -83,10 +83,11 @@ class MemoryTier:
             self._book.release(nbytes)
             self._changed.notify_all()
 
-    def _evict(self, key: Hashable) -> None:
-        """The book has let go of a block."""
-        assert isinstance(key, bytes)
-        self._forget(self._blocks.pop(key))
+    def _evict(self, keys: Sequence[Hashable]) -> None:
+        """The book has let go of blocks."""
+        for key in keys:
+            assert isinstance(key, bytes)
+            self._forget(self._blocks.pop(key))
 
     def _forget(self, block: Block) -> None:
         siblings = self._by_parent[block.meta.parent]

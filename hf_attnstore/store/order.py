@@ -1,14 +1,12 @@
 """Which block of a tier goes next: leaves only, upcoming turns last."""
 
 import heapq
-from collections.abc import Container, Generator, Hashable, Iterable, Sequence
+from collections.abc import Container, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from .lookahead import Lookahead
 from .policies import Place, Policy
-
-_NOBODY = object()
 
 
 @dataclass(slots=True)
@@ -48,19 +46,14 @@ class EvictionOrder:
         entry = self._entries.get(key)
         return entry.place if entry is not None else None
 
-    def _push(self, key: Hashable, entry: _Entry, gone: Hashable = _NOBODY) -> None:
-        """A block may be one of those that can go now. If `gone`, which is not here any more, is still the first of its
-        group, it takes the place of that, in one step."""
+    def _push(self, key: Hashable, entry: _Entry) -> None:
+        """A block may be one of those that can go now."""
         if entry.followers:
             return
         jobs = self._jobs_of(key)
         if jobs is None:
             group, stamp = entry.place
-            heap = self._heaps[group]
-            if heap and heap[0][2] == gone:
-                heapq.heapreplace(heap, (stamp, -entry.start, key))
-            else:
-                heapq.heappush(heap, (stamp, -entry.start, key))
+            heapq.heappush(self._heaps[group], (stamp, -entry.start, key))
             self._pushed.add(group)
         else:
             heapq.heappush(self._jobs, (-jobs[0], -entry.start, key))
@@ -109,12 +102,15 @@ class EvictionOrder:
 
     def touch(self, keys: Iterable[Hashable], now: float) -> None:
         """Blocks were read now, each for itself. Harmless for those that are not here."""
-        entries, place_of = self._entries, self.policy.place
+        entries = self._entries
+        before: Place | None = None
         for key in keys:
             entry = entries.get(key)
             if entry is not None:
-                before = entry.place
-                entry.place = place = place_of(before, before.group, now)
+                if entry.place is not before:  # mostly a chain's blocks all stand at one place
+                    before = entry.place
+                    place = self.policy.place(before, before.group, now)
+                entry.place = place
                 if not entry.followers and place != before:
                     self._push(key, entry)
 
@@ -138,42 +134,60 @@ class EvictionOrder:
             return
         if entry.followers:
             self._orphans[key] = entry.followers
-        parent = self._entries.get(entry.parent)
-        if parent is not None:
-            parent.followers -= 1
-            if not parent.followers:
-                parent.place = self.policy.left(parent.place, entry.place)
-                self._push(entry.parent, parent, gone=key)
-        elif self._orphans[entry.parent] > 1:
-            self._orphans[entry.parent] -= 1
-        else:
-            del self._orphans[entry.parent]
+        before = self._unfollow(entry)
+        if before is not None:
+            self._push(entry.parent, before)
+
+    def _unfollow(self, entry: _Entry) -> _Entry | None:
+        """A block has gone. Returns what it followed, if that is here and may go now."""
+        before = self._entries.get(entry.parent)
+        if before is None:
+            if self._orphans[entry.parent] > 1:
+                self._orphans[entry.parent] -= 1
+            else:
+                del self._orphans[entry.parent]
+            return None
+        before.followers -= 1
+        if before.followers:
+            return None
+        if before.place is not entry.place:
+            before.place = self.policy.left(before.place, entry.place)
+        return before
 
     def rescheduled(self, keys: Iterable[Hashable]) -> None:
         """What the look-ahead says of these blocks has changed."""
         for key in keys:
             entry = self._entries.get(key)
-            if entry is not None:
+            if entry is not None and not entry.followers:
                 self._push(key, entry)
 
-    def victims(self, now: float, excluded: Container[Any] = (), *, job: int | None = None) -> Generator[Hashable]:
-        """The blocks that go next, one after the other. Each is to be removed before the next is asked for, and nothing
-        else is to change until the iterator is closed.
+    def evict(
+        self,
+        nbytes: int,
+        sizes: Mapping[Hashable, int],
+        now: float,
+        excluded: Container[Hashable] = (),
+        *,
+        job: int | None = None,
+    ) -> list[Hashable]:
+        """Takes out the blocks that go next, until they have `nbytes` or nothing is left that may go. Returns them, in
+        the order in which they went.
 
         Args:
+            sizes: bytes by block.
             excluded: blocks to pass over.
             job: the upcoming turn for which room is needed: what an earlier one needs is passed over. None: for a turn
                 that is running.
         """
+        gone: list[Hashable] = []
         passed: list[tuple[list[Any], Any]] = []
-        heads: list[Any] = [None] * len(self._heaps)
         values: list[Any] = [_NEVER] * len(self._heaps)
         changed = self._pushed = {group for group, heap in enumerate(self._heaps) if heap}
         worth = self.policy.worth
         try:
-            while True:
+            while nbytes > 0:
                 for group in changed:
-                    head = heads[group] = self._first(self._heaps[group], excluded, group, passed)
+                    head = self._first(self._heaps[group], excluded, group, passed)
                     if head is None:
                         values[group] = _NEVER
                     else:
@@ -183,21 +197,51 @@ class EvictionOrder:
                 best = min(values)
                 if best is not _NEVER:
                     group = values.index(best)
-                    head = heads[group]
-                    while head is not None and head[0] == best[1]:  # mostly what the one before has followed
-                        changed.add(group)
-                        yield head[2]
-                        if len(changed) > 1:
-                            break
-                        head = self._first(self._heaps[group], excluded, group, passed)
+                    changed.add(group)
+                    nbytes -= self._evict_run(self._heaps[group], nbytes, sizes, excluded, gone)
                 else:
                     head = self._first(self._jobs, excluded, None, passed)
                     if head is None or (job is not None and -head[0] <= job):
-                        return
-                    yield head[2]
+                        break
+                    nbytes -= self._evict_run(self._jobs, nbytes, sizes, excluded, gone)
         finally:
             for heap, item in passed:
                 heapq.heappush(heap, item)
+        return gone
+
+    def _evict_run(
+        self,
+        heap: list[tuple[Any, int, Any]],
+        nbytes: int,
+        sizes: Mapping[Hashable, int],
+        excluded: Container[Hashable],
+        gone: list[Hashable],
+    ) -> int:
+        """Takes out the first block of a heap and then, up its chain, what goes next anyway, until they have `nbytes`.
+        Adds them to `gone`; returns their bytes."""
+        entries, jobs_of = self._entries, self._jobs_of
+        rank, _, key = heapq.heappop(heap)
+        entry = entries.pop(key)
+        jobs = jobs_of(key)
+        rivals = bool(heap) and heap[0][0] == rank
+        freed = 0
+        while True:
+            gone.append(key)
+            freed += sizes[key]
+            before = self._unfollow(entry)
+            if before is None:
+                return freed
+            key = entry.parent
+            if (
+                freed >= nbytes
+                or before.place != entry.place
+                or jobs_of(key) != jobs
+                or key in excluded
+                or (rivals and heap[0] < (rank, -before.start, key))
+            ):
+                self._push(key, before)
+                return freed
+            entry = entries.pop(key)
 
     def _first(
         self, heap: list[Any], excluded: Container[Any], group: int | None, passed: list[tuple[list[Any], Any]]

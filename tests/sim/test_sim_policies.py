@@ -76,9 +76,9 @@ def test_what_is_scheduled_goes_last_and_the_farthest_turn_first() -> None:
 def test_a_turn_that_runs_takes_the_room_of_the_farthest() -> None:
     tiers = Tiers(3, policy="lru")
     for key in "abc":
-        tiers.admit(tiers.memory, 0.0, [key], 0, lambda number: 1, tiers.newcomer(0.0))
+        tiers.admit(tiers.memory, 0.0, [key], 0, [1], tiers.newcomer(0.0))
         tiers.queued(key, [key])
-    tiers.admit(tiers.memory, 1.0, ["d"], 0, lambda number: 1, tiers.newcomer(1.0))
+    tiers.admit(tiers.memory, 1.0, ["d"], 0, [1], tiers.newcomer(1.0))
     assert "c" not in tiers.memory
     assert "a" in tiers.memory
     assert not tiers.memory.reserve(1, 2.0, job=0) or "a" in tiers.memory  # nothing that runs sooner goes for the first

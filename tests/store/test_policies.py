@@ -3,7 +3,7 @@
 import itertools
 import json
 import random
-from contextlib import closing
+from collections.abc import Hashable
 
 import numpy as np
 import pytest
@@ -58,6 +58,18 @@ class PlainOrder:
             self.places[parent] = self.policy.left(self.places[parent], place)
 
 
+class Same(dict[object, int]):
+    """Bytes by block: 1 each."""
+
+    def __missing__(self, key: object) -> int:
+        return 1
+
+
+def evict_one(order: EvictionOrder, now: float) -> object:
+    """Takes out the block that goes next; None if there is none."""
+    return next(iter(order.evict(1, Same(), now)), None)
+
+
 STEPS = st.lists(
     st.tuples(st.sampled_from(["add", "use", "evict", "remove", "plan"]), st.integers(0, 11)), min_size=10, max_size=70
 )
@@ -89,10 +101,9 @@ def test_an_order_is_what_looking_at_every_block_gives(name: str, steps: list[tu
             order.rescheduled(lookahead.schedule(["a", "b"], {"a": first, "b": second}, n % 3))
         elif action == "evict":
             expected = plain.victims(now)
-            victim = next(order.victims(now), None)
+            victim = evict_one(order, now)
             assert (victim in expected) if expected else victim is None, (victim, expected)
             if isinstance(victim, int):
-                order.remove(victim)
                 plain.remove(victim)
         assert len(order) == len(plain.places)
         assert all(order.place(m) == place for m, place in plain.places.items())
@@ -120,15 +131,64 @@ def test_a_chain_added_at_once_stands_as_one_added_block_by_block(name: str, see
         for key in itertools.product(range(4), range(-1, 10)):
             assert at_once.place(key) == one_by_one.place(key)
             assert at_once.followers(key) == one_by_one.followers(key)
-    gone = []
-    for order in (at_once, one_by_one):
-        gone.append([])
-        with closing(order.victims(100.0)) as victims:
-            for victim in victims:
-                gone[-1].append(victim)
-                order.remove(victim)
-        assert not len(order)
+    gone = [order.evict(1000, Same(), 100.0) for order in (at_once, one_by_one)]
     assert gone[0] == gone[1]
+    assert not len(at_once)
+    assert not len(one_by_one)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=150, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_blocks_that_go_at_once_are_those_that_go_one_by_one(name: str, seed: int) -> None:
+    dice = random.Random(seed)
+    policy, lookahead = make_policy(name), Lookahead()
+    at_once, one_by_one = orders = EvictionOrder(policy, lookahead), EvictionOrder(policy, lookahead)
+    sizes: dict[Hashable, int] = {}
+    for step in range(60):
+        action, chain, now = (
+            dice.choice(["add", "add", "fork", "touch", "used", "plan", "evict"]),
+            dice.randrange(5),
+            step,
+        )
+        place = Place(dice.randrange(policy.groups), dice.randrange(4))  # stamps are shared, as by what comes together
+        if action == "add":
+            first = dice.randrange(4)
+            keys = [key for number in range(first, first + 4) if (key := (chain, number)) not in at_once]
+            for order, (_, number) in itertools.product(orders, keys):
+                order.add((chain, number), (chain, number - 1), number, place)
+            sizes |= {key: dice.randrange(1, 4) for key in keys}
+        elif action == "fork":  # chains share their beginnings
+            for order in orders:
+                order.add((chain, -step - 1), (chain, 1), 2, place)
+            sizes.setdefault((chain, -step - 1), 2)
+        elif action == "plan":
+            plans = {other: [(other, number) for number in range(3)] for other in dice.sample(range(5), 2)}
+            changed = lookahead.schedule(list(plans), plans)
+            for order in orders:
+                order.rescheduled(changed)
+        elif action == "evict":
+            excluded = {key for key in sizes if dice.random() < 0.1}
+            job = dice.choice([None, *lookahead.jobs.values(), ()])
+            wanted, job = dice.randrange(1, 20), job[0] if job else None
+            gone = at_once.evict(wanted, sizes, now, excluded, job=job)
+            alone: list[Hashable] = []
+            while wanted > 0 and (victims := one_by_one.evict(1, sizes, now, excluded, job=job)):
+                alone += victims
+                wanted -= sum(map(sizes.__getitem__, victims))
+            assert gone == alone
+            assert not excluded.intersection(gone)
+        else:
+            blocks = [(chain, number) for number in range(dice.randrange(1, 7))]
+            for order in orders:
+                if action == "touch":
+                    order.touch(blocks, now)
+                else:
+                    order.used(blocks, place.group, now)
+        assert len(at_once) == len(one_by_one)
+    for key in sizes:
+        assert at_once.place(key) == one_by_one.place(key)
+        assert at_once.followers(key) == one_by_one.followers(key)
 
 
 class Table:
@@ -172,13 +232,11 @@ def test_the_index_gives_up_the_blocks_that_memory_would(name: str, seed: int) -
     table = Table(rows)
     search = VictimSearch(table, Order(policy, lookahead), now)
     for _ in rows:
-        expected = next(order.victims(now), None)
         found = search.next()
         assert found is not None
-        assert found.key == expected
-        order.remove(expected)
+        assert found.key == evict_one(order, now)
     assert search.next() is None
-    assert next(order.victims(now), None) is None
+    assert evict_one(order, now) is None
 
 
 def test_a_search_reads_a_page_of_each_group_and_no_more() -> None:
@@ -191,14 +249,17 @@ def test_a_search_reads_a_page_of_each_group_and_no_more() -> None:
 
 def test_hyperbolic_by_hand() -> None:
     policy = make_policy("hyperbolic")
-    order = EvictionOrder(policy)
-    order.add("often", None, 0, policy.place(None, 0, 0.0))
-    order.add("once", None, 0, policy.place(None, 0, 50.0))
-    for now in (10.0, 20.0, 30.0):
-        order.used(["often"], 0, now)
-    assert order.place("often") == (3, 0.0)
-    assert next(order.victims(60.0)) == "often", "4 uses in 60 s are fewer than 1 in 10"
-    assert next(order.victims(80.0)) == "once", "4 in 80 s are more than 1 in 30"
+    gone = {}
+    for at in (60.0, 80.0):
+        order = EvictionOrder(policy)
+        order.add("often", None, 0, policy.place(None, 0, 0.0))
+        order.add("once", None, 0, policy.place(None, 0, 50.0))
+        for now in (10.0, 20.0, 30.0):
+            order.used(["often"], 0, now)
+        assert order.place("often") == (3, 0.0)
+        gone[at] = evict_one(order, at)
+    assert gone[60.0] == "often", "4 uses in 60 s are fewer than 1 in 10"
+    assert gone[80.0] == "once", "4 in 80 s are more than 1 in 30"
 
 
 def test_fifo_goes_by_arrival_and_keeps_beginnings() -> None:
@@ -207,7 +268,7 @@ def test_fifo_goes_by_arrival_and_keeps_beginnings() -> None:
     for now, (key, parent, start) in enumerate([("a", None, 0), ("b", None, 0), ("a2", "a", 1)]):
         order.add(key, parent, start, policy.place(None, 0, float(now)))
     order.used(["b"], 0, 9.0)
-    assert next(order.victims(10.0)) == "b", "the beginning of a chain stays while something follows it"
+    assert evict_one(order, 10.0) == "b", "the beginning of a chain stays while something follows it"
 
 
 # predicted returns
@@ -412,6 +473,7 @@ def test_room_for_a_later_turn_is_not_taken_from_an_earlier_one() -> None:
     book.order.rescheduled(lookahead.schedule(["a", "b", "c"], {"a": ["a"], "b": ["b"], "c": ["c"]}))
     numbers = {key: lookahead.job(key) for key in "abc"}
     assert not book.reserve(1, 5.0, job=numbers["c"])
+    assert book.reserve_leading([1, 1], 5.0, job=numbers["c"]) == 0
     assert book.used == 2
     assert book.reserve(1, 5.0), "a turn that is running goes before all that only come"
     assert list(book.keys()) == ["a"], "the farthest one's was given up"
@@ -423,7 +485,7 @@ def test_a_book_never_exceeds_its_cap_nor_keeps_an_orphan(name: str, seed: int, 
     dice = random.Random(seed)
     policy, lookahead = make_policy(name), Lookahead()
     gone: list[object] = []
-    book = TierBook(capacity, policy, lookahead, gone.append)
+    book = TierBook(capacity, policy, lookahead, gone.extend)
     parents: dict[object, object] = {}
     for step in range(120):
         now, session = float(step), dice.randrange(6)

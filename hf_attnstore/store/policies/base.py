@@ -64,7 +64,8 @@ class Policy(ABC):
         """
 
     def left(self, place: Place, follower: Place) -> Place:
-        """Where a block stands when the last one after it goes: whoever used that used this one, too."""
+        """Where a block stands when the last one after it goes, which stood at another place: whoever used that used
+        this one, too."""
         return follower if follower.stamp > place.stamp else place
 
     def worth(self, place: Place, now: float) -> float:
