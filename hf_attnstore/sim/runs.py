@@ -27,6 +27,18 @@ OPTIMUM = "optimum"
 PLAIN_FIFO = "fifo (any block)"
 
 
+@contextmanager
+def _without_collecting() -> Iterator[None]:
+    """Nothing here is cyclic, and looking for cycles among millions of records takes a good part of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 @dataclass(frozen=True)
 class PaperRun:
     """The paper's workload on one of its settings.
@@ -57,6 +69,7 @@ class PaperRun:
     saving_behind: bool = True
     block_tokens: int = 256
 
+    @_without_collecting()
     def run(self, progress: Callable[[int], None] = lambda done: None) -> dict[str, Any]:
         """Returns `Outcome.summary`, what it cost, and how long simulating took."""
         setting = SETTINGS[self.setting]
@@ -100,6 +113,7 @@ class TraceRun:
     block_tokens: int = 256
     kind: str = "auto"
 
+    @_without_collecting()
     def run(self, progress: Callable[[int], None] = lambda done: None) -> dict[str, Any]:
         """Returns hit rates, and how far was looked ahead."""
         requests = _requests(self.path, self.kind, self.thinking, self.block_tokens)
@@ -142,6 +156,7 @@ class ServedTrace:
     block_tokens: int = 256
     kind: str = "auto"
 
+    @_without_collecting()
     def run(self, progress: Callable[[int], None] = lambda done: None) -> dict[str, Any]:
         """Returns what `PaperRun.run` does."""
         workload = _trace(self.path, self.kind).at_rate(self.rate).thinking(self.thinking)
@@ -168,22 +183,9 @@ def record_of(run: Run) -> dict[str, Any]:
 
 def _timed(workload: Workload, server: Server, warm_up: int, progress: Callable[[int], None]) -> dict[str, Any]:
     began = time.process_time()
-    with _without_collecting():
-        outcome = simulate(workload, server, warm_up=warm_up, progress=progress)
+    outcome = simulate(workload, server, warm_up=warm_up, progress=progress)
     cost = outcome.cost(server, Prices())
     return {**outcome.summary(), "dollars": cost, "cpu_seconds": time.process_time() - began}
-
-
-@contextmanager
-def _without_collecting() -> Iterator[None]:
-    """Nothing here is cyclic, and looking for cycles among millions of records takes a good part of the time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @lru_cache(maxsize=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -67,7 +68,8 @@ class TimedTiers:
         depth: float = 1.0,
         device: int = 0,
     ) -> None:
-        self.tiers = Tiers(memory, disk, policy, self._gone)
+        me = weakref.proxy(self)  # no cycle: what a run leaves goes without being looked for
+        self.tiers = Tiers(memory, disk, policy, lambda keys: me._gone(keys))
         self.links = links
         self.device = DeviceTier(device) if device else None
         self._owner = Owner()
@@ -76,7 +78,7 @@ class TimedTiers:
         self.fetched_bytes = self.written_bytes = 0
         self._kv_bytes, self._block_tokens = kv_bytes, block_tokens
         self._ahead, self._depth = ahead, depth
-        self._events: list[tuple[float, int, Callable[[float, _Transfer], None], _Transfer]] = []
+        self._events: list[tuple[float, int, _Over, _Transfer]] = []
         self._numbers = itertools.count()
         self._reader = self._writer = 0.0
         """When the disk is free to read, and to write."""
@@ -146,9 +148,9 @@ class TimedTiers:
         events = self._events
         while events and events[0][0] <= now:
             at, _, over, transfer = heapq.heappop(events)
-            over(at, transfer)
+            over(self, at, transfer)
 
-    def _later(self, at: float, over: Callable[[float, _Transfer], None], transfer: _Transfer) -> None:
+    def _later(self, at: float, over: _Over, transfer: _Transfer) -> None:
         heapq.heappush(self._events, (at, next(self._numbers), over, transfer))
 
     def _fetch(self, chain: Chain, job: int, now: float) -> bool:
@@ -170,7 +172,9 @@ class TimedTiers:
             self.fetched_bytes += total
             self._arriving = dict.fromkeys(taken, self._reader)
             self._later(
-                self._reader, self._arrived, _Transfer(taken, chain.start, sizes, list(chain.blocks), chain.before)
+                self._reader,
+                TimedTiers._arrived,
+                _Transfer(taken, chain.start, sizes, list(chain.blocks), chain.before),
             )
         return count == len(wanted)
 
@@ -297,7 +301,7 @@ class TimedTiers:
             total = sum(sizes)
             self.written_bytes += total
             self._writer = max(now, self._writer) + total / self.links.write
-            self._later(self._writer, self._written, _Transfer(added, chain.start, sizes, blocks, chain.before))
+            self._later(self._writer, TimedTiers._written, _Transfer(added, chain.start, sizes, blocks, chain.before))
 
     def _written(self, now: float, transfer: _Transfer) -> None:
         memory, disk = self.tiers.memory, self.tiers.disk
@@ -317,6 +321,9 @@ class TimedTiers:
                     break
                 number += count
         memory.dirty.difference_update(transfer.blocks)
+
+
+_Over = Callable[[TimedTiers, float, _Transfer], None]
 
 
 def _runs(transfer: _Transfer) -> Iterator[tuple[int, list[Hashable], list[int]]]:
