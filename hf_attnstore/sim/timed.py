@@ -91,6 +91,7 @@ class TimedTiers:
         self._begun = 0
         """Number of the first counted turn."""
         self._session_bytes, self._sessions = 0.0, 0
+        self._set_windows()
 
     # the queue
 
@@ -103,25 +104,25 @@ class TimedTiers:
         """Takes what waits into account, and fetches what runs soon."""
         if not self._ahead:
             return
-        mean = self._session_bytes / self._sessions if self._sessions else 0.0
-        memory = self.tiers.memory.capacity
-        if self._waiting:
-            disk = self.tiers.disk.capacity if self.tiers.disk is not None else 0
-            keep = int(keep_window(memory, disk, mean) * self._depth)
-            while self._waiting and len(self._counted) < keep:
-                name, chain = self._waiting.popleft()
-                self._counted.append((name, chain))
-                self.tiers.queued(name, chain.blocks)
-        if self._arriving:
-            return
-        # farther than memory reaches there is nothing to fetch; and what is under way can't be evicted, so it is little
-        fetch = min(int(fetch_window(memory, mean) * min(self._depth, 1.0)), len(self._counted))
+        while self._waiting and len(self._counted) < self._keep:
+            name, chain = self._waiting.popleft()
+            self._counted.append((name, chain))
+            self.tiers.queued(name, chain.blocks)
+        fetch = min(self._reach, len(self._counted))
         while (
             not self._arriving
             and self._fetched < fetch
             and self._fetch(self._counted[self._fetched][1], self._begun + self._fetched, now)
         ):
             self._fetched += 1
+
+    def _set_windows(self) -> None:
+        mean = self._session_bytes / self._sessions if self._sessions else 0.0
+        memory = self.tiers.memory.capacity
+        disk = self.tiers.disk.capacity if self.tiers.disk is not None else 0
+        self._keep = int(keep_window(memory, disk, mean) * self._depth)
+        # farther than memory reaches there is nothing to fetch; and what is under way can't be evicted, so it is little
+        self._reach = int(fetch_window(memory, mean) * min(self._depth, 1.0))
 
     def _gone(self, keys: Sequence[Hashable]) -> None:
         """Memory gave up blocks: a turn that needs them is fetched for again, as soon as there is room."""
@@ -274,6 +275,7 @@ class TimedTiers:
         short = chain.short > 0
         self._session_bytes += chain.tokens * self._kv_bytes
         self._sessions += 1
+        self._set_windows()
         old = prompt.blocks[-1] if prompt.short and prompt.blocks and prompt.blocks[-1] != blocks[-1] else None
         went_on_from = None
         if loaded.tokens:
