@@ -127,8 +127,8 @@ class TimedTiers:
     def _gone(self, keys: Sequence[Hashable]) -> None:
         """Memory gave up blocks: a turn that needs them is fetched for again, as soon as there is room."""
         jobs = self.tiers.lookahead.jobs
-        first = min((jobs[key][0] for key in keys if key in jobs), default=None)
-        if first is not None:
+        if not jobs.keys().isdisjoint(keys):
+            first = min(jobs[key][0] for key in keys if key in jobs)
             self._fetched = min(self._fetched, max(0, first - self._begun))
 
     def _next_runs(self) -> None:

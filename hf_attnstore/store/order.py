@@ -199,7 +199,13 @@ class EvictionOrder:
                 if best is not _NEVER:
                     group = values.index(best)
                     changed.add(group)
-                    nbytes -= self._evict_run(self._heaps[group], nbytes, sizes, excluded, gone)
+                    heap = self._heaps[group]
+                    nbytes -= self._evict_run(heap, nbytes, sizes, excluded, gone)
+                    while nbytes > 0 and len(changed) == 1:  # others of the same stamp: no group's value is another now
+                        head = self._first(heap, excluded, group, passed)
+                        if head is None or head[0] != best[1]:
+                            break
+                        nbytes -= self._evict_run(heap, nbytes, sizes, excluded, gone)
                 else:
                     head = self._first(self._jobs, excluded, None, passed)
                     if head is None or (job is not None and -head[0] <= job):
@@ -235,7 +241,7 @@ class EvictionOrder:
             key = entry.parent
             if (
                 freed >= nbytes
-                or before.place != entry.place
+                or (before.place is not entry.place and before.place != entry.place)
                 or jobs_of(key) != jobs
                 or key in excluded
                 or (rivals and heap[0] < (rank, -before.start, key))
