@@ -91,7 +91,7 @@ class TimedTiers:
         self._begun = 0
         """Number of the first counted turn."""
         self._session_bytes, self._sessions = 0.0, 0
-        self._set_windows()
+        self._set_windows(0.0)
 
     # the queue
 
@@ -116,8 +116,8 @@ class TimedTiers:
         ):
             self._fetched += 1
 
-    def _set_windows(self) -> None:
-        mean = self._session_bytes / self._sessions if self._sessions else 0.0
+    def _set_windows(self, mean: float) -> None:
+        """Works out how far it is worth looking ahead, from the mean bytes of a session."""
         memory = self.tiers.memory.capacity
         disk = self.tiers.disk.capacity if self.tiers.disk is not None else 0
         self._keep = int(keep_window(memory, disk, mean) * self._depth)
@@ -275,7 +275,7 @@ class TimedTiers:
         short = chain.short > 0
         self._session_bytes += chain.tokens * self._kv_bytes
         self._sessions += 1
-        self._set_windows()
+        self._set_windows(self._session_bytes / self._sessions)
         old = prompt.blocks[-1] if prompt.short and prompt.blocks and prompt.blocks[-1] != blocks[-1] else None
         went_on_from = None
         if loaded.tokens:

@@ -107,9 +107,10 @@ class Lookahead:
             return set()
         number = self._numbers[-1]
         self._blocks[number] = tuple(blocks)
-        changed = {key for key in blocks if key not in self.jobs}
+        needed = set(blocks)
+        changed = {key for key in needed if key not in self.jobs}
         alone = (number,)
-        for key in blocks:
+        for key in needed:
             if self.jobs.setdefault(key, alone) is not alone:
                 self.jobs[key] += alone
         return changed

@@ -1,5 +1,6 @@
 """The server on a virtual clock: times worked out by hand, windows, determinism, and what must always hold."""
 
+import gc
 from dataclasses import replace
 
 import pytest
@@ -142,14 +143,14 @@ def test_windows_are_those_of_the_formulas() -> None:
     assert fetch_window(1000, 100) == 10
     assert keep_window(1000, 4000, 100) == 50
     tiers = TimedTiers(1000, 4000, "lru", kv_bytes=1, block_tokens=10, links=LINKS)
-    tiers._session_bytes, tiers._sessions = 100.0, 1
+    tiers._set_windows(100.0)
     for number in range(80):
         tiers.queued(number, engine.Chain(10))
     tiers.look_ahead(0.0)
     assert len(tiers.tiers.lookahead) == 50
     assert tiers._fetched == 10
     deeper = TimedTiers(1000, 4000, "lru", kv_bytes=1, block_tokens=10, links=LINKS, depth=0.5)
-    deeper._session_bytes, deeper._sessions = 100.0, 1
+    deeper._set_windows(100.0)
     for number in range(80):
         deeper.queued(number, engine.Chain(10))
     deeper.look_ahead(0.0)
@@ -214,3 +215,16 @@ def test_caps_hold_chains_stay_whole_and_no_turn_is_lost(
     assert out.found <= out.history
     assert not run.running
     assert not run.queue
+
+
+@pytest.mark.parametrize("device", [0, 10**5])
+def test_what_a_simulation_leaves_goes_without_a_search_for_cycles(device: int) -> None:
+    work = Workload("", [talk(Turn(300, 20), Turn(50, 10), start=float(n)) for n in range(40)])
+    gc.collect()
+    gc.disable()
+    try:
+        simulate(work, server(memory=10**6, device=device))
+        left = [thing for thing in gc.get_objects() if type(thing) is TimedTiers]
+    finally:
+        gc.enable()
+    assert not left

@@ -480,6 +480,60 @@ def test_room_for_a_later_turn_is_not_taken_from_an_earlier_one() -> None:
 
 
 @settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_turns_pushed_and_popped_one_by_one_have_the_jobs_of_a_schedule(seed: int) -> None:
+    dice = random.Random(seed)
+    queue, schedule = Lookahead(), Lookahead()
+    names: list[int] = []
+    plans = {name: [dice.randrange(12) for _ in range(4)] for name in range(30)}
+    for name in plans:
+        before = {key: queue.job(key) for key in range(12)}
+        if names and dice.random() < 0.5:
+            del names[0]
+            changed = queue.pop()
+        else:
+            names.append(name)
+            changed = queue.push(name, plans[name])
+        schedule.schedule(names, plans)
+        places = {name: schedule.job(key) for name in names for key in plans[name]}
+        assert all(job is not None for job in places.values())
+        assert {key for key, job in before.items() if queue.job(key) != job} <= changed
+        order = {number: place for place, number in enumerate(sorted(set().union(*queue.jobs.values())))}
+        wanted = {number: place for place, number in enumerate(sorted(set().union(*schedule.jobs.values())))}
+        assert {key: [order[job] for job in jobs] for key, jobs in queue.jobs.items()} == {
+            key: [wanted[job] for job in jobs] for key, jobs in schedule.jobs.items()
+        }
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), capacity=st.integers(3, 20))
+def test_leading_sizes_are_reserved_as_one_by_one(seed: int, capacity: int) -> None:
+    dice = random.Random(seed)
+    plans = {name: [(name, place) for place in range(4)] for name in range(6)}
+    soon = dice.sample(range(6), 3)
+    at_once, one_by_one = books = [TierBook(capacity, make_policy("lru"), Lookahead()) for _ in range(2)]
+    for book in books:
+        lookahead = Lookahead()
+        book.order = EvictionOrder(make_policy("lru"), lookahead)
+        book.order.rescheduled(lookahead.schedule(soon, plans))
+    for step in range(30):
+        name, now = dice.randrange(6), float(step)
+        job = dice.choice([None, 0, 1, 2])
+        absent = at_once.absent(plans[name])
+        assert absent == one_by_one.absent(plans[name]) == [key for key in plans[name] if key not in at_once]
+        sizes = [dice.randrange(1, 6) for _ in absent]
+        count = at_once.reserve_leading(sizes, now, job=job)
+        fits = (one_by_one.reserve(size, now, job=job) for size in sizes)
+        assert count == sum(itertools.takewhile(bool, fits))
+        for book in books:
+            for key, size in zip(absent[:count], sizes, strict=False):
+                book.add(key, (name, key[1] - 1), key[1], size, Place(0, now))
+        assert at_once.used == one_by_one.used
+        assert at_once.keys() == one_by_one.keys()
+        assert at_once.sizes(plans[name]) == [one_by_one.size(key) for key in plans[name]]
+
+
+@settings(max_examples=60, deadline=None)
 @given(st.sampled_from(NAMES), st.integers(0, 10**6), st.integers(3, 30))
 def test_a_book_never_exceeds_its_cap_nor_keeps_an_orphan(name: str, seed: int, capacity: int) -> None:
     dice = random.Random(seed)
