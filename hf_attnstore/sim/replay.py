@@ -6,6 +6,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -64,10 +65,10 @@ class Requests:
     def tokens(self) -> int:
         return sum(row.tokens for row in self.rows)
 
-    @property
+    @cached_property
     def unique(self) -> int:
         """How many different blocks there are; short ones count as the whole blocks that they become."""
-        return len({key for row in self.rows for key in row.blocks})
+        return len(set(itertools.chain.from_iterable(row.blocks for row in self.rows)))
 
     @property
     def per_session(self) -> float:
