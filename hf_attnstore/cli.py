@@ -61,7 +61,8 @@ Disk = Annotated[str, typer.Option(help="Disk space for KV, such as 100GiB.")]
 OnDevice = Annotated[
     str,
     typer.Option(
-        help="KV that stays on the device between turns, such as 4GiB, for the conversations used last; auto: on a CPU."
+        help="KV that stays on the device between turns, such as 4GiB, for the conversations used last; "
+        "auto: some on a CPU, none on a GPU."
     ),
 ]
 Dtype = Annotated[str, typer.Option(help="Such as bfloat16 or float32; auto is what the checkpoint has.")]

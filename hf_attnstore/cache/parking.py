@@ -131,7 +131,7 @@ class ParkingCache(CacheChoices):
         if not self._saving and tier.forgotten != self._forgotten:
             return  # nobody holds the session for who only reads: it may have been deleted meanwhile
         nbytes = _allocated(self.layers)
-        if nbytes < tier.least:
+        if nbytes < tier.least:  # the tier says so, too: this is before anything was done for it
             return
         try:
             layers = [_twin(layer) for layer in self.layers]

@@ -156,10 +156,9 @@ class EvictionOrder:
 
     def rescheduled(self, keys: Iterable[Hashable]) -> None:
         """What the look-ahead says of these blocks has changed."""
-        entry_of = self._entries.get
         for key in keys:
-            entry = entry_of(key)
-            if entry is not None and not entry.followers:
+            entry = self._entries.get(key)
+            if entry is not None:
                 self._push(key, entry)
 
     def evict(

@@ -146,11 +146,8 @@ def test_blocks_that_go_at_once_are_those_that_go_one_by_one(name: str, seed: in
     at_once, one_by_one = orders = EvictionOrder(policy, lookahead), EvictionOrder(policy, lookahead)
     sizes: dict[Hashable, int] = {}
     for step in range(60):
-        action, chain, now = (
-            dice.choice(["add", "add", "fork", "touch", "used", "plan", "evict"]),
-            dice.randrange(5),
-            step,
-        )
+        action = dice.choice(["add", "add", "fork", "touch", "used", "plan", "evict"])
+        chain, now = dice.randrange(5), step
         place = Place(dice.randrange(policy.groups), dice.randrange(4))  # stamps are shared, as by what comes together
         if action == "add":
             first = dice.randrange(4)
