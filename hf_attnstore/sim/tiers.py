@@ -51,7 +51,7 @@ class Tiers:
         if disk is None:
             return Found(memory.leading(blocks), [])
         slow = memory.absent(blocks)
-        count = disk.leading(slow)
+        count = disk.leading(slow) if slow else 0
         if count == len(slow):
             return Found(len(blocks), slow)
         return Found(blocks.index(slow[count]), slow[:count])

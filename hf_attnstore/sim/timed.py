@@ -104,15 +104,16 @@ class TimedTiers:
         """Takes what waits into account, and fetches what runs soon."""
         if not self._ahead:
             return
-        while self._waiting and len(self._counted) < self._keep:
+        counted = self._counted
+        while self._waiting and len(counted) < self._keep:
             name, chain = self._waiting.popleft()
-            self._counted.append((name, chain))
+            counted.append((name, chain))
             self.tiers.queued(name, chain.blocks)
-        fetch = min(self._reach, len(self._counted))
         while (
             not self._arriving
-            and self._fetched < fetch
-            and self._fetch(self._counted[self._fetched][1], self._begun + self._fetched, now)
+            and self._fetched < self._reach
+            and self._fetched < len(counted)
+            and self._fetch(counted[self._fetched][1], self._begun + self._fetched, now)
         ):
             self._fetched += 1
 
@@ -161,7 +162,7 @@ class TimedTiers:
         if disk is None:
             return True
         needed = memory.absent(chain.blocks)
-        wanted = needed[: disk.leading(needed)]
+        wanted = needed[: disk.leading(needed)] if needed else needed
         if not wanted:
             return True
         sizes = disk.sizes(wanted)

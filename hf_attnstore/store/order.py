@@ -181,28 +181,27 @@ class EvictionOrder:
         """
         gone: list[Hashable] = []
         passed: list[tuple[list[Any], Any]] = []
-        values: list[Any] = [_NEVER] * len(self._heaps)
+        values: dict[int, tuple[float, float, int]] = {}
         changed = self._pushed = {group for group, heap in enumerate(self._heaps) if heap}
         worth = self.policy.worth
         try:
             while nbytes > 0:
                 for group in changed:
                     head = self._first(self._heaps[group], excluded, group, passed)
-                    if head is None:
-                        values[group] = _NEVER
-                    else:
+                    if head is not None:
                         place = self._entries[head[2]].place
-                        values[group] = (worth(place, now), place.stamp)
+                        values[group] = (worth(place, now), place.stamp, group)
+                    else:
+                        values.pop(group, None)
                 changed.clear()
-                best = min(values)
-                if best is not _NEVER:
-                    group = values.index(best)
+                if values:
+                    _, stamp, group = min(values.values())
                     changed.add(group)
                     heap = self._heaps[group]
                     nbytes -= self._evict_run(heap, nbytes, sizes, excluded, gone)
                     while nbytes > 0 and len(changed) == 1:  # others of the same stamp: no group's value is another now
                         head = self._first(heap, excluded, group, passed)
-                        if head is None or head[0] != best[1]:
+                        if head is None or head[0] != stamp:
                             break
                         nbytes -= self._evict_run(heap, nbytes, sizes, excluded, gone)
                 else:
@@ -274,6 +273,3 @@ class EvictionOrder:
             else:
                 return item
         return None
-
-
-_NEVER = (float("inf"), float("inf"))

@@ -16,6 +16,7 @@ from hf_attnstore.store.eviction import Order, VictimSearch
 from hf_attnstore.store.lookahead import Lookahead, fetch_window, keep_window
 from hf_attnstore.store.order import EvictionOrder
 from hf_attnstore.store.policies import MOST_GROUPS, POLICIES, Place, Policy, Use, make_policy
+from hf_attnstore.store.policies.ends import End, Ends
 from hf_attnstore.store.policies.returns import BINS, EDGES, Returns, bin_of
 from hf_attnstore.store.rows import BlockRow
 
@@ -424,6 +425,30 @@ def test_a_short_end_that_was_dropped_is_not_taken_for_useless(held: bool) -> No
             policy.group(use)
     place = policy.place(None, 3, 5000.0, short=True)
     assert place.group == (0 if held else 3)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), most=st.integers(0, 150))
+def test_who_may_come_back_is_the_same_seen_one_by_one_and_all_at_once(seed: int, most: int) -> None:
+    random_ = random.Random(seed)
+    ends, expected = Ends(), dict[int, End]()
+    for step in range(400):
+        if expected and random_.random() < 0.3:
+            key = random_.choice(list(expected))
+            assert ends.pop(key) == expected.pop(key)
+        else:
+            short = random_.choice([None, -1])
+            expected[step] = End(1, random_.randrange(5000), random_.randrange(9), float(step), short)
+            ends.add(step, expected[step])
+        if step % 100 == 99:
+            ends.keep(most)
+            for oldest in list(expected)[: max(0, len(expected) - most)]:
+                del expected[oldest]
+        assert len(ends) == len(expected)
+    assert [key for key in range(401) if key in ends] == sorted(expected)
+    groups, began, short_ones = ends.waiting()
+    seen = sorted(zip(groups.tolist(), began.tolist(), short_ones.tolist(), strict=True))
+    assert seen == sorted((end.group, end.at, end.short is not None) for end in expected.values())
 
 
 def test_an_unknown_policy_is_an_error_that_names_those_there_are() -> None:

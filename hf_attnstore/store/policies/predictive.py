@@ -2,11 +2,12 @@
 
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from .base import Place, Policy, Use
+from .ends import End, Ends
 from .returns import Returns, bin_of
 
 _SHORT_TURN = 2048
@@ -20,14 +21,6 @@ _REMEMBERED = 16
 _FIRST, _MORE = 1, 3
 """Groups: 0 for short ends; from 1 first turns, of short and of long texts; from 3 later turns, by their number and by
 what they added."""
-
-
-class _End(NamedTuple):
-    turn: int
-    tokens: int
-    group: int
-    at: float
-    short: Hashable | None
 
 
 class Predictive(Policy):
@@ -45,7 +38,7 @@ class Predictive(Policy):
 
     def __init__(self) -> None:
         self._returns = Returns(self.groups)
-        self._ends: OrderedDict[Hashable, _End] = OrderedDict()
+        self._ends = Ends()
         """Every conversation that may come back, least recent first: by its name, or else by its last whole block."""
         self._gone_on: OrderedDict[Hashable, None] = OrderedDict()
         """Blocks at which a conversation ended that then went on. A second one that ends there shares its beginning
@@ -76,7 +69,7 @@ class Predictive(Policy):
             group = _MORE + 2 * min(turn - 2, _TURNS - 1) + (use.tokens - tokens > _SHORT_TURN)
         key = use.conversation if use.conversation is not None else use.chain[-1] if use.chain else None
         if key is not None and key not in self._gone_on:
-            self._ends[key] = _End(min(turn, _TURNS + 1), use.tokens, group, now, use.short)
+            self._ends.add(key, End(min(turn, _TURNS + 1), use.tokens, group, now, use.short))
         self._tidy(now)
         return group
 
@@ -90,7 +83,7 @@ class Predictive(Policy):
         """How much of the time since `at` has been counted as waiting already, in seconds."""
         return max(self._counted_at - at, 0.0)
 
-    def _end_of_short(self, end: _End, use: Use) -> None:
+    def _end_of_short(self, end: End, use: Use) -> None:
         """A conversation went on: its short end was of use, or never will be. Of one that had been dropped nobody can
         tell: it must not count as useless for that."""
         if end.short is None:
@@ -102,8 +95,7 @@ class Predictive(Policy):
             self._shorts_used -= self._shorts_used / _REMEMBERED
 
     def _tidy(self, now: float) -> None:
-        while len(self._ends) > _ENDS:
-            self._ends.popitem(last=False)
+        self._ends.keep(_ENDS)
         while len(self._gone_on) > _ENDS:
             self._gone_on.popitem(last=False)
         self._turns += 1
@@ -114,10 +106,8 @@ class Predictive(Policy):
             self._returns.refresh()
 
     def _count_waiting(self, now: float) -> None:
-        ends = list(self._ends.values())
-        groups = np.array([end.group for end in ends], int)
-        began = np.array([end.at for end in ends], float)
-        shorts = np.array([end.at for end in ends if end.short is not None], float)
+        groups, began, short = self._ends.waiting()
+        shorts = began[short]
         groups, began = np.append(groups, np.zeros(len(shorts), int)), np.append(began, shorts)
         self._returns.waited(groups, np.maximum(self._counted_at - began, 0), np.maximum(now - began, 0))
         self._counted_at = now
