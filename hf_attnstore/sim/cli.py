@@ -48,7 +48,7 @@ def paper(
     decoupled: Annotated[
         bool, typer.Option("--decoupled/--invalidate", help="Whether KV stays of use when the window overflows.")
     ] = True,
-    block_tokens: Blocks = 256,
+    block_tokens: Blocks = 1024,
     seed: Annotated[int, typer.Option(help="For the workload.")] = 0,
     jobs: Jobs = 1,
     output: Output = None,

@@ -25,6 +25,8 @@ ARRIVALS = 1.0
 WARM_UP = 10_000
 """Turns that are not counted."""
 BATCH = 24
+BLOCK = 1024
+"""Tokens of a block. What is left of a conversation is a short one: smaller blocks find the same, and take longer."""
 MEMORY = 128 * GB
 DISK = 10_000 * GB
 DISKS = (2_000 * GB, 5_000 * GB, 10_000 * GB)

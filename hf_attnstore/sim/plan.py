@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from ..store.policies import DEFAULT
-from .paper import DISKS, SESSIONS, SETTINGS
+from .paper import BLOCK, DISKS, SESSIONS, SETTINGS
 from .runs import NO_STORE, OPTIMUM, PLAIN_FIFO, PaperRun, Run, ServedTrace, TraceRun
 
 DEFAULT_POLICY = DEFAULT
@@ -56,7 +56,7 @@ class Plan:
     mooncake: Trace | None = None
     agent: Trace | None = None
     sessions: int = SESSIONS
-    block_tokens: int = 1024
+    block_tokens: int = BLOCK
     capacities: Sequence[float] = CAPACITIES
     left_out: list[str] = field(default_factory=list)
 

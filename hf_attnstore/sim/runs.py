@@ -16,7 +16,7 @@ from typing import Any
 from .engine import Server, simulate
 from .machine import Links, Prices
 from .optimum import optimum
-from .paper import BATCH, DISK, MEMORY, SESSIONS, SETTINGS, WARM_UP, paper_workload
+from .paper import BATCH, BLOCK, DISK, MEMORY, SESSIONS, SETTINGS, WARM_UP, paper_workload
 from .plain import plain_fifo
 from .replay import Requests, replay, requests_of
 from .traces import load_trace
@@ -67,7 +67,7 @@ class PaperRun:
     overlap: bool = True
     buffer: int | None = None
     saving_behind: bool = True
-    block_tokens: int = 256
+    block_tokens: int = BLOCK
 
     @_without_collecting()
     def run(self, progress: Callable[[int], None] = lambda done: None) -> dict[str, Any]:

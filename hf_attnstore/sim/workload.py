@@ -60,6 +60,8 @@ class Workload:
 
     def at_rate(self, factor: float) -> Workload:
         """The same turns, coming `factor` times as fast: starts and arrivals, not the time people take to think."""
+        if factor == 1:
+            return self
         conversations = [
             Conversation(c.name, c.start / factor, [replace(turn, at=turn.at / factor) for turn in c.turns])
             for c in self.conversations
@@ -68,6 +70,8 @@ class Workload:
 
     def thinking(self, factor: float) -> Workload:
         """The same turns, with people who take `factor` times as long to think."""
+        if factor == 1:
+            return self
         conversations = [
             Conversation(c.name, c.start, [replace(turn, think=turn.think * factor) for turn in c.turns])
             for c in self.conversations
