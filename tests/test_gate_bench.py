@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from hf_attnstore import AttentionStore, AttentionStoreCache
+from hf_attnstore.bench import gate_bench
 from hf_attnstore.bench.gate_bench import METHODS, Cell, Tier
 from hf_attnstore.bench.gate_report import mean_regret, rows, worst
+from hf_attnstore.bench.shapes import BenchError, choose_model, load_model, random_ids
 from hf_attnstore.cli import app
 
 
@@ -31,6 +34,16 @@ def test_regret_is_against_the_better_of_both() -> None:
 def test_tiers_have_names() -> None:
     labels = [tier.label for tier in (Tier("memory"), Tier("disk"), Tier("disk", 2.5e6))]
     assert labels == ["memory", "disk, warm", "disk at 2.5 MB/s"]
+
+
+def test_what_comes_from_another_tier_is_no_figure_of_this_one(tmp_path: Path) -> None:
+    model = load_model(choose_model("tiny", None, device="cpu", max_tokens=128))
+    ids = random_ids(model, 64, (0,))
+    with AttentionStore(tmp_path) as store:
+        model.generate(ids, past_key_values=AttentionStoreCache(model, store=store), max_new_tokens=1)
+    slow = AttentionStore(tmp_path, memory=0)
+    with slow as store, pytest.raises(BenchError, match=r"^memory: blocks came from \{'disk': 1\}"):
+        gate_bench._tier(model, store, Tier("memory"), {64: ids}, 8, 1, 0, print)
 
 
 def test_the_gate_bench_in_small(tmp_path: Path) -> None:

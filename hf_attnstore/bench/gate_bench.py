@@ -112,12 +112,12 @@ def measure(
         folder: for the store; temporary by default.
 
     Raises:
-        BenchError: methods gave different tokens.
+        BenchError: methods gave different tokens, or KV came from another tier.
     """
     cells = []
     with tempfile.TemporaryDirectory(prefix="attnstore-gate-", dir=folder) as place:
         prompts = {history: random_ids(model, history, (seed, history)) for history in histories}
-        with AttentionStore(place, memory="8GiB", device=0) as store:
+        with AttentionStore(place, memory=1 << 40, device=0) as store:  # all of it, however long
             for history, ids in prompts.items():
                 progress(f"computing {history:,} tokens to keep")
                 timed_generate(model, ids, 0, lambda: AttentionStoreCache(model, store=store, drop=0, gate=False))
@@ -198,6 +198,8 @@ def _all_histories(
                     sample, cache = _turn(model, store, method, ids)
                     cell.ttft[method].append(sample.ttft)
                     tokens.add(sample.tokens)
+                    if method == "load" and cache.stats.blocks_from.keys() != {tier.kind}:
+                        raise BenchError(f"{tier.label}: blocks came from {dict(cache.stats.blocks_from)}.")
                     if method == "gate":
                         cell.reused.append(cache.reused_tokens)
                         cell.reason = cache.stats.gate
