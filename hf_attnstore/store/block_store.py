@@ -17,6 +17,7 @@ from .blocks import TOKEN_IDS, Block, BlockMeta, Match, TensorSpec, host_memory
 from .keys import Key, chain_root, common_prefix, decode_tokens, encode_tokens
 from .opened import OpenStore
 from .rows import BlockRow
+from .sizes import format_bytes
 from .stages import Source, Stage
 from .transfer import Load
 
@@ -149,13 +150,28 @@ class BlockStore(OpenStore):
         self._right_of_way.give(owner)
 
     def reserve(self, nbytes: int, *, wait: bool = False) -> bool:
-        """Reserves host memory for a block that is being filled; False where the cap leaves no room for it."""
+        """Reserves host memory for a block that is being filled; False where the cap leaves no room for it.
+
+        Args:
+            wait: for what is being written to make room, and say so where that is not enough.
+        """
         if self._automatic is not None:
             self._automatic.before_reserving()
-        if not self._memory.reserve(nbytes):
-            self._right_of_way.overrule()  # what waits to be written is what fills the memory
-            return wait and self._memory.reserve(nbytes, wait=True)
-        return True
+        if self._memory.reserve(nbytes):
+            return True
+        self._right_of_way.overrule()  # what waits to be written is what fills the memory
+        if not wait:
+            return False
+        if self._memory.reserve(nbytes, wait=True):
+            return True
+        self._accounts.count("not_saved_blocks")
+        if self._memory.capacity or self.disk_capacity:  # else nobody asked for blocks to be kept
+            self._accounts.warn_once(
+                "room",
+                f"the memory of the store {self.path} (cap {format_bytes(self._memory.capacity)}) has no room for a "
+                "block that a turn has made, the session is not saved: give it more with memory=",
+            )
+        return False
 
     def release(self, nbytes: int) -> None:
         """Gives back what `reserve` took, for a block that will not be handed over."""
@@ -173,6 +189,7 @@ class BlockStore(OpenStore):
             if held is not None:  # what is about to be written may take its place: then it is to be written again
                 self._writer.submit(partial(self._write, held, supersedes))
             return
+        self._accounts.over("room")
         self._accounts.count_all({"saved_blocks": 1, "saved_bytes": block.nbytes})
         self._writer.submit(partial(self._write, block, supersedes))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import logging
 import os
 import random
 import subprocess
@@ -292,9 +293,12 @@ def test_a_tiny_memory_cap_holds_and_everything_stays_right(family: str, tmp_pat
         assert min(len(store.tokens(name)) for name in "ab") > 0
 
 
-def test_a_memory_cap_below_one_block_saves_nothing_and_stays_right(tmp_path: Path) -> None:
+@pytest.mark.parametrize("memory", [1000, 0])
+def test_a_memory_cap_below_one_block_saves_nothing_stays_right_and_says_so(
+    tmp_path: Path, memory: int, caplog: pytest.LogCaptureFixture
+) -> None:
     model = make_model("gemma3")
-    with AttentionStore(tmp_path / "store", memory=1000, block_size=BLOCK) as store:
+    with AttentionStore(tmp_path / "store", memory=memory, block_size=BLOCK) as store:
         cache = AttentionStoreCache(model, "alice", store)
         sequence = turn(model, tokens(60), cache).sequences
         prompt = follow_up(sequence, 5, 2)
@@ -303,6 +307,21 @@ def test_a_memory_cap_below_one_block_saves_nothing_and_stays_right(tmp_path: Pa
         assert_reused(cache, prompt, 65)
         assert store.stats()["memory_bytes"] == 0
         assert store.tokens("alice") == []
+        assert store.stats()["not_saved_blocks"] > 0
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert warning.endswith("the session is not saved: give it more with memory=")
+
+
+def test_a_store_of_the_device_alone_needs_no_memory_and_says_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make_model()
+    with AttentionStore(tmp_path / "store", memory=0, disk=0, device="64MiB", block_size=BLOCK) as store:
+        sequence = turn(model, tokens(60), AttentionStoreCache(model, "alice", store)).sequences
+        cache = AttentionStoreCache(model, "alice", store)
+        turn(model, follow_up(sequence, 5, 2), cache)
+        assert set(cache.stats.blocks_from) == {"device"}
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def test_a_memory_only_store_reuses_and_forgets(tmp_path: Path) -> None:
