@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +18,7 @@ from typer.testing import CliRunner
 from hf_attnstore import AttentionStore
 from hf_attnstore.bench import slow_disk as slow_disk_module
 from hf_attnstore.bench.cli import app
+from hf_attnstore.bench.methods import SESSION
 from hf_attnstore.bench.overlap import ARMS, MEASURED, TURNS, Bench, Disk, ways_of
 from hf_attnstore.bench.overlap_cli import disks_of, parse_points
 from hf_attnstore.bench.overlap_report import summary_table
@@ -145,6 +148,30 @@ def test_what_is_fetched_for_the_next_job_is_in_the_timeline_of_this_one(tmp_pat
     assert {"tokens 64–80", "tokens 80–96"} <= fetched  # the turn itself has no such tokens
     assert len(set(events)) == len(events)
     assert sample.loaded_bytes > 0
+
+
+def test_nothing_is_on_its_way_into_memory_when_the_next_turn_is_prepared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(ModelSpec("tiny", None, "cpu", seed=0, max_tokens=200))
+    with torch.inference_mode():
+        bench = Bench(model, 40, tmp_path, decode=3, seed=0, block_size=16)
+    began, promote = threading.Event(), bench.store._promote
+
+    def slowly(key: bytes, job: int | None = None) -> int | None:
+        began.set()
+        time.sleep(0.3)
+        return promote(key, job)
+
+    monkeypatch.setattr(bench.store, "_promote", slowly)
+    try:
+        bench.store.drop_memory()
+        with torch.inference_mode(), bench._scheduled(SESSION):
+            model(bench.history[:, :1])
+            assert began.wait(60)
+        assert bench.store.residence(SESSION)["memory"] > 0  # what had begun is there, and not on its way
+    finally:
+        bench.close()
 
 
 def test_the_numbers_of_a_timeline() -> None:

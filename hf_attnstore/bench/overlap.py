@@ -231,7 +231,7 @@ class Bench:
             )
             self.store.flush()
         if way.tier == "fetched":
-            self.store.schedule([])
+            self._schedule_nothing()
             blocks = cache.stats.blocks_from
             result.fetched.setdefault(name, []).append(blocks.get("memory", 0) / max(sum(blocks.values()), 1))
             if cache.stats.reused_tokens != setting.history:
@@ -368,4 +368,9 @@ class Bench:
             yield
         finally:
             hook.remove()
-            self.store.schedule([])
+            self._schedule_nothing()
+
+    def _schedule_nothing(self) -> None:
+        """Returns when what is being fetched is in memory, or it would get there in the middle of the next turn."""
+        self.store.schedule([])
+        self.store._fetcher.drain()
