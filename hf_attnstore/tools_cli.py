@@ -285,6 +285,7 @@ def stats(store: Store = None, as_json: Json = False) -> None:
         ("waited for loads", f"{totals['exposed_load_seconds']:.2f} s of {totals['load_seconds']:.2f} s"),
         ("written", f"{format_bytes(totals['written_bytes'])}, {format_bytes(speeds['write_bytes_per_second'])}/s"),
         ("blocks evicted", f"{totals['evicted_blocks']:,}"),
+        ("blocks not taken in by the policy", f"{totals['not_admitted_blocks']:,}"),
         ("blocks rejected as damaged", f"{totals['rejected']:,}"),
         ("errors when reading, writing", f"{totals['read_errors']:,}, {totals['write_errors']:,}"),
     ]

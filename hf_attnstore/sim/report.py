@@ -358,7 +358,8 @@ def _trace_part(plan: Plan, trace: Trace, found: Found) -> str:
             "is Belady's MIN with bypass, which knows what comes.",
             table(["", *(percent(c, 0) for c in plan.capacities)], [*rows, relative]),
             f"![{trace.title}: hit rate by capacity]({picture_of(trace)})",
-            "`fifo` and all policies after it drop ends of chains only; `fifo (any block)` is the plain one.",
+            "`fifo` and all policies after it drop ends of chains only; `fifo (any block)` is the plain one. And "
+            "`predictive` takes nothing in that it thinks is worth less than what would have to go for it.",
             "With the next requests known in their true order (`schedule`), by depth: 1 is as many turns as fit into "
             "the store (in brackets). Of a turn is known what its conversation has already; of a first turn nothing.",
             table(["capacity, policy", *(f"depth {d:g}" for d in (0.0, *DEPTHS))], depths),

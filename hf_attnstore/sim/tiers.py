@@ -113,7 +113,8 @@ class Tiers:
         protect: bool = False,
         before: Hashable | None = None,
     ) -> list[Hashable]:
-        """Takes blocks of a chain into a tier, in order, as far as there is room. Returns those that are new there.
+        """Takes blocks of a chain into a tier, in order, as far as there is room, and into the lowest as far as the
+        policy admits them. Returns those that are new there.
 
         Args:
             start: number of the chain's first block.
@@ -131,13 +132,14 @@ class Tiers:
         new, sizes = blocks[first:], sizes[there:]
         parent = blocks[first - 1] if first else before
         distinct = not book.has_any(new) and len(set(new)) == len(new)
-        if distinct and self._reserve_all(book, sizes, now, parent, protect):
+        newcomer = place if book is self._books[-1] else None
+        if distinct and self._reserve_all(book, sizes, now, parent, protect, newcomer):
             book.add_chain(new, parent, start + first, sizes, place, dirty=dirty)
             return list(new)
         added: list[Hashable] = []
         for number, (key, size) in enumerate(zip(new, sizes, strict=True), first):
             if key not in book:
-                if not self._reserve(book, size, now, parent if protect else None):
+                if not self._reserve(book, size, now, parent if protect else None, newcomer):
                     break
                 book.add(key, parent, start + number, size, place, dirty=dirty)
                 added.append(key)
@@ -145,27 +147,33 @@ class Tiers:
         return added
 
     def _reserve_all(
-        self, book: TierBook, sizes: Sequence[int], now: float, parent: Hashable | None, protect: bool
+        self,
+        book: TierBook,
+        sizes: Sequence[int],
+        now: float,
+        parent: Hashable | None,
+        protect: bool,
+        newcomer: Place | None,
     ) -> bool:
         """Reserves room for all blocks that follow `parent`, or none. What the first is reserved for may be `parent`
         itself, unless `protect`; then that has a follower, and stays."""
         if not protect:
-            if not self._reserve(book, sizes[0], now, None):
+            if not self._reserve(book, sizes[0], now, None, newcomer):
                 return False
-            if self._reserve(book, sum(sizes[1:]), now, parent):
+            if self._reserve(book, sum(sizes[1:]), now, parent, newcomer):
                 return True
             book.release(sizes[0])
             return False
-        return self._reserve(book, sum(sizes), now, parent)
+        return self._reserve(book, sum(sizes), now, parent, newcomer)
 
     @staticmethod
-    def _reserve(book: TierBook, size: int, now: float, protected: Hashable | None) -> bool:
+    def _reserve(book: TierBook, size: int, now: float, protected: Hashable | None, newcomer: Place | None) -> bool:
         """Reserves room for what follows `protected`, which must not go for it."""
         if protected is None or protected not in book or protected in book.dirty:
-            return book.reserve(size, now)
+            return book.reserve(size, now, newcomer=newcomer)
         book.dirty.add(protected)
         try:
-            return book.reserve(size, now)
+            return book.reserve(size, now, newcomer=newcomer)
         finally:
             book.dirty.discard(protected)
 

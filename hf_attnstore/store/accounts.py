@@ -10,7 +10,7 @@ logger = logging.getLogger("hf_attnstore")
 COUNTS = (
     "turns", "turns_with_reuse", "prompt_tokens", "reused_tokens", "loaded_bytes", "saved_blocks", "saved_bytes",
     "written_bytes", "evicted_blocks", "fetched_blocks", "fetched_bytes",
-    "not_saved_blocks", "rejected", "write_errors", "read_errors",
+    "not_saved_blocks", "not_admitted_blocks", "rejected", "write_errors", "read_errors",
 )  # fmt: skip
 TIMES = ("load_microseconds", "exposed_load_microseconds", "write_microseconds")
 MISSED = "missed: "

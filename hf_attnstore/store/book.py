@@ -49,12 +49,15 @@ class TierBook:
         size = self._sizes.get
         return [size(key, 0) for key in keys]
 
-    def make_room(self, nbytes: int, now: float, *, evict: bool = True, job: int | None = None) -> bool:
+    def make_room(
+        self, nbytes: int, now: float, *, evict: bool = True, job: int | None = None, newcomer: Place | None = None
+    ) -> bool:
         """Evicts until `nbytes` more fit.
 
         Args:
             evict: else only says whether they fit as it is.
             job: the upcoming turn for which this is; None for one that is running.
+            newcomer: where the block will stand for which this is, if that may be refused (`Policy.admits`).
 
         Returns:
             False if there is no room for them.
@@ -66,7 +69,7 @@ class TierBook:
             return True
         if not evict:
             return False
-        gone = self.order.evict(missing, self._sizes, now, self.dirty, job=job)
+        gone = self.order.evict(missing, self._sizes, now, self.dirty, job=job, newcomer=newcomer)
         if gone:
             self.used -= sum(map(self._sizes.pop, gone))
             self.evictions += len(gone)
@@ -78,9 +81,11 @@ class TierBook:
         self.capacity = capacity
         self.make_room(0, now)
 
-    def reserve(self, nbytes: int, now: float, *, evict: bool = True, job: int | None = None) -> bool:
+    def reserve(
+        self, nbytes: int, now: float, *, evict: bool = True, job: int | None = None, newcomer: Place | None = None
+    ) -> bool:
         """Takes `nbytes` out of the free room. False if there is none; see `make_room`."""
-        if not self.make_room(nbytes, now, evict=evict, job=job):
+        if not self.make_room(nbytes, now, evict=evict, job=job, newcomer=newcomer):
             return False
         self.used += nbytes
         return True

@@ -46,6 +46,10 @@ _BATCH = 64
 """Blocks evicted in one transaction at most."""
 
 
+class _NotAdmittedError(Exception):
+    """A new block is worth less than those that would have to go for it."""
+
+
 class DiskStore:
     """The part of a store that outlives the process. Safe to use from several threads and processes.
 
@@ -329,8 +333,11 @@ class DiskStore:
 
     # blocks
 
-    def write(self, block: Block, supersedes: Key | None) -> bool:
-        """Writes a block, unless it is there. False where the cap, or a missing beginning, keeps it out.
+    def write(self, block: Block, supersedes: Key | None, *, wanted: bool = False) -> bool:
+        """Writes a block, unless it is there. False where the cap, the policy, or a missing beginning keeps it out.
+
+        Args:
+            wanted: somebody asked for this very block, and the policy has no say.
 
         Raises:
             StoreIOError: the disk would not; nothing is left behind that does not get removed.
@@ -343,7 +350,12 @@ class DiskStore:
                 return False  # its beginning did not make it to disk: alone it is worth nothing
             expected = encoded_size(block)
             place = self._order.policy.place(None, self._order.policy.newcomers, time.time())
-            if not self.make_room(expected, keep={meta.predecessor}):
+            try:
+                found_room = self.make_room(expected, {meta.predecessor}, None if wanted else place)
+            except _NotAdmittedError:
+                self._accounts.count("not_admitted_blocks")
+                return False
+            if not found_room:
                 if self.capacity:
                     cap = format_bytes(self.capacity)
                     self._accounts.warn_once(
@@ -384,11 +396,15 @@ class DiskStore:
         """Bytes of everything in the folder."""
         return self.index.usage().total + self.index.database.file_bytes() + self.files.quarantine_bytes()
 
-    def make_room(self, nbytes: int, keep: Collection[Key] = ()) -> bool:
+    def make_room(self, nbytes: int, keep: Collection[Key] = (), newcomer: Place | None = None) -> bool:
         """Evicts until `nbytes` more fit under the cap; only for who is `writing`.
 
         Args:
             keep: keys of blocks that stay.
+            newcomer: where the block will stand for which this is, if that may be refused (`Policy.admits`).
+
+        Raises:
+            _NotAdmittedError: it is.
         """
         # what the index may grow by before this is asked again: by a commit, mostly in its log
         margin = min(max(self.capacity // 64, 192 << 10), 16 << 20)
@@ -407,12 +423,14 @@ class DiskStore:
             if self.index.database.log_bytes() > _LONG_LOG and not self._empty_log():
                 return False
             now = time.time()
-            search = VictimSearch(self.index, self._order, now, keep)
+            search = VictimSearch(self.index, self._order, now, keep, newcomer)
             chosen: list[BlockRow] = []
             while over > 0 and len(chosen) < _BATCH and (row := search.next()) is not None:
                 chosen.append(row)
                 over -= row.bytes
             if not chosen:
+                if search.refused:
+                    raise _NotAdmittedError
                 return False
             self.index.remove_blocks(chosen, self._order.policy)
             self._remove_files(chosen)

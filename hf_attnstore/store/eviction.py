@@ -37,14 +37,24 @@ class VictimSearch:
     """Names blocks to evict, one after the other, as if each were gone when the next is asked for.
 
     The index must not change meanwhile. Raises what the index raises.
+
+    Args:
+        keep: keys of blocks that stay.
+        newcomer: where the block will stand for which they go. As long as nobody says what comes next, nothing goes for
+            it that the policy thinks is worth more (`Policy.admits`).
     """
 
-    def __init__(self, index: Leaves, order: Order, now: float, keep: Collection[Key] = ()) -> None:
+    def __init__(
+        self, index: Leaves, order: Order, now: float, keep: Collection[Key] = (), newcomer: Place | None = None
+    ) -> None:
         self._index = index
         self._policy = order.policy
         self._lookahead = order.lookahead
         self._now = now
         self._keep = keep
+        self._newcomer = newcomer if not order.lookahead.jobs else None
+        self.refused = False
+        """What goes next is worth more than the newcomer for which it would."""
         self._heads: list[list[tuple[float, int, Key]]] = [[] for _ in range(MOST_GROUPS)]
         self._read = [0] * MOST_GROUPS
         self._last: list[tuple[float, int] | None] = [(float("-inf"), 0)] * MOST_GROUPS
@@ -57,16 +67,21 @@ class VictimSearch:
     def next(self) -> BlockRow | None:
         """The block that goes next; None if nothing may go."""
         best: tuple[float, float] | None = None
-        chosen = None
+        chosen: tuple[int, Place] | None = None
         for group in range(MOST_GROUPS):
             head = self._head(group)
             if head is not None:
-                known = min(group, self._policy.groups - 1)  # more there are where another policy was at work
-                value = (self._policy.worth(Place(known, head[0]), self._now), head[0])
+                # more groups there are where another policy was at work
+                place = Place(min(group, self._policy.groups - 1), head[0])
+                value = (self._policy.worth(place, self._now), head[0])
                 if best is None or value < best:
-                    best, chosen = value, group
+                    best, chosen = value, (group, place)
         if chosen is not None:
-            _, _, key = heapq.heappop(self._heads[chosen])
+            group, place = chosen
+            if self._newcomer is not None and not self._policy.admits(self._newcomer, place, self._now):
+                self.refused = True
+                return None
+            _, _, key = heapq.heappop(self._heads[group])
         elif self._jobs:
             _, _, key = heapq.heappop(self._jobs)
         else:

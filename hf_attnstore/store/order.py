@@ -26,7 +26,8 @@ class EvictionOrder:
 
     def __init__(self, policy: Policy, lookahead: Lookahead | None = None) -> None:
         self.policy = policy
-        self._jobs_of = (lookahead if lookahead is not None else Lookahead()).jobs.get
+        self._lookahead = lookahead if lookahead is not None else Lookahead()
+        self._jobs_of = self._lookahead.jobs.get
         self._entries: dict[Hashable, _Entry] = {}
         self._orphans: dict[Hashable, int] = {}
         """How many blocks here follow one that is not."""
@@ -169,6 +170,7 @@ class EvictionOrder:
         excluded: Container[Hashable] = (),
         *,
         job: int | None = None,
+        newcomer: Place | None = None,
     ) -> list[Hashable]:
         """Takes out the blocks that go next, until they have `nbytes` or nothing is left that may go. Returns them, in
         the order in which they went.
@@ -178,12 +180,16 @@ class EvictionOrder:
             excluded: blocks to pass over.
             job: the upcoming turn for which room is needed: what an earlier one needs is passed over. None: for a turn
                 that is running.
+            newcomer: where the block will stand for which room is needed. As long as nobody says what comes next,
+                nothing goes for it that the policy thinks is worth more (`Policy.admits`).
         """
         gone: list[Hashable] = []
         passed: list[tuple[list[Any], Any]] = []
         values: dict[int, tuple[float, float, int]] = {}
         changed = self._pushed = {group for group, heap in enumerate(self._heaps) if heap}
         worth = self.policy.worth
+        if self._lookahead.jobs:
+            newcomer = None
         try:
             while nbytes > 0:
                 for group in changed:
@@ -196,6 +202,8 @@ class EvictionOrder:
                 changed.clear()
                 if values:
                     _, stamp, group = min(values.values())
+                    if newcomer is not None and not self.policy.admits(newcomer, Place(group, stamp), now):
+                        break
                     changed.add(group)
                     heap = self._heaps[group]
                     nbytes -= self._evict_run(heap, nbytes, sizes, excluded, gone)

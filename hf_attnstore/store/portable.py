@@ -199,7 +199,7 @@ def import_session(
                 for tensor in _in_order(names)
                 if tensor.partition(".")[0] == str(number) and not tensor.endswith("." + TOKEN_IDS)
             }
-            if not disk.write(Block(meta, tensors), None):
+            if not disk.write(Block(meta, tensors), None, wanted=True):
                 raise AttentionStoreError(f"there is no room for {path} under the store's cap")
         manifest = _manifest(content, metas, namespace, disk.vault.secret)
         record = SessionRecord(

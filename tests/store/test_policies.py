@@ -169,9 +169,10 @@ def test_blocks_that_go_at_once_are_those_that_go_one_by_one(name: str, seed: in
             excluded = {key for key in sizes if dice.random() < 0.1}
             job = dice.choice([None, *lookahead.jobs.values(), ()])
             wanted, job = dice.randrange(1, 20), job[0] if job else None
-            gone = at_once.evict(wanted, sizes, now, excluded, job=job)
+            newcomer = dice.choice([None, Place(dice.randrange(policy.groups), dice.randrange(now + 1))])
+            gone = at_once.evict(wanted, sizes, now, excluded, job=job, newcomer=newcomer)
             alone: list[Hashable] = []
-            while wanted > 0 and (victims := one_by_one.evict(1, sizes, now, excluded, job=job)):
+            while wanted > 0 and (victims := one_by_one.evict(1, sizes, now, excluded, job=job, newcomer=newcomer)):
                 alone += victims
                 wanted -= sum(map(sizes.__getitem__, victims))
             assert gone == alone
@@ -235,6 +236,40 @@ def test_the_index_gives_up_the_blocks_that_memory_would(name: str, seed: int) -
         assert found.key == evict_one(order, now)
     assert search.next() is None
     assert evict_one(order, now) is None
+
+
+def test_what_is_worth_less_than_all_there_is_not_admitted_unless_somebody_says_what_comes() -> None:
+    policy, lookahead, now = learned_policy(), Lookahead(), 20_000.0
+    returning, finished = Place(3, now - 100), Place(1, now - 5000)
+    newcomer = policy.place(None, policy.newcomers, now)
+    assert policy.worth(returning, now) > policy.worth(newcomer, now) > policy.worth(finished, now)
+    order = EvictionOrder(policy, lookahead)
+    order.add("returning", "root", 0, returning)
+    order.add("finished", "root", 0, finished)
+    rows = [
+        BlockRow(name.encode(), b"root", b"root", 0, 1, 1, "", *place)
+        for name, place in (("returning", returning), ("finished", finished))
+    ]
+    sizes: dict[Hashable, int] = {"returning": 1, "finished": 1}
+    search = VictimSearch(Table(rows), Order(policy, lookahead), now, newcomer=newcomer)
+    first = search.next()
+    assert first is not None
+    assert (first.key, search.refused) == (b"finished", False)
+    assert (search.next(), search.refused) == (None, True)
+    assert order.evict(2, sizes, now, newcomer=newcomer) == ["finished"]
+    assert order.evict(1, sizes, now, newcomer=newcomer) == []
+    lookahead.schedule(["another"], {"another": ["elsewhere"]})
+    assert order.evict(1, sizes, now, newcomer=newcomer) == ["returning"]
+    search = VictimSearch(Table(rows[:1]), Order(policy, lookahead), now, newcomer=newcomer)
+    last = search.next()
+    assert last is not None
+    assert last.key == b"returning"
+
+
+@pytest.mark.parametrize("name", ["lru", "fifo", "hyperbolic"])
+def test_policies_that_predict_nothing_admit_everything(name: str) -> None:
+    policy = make_policy(name)
+    assert policy.admits(Place(0, 0.0), Place(policy.groups - 1, 100.0), 100.0)
 
 
 def test_a_search_reads_a_page_of_each_group_and_no_more() -> None:

@@ -173,6 +173,22 @@ def test_what_does_not_fit_is_refused(exported: Path, tmp_path: Path) -> None:
         store.import_session(exported)
 
 
+def test_what_somebody_imports_is_not_refused_by_the_policy(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with AttentionStore(tmp_path / "b", block_size=16, disk=600_000) as store:
+        monkeypatch.setattr(store._order.policy, "admits", lambda newcomer, victim, now: False)
+        number = 0
+        while not store.stats()["not_admitted_blocks"]:  # until it is full
+            save(store, make_chain(list(range(1000 * number, 1000 * number + 160)), 16))
+            store.flush()
+            number += 1
+        assert store.stats()["evicted_blocks"] == 0
+        assert store.import_session(exported).tokens == 40
+        assert store.stats()["evicted_blocks"] > 0
+        assert len(store.tokens("talk")) == 40
+
+
 def test_exporting_what_is_not_there_or_not_whole_is_an_error(tmp_path: Path) -> None:
     with AttentionStore(tmp_path / "a", block_size=16) as store:
         save(store, make_chain(list(range(40)), 16), "talk")

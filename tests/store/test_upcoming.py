@@ -87,6 +87,35 @@ def test_what_waits_to_be_written_does_not_keep_upcoming_turns_out_of_memory(tmp
         assert store.stats()["memory_bytes"] <= TWO
 
 
+def test_a_full_disk_refuses_what_is_worth_less_until_somebody_says_what_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with filled(tmp_path, 8, memory=10 * ONE, disk=1_200_000) as store:
+        there = [name for name in map(str, range(8)) if store.residence(name)["disk"]]
+        assert 0 < len(there) < 8
+        evicted = store.stats()["evicted_blocks"]
+        assert evicted > 0
+        monkeypatch.setattr(store._order.policy, "admits", lambda newcomer, victim, now: False)
+        for number in range(8, 12):  # what room is left takes in a part of the first ones
+            save(store, chain_of(number), str(number))
+        store.flush()
+        chain = chain_of(11)
+        assert same(chain, load(store, chain)), "memory has it"
+        store.drop_memory()
+        assert not store.has(chain[0].meta.key)
+        assert store.stats()["not_admitted_blocks"] >= len(chain)
+        assert store.stats()["evicted_blocks"] == evicted
+        assert all(store.residence(name)["disk"] for name in there)
+        assert not caplog.records
+        store.schedule(there[-1:])
+        wait_for(lambda: in_memory(store, there[-1]) > 0)
+        save(store, chain_of(12), "12")
+        store.flush()
+        assert store.has(chain_of(12)[-1].meta.key)
+        assert store.residence(there[-1])["disk"] > 0
+        assert store.stats()["evicted_blocks"] > evicted
+
+
 def test_a_turn_that_was_saved_leaves_the_list(tmp_path: Path) -> None:
     with filled(tmp_path, 3, memory=10 * ONE) as store:
         store.schedule(["0", "1", "0"])

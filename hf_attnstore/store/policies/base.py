@@ -63,6 +63,10 @@ class Policy(ABC):
             short: it is the short end of the conversation.
         """
 
+    def admits(self, newcomer: Place, victim: Place, now: float) -> bool:
+        """Whether a new block is worth the room of one that would go for it, out of the lowest tier."""
+        return True
+
     def left(self, place: Place, follower: Place) -> Place:
         """Where a block stands when the last one after it goes, which stood at another place: whoever used that used
         this one, too."""

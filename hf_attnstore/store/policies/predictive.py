@@ -115,6 +115,9 @@ class Predictive(Policy):
     def place(self, before: Place | None, group: int, now: float, *, short: bool = False) -> Place:
         return Place(0 if short and self._shorts_used < 0.5 else group, now)
 
+    def admits(self, newcomer: Place, victim: Place, now: float) -> bool:
+        return self.worth(newcomer, now) >= self.worth(victim, now)
+
     def left(self, place: Place, follower: Place) -> Place:
         if follower.stamp <= place.stamp:
             return place
