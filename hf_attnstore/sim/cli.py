@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from .live import Turns
     from .plan import Plan
     from .replay import Requests
     from .runs import Run
@@ -31,6 +32,8 @@ Jobs = Annotated[int, typer.Option(min=1, help="Runs at the same time.")]
 _CORES = os.cpu_count() or 1
 _REPLAYED = ["lru", "fifo", "predictive"]
 """Policies that a live store is driven with."""
+_COMPUTED = ["predictive"]
+"""Those where a model computes the turns."""
 Blocks = Annotated[int, typer.Option("--block-tokens", min=16, help="Tokens of a block, where the trace does not say.")]
 
 
@@ -151,12 +154,26 @@ def replay(
     memory: Annotated[float, typer.Option(min=0.1, help="Memory tier, percent of all different blocks.")] = 10.0,
     policy: Policies = None,
     block_tokens: Blocks = 1024,
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            help="A model of this shape (tiny, small) computes a trace's turns, in blocks of 16 tokens.",
+            show_default="no model",
+        ),
+    ] = None,
     check: Annotated[bool, typer.Option(help="Exit with 1 if the two do not agree.")] = False,
 ) -> None:
-    """Drive a real store with tiny blocks through a trace, and compare it with the simulation turn by turn."""
+    """Drive a real store through a trace, without a model or with one, and compare it with the simulation."""
+    from .traces import TraceError
+
     _check_kind(kind)
+    if shape is not None and file is None:
+        raise TraceError("--shape needs a trace: in sessions like the paper's the context window overflows")
     requests = _small(file, kind, sessions, block_tokens)
-    results = _replays(requests, memory / 100, _policies(policy, _REPLAYED))
+    if shape is None:
+        results = _replays(requests, memory / 100, _policies(policy, _REPLAYED))
+    else:
+        results = _computed(requests, memory / 100, _policies(policy, _COMPUTED), shape)
     table = Table(title=f"{requests.name}: {len(requests.rows):,} turns, live / simulated")
     for name in ("policy", "blocks found", "in memory", "evicted", "turns that differ", "wrong bytes", "seconds"):
         table.add_column(name, justify="left" if name == "policy" else "right")
@@ -184,6 +201,9 @@ def report(
     block_tokens: Annotated[int, typer.Option(min=16, help="Tokens of a block of the paper's workload.")] = 1024,
     agent_block_tokens: Annotated[int, typer.Option(min=16, help="Tokens of a block of the agents' sessions.")] = 2048,
     live_sessions: Annotated[int, typer.Option(min=1, help="Conversations of the live replay.")] = 200,
+    shape: Annotated[
+        str, typer.Option(help="Of the model that computes the live replay of Mooncake's trace.")
+    ] = "small",
     resume: Annotated[
         bool, typer.Option("--resume", help="Keep the runs that hierarchy.json has already; for changes of the report.")
     ] = False,
@@ -205,7 +225,10 @@ def report(
     earlier = output / "hierarchy.json"
     known = from_record(json.loads(earlier.read_text()), plan) if resume and earlier.exists() else {}
     found = known | _do([run for run in plan.runs() if run not in known], jobs)
-    live = _replays(_small(mooncake, "auto", live_sessions, 1024), 0.1, _REPLAYED)
+    small = _small(mooncake, "auto", live_sessions, 1024)
+    live = _replays(small, 0.1, _REPLAYED)
+    if mooncake is not None:
+        live |= _computed(small, 0.1, _COMPUTED, shape)
     _save_report(plan, found, live, output)
     Console().print(f"Report: {output / 'hierarchy.md'}", highlight=False)
 
@@ -296,7 +319,21 @@ def _small(file: Path | None, kind: str, sessions: int, block_tokens: int) -> Re
     return requests_of(replace(workload, conversations=several), block_tokens, None if file is not None else 4096)
 
 
-def _replays(requests: Requests, share: float, policies: Sequence[str]) -> dict[str, dict[str, Any]]:
+def _computed(requests: Requests, share: float, policies: Sequence[str], shape: str) -> dict[str, dict[str, Any]]:
+    """What a model of a shape does of the turns, by policy and shape."""
+    from ..bench.shapes import choose_model, load_model
+    from .live_model import ModelTurns, scaled_down
+
+    requests = scaled_down(requests)
+    longest = max(row.kept for row in requests.rows)
+    model = load_model(choose_model(shape, None, max_tokens=longest + 1))
+    found = _replays(requests, share, policies, ModelTurns.of(model))
+    return {f"{policy}, {shape} model": result for policy, result in found.items()}
+
+
+def _replays(
+    requests: Requests, share: float, policies: Sequence[str], turns: Turns | None = None
+) -> dict[str, dict[str, Any]]:
     from dataclasses import asdict
 
     from rich.progress import Progress
@@ -318,6 +355,7 @@ def _replays(requests: Requests, share: float, policies: Sequence[str]) -> dict[
                 memory,
                 policy,
                 lambda done, task=task: bar.update(task, completed=done),  # type: ignore[misc]
+                turns,
             )
             found[policy] = {
                 **asdict(result),

@@ -7,12 +7,14 @@ workload, so that an hour of conversations takes seconds and ages are what they 
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -62,10 +64,40 @@ class Agreement:
 
 
 @dataclass(frozen=True)
-class _Turn:
+class Turned:
+    """Blocks that a turn found, and those of them that were in memory."""
+
     found: int
     fast: int
+
+
+@dataclass(frozen=True)
+class _Turn:
+    turned: Turned
     held: frozenset[Hashable]
+
+
+class Turns(Protocol):
+    """How turns are run on a live store.
+
+    Attributes:
+        root: what first blocks follow.
+        block_bytes: bytes of a block in memory.
+        block_size: of the store.
+    """
+
+    @property
+    def root(self) -> Key: ...
+    @property
+    def block_bytes(self) -> int: ...
+    @property
+    def block_size(self) -> int: ...
+
+    def ids(self, count: int, sibling: int) -> list[int]:
+        """Token ids of the block that is the `count`th to be named, and the `sibling`th to follow the same one."""
+        ...
+
+    def on(self, store: AttentionStore, names: Names) -> LiveTurns: ...
 
 
 def compare(
@@ -74,25 +106,28 @@ def compare(
     memory: int,
     policy: str = "lru",
     progress: Callable[[int], None] = lambda done: None,
+    turns: Turns | None = None,
 ) -> Agreement:
     """Runs all turns on a store in `folder`, which must not exist yet, and in simulation.
 
     Args:
         memory: blocks that fit into the memory tier. The disk has room for all.
+        turns: who runs them on the live store; default: tiny random blocks, without a model.
 
     Raises:
         AttentionStoreError: there is something in `folder`.
     """
     if folder.exists():
         raise AttentionStoreError(f"{folder} exists; a replay needs a store of its own")
-    names = _Names(chain_root(_FINGERPRINT, ""))
+    turns = turns if turns is not None else TinyBlocks()
+    names = Names(turns.root, turns.ids)
     requests = names.named(_without_replaced(requests))
     result = Agreement(turns=len(requests.rows))
     simulated: list[_Turn] = []
 
     def watch(number: int, tiers: Tiers, hits: Hits) -> None:
         held = frozenset(tiers.memory.keys())
-        simulated.append(_Turn(hits.by_turn[number], hits.fast_by_turn[number], held))
+        simulated.append(_Turn(Turned(hits.by_turn[number], hits.fast_by_turn[number]), held))
         result.evicted_simulated = tiers.memory.evictions
 
     replay(requests, memory, policy, disk=requests.unique + len(requests.rows), trace=True, after=watch)
@@ -100,17 +135,24 @@ def compare(
     clock = _Clock()
     with (
         _on(clock),
-        AttentionStore(folder, memory=memory * _BLOCK_BYTES, disk="64GiB", block_size=256, policy=policy) as store,
+        AttentionStore(
+            folder,
+            memory=memory * turns.block_bytes,
+            disk="64GiB",
+            device=0,
+            block_size=turns.block_size,
+            policy=policy,
+        ) as store,
     ):
         store._memory._clock = clock.time
-        live = _Live(store, names)
+        live = turns.on(store, names)
         for number, row in enumerate(requests.rows):
             clock.now = row.at
             turn, expected = live.turn(row), simulated[number]
-            result.found += turn.found
-            result.fast += turn.fast
-            result.found_simulated += expected.found
-            result.fast_simulated += expected.fast
+            result.found += turn.turned.found
+            result.fast += turn.turned.fast
+            result.found_simulated += expected.turned.found
+            result.fast_simulated += expected.turned.fast
             if turn != expected:
                 result.differing.append(number)
             if number % 20 == 0:
@@ -141,11 +183,13 @@ def _without_replaced(requests: Requests) -> Requests:
 
 
 @dataclass
-class _Names:
+class Names:
     """Keys of blocks, and what is in them, by the names that they have in a workload."""
 
     root: Key
+    ids: Callable[[int, int], list[int]]
     keys: dict[Hashable, Key] = field(default_factory=dict)
+    followers: Counter[Key] = field(default_factory=Counter)
     metas: dict[Key, BlockMeta] = field(default_factory=dict)
     numbers: dict[Key, int] = field(default_factory=dict)
 
@@ -158,9 +202,10 @@ class _Names:
             for number, name in enumerate(row.blocks, row.start):
                 key = self.keys.get(name)
                 if key is None:
-                    tokens = encode_tokens([len(self.keys), number])
+                    tokens = encode_tokens(self.ids(len(self.keys), self.followers[parent]))
+                    self.followers[parent] += 1
                     key = self.keys[name] = block_key(parent, tokens)
-                    self.metas[key] = BlockMeta(key, parent, _FINGERPRINT, number * _TOKENS, tokens)
+                    self.metas[key] = BlockMeta(key, parent, _FINGERPRINT, number * len(tokens), tokens)
                     self.numbers[key] = len(self.numbers)
                 parent = key
             blocks, prompt = ([self.keys[name] for name in names] for names in (row.blocks, row.prompt))
@@ -194,39 +239,67 @@ def _on(clock: _Clock) -> Iterator[None]:
             module.time = time  # type: ignore[attr-defined]
 
 
-class _Live:
-    """What a cache does of a turn, without a model."""
+class LiveTurns(ABC):
+    """Turns on a live store.
 
-    def __init__(self, store: AttentionStore, names: _Names) -> None:
-        self._store = store
-        self._names = names
+    Attributes:
+        wrong: how often something came back, or out, that was not what it should have been.
+    """
+
+    def __init__(self, store: AttentionStore, names: Names) -> None:
+        self.store = store
+        self.names = names
         self.wrong = 0
 
     def turn(self, row: Request) -> _Turn:
-        store = self._store
-        keys, blocks = _as_keys(row.prompt), _as_keys(row.blocks)
-        found = store.known(keys)
-        there = keys[:found]
+        """Runs a turn to its end, and waits until all that it left to be done is."""
+        turned = self.run(row, _as_keys(row.prompt), _as_keys(row.blocks))
+        held = frozenset(key for key in self.names.metas if self.store._memory.get(key) is not None)
+        return _Turn(turned, held)
+
+    @abstractmethod
+    def run(self, row: Request, prompt: list[Key], blocks: list[Key]) -> Turned:
+        """Runs a turn that looks for `prompt`, and after which there are `blocks`."""
+
+
+class TinyBlocks:
+    """Turns without a model: blocks of two tokens and one layer, whose bytes are random."""
+
+    root = chain_root(_FINGERPRINT, "")
+    block_bytes = _BLOCK_BYTES
+    block_size = 256
+
+    def ids(self, count: int, sibling: int) -> list[int]:
+        return [count, sibling]
+
+    def on(self, store: AttentionStore, names: Names) -> LiveTurns:
+        return _Tiny(store, names)
+
+
+class _Tiny(LiveTurns):
+    """What a cache does of a turn."""
+
+    def run(self, row: Request, prompt: list[Key], blocks: list[Key]) -> Turned:
+        store = self.store
+        found = store.known(prompt)
+        there = prompt[:found]
         slow = [key for key in there if store._memory.get(key) is None]
         if there:
             self._load(there)
-        if slow:
-            store.promote(slow)
-            store.flush()
         self._save(blocks)
         store.flush()
         store.used(blocks, row.kept, short=row.short, went_on_from=there[-1] if there else None)
+        store.promote(slow)
         store.flush()
-        held = frozenset(key for key in self._names.metas if store._memory.get(key) is not None)
-        return _Turn(found, found - len(slow), held)
+        return Turned(found, found - len(slow))
 
     def _tensor(self, key: Key) -> torch.Tensor:
-        random = np.random.default_rng(self._names.numbers[key])
+        random = np.random.default_rng(self.names.numbers[key])
         return torch.from_numpy(random.standard_normal((1, _TOKENS, _DIM), dtype=np.float32))
 
     def _load(self, keys: list[Key]) -> None:
         target = torch.zeros(1, _TOKENS * len(keys), _DIM)
-        load = self._store.load([Stage([Piece(key, 0, _TOKENS) for key in keys], {_NAME: target})])
+        load = self.store.load([Stage([Piece(key, 0, _TOKENS) for key in keys], {_NAME: target})])
         try:
             load.wait(0)
         finally:
@@ -236,11 +309,11 @@ class _Live:
 
     def _save(self, blocks: list[Key]) -> None:
         for key in blocks:
-            if self._store.has(key):
+            if self.store.has(key):
                 continue
-            if not self._store.reserve(_BLOCK_BYTES):
+            if not self.store.reserve(_BLOCK_BYTES):
                 break
-            self._store.put(Block(self._names.metas[key], {_NAME: self._tensor(key)}))
+            self.store.put(Block(self.names.metas[key], {_NAME: self._tensor(key)}))
 
 
 def _as_keys(names: Sequence[Hashable]) -> list[Key]:

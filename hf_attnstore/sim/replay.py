@@ -212,19 +212,6 @@ def _turn(tiers: Tiers, row: Request, block_tokens: int, hits: Hits, trace: bool
     place = tiers.newcomer(row.at)
     if tiers.disk is not None:
         tiers.loaded(row.prompt[:count], row.at)
-        slow = set(found.slow)
-        for number, key in enumerate(row.prompt[:count]):
-            if key in slow:
-                tiers.admit(
-                    tiers.memory,
-                    row.at,
-                    row.prompt[: number + 1],
-                    row.start,
-                    [1],
-                    place,
-                    first=number,
-                    before=row.before,
-                )
     first = tiers.find(row.blocks).blocks
     sizes = [1] * (len(row.blocks) - first)
     single = tiers.disk is None
@@ -247,5 +234,11 @@ def _turn(tiers: Tiers, row: Request, block_tokens: int, hits: Hits, trace: bool
         )
         tiers.memory.dirty.difference_update(new)
     tiers.turn_is_over(row.at, row.blocks, tokens=row.kept, short=row.short, went_on_from=went_on_from)
+    slow = set(found.slow)
+    for number, key in enumerate(row.prompt[:count]):
+        if key in slow and tiers.disk is not None:  # what was read from there stays in memory
+            tiers.admit(
+                tiers.memory, row.at, row.prompt[: number + 1], row.start, [1], place, first=number, before=row.before
+            )
     if row.superseded is not None:
         tiers.supersede(row.superseded)

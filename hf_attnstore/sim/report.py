@@ -421,6 +421,15 @@ def live_part(live: Mapping[str, Mapping[str, Any]]) -> str:
             f"`AttentionStore` whose memory tier has room for {some['memory']:,} of them and whose disk for all; "
             "blocks are tiny, random, and compared byte by byte when they come back. The store goes by the trace's "
             "clock. Live / simulated, in blocks. " + verdict,
+            *(
+                [
+                    "Where a model is named, it computes the turns, through `AttentionStoreCache` and `generate`: of "
+                    "every block 16 tokens, and one token of an answer, of which every 20th was compared with what the "
+                    "model says without a store."
+                ]
+                if any("model" in policy for policy in live)
+                else []
+            ),
             table(["policy", "turns", "found", "in memory", "evicted from memory", "turns that differ", "wrong"], rows),
         ]
     )

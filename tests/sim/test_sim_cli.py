@@ -44,12 +44,19 @@ def test_replay(tmp_path: Path) -> None:
     assert "3 turns" in shown  # those of the conversation that has several
 
 
+def test_replay_with_a_model(tmp_path: Path) -> None:
+    file = write(tmp_path / "m.jsonl", MOONCAKE)
+    shown = run("replay", file, "--memory", 80, "--policy", "lru", "--shape", "tiny", "--check")
+    assert "lru, tiny model" in shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (["trace", "nowhere.jsonl"], "can't be read"),
         (["trace", "nowhere.jsonl", "--format", "csv"], "--format is"),
         (["paper", "--policy", "best"], "no policy 'best'"),
+        (["replay", "--shape", "tiny"], "--shape needs a trace"),
     ],
 )
 def test_mistakes_are_said_in_a_line(arguments: list[str], says: str, tmp_path: Path) -> None:
