@@ -175,7 +175,7 @@ def replay(
     else:
         results = _computed(requests, memory / 100, _policies(policy, _COMPUTED), shape)
     table = Table(title=f"{requests.name}: {len(requests.rows):,} turns, live / simulated")
-    for name in ("policy", "blocks found", "in memory", "evicted", "turns that differ", "wrong bytes", "seconds"):
+    for name in ("policy", "blocks found", "in memory", "evicted", "turns that differ", "wrong", "seconds"):
         table.add_column(name, justify="left" if name == "policy" else "right")
     for name, result in results.items():
         table.add_row(

@@ -1,7 +1,8 @@
 """A real store driven through the turns of a workload, beside the simulation of the same.
 
-Blocks are tiny and random, but all else is the store: files, index, accounts, policy, threads. Its clock is that of the
-workload, so that an hour of conversations takes seconds and ages are what they were.
+Without a model blocks are tiny and random, but all else is the store: files, index, accounts, policy, threads. Its
+clock is that of the workload, so that an hour of conversations takes seconds and ages are what they were.
+`live_model.py` has turns that a model computes.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class Agreement:
         fast, fast_simulated: those of them in memory.
         evicted, evicted_simulated: blocks that memory gave up.
         differing: numbers of turns after which memory did not hold the same blocks, or which did not find the same.
-        wrong: blocks that came back with other bytes than they were saved with.
+        wrong: blocks that came back with other bytes than they were saved with; with a model, tokens that it would not
+            have said without a store.
         seconds: what the live store took.
     """
 
