@@ -10,7 +10,7 @@ from functools import cached_property
 
 import numpy as np
 
-from ..store.policies import Policy
+from ..store.policies import Place, Policy
 from .chains import Chain, common_blocks
 from .tiers import Tiers
 from .workload import Workload
@@ -234,11 +234,16 @@ def _turn(tiers: Tiers, row: Request, block_tokens: int, hits: Hits, trace: bool
         )
         tiers.memory.dirty.difference_update(new)
     tiers.turn_is_over(row.at, row.blocks, tokens=row.kept, short=row.short, went_on_from=went_on_from)
-    slow = set(found.slow)
+    if found.slow:
+        _promote(tiers, row, count, set(found.slow), place)
+    if row.superseded is not None:
+        tiers.supersede(row.superseded)
+
+
+def _promote(tiers: Tiers, row: Request, count: int, slow: set[Hashable], place: Place) -> None:
+    """What a turn has read from disk stays in memory, if there is room."""
     for number, key in enumerate(row.prompt[:count]):
-        if key in slow and tiers.disk is not None:  # what was read from there stays in memory
+        if key in slow:
             tiers.admit(
                 tiers.memory, row.at, row.prompt[: number + 1], row.start, [1], place, first=number, before=row.before
             )
-    if row.superseded is not None:
-        tiers.supersede(row.superseded)
