@@ -266,6 +266,13 @@ def check_reuse(cache: AttentionStoreCache, title: str, history: int, kv_bytes: 
     most = 1.05 * kv_bytes + 65_536 if kv_bytes else 0
     if not 0.99 * kv_bytes <= stats.loaded_bytes <= most:
         raise BenchError(f"{title}: {stats.loaded_bytes} bytes were loaded, the history has {kv_bytes}.")
-    used = {name for name, blocks in stats.blocks_from.items() if blocks}
+    check_tier(cache, title, tier)
+
+
+def check_tier(cache: AttentionStoreCache, title: str, tier: str) -> None:
+    """Raises:
+    BenchError: blocks came from nowhere, or not from this tier alone.
+    """
+    used = {name for name, blocks in cache.stats.blocks_from.items() if blocks}
     if used != {tier}:
         raise BenchError(f"{title}: blocks came from {sorted(used) or 'nowhere'}, not from {tier} alone.")
