@@ -17,6 +17,7 @@ import jinja2
 import numpy as np
 
 from .cache import AttentionStoreCache, TurnStats
+from .cache.argument import as_generate_takes
 from .cache.structure import is_encoder_decoder
 from .canonical import PLACEHOLDERS, BackgroundPrefill, BackgroundWork, certain_beginning, give_way
 from .errors import (
@@ -285,7 +286,7 @@ class ChatSession:
                 prompt.ids,
                 run,
                 on_text=_stream_callback(stream),
-                past_key_values=cache,
+                **as_generate_takes(self.model, cache),
                 **kwargs,
             )
             finished = True

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from . import turn_work
 from .cache import AttentionStoreCache
+from .cache.argument import cache_in
 from .cache.attach import owner_of
 from .canonical import Surroundings, give_way
 from .chat import ChatSession
@@ -182,8 +183,8 @@ class TurnQueue:
 
         The turn's `stream()` has the new tokens one by one; none under beam search or for several sequences.
         """
-        if generate_kwargs.get("past_key_values") is not None:
-            raise TurnQueueError("the queue makes the cache of a turn itself: leave past_key_values out")
+        if cache_in(generate_kwargs) is not None:
+            raise TurnQueueError("the queue makes the cache of a turn itself: leave it out")
         if input_ids is not None:
             generate_kwargs["input_ids"] = input_ids
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.generation.streamers import BaseStreamer
 
+from .cache.argument import as_generate_takes
+
 if TYPE_CHECKING:
     from .cache import AttentionStoreCache
     from .chat import ChatSession
@@ -21,7 +23,7 @@ def generate(turn: Turn[Any], cache: AttentionStoreCache, model: Any, arguments:
     if heard:
         arguments["streamer"] = _Pieces(turn, arguments.get("streamer"))
     try:
-        return model.generate(past_key_values=cache, **arguments)
+        return model.generate(**as_generate_takes(model, cache), **arguments)
     finally:
         turn.stats = replace(cache.stats)
         turn.generated_tokens = len(turn.pieces) or turn.stats.generated_tokens

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, Turn, TurnQueue, attach
 from hf_attnstore.bench.shapes import random_ids
+from hf_attnstore.cache.argument import as_generate_takes
 from hf_attnstore.store.book import TierBook
 from hf_attnstore.store.policies import POLICIES, Use, make_policy
 
@@ -109,7 +110,7 @@ def _measure(
         progress(f"{way}: {sessions} sessions of {history} tokens")
         for number, ids in enumerate(texts):
             cache = AttentionStoreCache(model, f"{number}", store)
-            texts[number] = model.generate(ids, past_key_values=cache, **settings)
+            texts[number] = model.generate(ids, **as_generate_takes(model, cache), **settings)
             del cache
         store.flush()
         per_token = sum(store.residence(f"{n}")["memory"] for n in range(sessions)) / sum(t.shape[1] for t in texts)
@@ -139,7 +140,7 @@ def _measure(
                 for number in order:
                     ids = torch.cat([texts[number], random_ids(model, new, (seed, turn, number))], dim=1)
                     cache = AttentionStoreCache(model, f"{number}", store, gate=False)
-                    texts[number] = model.generate(ids, past_key_values=cache, **settings)
+                    texts[number] = model.generate(ids, **as_generate_takes(model, cache), **settings)
                     _count(result, cache.stats)
                     progress(f"{way}: turn {result.turns} of {sessions * rounds}")
         result.seconds = time.perf_counter() - began

@@ -28,6 +28,7 @@ from transformers.cache_utils import DynamicLayer
 
 from hf_attnstore import AttentionStore, AttentionStoreCache
 from hf_attnstore.bench.shapes import BenchError, random_ids
+from hf_attnstore.cache.argument import as_forward_takes, as_generate_takes
 
 METHODS = ("TT", "CA", "NKVT")
 
@@ -117,7 +118,7 @@ class _Walk:
     @torch.no_grad()
     def _feed(self, ids: torch.Tensor, cache: Any) -> torch.Tensor:
         self.computed += ids.shape[1]
-        logits: torch.Tensor = self.model(input_ids=ids, past_key_values=cache).logits
+        logits: torch.Tensor = self.model(input_ids=ids, **as_forward_takes(self.model, cache)).logits
         return logits
 
 
@@ -267,7 +268,8 @@ def resume(model: PreTrainedModel, history: int, new: int, repeats: int, seed: i
             for name, ids in (("truncated", long), ("whole", short)):
                 cache = AttentionStoreCache(model, name, store, gate=False)
                 for start in range(0, ids.shape[1] - new, 512):
-                    model(input_ids=ids[:, start : min(start + 512, ids.shape[1] - new)], past_key_values=cache)
+                    fed = ids[:, start : min(start + 512, ids.shape[1] - new)]
+                    model(input_ids=fed, **as_forward_takes(model, cache))
                 cache.save()
                 del cache
         store.flush()
@@ -297,7 +299,7 @@ def resume(model: PreTrainedModel, history: int, new: int, repeats: int, seed: i
 
 def _first_token(model: PreTrainedModel, ids: torch.Tensor, cache: Any) -> None:
     model.generate(  # type: ignore[operator]
-        ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=1, do_sample=False
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False, **as_generate_takes(model, cache)
     )
     if ids.device.type == "cuda":
         torch.cuda.synchronize()

@@ -12,6 +12,8 @@ import torch
 from transformers import Cache, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
+from hf_attnstore.cache.argument import as_generate_takes
+
 CacheT = TypeVar("CacheT", bound=Cache | None)
 
 
@@ -109,10 +111,10 @@ def timed_generate(
     out = generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
         max_new_tokens=decode + 1,
         do_sample=False,
         streamer=clock,
+        **as_generate_takes(model, cache),
     )
     end = time.perf_counter()
     times = clock.times

@@ -14,6 +14,7 @@ from torch import nn
 from ..errors import CacheUseError
 from ..store.device_tier import Owner
 from ..store.store import AttentionStore
+from .argument import cache_in, cache_name, generate_cache_name, take_cache
 from .compiled import OutsideGraphsCache, outside_graphs, uncompiled
 from .continuing import CONTINUING_VERSION, Continues, is_verified, probe_continuing
 from .fingerprint import fingerprint_of
@@ -50,8 +51,10 @@ class Attachment:
             for name, parameter in inspect.signature(model.forward).parameters.items()
             if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
         ]
-        self.cache_name = "cache_params" if _only_as(self.parameter_names) else "past_key_values"
+        self.cache_name = cache_name(self.parameter_names) or generate_cache_name(None)
         """The name under which the model's forward takes a cache."""
+        self.generate_cache_name = generate_cache_name(self.cache_name)
+        """The name under which its `generate` takes one."""
         self.verified = is_verified(model) or is_encoder_decoder(model)  # those have a probe of their own
         """Whether it is known to continue its cache, and need not be asked."""
         count = _layer_count(model)
@@ -150,11 +153,6 @@ def _noted(store: AttentionStore | None, fingerprint: str) -> Geometry | None:
         return None
 
 
-def _only_as(names: list[str]) -> bool:
-    """Whether a forward takes a cache as `cache_params` (Mamba) and not as others do."""
-    return "cache_params" in names and "past_key_values" not in names
-
-
 def _layer_count(model: nn.Module) -> int:
     from .kinds import make_layers
 
@@ -240,10 +238,8 @@ def _remove_hooks(module: nn.Module) -> None:
 
 def _cache_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """The cache of ours that a call has."""
-    for name in ("past_key_values", "cache_params"):
-        if isinstance(cache := kwargs.get(name), OutsideGraphsCache):
-            return cache
-    return next((value for value in args if isinstance(value, OutsideGraphsCache)), None)
+    cache = cache_in(kwargs, OutsideGraphsCache)
+    return cache if cache is not None else next((v for v in args if isinstance(v, OutsideGraphsCache)), None)
 
 
 @outside_graphs
@@ -256,10 +252,11 @@ def _before_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     attachment = attachment_of(module)
     assert attachment is not None
     named = {**dict(zip(attachment.parameter_names, args, strict=False)), **kwargs}
-    replaced = cache.begin_forward(named)
-    if not replaced:
-        return None
-    return (), {**named, **replaced}
+    replaced = cache.begin_forward(named) or {}
+    if attachment.cache_name not in named:  # passed under the name that another version of transformers has for it
+        take_cache(named)
+        replaced[attachment.cache_name] = cache
+    return ((), {**named, **replaced}) if replaced else None
 
 
 @outside_graphs

@@ -19,6 +19,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from ..store.store import AttentionStore
+from .argument import as_forward_takes
 from .structure import decoder_config, encoder_of
 
 logger = logging.getLogger("hf_attnstore")
@@ -154,7 +155,8 @@ def _logits(model: nn.Module, output: BaseModelOutput, cache: EncoderDecoderCach
     assert output.last_hidden_state is not None
     output.last_hidden_state = output.last_hidden_state.clone()  # one model adds something to it in place
     fed = torch.tensor([list(ids)], device=output.last_hidden_state.device)
-    made = model(encoder_outputs=output, decoder_input_ids=fed, past_key_values=cache, use_cache=True, return_dict=True)
+    named = as_forward_takes(model, cache)
+    made = model(encoder_outputs=output, decoder_input_ids=fed, use_cache=True, return_dict=True, **named)
     logits: torch.Tensor = made.logits[0, -1]
     return logits
 

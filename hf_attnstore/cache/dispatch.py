@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import GenerationMixin
 
+from .argument import cache_in
 from .attach import DISPATCHED, attachment_of
 from .cache import AttentionStoreCache
 from .generate import generate_with_store
@@ -23,17 +24,10 @@ def install() -> None:
 
     @functools.wraps(original)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        cache = _cache_in(kwargs)
+        cache = cache_in(kwargs, AttentionStoreCache)
         if cache is None or cache.in_generate or type(self).generate is not generate or attachment_of(self) is None:
             return original(self, *args, **kwargs)
         return generate_with_store(self, *args, **kwargs)
 
     setattr(generate, DISPATCHED, original)
     GenerationMixin.generate = generate  # type: ignore[method-assign]
-
-
-def _cache_in(kwargs: dict[str, Any]) -> AttentionStoreCache | None:
-    for name in ("past_key_values", "cache_params"):
-        if isinstance(cache := kwargs.get(name), AttentionStoreCache):
-            return cache
-    return None

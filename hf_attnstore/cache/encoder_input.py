@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from .argument import CACHE_NAMES
 from .inputs import is_setting
 from .structure import encoder_of
 
 _DECODER_ONLY = ("decoder_", "cross_attn")
-_NEVER = frozenset("past_key_values cache_params use_cache return_dict labels logits_to_keep cache_position".split())
+_NEVER = frozenset(CACHE_NAMES) | frozenset("use_cache return_dict labels logits_to_keep cache_position".split())
 _PLAIN = (bool, int, float, str, torch.dtype, torch.device)
 
 

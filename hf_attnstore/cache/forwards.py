@@ -160,7 +160,7 @@ class CacheForwards(CacheTurns):
             return None
         width = ids.shape[1]
         names = {"input_ids", "position_ids", "cache_position", "token_type_ids", "mm_token_type_ids"}
-        if self._attachment.cache_name != "past_key_values":
+        if not any(layer.by_token for layer in self.layers):
             names.add("attention_mask")  # a mask of what such a model is fed, not of all there is
         return {
             name: value[..., self._held :]

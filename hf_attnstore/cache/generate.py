@@ -12,6 +12,7 @@ from torch import nn
 
 from ..errors import CacheUseError, LoadError
 from .adapters import adapter_problem
+from .argument import take_cache
 from .attach import attachment_of, feed
 from .batch import BatchCache
 from .batch_generate import generate_batch
@@ -54,25 +55,23 @@ def generate_with_store(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         from .seq2seq_generate import generate_from_encoder
 
         return generate_from_encoder(model, original, attachment.store, args, kwargs)
-    cache = kwargs.pop("past_key_values", None)
-    if cache is None:
-        cache = kwargs.pop(attachment.cache_name, None)
+    cache = take_cache(kwargs)
     if cache is not None:
-        kwargs[attachment.cache_name] = cache
+        kwargs[attachment.generate_cache_name] = cache
     prompt = _prompt(args, kwargs)
     if cache is None:
         if attachment.store is None or not _can_be_kept(model, prompt, kwargs):
             return original(*args, **kwargs)
         # nobody asked for a window, so nothing is dropped: the result is that of plain `generate`
         cache = AttentionStoreCache(model, store=attachment.store, drop=0)
-        kwargs[attachment.cache_name] = cache
+        kwargs[attachment.generate_cache_name] = cache
     elif not isinstance(cache, AttentionStoreCache):
         return original(*args, **kwargs)
     if cache.model is not model:
         raise CacheUseError(f"the cache was made for another model than this {type(model).__name__}")
     if _setting(model, kwargs, "use_cache") is False:
         logger.warning("use_cache=False: this generate runs without its cache, nothing is reused or saved")
-        return original(*args, **{**kwargs, attachment.cache_name: None})
+        return original(*args, **{**kwargs, attachment.generate_cache_name: None})
     if isinstance(cache, BatchCache):
         return generate_batch(model, cache, original, prompt, args, kwargs, partial(_setting, model, dict(kwargs)))
     turn = _Turn(cache, model, prompt, kwargs)

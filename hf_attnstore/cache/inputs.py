@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, GenerationMixin
 
+from .argument import CACHE_NAMES
+
 _NEUTRAL = frozenset(
-    "input_ids inputs past_key_values cache_params attention_mask position_ids cache_position "
+    "input_ids inputs attention_mask position_ids cache_position "
     "logits_to_keep num_logits_to_keep labels return_dict generation_config negative_prompt_ids "
     "negative_prompt_attention_mask".split()
-)
+) | frozenset(CACHE_NAMES)
 _NEUTRAL_IF_ZERO = frozenset("token_type_ids mm_token_type_ids moe_mm_token_type_ids".split())
 
 

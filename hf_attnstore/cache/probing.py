@@ -16,6 +16,7 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from .argument import as_forward_takes, cache_name
 from .positions import Geometry, LayerGeometry, Rotation
 from .structure import has_length_dependent_rope
 
@@ -71,8 +72,8 @@ def _probe(model: nn.Module) -> Iterator[LayerGeometry]:
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise _Refused(f"layer {number} keeps a state that is not by token ({type(layer).__name__})")
     parameters = inspect.signature(model.forward).parameters
-    if "past_key_values" not in parameters:
-        raise _Refused("its forward takes no past_key_values")
+    if cache_name(parameters) is None:
+        raise _Refused("its forward takes no cache")
     ids = ordinary_ids(config, text)
     if _positions(text) < _FEWEST:
         raise _Refused(f"the model has too few positions to tell ({_positions(text)})")
@@ -146,7 +147,7 @@ def _run(model: nn.Module, parameters: Any, ids: torch.Tensor, **inputs: torch.T
         device = getattr(embeddings, "_hf_hook").execution_device  # noqa: B009
     extra: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
     moved = {name: value.to(device) for name, value in inputs.items()}
-    model(input_ids=ids.contiguous().to(device), past_key_values=cache, use_cache=True, **moved, **extra)
+    model(input_ids=ids.contiguous().to(device), use_cache=True, **as_forward_takes(model, cache), **moved, **extra)
     states = []
     for number, layer in enumerate(cache.layers):
         held = [getattr(layer, name, None) for name in ("keys", "values")]

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ..errors import CacheUseError
+from .argument import CACHE_NAMES
 from .encoder_input import EncoderInput, content_digest, encoder_input, encoder_inputs, is_for_decoder
 from .encoder_output import EncoderOutputCache
 from .inputs import foreign_input, mask_problem, position_problem
@@ -20,7 +21,7 @@ _DECODER_NAMES = {
     "decoder_position_ids": "position_ids",
 }
 """What a decoder's inputs are called in the model's forward, and what they are for the cache."""
-_SHARED_NAMES = ("cache_position", "past_key_values")
+_SHARED_NAMES = ("cache_position", *CACHE_NAMES)
 _MASK = "attention_mask"
 
 

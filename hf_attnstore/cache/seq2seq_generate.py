@@ -11,6 +11,7 @@ from transformers import GenerationMixin
 
 from ..errors import CacheUseError, LoadError
 from ..store.store import AttentionStore
+from .argument import generate_cache_name, take_cache
 from .cache import AttentionStoreCache
 from .decoder_facts import stand_in
 from .encoder_input import EncoderInput, encoder_input, encoder_inputs, is_for_decoder
@@ -32,20 +33,22 @@ def generate_from_encoder(
     kwargs: dict[str, Any],
 ) -> Any:
     """Stands in for `model.generate`, which is `original`. `store` is the one to use where no cache is given."""
-    cache = kwargs.get("past_key_values")
+    cache, name = take_cache(kwargs), generate_cache_name(None)
+    if cache is not None:
+        kwargs[name] = cache
     plan = _Plan(model, args, kwargs)
     if cache is None:
         if store is None or plan.problem or not _can_be_kept(model, kwargs):
             return original(*args, **kwargs)
         cache = AttentionStoreCache(model, store=store)
-        kwargs = {**kwargs, "past_key_values": cache}
+        kwargs[name] = cache
     if not isinstance(cache, SequenceToSequenceCache):
         return original(*args, **kwargs)
     if cache.model is not model:
         raise CacheUseError(f"the cache was made for another model than this {type(model).__name__}")
     if _setting(model, kwargs, "use_cache") is False:
         logger.warning("use_cache=False: this generate runs without its cache, nothing is reused or saved")
-        return original(*args, **{**kwargs, "past_key_values": None})
+        return original(*args, **{**kwargs, name: None})
     if plan.problem:
         cache.begin_unidentified_turn(plan.problem)
         try:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..cache.argument import as_generate_takes
 from ..cache.cache import AttentionStoreCache
 from ..store.store import AttentionStore
 from .encoder_decoders import encoder_input, make_seq2seq, prompt
@@ -49,7 +50,7 @@ def _turn(
     theirs = make_seq2seq(family).generate(**inputs, **settings)
     with AttentionStore(folder, block_size=_BLOCK) as store:
         cache = AttentionStoreCache(model, "document", store)
-        ours = model.generate(**inputs, past_key_values=cache, **settings)
+        ours = model.generate(**inputs, **as_generate_takes(model, cache), **settings)
     stats = cache.stats
     if not torch.equal(ours.sequences, theirs.sequences):
         found.problems.append(f"{name}: WRONG TOKENS, other than those of plain generate")

@@ -11,16 +11,13 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache
 
+from ..cache.argument import as_generate_takes, cache_name
 from .shrink import ORDINARY_IDS
 
-CACHE_NAMES = ("past_key_values", "cache_params")
-"""Under which a forward may take its cache."""
 
-
-def cache_name(model: Any) -> str | None:
+def cache_argument(model: Any) -> str | None:
     """The argument under which a model takes its cache; None if it takes none."""
-    parameters = inspect.signature(model.forward).parameters
-    return next((name for name in CACHE_NAMES if name in parameters), None)
+    return cache_name(inspect.signature(model.forward).parameters)
 
 
 def new_cache(model: Any) -> DynamicCache:
@@ -37,7 +34,7 @@ def some_ids(count: int, seed: int) -> torch.Tensor:
 @torch.no_grad()
 def feed(model: Any, ids: torch.Tensor, cache: Cache, **inputs: Any) -> torch.Tensor:
     """One forward over the new tokens `ids` `[1, tokens]`; logits `[1, tokens, vocabulary]`."""
-    name = cache_name(model)
+    name = cache_argument(model)
     if name is None:
         raise ValueError("its forward takes no cache")
     logits: torch.Tensor = model(input_ids=ids, **{name: cache}, use_cache=True, **inputs).logits
@@ -75,7 +72,7 @@ def feed_whole(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 def generate(model: Any, ids: torch.Tensor, cache: Cache | None, tokens: int = 6) -> Any:
     """A greedy `generate` on the whole conversation `ids`; sequences and raw logits."""
-    passed = {} if cache is None else {_generate_name(model): cache}
+    passed = as_generate_takes(model, cache)
     return model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -114,10 +111,6 @@ def greedy(model: Any, ids: torch.Tensor, cache: Cache, held: int, lengths: Sequ
             made.append(logits)
             ids = torch.cat([ids, logits.argmax(dim=-1, keepdim=True)], dim=1)
     return Said(ids, made)
-
-
-def _generate_name(model: Any) -> str:
-    return cache_name(model) or CACHE_NAMES[0]
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from .feeding import cache_name, difference, feed_parts, feed_whole, generate, new_cache, recorded, some_ids
+from .feeding import cache_argument, difference, feed_parts, feed_whole, generate, new_cache, recorded, some_ids
 
 _FIRST, _SECOND, _SINGLE = 37, 12, 4
 """Tokens of the first turn, of the second, and fed one by one after it."""
@@ -58,7 +58,7 @@ def examine(model: Any) -> Reference:
     problem = _tried(_runs, model)
     if problem:
         return Reference(f"it can't be run on token ids alone: {problem}", runs=False)
-    name = cache_name(model)
+    name = cache_argument(model)
     if name is None:
         return Reference("its forward takes no cache")
     for what, step in (

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..bench.shapes import random_ids
 from ..cache import AttentionStoreCache
+from ..cache.argument import as_generate_takes
 from ..store import AttentionStore
 from ..store.keys import Key, decode_tokens
 from .live import LiveTurns, Names, Turned
@@ -99,4 +100,5 @@ def _cache(model: PreTrainedModel, store: AttentionStore) -> AttentionStoreCache
 
 def _answer(model: PreTrainedModel, ids: torch.Tensor, cache: AttentionStoreCache | None) -> int:
     generate: Any = model.generate
-    return int(generate(ids.to(model.device), past_key_values=cache, max_new_tokens=1, do_sample=False)[0, -1])
+    named = as_generate_takes(model, cache)
+    return int(generate(ids.to(model.device), max_new_tokens=1, do_sample=False, **named)[0, -1])

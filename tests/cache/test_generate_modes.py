@@ -14,6 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 from turns import CHUNKS_CONTINUE, assert_reused, follow_up, turn
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, attach
+from hf_attnstore.cache.argument import cache_in
 
 FAMILIES = ("llama-gqa", "mistral", "gemma3")
 
@@ -248,7 +249,7 @@ def test_use_cache_false_runs_without_the_cache(store: AttentionStore, log: pyte
 
 def test_a_custom_decoding_loop_works(store: AttentionStore) -> None:
     def loop(model: Any, input_ids: torch.Tensor, generation_config: Any, **kwargs: Any) -> torch.Tensor:
-        cache = kwargs["past_key_values"]
+        cache = cache_in(kwargs)
         for _ in range(6):
             new = input_ids[:, cache.get_seq_length() :]
             logits = model(input_ids=new, past_key_values=cache).logits
