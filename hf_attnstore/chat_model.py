@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import AttentionStoreError
+from .real_models import REAL_MODELS, ModelNotFoundError, real_model_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-
-class ModelNotFoundError(AttentionStoreError):
-    """The model is not where it was looked for, or can't be loaded."""
+__all__ = ["ModelNotFoundError", "first_line", "load_chat_model", "model_source", "small_model_path"]
 
 
 def small_model_path() -> Path:
@@ -30,10 +29,21 @@ def small_model_path() -> Path:
     return path
 
 
+def model_source(model: str | Path | None = None) -> str:
+    """Where transformers finds a model: the small one without a name, what pip brought for `smollm2` and `gemma3`.
+
+    Raises `ModelNotFoundError` if that is not installed.
+    """
+    if model is None:
+        return str(small_model_path())
+    name = str(model)
+    return str(real_model_path(name)) if name in REAL_MODELS and not Path(name).is_dir() else name
+
+
 def load_chat_model(
     model: str | Path | None = None, *, device: str | None = None, dtype: str = "auto"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model and tokenizer of a hub name or a local folder, ready to generate.
+    """The model and tokenizer of a hub name, a local folder, `smollm2` or `gemma3`, ready to generate.
 
     `device` is CUDA where there is one, else the CPU; `dtype` is a torch dtype's name, or "auto" for the one
     in the checkpoint. Raises `ModelNotFoundError` when it can't be loaded.
@@ -41,7 +51,7 @@ def load_chat_model(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source = str(small_model_path() if model is None else model)
+    source = model_source(model)
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(source)

@@ -41,7 +41,7 @@ app = typer.Typer(
 Model = Annotated[
     str | None,
     typer.Option(
-        help="Hub name or folder of a chat model; without it, the small model of the repository.",
+        help="Hub name or folder of a chat model, or smollm2, by pip; without it, the small model of the repository.",
         show_default=False,
     ),
 ]

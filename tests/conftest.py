@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ import torch
 from hypothesis import settings
 
 from hf_attnstore import AttentionStore
+from hf_attnstore.real_models import ModelNotFoundError, real_model_path
 from hf_attnstore.store import transfer
 from hf_attnstore.store.disk import BlockFile
 
@@ -36,6 +37,19 @@ def store(tmp_path: Path) -> Iterator[AttentionStore]:
     """An open store with blocks of 16 tokens."""
     with AttentionStore(tmp_path / "store", block_size=16) as opened:
         yield opened
+
+
+@pytest.fixture(scope="session")
+def real_model_folder() -> Callable[[str], Path]:
+    """Finds the checkpoint of `smollm2` or `gemma3`; skips the test where their packages are not installed."""
+
+    def find(name: str) -> Path:
+        try:
+            return real_model_path(name)
+        except ModelNotFoundError as error:
+            pytest.skip(str(error))
+
+    return find
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedModel
 
+from hf_attnstore.chat_model import model_source
 from hf_attnstore.errors import AttentionStoreError
 
 
@@ -50,6 +51,7 @@ class ModelSpec:
     device: str
     seed: int
     max_tokens: int
+    dtype: str = "auto"
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -61,15 +63,22 @@ class ModelSpec:
 
 
 def choose_model(
-    shape: str | None, name: str | None, *, device: str = "auto", seed: int = 0, max_tokens: int
+    shape: str | None,
+    name: str | None,
+    *,
+    device: str = "auto",
+    seed: int = 0,
+    max_tokens: int,
+    dtype: str = "auto",
 ) -> ModelSpec:
     """Check what the user asked for and settle the device.
 
     Args:
         shape: a name from `SHAPES`; None with `name`.
-        name: a hub name or a local path; None with `shape`.
+        name: a hub name, a local path, `smollm2` or `gemma3`; None with `shape`.
         device: "auto" (CUDA where there is one), "cpu" or "cuda".
         max_tokens: tokens of the longest turn: history, new and decoded.
+        dtype: a torch dtype's name; "auto" is that of the shape or of the checkpoint.
 
     Raises:
         BenchError: both or neither of shape and name, an unknown shape, or a GPU that is not there.
@@ -92,16 +101,18 @@ def choose_model(
         device = "cuda" if has_cuda else "cpu"
     if device == "cuda" and not has_cuda:
         raise BenchError("--device cuda was given, but torch sees no CUDA GPU on this machine.")
-    return ModelSpec(shape, name, device, seed, max_tokens)
+    return ModelSpec(shape, name, device, seed, max_tokens, dtype)
 
 
 def load_model(spec: ModelSpec) -> PreTrainedModel:
     """Build or load the model, in eval mode, greedy, and without an end-of-sequence token.
 
     Raises:
-        BenchError: the longest turn does not fit the model's positions.
+        BenchError: the longest turn does not fit the model's positions, or there is no such dtype.
+        ModelNotFoundError: it comes by pip and is not installed.
     """
     model: PreTrainedModel
+    dtype = _dtype(spec.dtype)
     if spec.shape is not None:
         shape = SHAPES[spec.shape]
         config = LlamaConfig(
@@ -117,11 +128,11 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
         )
         with torch.random.fork_rng(), torch.device(spec.device):
             torch.manual_seed(spec.seed)
-            model = AutoModelForCausalLM.from_config(config, dtype=shape.dtype)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype or shape.dtype)
     else:
         if spec.name is None:
             raise BenchError("The model has neither a shape nor a name.")
-        model = AutoModelForCausalLM.from_pretrained(spec.name, dtype="auto")
+        model = AutoModelForCausalLM.from_pretrained(model_source(spec.name), dtype=dtype or "auto")
         model = model.to(torch.device(spec.device))  # type: ignore[arg-type]
         limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         if limit is not None and spec.max_tokens > limit:
@@ -133,6 +144,18 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
     # Every method decodes the same number of tokens, whatever the model would rather do.
     model.generation_config = GenerationConfig(do_sample=False)
     return model
+
+
+def _dtype(name: str) -> torch.dtype | None:
+    """A dtype by name; None for "auto".
+
+    Raises:
+        BenchError: there is no such dtype.
+    """
+    found = getattr(torch, name, None)
+    if name != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise BenchError(f"--dtype is auto, or such as float32 or bfloat16, not {name!r}.")
+    return found
 
 
 def random_ids(model: PreTrainedModel, tokens: int, seed: Sequence[int]) -> torch.Tensor:

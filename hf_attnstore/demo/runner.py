@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..chat_model import ModelNotFoundError, first_line, small_model_path
+from ..chat_model import ModelNotFoundError, first_line, model_source
 from ..errors import AttentionStoreError
 from .script import MESSAGES, SYSTEM
 from .turn import TurnResult, TurnTask
@@ -160,10 +160,10 @@ def _locate(model: str | None) -> tuple[str, str]:
     """A name to show, and the local folder to load from; a hub model is downloaded here, where its progress
     is seen.
     """
-    if model is None:
-        return "the small model", str(small_model_path())
-    if Path(model).exists():
-        return Path(model).resolve().name, str(Path(model).resolve())
+    source = Path(model_source(model))
+    if source.exists():
+        return source.resolve().name if model else "the small model", str(source.resolve())
+    assert model is not None
     from huggingface_hub import snapshot_download
 
     try:
