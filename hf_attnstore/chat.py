@@ -18,6 +18,7 @@ import numpy as np
 
 from .cache import AttentionStoreCache, TurnStats
 from .cache.argument import as_generate_takes
+from .cache.attach import checked_every
 from .cache.structure import is_encoder_decoder
 from .canonical import PLACEHOLDERS, BackgroundPrefill, BackgroundWork, certain_beginning, give_way
 from .errors import (
@@ -99,6 +100,8 @@ class ChatSession:
             conversation as the chat template will show it from then on, without the reasoning. The next turn then
             computes no more than its message. Until `wait()` or `close()` has returned the model is in use: do not
             change its weights or adapters. Past the window, other tokens may be dropped than without.
+        checkpoint_every: for models whose layers keep a running state: keep it at every so many tokens too, beside
+            where messages begin and end.
         reuse: False computes the whole conversation anew in each turn and keeps nothing but the messages: to see what
             a conversation costs without the store.
         record: whether `timeline` is to say what happened when.
@@ -123,6 +126,7 @@ class ChatSession:
         keep_first: int | Literal["system"] = 0,
         drop: float = 0.5,
         canonicalize: bool = False,
+        checkpoint_every: int | None = None,
         reuse: bool = True,
         record: bool = False,
         template_kwargs: dict[str, Any] | None = None,
@@ -148,6 +152,7 @@ class ChatSession:
         self.keep_first = keep_first
         self.drop = drop
         self.canonicalize = canonicalize and reuse
+        self.checkpoint_every = checked_every(checkpoint_every)
         self.reuse = reuse
         self.record = record
         self.template_kwargs = template_kwargs or {}
@@ -273,6 +278,8 @@ class ChatSession:
         if self._background is not None and not self._background.cache_is_whole:
             self._cache = None
         cache = self._cache or self._new_cache(prompt)
+        if cache.granularity == "checkpoint":
+            cache.boundaries = self._boundaries(before, prompt, text, role)
         # a template that cuts the reasoning out of earlier answers makes all that follows new
         known = common_prefix(np.asarray(before.ids), np.asarray(prompt.ids))
         kwargs["max_new_tokens"] = self._fitting_tokens(wanted, cache, prompt, known)
@@ -307,7 +314,7 @@ class ChatSession:
 
     def _new_cache(self, prompt: Prompt) -> AttentionStoreCache:
         options: dict[str, Any] = {"window": self.window, "keep_first": self._kept_first(prompt), "drop": self.drop}
-        options["record"] = self.record
+        options |= {"record": self.record, "checkpoint_every": self.checkpoint_every}
         if self.reuse:
             return AttentionStoreCache(self.model, session=self.session, store=self.store, **options)
         # a namespace that is new has nothing to reuse, and all else is as with the store
@@ -323,6 +330,19 @@ class ChatSession:
         except jinja2.TemplateError as error:
             raise ChatTemplateError(f"the model's chat template refuses the conversation: {error}") from error
         return transcript.prompt(str(rendered), self.tokenizer)
+
+    def _boundaries(self, before: Transcript, prompt: Prompt, text: str, role: str) -> list[int]:
+        """Where in `prompt` the message begins, whatever it says, and where the next prompt will part from it: of some
+        templates, before what they write where an answer is to begin. In tokens."""
+        found = []
+        try:
+            found.append([self._prompt(before, other, role) for other in PLACEHOLDERS])
+            ids = encode(self.tokenizer, PLACEHOLDERS[0])
+            after = before.answered(text, prompt, ids, self.tokenizer, role)
+            found.append([self._prompt(after, other) for other in PLACEHOLDERS])
+        except ChatTemplateError:  # a template that has no place for such a conversation
+            logger.debug("where messages begin and end is not known", exc_info=True)
+        return [len(certain_beginning([prompt.ids, *(other.ids for other in others)])) for others in found]
 
     def _prefill_next(self, cache: AttentionStoreCache, work: BackgroundWork) -> None:
         """Has what the next prompt will certainly begin with computed in the background, if it is not held already."""

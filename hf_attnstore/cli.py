@@ -14,7 +14,7 @@ from .errors import AttentionStoreError
 from .families.cli import models
 from .sim.cli import app as sim_app
 from .tools_cli import add_to
-from .ui.cli import ui
+from .ui.cli import CheckpointEvery, ui
 
 
 class _OneLineErrors(typer.core.TyperGroup):
@@ -104,6 +104,7 @@ def chat(
             "--canonicalize", help="For models that reason: compute while you type what the next prompt begins with."
         ),
     ] = False,
+    checkpoint_every: CheckpointEvery = None,
     sample: Annotated[bool, typer.Option(help="Sample answers instead of taking the likeliest token.")] = False,
     memory: Memory = "2GiB",
     disk: Disk = "50GiB",
@@ -125,6 +126,7 @@ def chat(
     with AttentionStore(store, memory=memory, disk=disk, device=on_device) as opened:
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": sample}
         options |= {"window": window, "keep_first": "system", "canonicalize": canonicalize}
+        options["checkpoint_every"] = checkpoint_every
         TerminalChat(loaded, tokenizer, opened, session, system, console, options).run()
 
 

@@ -40,6 +40,10 @@ class Attachment:
 
     def __init__(self, model: nn.Module) -> None:
         self.store: AttentionStore | None = None
+        self.checkpoint_every: int | None = None
+        """For plain `generate`: see `AttentionStoreCache`."""
+        self.state_bytes = 0
+        """Bytes of a checkpoint, as far as one was taken."""
         self.fingerprint = fingerprint_of(model)
         self.pace = Pace()
         self.parked = Owner()
@@ -198,15 +202,32 @@ def feed(model: nn.Module, cache: Any, ids: torch.Tensor) -> None:
         model(input_ids=ids, use_cache=True, **more)
 
 
-def attach(model: nn.Module, store: AttentionStore) -> None:
+def attach(model: nn.Module, store: AttentionStore, *, checkpoint_every: int | None = None) -> None:
     """Makes plain `model.generate(**inputs)` reuse and save through `store`, by content and without a session.
 
     What can't be kept (batches, other caches …) runs as without it.
 
+    Args:
+        checkpoint_every: as for `AttentionStoreCache`.
+
     Raises:
+        CacheUseError: `checkpoint_every` is no number of tokens.
         UnsupportedModelError: the model has layers that this version can't keep.
     """
-    ensure_hooks(owner_of(model)).store = store
+    checked_every(checkpoint_every)
+    attachment = ensure_hooks(owner_of(model))
+    attachment.store, attachment.checkpoint_every = store, checkpoint_every
+
+
+def checked_every(tokens: int | None) -> int | None:
+    """`tokens`, if that can be a distance between checkpoints.
+
+    Raises:
+        CacheUseError: it can't.
+    """
+    if tokens is not None and tokens < 1:
+        raise CacheUseError(f"checkpoint_every is a number of tokens, not {tokens}")
+    return tokens
 
 
 def detach(model: nn.Module) -> None:

@@ -17,7 +17,7 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerM
 from ..errors import CacheUseError, LoadError
 from ..store.store import AttentionStore
 from ..timeline import Event
-from .attach import Attachment, ensure_hooks, feed, owner_of
+from .attach import Attachment, checked_every, ensure_hooks, feed, owner_of
 from .compiled import outside_graphs
 from .forwards import CacheForwards
 from .gating import Gate, wanted
@@ -106,9 +106,7 @@ class AttentionStoreCache(CacheForwards):
         self._model = owner_of(model)
         self._given_model = model
         config: Any = self._model.config
-        if checkpoint_every is not None and checkpoint_every < 1:
-            raise CacheUseError(f"checkpoint_every is a number of tokens, not {checkpoint_every}")
-        self._checkpoint_every = checkpoint_every
+        self._checkpoint_every = checked_every(checkpoint_every)
         self.record_timeline = record
         layers: list[Any] = list(make_layers(self._model))
         Cache.__init__(self, layers=layers)
@@ -294,7 +292,8 @@ class AttentionStoreCache(CacheForwards):
 
     def parts(self, ids: np.ndarray, first: int) -> list[np.ndarray]:
         """The tokens from `first` up to the last but one, in parts that the model may be fed."""
-        bounds = [first, *self._choose_stops(first, len(ids) - 1)]
+        last = len(ids) - 1
+        bounds = sorted({first, *self._choose_stops(first, last, ids), last})
         return [ids[a:b] for a, b in pairwise(bounds)]
 
     def go_back(self, length: int) -> None:

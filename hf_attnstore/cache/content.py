@@ -65,6 +65,9 @@ class CacheContent(OutsideGraphsCache):
     _limit: int | None
     _window: Window | None
     _checkpoint_every: int | None
+    boundaries: Sequence[int] | None = None
+    """Where messages of the next prompt begin or end, in tokens of the conversation, for who knows that: there running
+    states are kept. None goes by the ids with which messages end."""
     _gate: Gate
     record_timeline = False
     """Whether turns are recorded, from the next one on: see `timeline`."""
@@ -181,6 +184,7 @@ class CacheContent(OutsideGraphsCache):
         self._checkpoints[held] = key
         self._stats.saved_bytes += nbytes
         self._stats.checkpoints += nbytes > 0
+        self._attachment.state_bytes = nbytes or self._attachment.state_bytes
 
     def _whole(self, length: int) -> int:
         """The longest beginning of at most `length` tokens that has no part of a picture."""

@@ -63,7 +63,8 @@ def generate_with_store(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if attachment.store is None or not _can_be_kept(model, prompt, kwargs):
             return original(*args, **kwargs)
         # nobody asked for a window, so nothing is dropped: the result is that of plain `generate`
-        cache = AttentionStoreCache(model, store=attachment.store, drop=0)
+        every = attachment.checkpoint_every
+        cache = AttentionStoreCache(model, store=attachment.store, drop=0, checkpoint_every=every)
         kwargs[attachment.generate_cache_name] = cache
     elif not isinstance(cache, AttentionStoreCache):
         return original(*args, **kwargs)

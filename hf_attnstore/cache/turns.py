@@ -16,6 +16,7 @@ from .adapters import adapter_problem, prompt_learning
 from .layers import FullLayer
 from .modalities import Content, has_stand_ins
 from .parking import ParkingCache
+from .pauses import BUDGET, choose_pauses, end_ids, ends_of_messages
 from .ranks import OtherRankError
 from .recording import TurnRecorder
 from .saver import BlockSaver
@@ -118,7 +119,7 @@ class CacheTurns(ParkingCache):
             self._prompt_tokens = len(shown)
             if self.overlap.save_late:
                 self.hold_back()
-            self._stops = self._choose_stops(reused, len(shown) - 1) if checked else []
+            self._stops = self._choose_stops(reused, len(shown) - 1, shown) if checked else []
             stats = self._stats
             stats.prompt_tokens = len(ids)
             stats.reused_tokens = reused
@@ -127,18 +128,29 @@ class CacheTurns(ParkingCache):
                 stats.truncation = "rotated" if self._view.base else "recomputed"
         return reused
 
-    def _choose_stops(self, first: int, last: int) -> list[int]:
-        """Where a prefill of `[first, last]` is to pause, so that running states can be kept: before its last token,
-        as nothing beyond that could ever be used for the same prompt; and where the user wants checkpoints. Models
-        that continue in steps only pause after every token."""
+    def _choose_stops(self, first: int, last: int, shown: np.ndarray) -> list[int]:
+        """Where a prefill of `[first, last]` of the tokens `shown` is to pause, so that running states can be kept:
+        where other texts may part from it, and where the user wants checkpoints. Nothing beyond `last` could ever be
+        used for the same prompt. Models that continue in steps only pause after every token."""
         if self._untracked or self._content is not None:  # pictures go with the ids that they belong to, in one forward
             return []
         if self._continues == "steps":
             return list(range(first + 1, last + 1)) if first else [last] if last else []
-        if self._saver is None or not self._states:
+        if self._saver is None or not self._states or first >= last:
             return []
         every = self._checkpoint_every or last + 1
-        return sorted({*range((first // every + 1) * every, last, every), last} - {first, 0})
+        if self.boundaries is not None:
+            boundaries = sorted(self._view.position(place) for place in self.boundaries)
+        else:
+            boundaries = ends_of_messages(shown[:last], end_ids(self._model))
+        pauses = choose_pauses(
+            first,
+            last,
+            parted=0 if self._computes_known else self._stats.matched_tokens,
+            boundaries=boundaries,
+            most=BUDGET // self._attachment.state_bytes if self._attachment.state_bytes else None,
+        )
+        return sorted({*range((first // every + 1) * every, last, every), *pauses})
 
     @property
     def continues_in_parts(self) -> bool:

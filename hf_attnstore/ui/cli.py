@@ -11,6 +11,16 @@ from rich.markup import escape
 
 from ..errors import AttentionStoreError
 
+CheckpointEvery = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="For models with running states (Mamba, Qwen3-Next …): keep them at every so many tokens too, beside "
+        "where messages begin and end.",
+        show_default=False,
+    ),
+]
+
 
 def ui(
     model: Annotated[
@@ -43,6 +53,7 @@ def ui(
         int | None,
         typer.Option(min=2, help="Tokens the model sees at once; by default all it can.", show_default=False),
     ] = None,
+    checkpoint_every: CheckpointEvery = None,
     memory: Annotated[str, typer.Option(help="Host memory for KV, of all users together.")] = "2GiB",
     disk: Annotated[str, typer.Option(help="Disk for KV, of all users together.")] = "50GiB",
     sample: Annotated[bool, typer.Option(help="Sample answers instead of taking the likeliest token.")] = False,
@@ -88,6 +99,7 @@ def ui(
         ready=lambda address: console.print(f"open [bold]{address}[/] (Ctrl-C ends it)"),
         system=system,
         keep_first="system",
+        checkpoint_every=checkpoint_every,
         **options,
     )
 
