@@ -9,13 +9,14 @@ from __future__ import annotations
 import logging
 import secrets
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import jinja2
 import numpy as np
 
+from .answers import CHANNEL
 from .cache import AttentionStoreCache, TurnStats
 from .cache.argument import as_generate_takes
 from .cache.attach import checked_every
@@ -32,7 +33,7 @@ from .session.chain import common_prefix
 from .store import AttentionStore
 from .timeline import Event
 from .timing import GenerateRun, timed_generate
-from .transcript import Message, Prompt, Transcript, encode
+from .transcript import Message, Prompt, Transcript, as_rendered, encode, marked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -167,7 +168,11 @@ class ChatSession:
 
     @property
     def history(self) -> list[Message]:
-        """The messages so far, oldest first, as `{"role": …, "content": …}`. A copy."""
+        """The messages so far, oldest first, as `{"role": …, "content": …}`. A copy.
+
+        The content of an answer is for people. Where the model wrote special tokens in it, such as `[TOOL_CALLS]`, the
+        answer with them is under "written": what its chat template is given.
+        """
         return [dict(message) for message in self._transcript.messages]
 
     @property
@@ -305,7 +310,7 @@ class ChatSession:
             if run.ids:
                 finish = self._finish(run, wanted, kwargs["max_new_tokens"]) if finished else "interrupted"
                 self._turn = _turn(run, cache, len(prompt.ids), finish, BackgroundWork() if self.canonicalize else None)
-                self._remember(before.answered(text, prompt, tuple(run.ids), self.tokenizer, role))
+                self._remember(self._answered(before, text, prompt, tuple(run.ids), role))
         if stream is True:
             sys.stdout.write("\n")
         if run.ids and self._turn is not None and self._turn.background is not None:
@@ -321,15 +326,31 @@ class ChatSession:
         nothing = self.store.in_namespace(secrets.token_hex())
         return AttentionStoreCache(self.model, session=None, store=nothing, save=False, **options)
 
+    def _answered(self, before: Transcript, text: str, prompt: Prompt, ids: tuple[int, ...], role: str) -> Transcript:
+        """The conversation with its answer; what of that are special tokens is kept where the template takes it."""
+        plain = before.answered(text, prompt, ids, self.tokenizer, role)
+        written = marked(self.tokenizer, ids)
+        if written is None or CHANNEL in written:  # channels are told apart already
+            return plain
+        with_marks = before.answered(text, prompt, ids, self.tokenizer, role, written)
+        try:
+            self._render(with_marks.messages)
+        except ChatTemplateError:
+            return plain
+        return with_marks
+
     def _prompt(self, transcript: Transcript, text: str, role: str = "user") -> Prompt:
-        messages = [*transcript.messages, {"role": role, "content": text}]
+        rendered = self._render([*transcript.messages, {"role": role, "content": text}])
+        return transcript.prompt(rendered, self.tokenizer)
+
+    def _render(self, messages: Iterable[Message]) -> str:
         try:
             rendered = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **self.template_kwargs
+                as_rendered(messages), tokenize=False, add_generation_prompt=True, **self.template_kwargs
             )
         except jinja2.TemplateError as error:
             raise ChatTemplateError(f"the model's chat template refuses the conversation: {error}") from error
-        return transcript.prompt(str(rendered), self.tokenizer)
+        return str(rendered)
 
     def _boundaries(self, before: Transcript, prompt: Prompt, text: str, role: str) -> list[int]:
         """Where in `prompt` the message begins, whatever it says, and where the next prompt will part from it: of some

@@ -7,12 +7,14 @@ function, so that both sides are measured alike.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TextStreamer
+
+from .cache.generation import setting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -49,14 +51,16 @@ def timed_generate(
     """`model.generate` for the one prompt `ids`, recorded in `run`.
 
     Pieces of text go to `on_text` as soon as they are final. `run` is right up to the last complete token
-    whatever `generate` raises. Beam search can't be observed token by token: with it `run.ttft_seconds` stays
-    `None` and `on_text` gets the answer as a whole.
+    whatever `generate` raises. Beams and several sequences can't be observed token by token: with them
+    `run.ttft_seconds` stays `None`, and `on_text` gets the answer, that of the first sequence, as a whole.
     """
     input_ids = torch.tensor([list(ids)], device=model.device)
     kwargs: dict[str, Any] = {"attention_mask": torch.ones_like(input_ids), **generate_kwargs}
     recorder = _Recorder(tokenizer, run, on_text)
-    if generate_kwargs.get("num_beams", 1) == 1:
+    if can_be_streamed(model, kwargs):
         kwargs["streamer"] = recorder
+    if setting(model, kwargs, "stop_strings"):
+        kwargs.setdefault("tokenizer", tokenizer)
     run.ids.clear()
     generate: Any = model.generate
     recorder.started = time.perf_counter()
@@ -64,10 +68,25 @@ def timed_generate(
         output = generate(input_ids=input_ids, **kwargs)
         sequences = getattr(output, "sequences", output)
         run.ids[:] = sequences[0, input_ids.shape[1] :].tolist()
+        if len(sequences) > 1:
+            _cut_padding(run.ids, setting(model, kwargs, "eos_token_id"))
     finally:
         run.seconds = time.perf_counter() - recorder.started
     if "streamer" not in kwargs and on_text is not None:
         on_text(str(tokenizer.decode(run.ids, skip_special_tokens=True)))
+
+
+def can_be_streamed(model: Any, arguments: Mapping[str, Any]) -> bool:
+    """Whether `generate` takes a streamer with these arguments: which beam it will be shows at the end only, and
+    several sequences are no one text."""
+    return all(int(setting(model, arguments, name) or 1) == 1 for name in ("num_beams", "num_return_sequences"))
+
+
+def _cut_padding(ids: list[int], ends: Any) -> None:
+    """Takes off what fills a sequence up that ended before the others."""
+    known = set(torch.as_tensor([] if ends is None else ends).reshape(-1).tolist())
+    last = next((place for place, token in enumerate(ids) if token in known), len(ids))
+    del ids[last + 1 :]
 
 
 class _Recorder(TextStreamer):

@@ -3,7 +3,7 @@
 A chat template renders the whole conversation anew each turn, and text does not always go back to the ids
 that it came from: a model may have written "hel" + "lo" where the tokenizer would say "hello". Stored KV is
 found by token ids, so such an answer would lose its reuse. A transcript therefore keeps the ids that were
-really fed and generated, and only tokenises what a new rendering adds.
+really fed and generated as far as a new rendering says the same, and only takes the rest from the tokenizer.
 
 Everything here is bookkeeping on immutable values: no model, no store.
 """
@@ -11,18 +11,25 @@ Everything here is bookkeeping on immutable values: no model, no store.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from .answers import answer_content
+from .session.chain import common_prefix
+from .session.segments import same_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, str]
-"""One message of a conversation: {"role": …, "content": …}, and "thinking" where a model reasons in a channel."""
+"""One message of a conversation: {"role": …, "content": …}, and "thinking" where a model reasons in a channel.
+"written" is an answer with the special tokens in it, where it has any that its reader is not to see."""
 
 FORMAT = 1
+_OPTIONAL = ("thinking", "written")
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,8 @@ class Prompt:
 
     text: str
     ids: tuple[int, ...]
+    kept: tuple[int, int] = (0, 0)
+    """How many ids and characters of the transcript that it continues it begins with."""
 
 
 @dataclass(frozen=True)
@@ -63,16 +72,21 @@ class Transcript:
     def prompt(self, rendered: str, tokenizer: PreTrainedTokenizerBase) -> Prompt:
         """The ids for `rendered`, the chat template's rendering of this conversation and what follows.
 
-        Where `rendered` continues `text`, these are the exact ids so far and those of what was added.
-        Otherwise (a template that drops reasoning, an edited message, a tokenizer for which a piece of text
-        can't be tokenised by itself) all of it is tokenised.
+        They are the exact ids so far as long as `rendered` says the same (all of them, unless a template drops
+        reasoning or trims an answer, or a message was edited), and those of the tokenizer from there on.
         """
         if self.ids and rendered.startswith(self.text):
             added = rendered[len(self.text) :]
             ids = self.ids + encode(tokenizer, added)
             if decode(tokenizer, ids) == decode(tokenizer, self.ids) + added:
-                return Prompt(rendered, ids)
-        return Prompt(rendered, encode(tokenizer, rendered))
+                return Prompt(rendered, ids, (len(self.ids), len(self.text)))
+        whole = encode(tokenizer, rendered)
+        kept, told = same_beginning(tokenizer, self.ids, whole) if self.ids else (0, 0)
+        ids = self.ids[:kept] + whole[told:]
+        if ids != whole and decode(tokenizer, ids) != decode(tokenizer, whole):
+            return Prompt(rendered, whole)
+        beginning = decode(tokenizer, ids[:kept])
+        return Prompt(rendered, ids, (kept, len(beginning)) if rendered.startswith(beginning) else (0, 0))
 
     def answered(
         self,
@@ -81,21 +95,22 @@ class Transcript:
         answer_ids: tuple[int, ...],
         tokenizer: PreTrainedTokenizerBase,
         role: str = "user",
+        written: str | None = None,
     ) -> Transcript:
-        """The conversation after the message `text` of `role`, fed as `prompt`, was answered with `answer_ids`."""
+        """The conversation after the message `text` of `role`, fed as `prompt`, was answered with `answer_ids`.
+
+        `written` is what the chat template is to be given of the answer in place of its plain text, if anything.
+        """
         ids = prompt.ids + answer_ids
         said = decode(tokenizer, answer_ids)
-        extends = bool(self.ids) and prompt.ids[: len(self.ids)] == self.ids
-        extends = extends and prompt.text.startswith(self.text)
+        answer: Message = {"role": "assistant", **answer_content(said, decode(tokenizer, answer_ids, plain=True))}
+        if written is not None:
+            answer["written"] = written
         return Transcript(
-            messages=(
-                *self.messages,
-                {"role": role, "content": text},
-                {"role": "assistant", **answer_content(said, decode(tokenizer, answer_ids, plain=True))},
-            ),
+            messages=(*self.messages, {"role": role, "content": text}, answer),
             ids=ids,
             text=prompt.text + said,
-            marks=(*self.marks, (len(self.ids), len(self.text))) if extends else ((0, 0),),
+            marks=(*(min(mark, prompt.kept) for mark in self.marks), prompt.kept),
         )
 
     def undone(self) -> tuple[Transcript, str]:
@@ -129,8 +144,8 @@ class Transcript:
         """
         if saved.get("format") != FORMAT:
             raise ValueError(f"the conversation was saved in format {saved.get('format')!r}, not {FORMAT}")
-        messages = tuple(
-            {"role": m["role"], "content": m["content"], **({"thinking": m["thinking"]} if "thinking" in m else {})}
+        messages: tuple[Message, ...] = tuple(
+            {"role": m["role"], "content": m["content"], **{name: m[name] for name in _OPTIONAL if name in m}}
             for m in saved["messages"]
         )
         ids = tuple(saved["ids"])
@@ -138,9 +153,40 @@ class Transcript:
             same = _digest(decode(tokenizer, ids)) == saved["ids_decode_to"]
         except (OverflowError, IndexError, KeyError, TypeError, ValueError):  # ids beyond this vocabulary
             same = False
-        if not same:
-            return cls(messages)
+        if not same:  # marks of another tokenizer are no text either
+            return cls(tuple({n: value for n, value in m.items() if n != "written"} for m in messages))
         return cls(messages, ids, saved["text"], tuple((n, c) for n, c in saved["marks"]))
+
+
+def marked(tokenizer: PreTrainedTokenizerBase, answer_ids: tuple[int, ...]) -> str | None:
+    """An answer with the special tokens in it, without the one that ends it; None where there are no others."""
+    said = answer_ids[:-1] if not decode(tokenizer, answer_ids[-1:], plain=True) else answer_ids
+    written = decode(tokenizer, said)
+    return written if written != decode(tokenizer, said, plain=True) else None
+
+
+def as_rendered(messages: Iterable[Message]) -> list[Message]:
+    """Messages as a chat template is to be given them."""
+    return [
+        {n: value for n, value in {**m, "content": m.get("written", m["content"])}.items() if n != "written"}
+        for m in messages
+    ]
+
+
+def same_beginning(tokenizer: PreTrainedTokenizerBase, a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, int]:
+    """How many ids at the beginning of `a`, and how many of `b`, stand for the same text. A special token is the same
+    as itself only, not as text that is spelled like it.
+    """
+    equal = common_prefix(np.asarray(a), np.asarray(b))
+    taken = same_text(_spelled(tokenizer, a[equal:]), _spelled(tokenizer, b[equal:]))
+    return equal + taken[0], equal + taken[1]
+
+
+def _spelled(tokenizer: PreTrainedTokenizerBase, ids: tuple[int, ...]) -> list[str]:
+    """Each token as it is spelled, and added ones as nothing else can be."""
+    added = tokenizer.added_tokens_decoder
+    spelled: Any = tokenizer.convert_ids_to_tokens(list(ids))
+    return [f"\0{token}\0" if i in added else f"{token}" for i, token in zip(ids, spelled, strict=True)]
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:

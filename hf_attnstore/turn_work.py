@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from transformers.generation.streamers import BaseStreamer
 
 from .cache.argument import as_generate_takes
+from .cache.generation import setting
 
 if TYPE_CHECKING:
     from .cache import AttentionStoreCache
@@ -19,8 +20,7 @@ if TYPE_CHECKING:
 def generate(turn: Turn[Any], cache: AttentionStoreCache, model: Any, arguments: dict[str, Any]) -> Any:
     """`model.generate` as a turn of a queue. Returns what that returns."""
     arguments = {**arguments, "stopping_criteria": turn.stopping_criteria(arguments.get("stopping_criteria"))}
-    heard = _beams(model, arguments) == 1  # beam search takes no streamer: which beam it will be shows at the end
-    if heard:
+    if setting(model, arguments, "num_beams") in (None, 1):
         arguments["streamer"] = _Pieces(turn, arguments.get("streamer"))
     try:
         return model.generate(**as_generate_takes(model, cache), **arguments)
@@ -52,12 +52,6 @@ def answer(
         after = chat.stats
         if after is not None and after is not before:
             turn.chat_turn, turn.stats, turn.generated_tokens = after, after.cache, after.generated_tokens
-
-
-def _beams(model: Any, arguments: dict[str, Any]) -> int:
-    configs = (arguments.get("generation_config"), getattr(model, "generation_config", None))
-    found = [arguments.get("num_beams"), *(getattr(config, "num_beams", None) for config in configs)]
-    return next((int(beams) for beams in found if beams is not None), 1)
 
 
 class _Pieces(BaseStreamer):

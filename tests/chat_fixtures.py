@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerFast,
+)
 
 SPECIAL = ["<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 TEXT = [
@@ -28,6 +35,8 @@ FORGETFUL = (
     "{{ '<|' + m['role'] + '|>' + text + '<|end|>' }}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '<|assistant|>' }}{%- endif -%}"
 )
+# Like Llama 3's and Gemma's: what a message begins and ends with is not text of the template.
+TRIMMING = APPEND_ONLY.replace("m['content']", "(m['content'] | trim)")
 NO_SYSTEM = (
     "{%- if messages[0]['role'] == 'system' -%}{{ raise_exception('no system role here') }}{%- endif -%}" + APPEND_ONLY
 )
@@ -84,6 +93,23 @@ def tiny_model(
         suppress_tokens=tokenizer.convert_tokens_to_ids(SPECIAL),
     )
     return model
+
+
+class Says(LogitsProcessor):
+    """Leaves the model one token to say at each step."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        self.tokens = list(tokens)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores = torch.full_like(scores, -torch.inf)
+        scores[:, self.tokens.pop(0)] = 0.0
+        return scores
+
+
+def saying(tokens: list[int]) -> dict[str, Any]:
+    """Arguments for a `generate` that answers with `tokens`."""
+    return {"logits_processor": LogitsProcessorList([Says(tokens)]), "max_new_tokens": len(tokens)}
 
 
 def save_tiny_chat_model(path: Path, *, window: int = 512, template: str | None = APPEND_ONLY) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ from chat_fixtures import (
     APPEND_ONLY,
     FORGETFUL,
     NO_SYSTEM,
+    TRIMMING,
+    Says,
     plain_answer,
+    saying,
     tiny_model,
     tiny_tokenizer,
 )
@@ -57,18 +61,6 @@ def chat(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, store: Att
 
 def said(chat: ChatSession) -> list[tuple[str, str]]:
     return [(message["role"], message["content"]) for message in chat.history]
-
-
-class Says(LogitsProcessor):
-    """Leaves the model one token to say at each step."""
-
-    def __init__(self, tokens: list[int]) -> None:
-        self.tokens = list(tokens)
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        scores = torch.full_like(scores, -torch.inf)
-        scores[:, self.tokens.pop(0)] = 0.0
-        return scores
 
 
 class FailsAtOnce(LogitsProcessor):
@@ -142,6 +134,180 @@ def test_template_that_rewrites_the_past_gives_the_right_tokens(
     assert 0 < chat.stats.reused_tokens <= shared
     assert chat.stats.reused_tokens + chat.stats.prefilled_tokens == len(prompt)
     assert chat.token_ids == prompt + plain_answer(plain, prompt, **GREEDY)
+
+
+@pytest.mark.parametrize("template", [TRIMMING, FORGETFUL])
+def test_what_a_template_rewrites_costs_nothing_of_what_comes_before_it(
+    model: LlamaForCausalLM, plain: LlamaForCausalLM, store: AttentionStore, template: str
+) -> None:
+    tokenizer = tiny_tokenizer(template)
+    letters = [encode(tokenizer, letter)[0] for letter in "theotherprinceandtheother"]
+    space = tokenizer.convert_tokens_to_ids("Ġ")
+    for turn, text in enumerate(["the letter", "and then", "what did the mother say", "so"]):
+        chat = ChatSession(model, tokenizer, store, "alice", **GREEDY)
+        before, prompt = chat.token_ids, chat.prompt_ids(text)
+        chat.send(text, **saying([*letters, space, tokenizer.eos_token_id]))
+        assert chat.stats is not None
+        assert chat.stats.prefilled_tokens == len(prompt) - chat.stats.reused_tokens
+        assert turn == 0 or chat.stats.reused_tokens > len(before) - len(letters)
+    assert chat.stats.reused_tokens > 60
+    text = "and the other"
+    prompt = chat.prompt_ids(text)
+    chat.send(text)
+    assert chat.stats.reused_tokens > 80
+    assert chat.token_ids == prompt + plain_answer(plain, prompt, **GREEDY)
+
+
+def test_retry_and_undo_after_a_rewritten_answer_keep_the_ids_before_it(
+    model: LlamaForCausalLM, store: AttentionStore
+) -> None:
+    tokenizer = tiny_tokenizer(TRIMMING)
+    letters = [encode(tokenizer, letter)[0] for letter in "theotherprince"]
+    answer = [*letters, tokenizer.convert_tokens_to_ids("Ġ"), tokenizer.eos_token_id]
+    chat = ChatSession(model, tokenizer, store, "alice", **GREEDY)
+    chat.send("the letter", **saying(answer))
+    chat.send("and then", **saying(answer))
+    assert chat.stats is not None
+    prompt = chat.stats.prompt_tokens
+    chat.retry(**saying(answer))
+    assert (chat.stats.prompt_tokens, chat.stats.prefilled_tokens) == (prompt, 1)
+    chat.undo()
+    chat.send("and so", **saying(answer))
+    assert chat.stats.reused_tokens > chat.stats.prompt_tokens - 8
+
+
+# marks that are special tokens
+
+
+CALLS = "[TOOL_CALLS]"
+CALLING = (
+    "{%- for m in messages -%}"
+    "{%- if m['role'] == 'tool' -%}{{ '<|user|>[a tool gave] ' + m['content'] + '<|end|>' }}"
+    "{%- else -%}{{ '<|' + m['role'] + '|>' + (m['content'] | trim) + '<|end|>' }}{%- endif -%}"
+    "{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|assistant|>' }}{%- endif -%}"
+)
+REFUSING = (
+    "{%- for m in messages if 'TOOL' in m['content'] -%}{{ raise_exception('no marks') }}{%- endfor -%}" + CALLING
+)
+
+
+def calling_tokenizer(template: str) -> Any:
+    tokenizer = tiny_tokenizer(template, vocabulary=158)
+    tokenizer.add_tokens([CALLS], special_tokens=True)
+    return tokenizer
+
+
+def test_a_mark_that_is_a_special_token_is_there_in_the_next_prompt(store: AttentionStore) -> None:
+    tokenizer = calling_tokenizer(CALLING)
+    model, plain = tiny_model(tokenizer), tiny_model(tokenizer)
+    mark = tokenizer.convert_tokens_to_ids(CALLS)
+    call = [mark, *encode(tokenizer, "letter"), tokenizer.eos_token_id]
+    pieces: list[str] = []
+    chat = ChatSession(model, tokenizer, store, "alice", **GREEDY)
+    answer = chat.send("the letter", stream=pieces.append, **saying(call))
+    assert answer == "".join(pieces) == "letter"  # people see no marks
+    expected = {"role": "assistant", "content": "letter", "written": f"{CALLS}letter"}
+    assert chat.history[-1] == expected
+    chat = ChatSession(model, tokenizer, store, "alice", **GREEDY)
+    assert chat.history[-1] == expected
+    before, prompt = chat.token_ids, chat.prompt_ids("nothing", "tool")
+    assert prompt[: len(before)] == before
+    assert before.count(mark) == 1
+    chat.send("nothing", role="tool")
+    assert chat.stats is not None
+    assert chat.stats.reused_tokens == len(before) - 1
+    assert chat.token_ids == prompt + plain_answer(plain, prompt, **GREEDY)
+    chat.undo()
+    assert chat.token_ids == before
+
+
+def test_without_its_ids_a_conversation_still_has_its_marks(store: AttentionStore) -> None:
+    """As after an edit of the system message: what the template is given makes the same ids again."""
+    tokenizer = calling_tokenizer(CALLING)
+    chat = ChatSession(tiny_model(tokenizer), tokenizer, store, "alice", **GREEDY)
+    mark = tokenizer.convert_tokens_to_ids(CALLS)
+    chat.send("the letter", **saying([mark, *encode(tokenizer, "letter"), tokenizer.eos_token_id]))
+    other = ChatSession(chat.model, tokenizer, store, "alice", "a prince", **GREEDY)
+    assert mark in other.prompt_ids("and then")
+    assert tokenizer.decode(other.prompt_ids("and then")).count(CALLS) == 1
+
+
+def test_a_template_that_refuses_marks_is_given_the_plain_answer(store: AttentionStore) -> None:
+    tokenizer = calling_tokenizer(REFUSING)
+    chat = ChatSession(tiny_model(tokenizer), tokenizer, store, "alice", **GREEDY)
+    mark = tokenizer.convert_tokens_to_ids(CALLS)
+    chat.send("the letter", **saying([mark, *encode(tokenizer, "letter"), tokenizer.eos_token_id]))
+    assert chat.history[-1] == {"role": "assistant", "content": "letter"}
+    assert mark not in chat.prompt_ids("and then")
+    chat.send("and then")
+
+
+def test_marks_of_a_model_are_nothing_to_another_one(store: AttentionStore) -> None:
+    tokenizer = calling_tokenizer(CALLING)
+    chat = ChatSession(tiny_model(tokenizer), tokenizer, store, "alice", **GREEDY)
+    mark = tokenizer.convert_tokens_to_ids(CALLS)
+    chat.send("the letter", **saying([mark, *encode(tokenizer, "letter"), tokenizer.eos_token_id]))
+    other = tiny_tokenizer(all_bytes=True)
+    again = ChatSession(tiny_model(other), other, store, "alice", **GREEDY)
+    assert again.history[-1] == {"role": "assistant", "content": "letter"}
+    assert CALLS not in other.decode(again.prompt_ids("and then"))
+
+
+# generation configs
+
+
+@pytest.mark.parametrize("where", ["the model's", "the call's", "the session's"])
+@pytest.mark.parametrize("setting", [{"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}])
+def test_beams_may_be_set_in_a_generation_config(
+    tokenizer: PreTrainedTokenizerFast,
+    plain: LlamaForCausalLM,
+    store: AttentionStore,
+    where: str,
+    setting: dict[str, int],
+) -> None:
+    model = tiny_model(tokenizer)
+    assert model.generation_config is not None
+    config = deepcopy(model.generation_config)
+    config.update(**setting)
+    given: dict[str, Any] = {} if where == "the model's" else {"generation_config": config}
+    if where == "the model's":
+        model.generation_config = config
+    chat = ChatSession(model, tokenizer, store, "alice", **GREEDY, **(given if where == "the session's" else {}))
+    chat.send("the letter", **(given if where == "the call's" else {}))
+    prompt = chat.prompt_ids("and then")
+    pieces: list[str] = []
+    answer = chat.send("and then", stream=pieces.append, **(given if where == "the call's" else {}))
+    assert pieces == [answer]
+    assert chat.stats is not None
+    assert chat.stats.reused_tokens > 0
+    assert chat.token_ids == prompt + plain_answer(plain, prompt, num_beams=3, **GREEDY)
+
+
+def test_of_several_samples_the_first_is_the_answer(tokenizer: PreTrainedTokenizerFast, store: AttentionStore) -> None:
+    chat = ChatSession(tiny_model(tokenizer), tokenizer, store, "alice", max_new_tokens=30)
+    assert chat.model.generation_config is not None
+    chat.model.generation_config.update(do_sample=True, num_return_sequences=3)
+    ends = list(range(5, 60))
+    set_seed(3)
+    for _ in range(4):
+        answer = chat.send("the letter", eos_token_id=ends)
+        ids = chat.token_ids[-chat.stats.generated_tokens :] if chat.stats is not None else []
+        assert tokenizer.pad_token_id not in ids
+        assert not set(ids[:-1]) & set(ends)
+        assert answer == tokenizer.decode(ids)
+
+
+def test_strings_to_stop_at_may_be_set_in_a_generation_config(
+    tokenizer: PreTrainedTokenizerFast, store: AttentionStore
+) -> None:
+    chat = ChatSession(tiny_model(tokenizer), tokenizer, store, "alice", **GREEDY)
+    assert chat.model.generation_config is not None
+    chat.model.generation_config.stop_strings = ["officer"]
+    chat.send("the letter", **saying(list(encode(tokenizer, "the officer and the prince"))))
+    assert chat.history[-1]["content"] == "the officer"
+    chat.send("so", **saying(list(encode(tokenizer, "the officer and the prince"))))
+    assert chat.stats is not None
+    assert chat.stats.reused_tokens > 0
 
 
 def test_beam_search_answers_as_plain_generate(chat: ChatSession, plain: LlamaForCausalLM) -> None:

@@ -17,6 +17,7 @@ from .attach import attachment_of, feed
 from .batch import BatchCache
 from .batch_generate import generate_batch
 from .cache import AttentionStoreCache
+from .generation import setting as _setting
 from .inputs import foreign_input, mask_problem, position_problem
 from .modalities import Content, Items, NotIdentifiedError, has_stand_ins, read_content
 from .spatial_positions import places_in_space, spatial_positions
@@ -100,14 +101,6 @@ def _prompt(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     if kwargs.get("input_ids") is not None:
         return kwargs["input_ids"]
     return args[0] if args else kwargs.get("inputs")
-
-
-def _setting(model: nn.Module, kwargs: Mapping[str, Any], name: str) -> Any:
-    """A generation setting, as `generate` will see it."""
-    for source in (kwargs.get(name), getattr(kwargs.get("generation_config"), name, None)):
-        if source is not None:
-            return source
-    return getattr(model.generation_config, name, None)
 
 
 def _can_be_kept(model: nn.Module, prompt: Any, kwargs: Mapping[str, Any]) -> bool:
