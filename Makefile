@@ -4,9 +4,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
+SUPPORTED ?= 5.17.0 5.23.0
+COMPAT_TESTS ?= tests/cache tests/test_chat.py tests/test_turn_queue.py tests/test_families.py tests/test_family_modes.py
 STAMP := $(VENV)/.installed
 
-.PHONY: demo ui real test bench lint format slow-test clean
+.PHONY: demo ui real test bench lint format slow-test compat clean
 
 demo: $(STAMP)
 	$(BIN)/attnstore demo
@@ -24,6 +26,19 @@ test: lint real
 
 slow-test: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+# Older transformers that the package supports, each in an environment of its own; the rest as in constraints.txt.
+compat: $(addprefix .venv-,$(SUPPORTED))
+
+.venv-%: FORCE
+	test -e $@/.installed || { $(PYTHON) -m venv $@ \
+	    && $@/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)" \
+	    && grep -v -E '^(transformers|tokenizers|huggingface_hub|hf-xet)==' constraints.txt > $@/constraints.txt \
+	    && $@/bin/python -m pip install --quiet -c $@/constraints.txt transformers==$* -e ".[dev]" \
+	    && touch $@/.installed; }
+	OMP_NUM_THREADS=1 $@/bin/python -m pytest -n $(JOBS) --dist loadfile $(COMPAT_TESTS)
+
+FORCE:
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

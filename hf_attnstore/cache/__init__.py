@@ -4,7 +4,9 @@ from .attach import attach, detach
 from .cache import AttentionStoreCache
 from .dispatch import install
 from .stats import TurnStats
+from .tested import warn_if_untested
 
 install()
+warn_if_untested()
 
 __all__ = ["AttentionStoreCache", "TurnStats", "attach", "detach"]
