@@ -25,8 +25,6 @@ from .restore import Pace
 from .structure import compute_device, decoder_layers, decoder_of, is_encoder_decoder
 
 _ATTRIBUTE = "_attnstore_attachment"
-DISPATCHED = "_attnstore_dispatched"
-"""Where transformers' `generate`, once it passes on calls with a cache of ours (`dispatch.py`), keeps what it was."""
 _attaching = threading.Lock()
 _probing = threading.Lock()
 _geometries: dict[str, Geometry] = {}
@@ -77,8 +75,10 @@ class Attachment:
             layer.register_forward_pre_hook(functools.partial(_before_layer, number), with_kwargs=True)
             layer.register_forward_hook(functools.partial(_after_layer, number), with_kwargs=True)
         if callable(getattr(model, "generate", None)):
+            from .dispatch import install
             from .generate import generate_with_store
 
+            install()
             self.generate = model.__dict__.get("generate")
             model.__dict__["generate"] = types.MethodType(generate_with_store, model)
 
@@ -131,8 +131,7 @@ class Attachment:
         if self.generate is not None:
             generate: Callable[..., Any] = self.generate
             return generate
-        function = getattr(type(model), "generate")  # noqa: B009
-        return types.MethodType(getattr(function, DISPATCHED, function), model)
+        return types.MethodType(getattr(type(model), "generate"), model)  # noqa: B009
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Attachment":
         """A copy of an attached model is attached too (its hooks are copied with it), with a fingerprint of its own."""

@@ -79,6 +79,7 @@ class CacheChoices(CacheLoads):
             self.batch_select_indices(torch.tensor([0]))
         own = self._whole(min(common_prefix(self._chain.ids, ids), limit))
         self._drop_from(own)
+        lost, failure = 0, ""
         for _ in range(_MAX_PLANS):
             spans = crop(self._find(self._view, ids[:limit]), limit)
             known = self._whole(total_tokens(spans))
@@ -93,22 +94,27 @@ class CacheChoices(CacheLoads):
                 checkpoint = None
                 if self._states:
                     length, checkpoint = self._choose_states(ids[:length], own, spans)
+                known = length
                 if limit < len(ids):  # else all is wanted here, and not for the sake of what comes after
                     length, checkpoint, choice = self._load_or_compute(ids, own, spans, length, checkpoint)
                 if length == 0:
                     self._clear()
-                    return 0, spans
-                self._held = length
-                self._restore = self._plan(spans, length, checkpoint)
+                else:
+                    self._held = length
+                    self._restore = self._plan(spans, length, checkpoint)
                 if self._restore is not None:
                     self._gate.look_ahead(self._restore, choice, len(self.layers))
                     self._restore.start()
+                if known < lost:
+                    self._note(failure, "load failed")
                 return length, spans
             except LoadError as error:
-                self._note(f"a load failed, its tokens are computed again: {error}", "load failed")
+                # a short block may just have been superseded by a longer one: it is said if a second look finds less
+                lost, failure = max(lost, known), f"a load failed, its tokens are computed again: {error}"
                 self._clear()
                 own = 0
         self._clear()
+        self._note(failure, "load failed")
         return 0, []
 
     def _load_or_compute(

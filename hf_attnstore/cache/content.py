@@ -107,6 +107,8 @@ class CacheContent(OutsideGraphsCache):
         self._computes_known = False
         """Whether that is so in this turn."""
         self._in_turn = False
+        self.passed_on = False
+        """Whether a turn that runs has called a `generate`, which has not begun yet."""
         self._turn_thread = 0
         self._checked = False
         self._changed = False

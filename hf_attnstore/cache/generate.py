@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import CacheUseError, LoadError
 from .adapters import adapter_problem
-from .argument import take_cache
+from .argument import cache_in, take_cache
 from .attach import attachment_of, feed
 from .batch import BatchCache
 from .batch_generate import generate_batch
@@ -51,7 +51,27 @@ def generate_with_store(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Stands in for `model.generate`, with the same arguments and the same result."""
     attachment = attachment_of(model)
     assert attachment is not None
-    original = attachment.original_generate(model)
+    return generate_around(model, partial(pass_on, attachment.original_generate(model)), args, kwargs)
+
+
+def pass_on(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Runs `original`, which may come by `dispatch.py`, and in another thread: there it is to go straight through."""
+    cache = cache_in(kwargs, AttentionStoreCache)
+    if cache is None:
+        return original(*args, **kwargs)
+    cache.passed_on = True
+    try:
+        return original(*args, **kwargs)
+    finally:
+        cache.passed_on = False
+
+
+def generate_around(
+    model: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Runs `original`, a `generate` of the model, with what the store has."""
+    attachment = attachment_of(model)
+    assert attachment is not None
     if is_encoder_decoder(model):
         from .seq2seq_generate import generate_from_encoder
 

@@ -26,6 +26,7 @@ from .locks import SessionLocks
 from .manifest import Manifest
 from .memory import MemoryTier
 from .memory_size import AUTO, AutomaticSize
+from .parts import is_part, whole_name
 from .policies import DEFAULT, make_policy
 from .rebuild import open_disk_store
 from .settings import open_folder
@@ -224,10 +225,15 @@ class OpenStore:
         """Returns `name` if a session can have it.
 
         Raises:
-            SessionNameError: empty, too long, or not text.
+            SessionNameError: empty, too long, not text, or with the character that the store itself puts into names.
         """
         if not isinstance(name, str) or not name:
             raise SessionNameError(f"a session's name is a text of at least one character, not {name!r}")
+        if is_part(name):
+            raise SessionNameError(
+                f"the session name {whole_name(name)[:20]!r}… has the character U+001F, which is for the store's "
+                "own use: leave it out"
+            )
         try:
             size = len(name.encode())
         except UnicodeEncodeError:

@@ -3,7 +3,8 @@
 The first one's part is the session: it has its name, and is listed. The others' have names made of it.
 """
 
-_SEPARATOR = "\x1f"  # the unit separator: nobody types it
+_SEPARATOR = "\x1f"
+"""The unit separator: nobody types it, and the names that users give may not have it (`OpenStore.check_name`)."""
 MOST = 256
 """Parts that are looked for."""
 

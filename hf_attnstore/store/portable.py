@@ -8,7 +8,8 @@ names anew, for the namespace and the secret of the store that takes it.
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from .keys import Key, block_key, chain_root, cut_root, decode_tokens, encode_to
 from .layout import FORMAT_VERSION
 from .manifest import Manifest, SpanRow
 from .records import SessionRecord
+from .rows import BlockRow
 from .vault import checksum
 
 FORMAT = "hf-attnstore session 1"
@@ -129,15 +131,21 @@ def _blocks_of(disk: DiskStore, record: SessionRecord) -> list[Key]:
         if row.continues not in chosen and disk.index.block(row.continues) is not None:
             chosen.add(row.continues)
             queue.append(row.continues)
-    return sorted(rows, key=lambda key: (_depth(key, rows), rows[key].start))
+    depths = _depths(rows)
+    return sorted(rows, key=lambda key: (depths[key], rows[key].start))
 
 
-def _depth(key: Key, rows: Mapping[Key, Any]) -> int:
-    depth = 0
-    while key in rows:
-        key = rows[key].continues
-        depth += 1
-    return depth
+def _depths(rows: Mapping[Key, BlockRow]) -> dict[Key, int]:
+    """How many blocks each one follows, itself included."""
+    depths: dict[Key, int] = {}
+    for key in rows:
+        way = []
+        while key in rows and key not in depths:
+            way.append(key)
+            key = rows[key].continues
+        for later in reversed(way):
+            depths[later] = depths.get(rows[later].continues, 0) + 1
+    return depths
 
 
 def _read(file: BlockFile) -> dict[str, torch.Tensor]:
@@ -162,6 +170,8 @@ def _imported(path: Path) -> Iterator[tuple[dict[str, Any], Any]]:
             if content["format"] != FORMAT:
                 raise AttentionStoreError(f"{path} has format {content['format']!r}; this version reads {FORMAT!r}")
             yield content, file
+    except AttentionStoreError:
+        raise
     except (SafetensorError, OSError) as error:
         raise AttentionStoreError(f"can't read {path}: {error}") from error
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
@@ -169,20 +179,26 @@ def _imported(path: Path) -> Iterator[tuple[dict[str, Any], Any]]:
 
 
 def import_session(
-    disk: DiskStore, namespace: str, path: Path, block_size: int, session: str | None = None
+    disk: DiskStore,
+    namespace: str,
+    path: Path,
+    block_size: int,
+    session: str | None = None,
+    check_name: Callable[[str], str] = str,
 ) -> Exported:
     """Takes an exported session into a store, after all of it was checked: nothing of a file that is damaged is taken.
 
     Args:
         block_size: of the store.
         session: the name it gets; default is the one it had.
+        check_name: raises where a name can't be one.
 
     Raises:
         AttentionStoreError: the file can't be read, is damaged, or is of another block size; the session exists; or
             there is no room under the store's cap.
     """
     with _imported(path) as (content, file):
-        name = session or content["session"]
+        name = check_name(session or content["session"])
         if disk.index.sessions.exists(namespace, name):
             raise AttentionStoreError(f"session {name!r} exists already; delete it first or choose another name")
         names = set(file.keys())
@@ -193,18 +209,16 @@ def import_session(
                 raise AttentionStoreError(f"{path} is damaged: the checksum of {tensor} is wrong")
         _check(content, file, names)
         metas = _renamed(content, file, namespace, block_size, disk.vault.secret, path)
+        parts = _parts(names)
         for number, meta in enumerate(metas):
-            tensors = {
-                tensor.partition(".")[2]: file.get_tensor(tensor).contiguous()
-                for tensor in _in_order(names)
-                if tensor.partition(".")[0] == str(number) and not tensor.endswith("." + TOKEN_IDS)
-            }
+            tensors = {tensor: file.get_tensor(f"{number}.{tensor}").contiguous() for tensor in parts[number]}
             if not disk.write(Block(meta, tensors), None, wanted=True):
                 raise AttentionStoreError(f"there is no room for {path} under the store's cap")
         manifest = _manifest(content, metas, namespace, disk.vault.secret)
+        counts = {meta.key: meta.token_count for meta in metas}
         record = SessionRecord(
             namespace, name, content["fingerprint"], content["created"], content["created"], content["metadata"],
-            manifest, tuple(_count(metas, span) for span in manifest.spans), (),
+            manifest, tuple(counts.get(span.block, 0) for span in manifest.spans), (),
         )  # fmt: skip
         with disk.writing():
             disk.restore(record)
@@ -247,13 +261,18 @@ def _check(content: Mapping[str, Any], file: Any, names: set[str]) -> None:
         raise ValueError("the session's numbers")
 
 
-def _in_order(names: set[str]) -> list[str]:
-    """Layer by layer, as the file of a block has them."""
+def _parts(names: Iterable[str]) -> dict[int, list[str]]:
+    """The tensors of each block, by its number, without its ids: layer by layer, as the file of a block has them."""
 
     def place(name: str) -> tuple[Any, ...]:
         return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split("."))
 
-    return sorted(names, key=place)
+    parts: defaultdict[int, list[str]] = defaultdict(list)
+    for name in sorted(names, key=place):
+        number, _, tensor = name.partition(".")
+        if tensor != TOKEN_IDS:
+            parts[int(number)].append(tensor)
+    return parts
 
 
 def _renamed(
@@ -316,7 +335,3 @@ def _manifest(content: Mapping[str, Any], metas: list[BlockMeta], namespace: str
     root = chain_root(content["fingerprint"], namespace, secret=secret)
     manifest = Manifest(tuple(_spans(content, metas)), b"", base, content["length"])
     return replace(manifest, root=_cut(content, metas, root, secret)) if base else manifest
-
-
-def _count(metas: list[BlockMeta], span: SpanRow) -> int:
-    return next((meta.token_count for meta in metas if meta.key == span.block), 0)

@@ -250,8 +250,14 @@ class SessionTable:
             self._restore(db, replace(record, name=target, created=now, last_used=now), keep)
 
     def exists(self, namespace: str, name: str) -> bool:
-        handle = self._handle(namespace, name)
-        return bool(self._database.read("SELECT 1 FROM sessions WHERE handle = ?", (handle,)))
+        return bool(self.existing(namespace, [name]))
+
+    def existing(self, namespace: str, names: Sequence[str]) -> set[str]:
+        """Which of so many names, 500 at most, are those of sessions."""
+        handles = {self._handle(namespace, name): name for name in names}
+        marks = ",".join("?" * len(handles))
+        rows = self._database.read(f"SELECT handle FROM sessions WHERE handle IN ({marks})", list(handles))
+        return {handles[handle] for (handle,) in rows}
 
     def rename(self, namespace: str, source: str, target: str, keep: Keep) -> None:
         """Gives a session another name, which no other has. The old record is left."""

@@ -12,7 +12,7 @@ from .locks import SessionLock
 from .maintenance import Garbage, Report, collect, repair, verify
 from .manifest import Manifest, SessionInfo
 from .opened import default_path
-from .parts import MOST, part_name
+from .parts import MOST, is_part, part_name
 from .portable import Exported, export_session, import_session
 from .rebuild import Progress, no_progress
 from .settings import open_folder
@@ -79,9 +79,8 @@ class AttentionStore(UpcomingTurns):
 
     def _parts(self, name: str) -> list[int]:
         """The numbers of a session's parts, where several processes keep one each; at least the first."""
-        exists = self._disk.index.sessions.exists
-        found = [n for n in range(MOST) if exists(self.namespace, part_name(name, n))]
-        return found or [0]
+        there = self._disk.index.sessions.existing(self.namespace, [part_name(name, n) for n in range(MOST)])
+        return [n for n in range(MOST) if part_name(name, n) in there] or [0]
 
     def sessions(self, limit: int | None = None, offset: int = 0) -> list[SessionInfo]:
         """The sessions of this namespace, last used first: all, or a page of them."""
@@ -211,11 +210,12 @@ class AttentionStore(UpcomingTurns):
 
         Raises:
             AttentionStoreError: the file is damaged or does not fit, the session exists already, or there is no room.
+            SessionNameError: a name that can't be one.
         """
         if name is not None:
             self.check_name(name)
         self._settle()
-        return import_session(self._disk, self.namespace, Path(path), self.block_size, name)
+        return import_session(self._disk, self.namespace, Path(path), self.block_size, name, self.check_name)
 
     # looking after the store
 
@@ -265,7 +265,7 @@ class AttentionStore(UpcomingTurns):
             SessionNameError: see `check_name`.
             SessionBusyError: another turn holds it.
         """
-        return self._locks.acquire(self.namespace, self.check_name(name), wait)
+        return self._locks.acquire(self.namespace, name if is_part(name) else self.check_name(name), wait)
 
     # turns
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 import torch
 from tiny_models import make_model, tokens
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import DynamicCache, PreTrainedTokenizerFast, pipeline
+from transformers import DynamicCache, LlamaForCausalLM, PreTrainedTokenizerFast, pipeline
 from transformers.generation import GenerationMixin
 from turns import GREEDY, assert_reused, assert_same, follow_up, layer_hooks, turn
 
@@ -25,6 +27,7 @@ from hf_attnstore import (
     attach,
     detach,
 )
+from hf_attnstore.cache.dispatch import install
 
 accelerate = pytest.importorskip("accelerate")
 
@@ -445,3 +448,65 @@ def test_calls_without_our_cache_go_straight_through_transformers_generate() -> 
     assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False, past_key_values=cache), first)
     assert full_state(model) == before
     assert inspect.signature(GenerationMixin.generate) == inspect.signature(inspect.unwrap(GenerationMixin.generate))
+
+
+def wrapped(function: Any, calls: list[str], *, says_so: bool, in_a_thread: bool = False) -> Any:
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(type(self).__name__)
+        if not in_a_thread:
+            return function(self, *args, **kwargs)
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(function, self, *args, **kwargs).result()
+
+    return functools.wraps(function)(generate) if says_so else generate
+
+
+@pytest.mark.parametrize("says_so", [True, False], ids=["functools.wraps", "plain"])
+@pytest.mark.parametrize("when", ["after", "before", "after, in a thread", "put back"])
+def test_generate_that_others_wrap_reuses_and_saves_and_runs_their_wrapper_once(
+    when: str, says_so: bool, store: AttentionStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = inspect.unwrap(GenerationMixin.generate, stop=lambda function: not hasattr(function, "_attnstore_dispatched"))
+    calls: list[str] = []
+    made = functools.partial(wrapped, calls=calls, says_so=says_so, in_a_thread="thread" in when)
+    if when.startswith("after"):
+        monkeypatch.setattr(GenerationMixin, "generate", made(GenerationMixin.generate))
+    else:
+        monkeypatch.setattr(GenerationMixin, "generate", made(raw))
+        if when == "before":
+            install()
+    ids = tokens(40)
+    plain = make_model().generate(ids, **GREEDY)
+    for number in range(3):
+        model = make_model()
+        if when == "put back" and number == 0:
+            AttentionStoreCache(make_model(), "alice", store)  # with a cache made, calls are passed on again
+        calls.clear()
+        ours = model.generate(ids, **GREEDY, past_key_values=(cache := AttentionStoreCache(model, "alice", store)))
+        assert torch.equal(ours, plain)
+        assert cache.reused_tokens == (39 if number else 0)
+        assert calls == ["LlamaForCausalLM"]
+        attached = model.generate(ids, **GREEDY, past_key_values=(cache := AttentionStoreCache(model, "alice", store)))
+        assert torch.equal(attached, plain)
+        assert cache.reused_tokens == 39
+        assert calls == ["LlamaForCausalLM"] * 2
+        store.drop_memory()
+
+
+def test_a_class_with_a_generate_of_its_own_goes_through_the_store_once(store: AttentionStore) -> None:
+    calls: list[int] = []
+
+    class Own(LlamaForCausalLM):
+        def generate(self, inputs: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+            calls.append(inputs.shape[1])
+            return super().generate(inputs, **kwargs)
+
+    ids = tokens(40)
+    plain = make_model().generate(ids, **GREEDY)
+    for number in range(2):
+        model = Own(make_model().config).eval()
+        model.load_state_dict(make_model().state_dict())
+        ours = model.generate(ids, **GREEDY, past_key_values=(cache := AttentionStoreCache(model, "alice", store)))
+        assert torch.equal(ours, plain)
+        assert cache.reused_tokens == (39 if number else 0)
+    assert calls == [40, 40]

@@ -229,3 +229,32 @@ def test_a_sliding_window_that_can_not_be_got_back_is_computed_again(store: Atte
     prompt = tokens(60)
     assert torch.equal(turn(model, prompt, cache).sequences, turn(other, prompt, None).sequences)
     assert_reused(cache, prompt, 0)
+
+
+def test_a_short_block_that_is_superseded_between_look_up_and_opening_is_no_failed_load(
+    store: AttentionStore, log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The writer, here that of another process, puts a longer block in its place at that moment."""
+    model, other = make_model(), make_model()
+    sequence = turn(model, tokens(36), AttentionStoreCache(model, "alice", store)).sequences
+    prompt = follow_up(sequence, 20, 1)
+    store.drop_memory()
+    load = AttentionStore.load
+    superseded: list[str] = []
+
+    def load_later(self: AttentionStore, stages: Any) -> Any:
+        if self is store and not superseded:
+            before = {path.name for path in store.path.glob("blocks/*/*/*")}
+            with AttentionStore(store.path) as elsewhere:
+                turn(other, prompt, AttentionStoreCache(other, "bob", elsewhere))
+            superseded.extend(before - {path.name for path in store.path.glob("blocks/*/*/*")})
+        return load(self, stages)
+
+    monkeypatch.setattr(AttentionStore, "load", load_later)
+    cache = AttentionStoreCache(model, "alice", store)
+    ours = turn(model, prompt, cache)
+    assert len(superseded) == 1
+    assert torch.equal(ours.sequences, turn(make_model(), prompt, None).sequences)
+    assert cache.reused_tokens >= 41
+    assert cache.stats.loaded_bytes > 0
+    assert (cache.stats.missed, cache.stats.recomputed, log.messages) == ("", "", [])

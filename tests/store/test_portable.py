@@ -2,9 +2,12 @@
 
 import json
 import stat
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -13,7 +16,13 @@ from store_blocks import make_chain, save
 from tiny_models import make_model
 from turns import follow_up, tokens, turn
 
-from hf_attnstore import AttentionStore, AttentionStoreCache, AttentionStoreError, SessionNotFoundError
+from hf_attnstore import (
+    AttentionStore,
+    AttentionStoreCache,
+    AttentionStoreError,
+    SessionNameError,
+    SessionNotFoundError,
+)
 from hf_attnstore.store.blocks import as_bytes
 from hf_attnstore.store.vault import checksum
 
@@ -202,3 +211,51 @@ def test_exporting_what_is_not_there_or_not_whole_is_an_error(tmp_path: Path) ->
         with pytest.raises(AttentionStoreError, match="exported as a whole"):
             store.export_session("talk", tmp_path / "out")
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["", "x\x1f1", "x" * 1025])
+def test_a_name_that_cannot_be_one_is_not_taken_from_a_file_either(name: str, tmp_path: Path) -> None:
+    with AttentionStore(tmp_path / "a", block_size=16) as store:
+        save(store, make_chain([1, 2], 16), "talk")
+        store.export_session("talk", tmp_path / "talk.safetensors")
+        with safe_open(tmp_path / "talk.safetensors", "pt") as file:
+            content = json.loads(file.metadata()["attnstore"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        text = json.dumps({**content, "session": name})
+        check = checksum([np.frombuffer(text.encode(), np.uint8)])
+        save_file(tensors, tmp_path / "other.safetensors", metadata={"attnstore": text, "check": check})
+        with pytest.raises(SessionNameError):
+            store.import_session(tmp_path / "other.safetensors")
+        assert store.session_count() == 1
+        assert store.import_session(tmp_path / "other.safetensors", "fine").session == "fine"
+
+
+def calls_of(work: Callable[[], object]) -> int:
+    """How many functions are called meanwhile: unlike time, that is the same whenever it is counted."""
+    count = 0
+
+    def called(frame: object, event: str, argument: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(called)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def test_the_work_of_taking_a_session_elsewhere_grows_as_the_session_does(tmp_path: Path) -> None:
+    work: dict[str, list[int]] = {"export": [], "import": []}
+    for blocks in (48, 192):
+        path = tmp_path / f"{blocks}.safetensors"
+        with AttentionStore(tmp_path / f"a{blocks}", block_size=4) as store:
+            save(store, make_chain(list(range(4 * blocks)), 4), "talk")
+            store.flush()
+            work["export"].append(calls_of(lambda s=store, p=path: s.export_session("talk", p)))
+        with AttentionStore(tmp_path / f"b{blocks}", block_size=4) as store:
+            work["import"].append(calls_of(lambda s=store, p=path: s.import_session(p)))
+            assert store.tokens("talk") == list(range(4 * blocks))
+    for what, (few, many) in work.items():
+        assert many < 4.5 * few, f"{what}: {few} calls for 48 blocks, {many} for 192"

@@ -454,6 +454,38 @@ def test_any_text_can_name_a_session_and_never_becomes_a_path(tmp_path: Path, na
     }
 
 
+@pytest.mark.parametrize("name", ["x\x1f1", "x\x1f", "\x1f", "x\x1f1\x1f2", "x\x1fy"])
+def test_the_character_that_parts_of_sessions_have_in_their_names_is_refused_wherever_a_name_is_given(
+    name: str, tmp_path: Path
+) -> None:
+    with AttentionStore(tmp_path / "store", block_size=16) as store:
+        save(store, make_chain([1, 2], 16), "x")
+        store.export_session("x", tmp_path / "x.safetensors")
+        for give in (
+            lambda: store.set_metadata(name, {}),
+            lambda: store.fork("x", name),
+            lambda: store.rename("x", name),
+            lambda: store.import_session(tmp_path / "x.safetensors", name),
+            lambda: store.schedule([name]),
+            lambda: store.expect(name),
+            lambda: store.check_name(name),
+        ):
+            with pytest.raises(SessionNameError, match=r"U\+001F"):
+                give()
+        assert [s.name for s in store.sessions()] == ["x"]
+
+
+def test_control_characters_in_names_mean_nothing(tmp_path: Path) -> None:
+    """Every other one, each a session of its own, listed and deleted alone."""
+    names = [f"x{chr(code)}1" for code in (*range(0x1F), *range(0x7F, 0xA0), 0x2028, 0x202E, 0xFEFF)]
+    with AttentionStore(tmp_path / "store", block_size=16) as store:
+        for name in ("x", *names):
+            store.set_metadata(name, {"name": name})
+        store.delete("x")
+        assert {s.name for s in store.sessions()} == set(names)
+        assert all(store.metadata(name) == {"name": name} for name in names)
+
+
 @pytest.mark.parametrize("name", ["", "x" * 1025, "a" * 10_000, "\ud800", 7])
 def test_a_name_that_cannot_be_kept_is_refused_clearly(tmp_path: Path, name: object) -> None:
     with AttentionStore(tmp_path, block_size=16) as store, pytest.raises(SessionNameError):
