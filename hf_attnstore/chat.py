@@ -33,7 +33,7 @@ from .session.chain import common_prefix
 from .store import AttentionStore
 from .timeline import Event
 from .timing import GenerateRun, timed_generate
-from .transcript import Message, Prompt, Transcript, as_rendered, encode, marked
+from .transcript import Message, Prompt, Transcript, as_rendered, decode, encode, marked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -321,7 +321,9 @@ class ChatSession:
         options: dict[str, Any] = {"window": self.window, "keep_first": self._kept_first(prompt), "drop": self.drop}
         options |= {"record": self.record, "checkpoint_every": self.checkpoint_every}
         if self.reuse:
-            return AttentionStoreCache(self.model, session=self.session, store=self.store, **options)
+            cache = AttentionStoreCache(self.model, session=self.session, store=self.store, **options)
+            cache.decode = lambda ids: decode(self.tokenizer, tuple(ids))
+            return cache
         # a namespace that is new has nothing to reuse, and all else is as with the store
         nothing = self.store.in_namespace(secrets.token_hex())
         return AttentionStoreCache(self.model, session=None, store=nothing, save=False, **options)

@@ -105,7 +105,7 @@ class TerminalChat:
             return
         self.console.print()
         if self.chat.stats is not None:
-            self.console.print(f"[dim]{turn_in_words(self.chat.stats)}[/]")
+            self.console.print(f"[dim]{escape(turn_in_words(self.chat.stats))}[/]")
 
     def _stream(self, text: str) -> None:
         self.console.out(text, end="", highlight=False)
@@ -183,6 +183,8 @@ def turn_in_words(turn: ChatTurn) -> str:
     if turn.cache.dropped_tokens:
         how = "moved" if turn.cache.truncation == "rotated" else "computed again"
         parts.append(f"the oldest {turn.cache.dropped_tokens:,} tokens are out of the window, the others {how}")
+    if turn.cache.diverged is not None:
+        parts.append(str(turn.cache.diverged))
     if turn.finish == "window":
         parts.append("cut: the context window is full")
     elif turn.finish == "length":

@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,6 +68,8 @@ class CacheContent(OutsideGraphsCache):
     boundaries: Sequence[int] | None = None
     """Where messages of the next prompt begin or end, in tokens of the conversation, for who knows that: there running
     states are kept. None goes by the ids with which messages end."""
+    decode: Callable[[Sequence[int]], str] | None = None
+    """Makes text of ids, for who has a tokenizer: `stats.diverged` then speaks in words."""
     _gate: Gate
     record_timeline = False
     """Whether turns are recorded, from the next one on: see `timeline`."""

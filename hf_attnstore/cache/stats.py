@@ -7,6 +7,7 @@ from typing import Literal
 
 from ..store.load_stats import LoadStats
 from ..store.sizes import format_bytes
+from .divergence import Divergence
 
 
 @dataclass
@@ -48,6 +49,9 @@ class TurnStats:
     """Why something that could have been reused was not; empty if nothing was."""
     missed: str = ""
     """The kind of that reason, in few words."""
+    diverged: Divergence | None = None
+    """Where the prompt parts from its session, or from the text that agrees with it furthest; None where it goes on
+    after that, where nothing is known, and where little is new, so that nobody asked."""
     gate: str = ""
     """What was chosen to be reused of what is known, and why, in words; empty where there was nothing to choose."""
     recompute_seconds: float | None = None
@@ -83,7 +87,8 @@ class TurnStats:
             parts.append(f"loaded {format_bytes(self.loaded_bytes)} from {' and '.join(sorted(self.blocks_from))}")
         if self.ttft_seconds is not None:
             parts.append(f"first token after {self.ttft_seconds:.3f} s")
-        return ", ".join(parts) + (f" (not reused: {self.recomputed})" if self.recomputed else "")
+        parted = f" (the prompt {self.diverged})" if self.diverged is not None else ""
+        return ", ".join(parts) + (f" (not reused: {self.recomputed})" if self.recomputed else parted)
 
 
 def added_up(rows: Sequence[TurnStats], whole: TurnStats) -> TurnStats:
@@ -97,4 +102,5 @@ def added_up(rows: Sequence[TurnStats], whole: TurnStats) -> TurnStats:
     total.ttft_seconds, total.seconds = whole.ttft_seconds, whole.seconds  # rows run at the same time
     for row in rows:
         total.recomputed, total.missed = total.recomputed or row.recomputed, total.missed or row.missed
+        total.diverged = total.diverged or row.diverged
     return total

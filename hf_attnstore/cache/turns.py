@@ -3,16 +3,18 @@
 import logging
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from ..errors import ContextWindowError, LoadError, SessionBusyError, StoreClosedError
 from ..session.manifests import write_manifest
-from ..session.spans import Span, crop
+from ..session.spans import Span, crop, total_tokens
 from ..session.view import View
 from ..store.keys import Key, chain_root
 from .adapters import adapter_problem, prompt_learning
+from .divergence import WORTH, find_divergence
 from .layers import FullLayer
 from .modalities import Content, has_stand_ins
 from .parking import ParkingCache
@@ -26,6 +28,8 @@ from .stats import TurnStats
 logger = logging.getLogger("hf_attnstore")
 
 _MAX_EXPECTED_NEW = 4096
+_LITTLE = 16
+"""New tokens, of however short a prompt, for which it is not asked why they are new."""
 
 
 class CacheTurns(ParkingCache):
@@ -103,10 +107,12 @@ class CacheTurns(ParkingCache):
                     self._report_taken(reused)
                 else:
                     self._take_up_together(shown, limit)
-                    reused = self._held
+                    reused, spans = self._held, []
                 # where little is new, all of the session was found; else what comes now takes longer than to ask
                 if not self._untracked and (not reused or len(shown) - reused > self._chain.block_size):
                     self._say_if_of_another_model()
+                if self._ranks.alone and not self._untracked:
+                    self._explain(ids, spans)
             except ContextWindowError:
                 self._park()  # nothing has changed
                 self._close_turn()
@@ -398,6 +404,21 @@ class CacheTurns(ParkingCache):
                 f"({before[:12]}, now {fingerprint[:12]}): that KV is not reused",
                 "other model",
             )
+
+    def _explain(self, ids: np.ndarray, spans: Sequence[Span]) -> None:
+        """Finds out where the conversation `ids` parts from what is known, if enough is new for that to be worth it."""
+        new = len(ids) - max(self._stats.matched_tokens, total_tokens(spans))
+        worth_asking = new >= min(WORTH, max(_LITTLE, len(ids) // 10))
+        if self._store is None or not self._view.is_plain or not worth_asking or self._stats.missed:
+            return
+        bos = getattr(self._model.config, "bos_token_id", None)
+        found = find_divergence(self._store, self._view.model_root, ids, spans, self._kept_as, bos)
+        if found is None:
+            return
+        if self.decode is not None:
+            found = found.in_text(self.decode)
+        self._stats.diverged, self._stats.missed = found, "other text" if found.there else "not in the store"
+        logger.info("session %r: the prompt %s", self.session, found)
 
     def _hand_over(self) -> None:
         if self._store is None:

@@ -58,6 +58,11 @@ class BlockStore(OpenStore):
         found = self._disk.nearest(parent, tokens, best.common if best else 0)
         return Match(*found) if found is not None else best
 
+    def follower(self, parent: Key) -> Key | None:
+        """A block after `parent`, whichever; None if there is none."""
+        block = next(self._memory.followers(parent), None)
+        return block.meta.key if block is not None else self._disk.follower(parent, self.block_size)
+
     def describe(self, key: Key) -> Mapping[str, TensorSpec]:
         """Name, dtype and shape of a block's tensors. Raises what `describe_checkpoint` does."""
         return self.describe_checkpoint(key)[0]

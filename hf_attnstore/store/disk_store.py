@@ -250,6 +250,12 @@ class DiskStore:
                     best, beyond = (row.key, common, row.count), common
         return best
 
+    def follower(self, parent: Key, block_size: int) -> Key | None:
+        """A block after `parent`, whichever; None if there is none."""
+        found = self._attempt(partial(self.index.before, parent, b"\xff" * (block_size + 1)), (None, b""))
+        assert isinstance(found, tuple)
+        return found[0].key if found[0] is not None else None
+
     def followed(self, parents: Sequence[Key]) -> set[Key]:
         """Which of these have a block after them."""
         found = self._attempt(lambda: self.index.followed(parents), set())
@@ -569,6 +575,11 @@ class DiskStore:
 
         found = self._attempt(look, None)
         return found if isinstance(found, Manifest) else None
+
+    def session_with(self, namespace: str, key: Key) -> str | None:
+        """The session used last of those that have a block; None if none has it, or the disk would not say."""
+        found = self._attempt(partial(self.index.sessions.with_block, namespace, key), None)
+        return found if isinstance(found, str) else None
 
     def fingerprint(self, namespace: str, session: str) -> str | None:
         """The model fingerprint that a session was last saved with; None if it is not known."""

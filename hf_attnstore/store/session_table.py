@@ -305,6 +305,19 @@ class SessionTable:
         name = json.loads(self._vault.unseal(row[2]))[1]
         return SessionInfo(name, tokens, nbytes, created, last_used, fingerprint, length)
 
+    def with_block(self, namespace: str, key: Key) -> str | None:
+        """The name of the session used last of those that own a block; None if none does."""
+        rows = self._database.read(
+            f"SELECT {_COLUMNS} FROM sessions WHERE space = ? AND id IN "
+            "(SELECT session FROM owners WHERE block = (SELECT id FROM blocks WHERE key = ?)) "
+            "ORDER BY last_used DESC LIMIT 1",
+            (self._space(namespace), key),
+        )
+        if not rows:
+            return None
+        self._checked(rows[0])
+        return str(json.loads(self._vault.unseal(rows[0][2]))[1])
+
     def bytes_together(self, namespace: str, names: Iterable[str]) -> int:
         """Bytes of the blocks in the conversations of these sessions, each block once.
 

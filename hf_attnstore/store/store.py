@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AttentionStoreError
-from .keys import decode_tokens
+from .keys import Key, decode_tokens
 from .locks import SessionLock
 from .maintenance import Garbage, Report, collect, repair, verify
 from .manifest import Manifest, SessionInfo
@@ -252,6 +252,13 @@ class AttentionStore(UpcomingTurns):
             forget=self._memory.discard,
             progress=progress,
         )
+
+    def session_with(self, key: Key) -> str | None:
+        """The name of the session used last, of those that a block belongs to; None if it belongs to none."""
+        for (namespace, name), (_, manifest) in reversed(list(self._committing.items())):
+            if namespace == self.namespace and not is_part(name) and any(s.block == key for s in manifest.spans):
+                return name
+        return self._disk.session_with(self.namespace, key)
 
     def session_fingerprint(self, name: str) -> str | None:
         """The model fingerprint that a session was last saved with; None if there is no such session."""

@@ -33,6 +33,8 @@ class TurnRecord:
     generated: int = 0
     tokens_per_second: float | None = None
     finish: str = ""
+    diverged: str = ""
+    """Where the prompt parted from what is known, in words."""
     loaded_bytes: int = 0
     load_seconds: float = 0.0
     exposed_seconds: float = 0.0
@@ -76,6 +78,7 @@ def record_of(turn: ChatTurn, *, with_store: bool, waited: float, fetched: tuple
         generated=turn.generated_tokens,
         tokens_per_second=turn.tokens_per_second,
         finish=turn.finish,
+        diverged=str(stats.diverged or "") if with_store else "",
         loaded_bytes=stats.loaded_bytes,
         load_seconds=stats.load_seconds,
         exposed_seconds=stats.exposed_load_seconds,
@@ -178,6 +181,8 @@ def footer(records: Sequence[TurnRecord | None], number: int) -> list[str]:
         parts.append(said)
     if record.dropped:
         parts.append(f"the oldest {record.dropped:,} tokens are out of the window")
+    if record.diverged:
+        parts.append(record.diverged)
     if record.waited >= 0.05:
         parts.append(f"waited {milliseconds(record.waited)} for others")
     ends = {

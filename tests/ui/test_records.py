@@ -84,6 +84,15 @@ def test_records_survive_being_kept_and_unknown_ones_are_none() -> None:
     assert from_json([{"ttft": 1.0, "of a later version": 1}, 7], 2) == [TurnRecord(ttft=1.0), None]
 
 
+def test_the_footer_says_where_the_prompt_parted_from_what_is_known() -> None:
+    parted = "agrees up to token 8 of 445; then '<b>30 Nov' where 'alice' had '29 Nov'"
+    record = replace(LATER, diverged=parted)
+    assert parted in footer([FIRST, record], 1)
+    assert from_json(json.loads(json.dumps(to_json([record]))), 1) == [record]
+    exchange = Exchange("hello", "yes", record=record)
+    assert "&lt;b&gt;30 Nov" in shown([exchange])[-1]["content"]  # words of a conversation are text, not HTML
+
+
 def test_the_footer_says_what_was_fetched_cut_and_waited_for() -> None:
     record = replace(LATER, fetched_bytes=2048, fetched_seconds=0.003, waited=2.0, finish="length", dropped=1200)
     words = footer([record], 0)
