@@ -16,7 +16,8 @@ from .modalities import has_stand_ins
 
 Cause = Literal["", "date", "reasoning", "first token", "tokenisation", "gone", "unreadable"]
 """What may explain it: a date or time; reasoning that only one of them has; a first token (BOS) that one has twice, or
-not at all; the same text in other tokens. Or nothing is there to compare with: the store let go of it, or can't read it."""
+not at all; the same text in other tokens. Or there is nothing to compare with: the store has it no more, or can't read
+it."""
 
 _HINTS: dict[Cause, str] = {
     "": "",
@@ -32,6 +33,8 @@ WORTH = 64
 _SHOWN, _BEFORE, _CHARACTERS = 16, 8, 24
 _MOST_READ = 8
 """Blocks that are read, at most, to find the place."""
+_APART = frozenset(" \t\n\r>]|\"'(")
+"""Characters at which words end."""
 _ALIKE = 4
 """Tokens that have to agree for one text to be taken for the other, moved by one token."""
 _DATE = re.compile(
@@ -83,7 +86,7 @@ class Divergence:
         here, there = decode([*self.before, *self.here]), decode([*self.before, *self.there])
         start = len(before) if here.startswith(before) and there.startswith(before) else _agreed_characters(here, there)
         cause = self.cause or _cause_in(here, there, start)
-        while start and cause != "tokenisation" and not here[start - 1].isspace() and len(before) - start < 12:
+        while start and cause != "tokenisation" and here[start - 1] not in _APART and len(before) - start < 12:
             start -= 1  # whole words are easier to read
         here, there = _until_alike(here[start:], there[start:])
         return replace(self, cause=cause, here_text=_short(here), there_text=_short(there))
