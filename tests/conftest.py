@@ -13,7 +13,7 @@ from hypothesis import settings
 
 from hf_attnstore import AttentionStore
 from hf_attnstore.real_models import ModelNotFoundError, real_model_path
-from hf_attnstore.store import transfer
+from hf_attnstore.store import transfer, uninitialised
 from hf_attnstore.store.disk import BlockFile
 
 # what is reused must not depend on how fast the machine is just now; tests of that choice switch it on
@@ -30,6 +30,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def fresh_memory_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is read before it is written makes NaN of what is computed with it."""
+    monkeypatch.setattr(uninitialised, "fill", 0xFF)
 
 
 @pytest.fixture

@@ -171,15 +171,24 @@ class BatchCache(AttentionStoreCache):
         lengths = [row.load(ids, max(end - pad, 0), new_tokens) for (row, pad), ids in zip(rows, prompts, strict=True)]
         # a block may have been lost since: no row is used beyond what the others have
         end = min(end, *(pad + length for pad, length in zip(self._pads, lengths, strict=True)))
+        if end <= min(self._pads):
+            end = 0  # padding alone: nothing was loaded that could stand for it
         for row, pad in rows:
             row.go_back(max(end - pad, 0))
         return self._assemble(end, new_tokens)
 
     def _compute_rows(self, prompts: list[np.ndarray], new_tokens: int) -> int:
         """Layers with a running state must not see padding: every row is brought to its last token on its own."""
+        if max(len(ids) for ids in prompts) == 1:  # nobody has a state before that
+            if any(self._pads):
+                self._give_up("rows of one token leave the padding before it to the model")
+            return 0
         device = next(self._model.parameters()).device
         for row, ids in zip(self._row_caches, prompts, strict=True):
             reused = row.load(ids, len(ids) - 1, new_tokens)
+            if row.unidentified:  # it may not even be known that the model goes on after what a cache holds
+                self._give_up(row.unidentified)
+                return 0
             for part in row.parts(ids, reused):
                 feed(self._model, row, torch.from_numpy(part[None]).to(device))
             row.keep_states()

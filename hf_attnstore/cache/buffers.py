@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from ..store.memory_size import on_pressure
+from ..store.uninitialised import uninitialised
 
 MAX_IDLE_BYTES = 512 << 20
 """Bytes that may wait for their next use; what does not fit goes back to the system."""
@@ -93,8 +94,8 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> t
         with outliving_inference_mode():
             return empty(shape, dtype, device)
     if device.type == "cpu" and math.prod(shape) * dtype.itemsize >= _GRANULE:
-        return host_buffers.empty(shape, dtype)
-    return torch.empty(shape, dtype=dtype, device=device)
+        return uninitialised(host_buffers.empty(shape, dtype))
+    return uninitialised(torch.empty(shape, dtype=dtype, device=device))
 
 
 GROWTH = 1.5

@@ -9,6 +9,7 @@ from ..session.chain import TokenChain
 from ..store.blocks import Block, BlockMeta
 from ..store.keys import Key, encode_tokens
 from ..store.store import AttentionStore
+from .buffers import empty
 from .layers import KeptLayer
 from .restore import tensor_name
 from .saver import copy_to_host
@@ -59,4 +60,4 @@ def take_checkpoint(
 
 
 def _contiguous(like: torch.Tensor) -> torch.Tensor:
-    return torch.empty(like.shape, dtype=like.dtype)
+    return empty(tuple(like.shape), like.dtype, torch.device("cpu"))

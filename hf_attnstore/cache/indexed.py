@@ -7,7 +7,7 @@ import torch
 
 from ..errors import CacheUseError
 from ..store.blocks import TensorSpec
-from .buffers import grown
+from .buffers import grown, none_of
 from .layers import FullLayer, StoreLayer
 
 
@@ -42,7 +42,7 @@ class Track:
 
     def make_room(self, start: int, stop: int, spec: TensorSpec, device: torch.device | None) -> None:
         """Holds `[0, stop)` in one row, of which `[start, stop)` are about to arrive."""
-        like = torch.empty((1, spec.shape[0], 0, spec.shape[-1]), dtype=spec.dtype, device=device or "cpu")
+        like = none_of(spec.shape[0], spec.shape[-1], spec.dtype, device or torch.device("cpu"))
         self._buffer = grown(self._buffer if start else None, start, stop - start, like)
         self.length = stop
 

@@ -266,6 +266,8 @@ class StoreLayer(KeptLayer, CacheLayerMixin):
         for number, (row, pad) in enumerate(zip(rows, pads, strict=True)):
             row.settle()
             first = max(low, pad)
+            if pad < end and not row.holds(first - pad, end - pad):
+                raise AssertionError(f"row {number} does not hold tokens {first - pad} to {end - pad}")
             for name, states in row.columns(0, first - pad, end - pad).items() if pad < end else ():
                 self._slot(name, len(rows), low, end, states)[number : number + 1, ..., first - low :, :].copy_(states)
         self.first, self.length = low, end
@@ -274,8 +276,7 @@ class StoreLayer(KeptLayer, CacheLayerMixin):
         """The part of a new buffer for columns `[low, end)`, `[rows, heads, columns, dim]`; zeros where nothing was
         put yet: what is masked must be finite."""
         if name not in self._buffers:
-            shape = (rows, *like.shape[1:-2], 0, like.shape[-1])
-            one = torch.empty(shape, dtype=like.dtype, device=like.device)
+            one = like[:1, ..., :0, :].expand(rows, *like.shape[1:-2], 0, like.shape[-1])
             self._buffers[name] = with_capacity(one, max(self.expected, end) - low)
             self._buffers[name][..., : end - low, :].zero_()
         return self._buffers[name][..., : end - low, :]

@@ -10,6 +10,7 @@ from ..session.chain import TokenChain
 from ..store.blocks import Block, BlockMeta, padded
 from ..store.keys import Key
 from ..store.store import AttentionStore
+from ..store.uninitialised import uninitialised
 from .buffers import empty
 from .layers import KeptLayer, SlidingLayer, StoreLayer
 from .restore import tensor_name
@@ -35,7 +36,7 @@ class _Piecewise:
             self._room = empty((2 * self._layers * padded(like.nbytes),), torch.uint8, torch.device("cpu"))
         start, self._used = self._used, self._used + padded(like.nbytes)
         if self._used > len(self._room):  # layers of different sizes
-            return torch.empty(like.shape, dtype=like.dtype)
+            return empty(tuple(like.shape), like.dtype, torch.device("cpu"))
         return self._room[start : start + like.nbytes].view(like.dtype).view(like.shape)
 
 
@@ -275,7 +276,7 @@ class BlockSaver:
 def copy_to_host(
     tensor: torch.Tensor,
     arriving: list[torch.cuda.Event],
-    take: Callable[[torch.Tensor], torch.Tensor] = torch.empty_like,
+    take: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
     """A contiguous copy in host memory. One that comes from an accelerator is there when the event is done that this
     adds to `arriving`.
@@ -286,7 +287,7 @@ def copy_to_host(
     with torch.inference_mode(False):
         if tensor.device.type != "cuda":
             return take(tensor).copy_(tensor)
-        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        copy = uninitialised(torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True))
     stream = save_stream(tensor.device)
     stream.wait_stream(torch.cuda.current_stream(tensor.device))
     with torch.cuda.stream(stream):

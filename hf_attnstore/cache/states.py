@@ -15,6 +15,7 @@ from transformers import cache_utils
 from transformers.cache_utils import LinearAttentionLayer
 
 from ..store.blocks import TensorSpec
+from .buffers import empty
 from .layers import FullLayer, KeptLayer, SlidingLayer
 
 _CONVOLUTION = (
@@ -63,8 +64,8 @@ class RunningState(KeptLayer):
     ) -> dict[str, torch.Tensor]:
         """Takes on a state that was captured. Returns the tensors, by name, whose content is about to arrive."""
         self.forget()
-        with torch.inference_mode(False):
-            tensors = {n: torch.empty(s.shape, dtype=s.dtype, device=device or "cpu") for n, s in specs.items()}
+        where = device or torch.device("cpu")
+        tensors = {name: empty(tuple(spec.shape), spec.dtype, where) for name, spec in specs.items()}
         for name, value in (*numbers.items(), *tensors.items()):
             self._set(name, value)
         self._place(tensors)
@@ -151,13 +152,18 @@ class ConvolutionState(RunningState):
         return tensors, numbers
 
     def assemble_states(self, rows: Sequence["ConvolutionState"]) -> None:
-        """Takes on the states of several layers of one row each, as its rows."""
+        """Takes on the states of several layers of one row each, as its rows: zeros for those that have seen no token,
+        while others have. That is what the model begins with."""
         captured = [row.capture() for row in rows]
+        seen = next((found for found in captured if found[0]), captured[0])
         self.forget()
-        for name, number in captured[0][1].items():
+        for name, number in seen[1].items():
             self._set(name, number)
         with torch.inference_mode(False):
-            tensors = {name: torch.cat([found[name] for found, _ in captured]) for name in captured[0][0]}
+            tensors = {
+                name: torch.cat([found.get(name, torch.zeros_like(like)) for found, _ in captured])
+                for name, like in seen[0].items()
+            }
         for name, tensor in tensors.items():
             self._set(name, tensor)
         self._place(tensors)

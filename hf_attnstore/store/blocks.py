@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from .keys import RAW, Key
+from .uninitialised import uninitialised
 
 TOKEN_IDS = "token_ids"
 """The tensor of a block's file that holds its ids."""
@@ -148,7 +149,7 @@ def host_memory(specs: Sequence[TensorSpec], *, pinned: bool) -> dict[str, torch
     """Uninitialised tensors by name, one after the other in one piece of host memory: that is cheaper to get than many,
     and is copied faster."""
     sizes = [padded(spec.nbytes) for spec in specs]
-    parts = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=pinned).split(sizes)
+    parts = uninitialised(torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=pinned)).split(sizes)
     return {s.name: part[: s.nbytes].view(s.dtype).view(s.shape) for s, part in zip(specs, parts, strict=True)}
 
 

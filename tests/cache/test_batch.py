@@ -317,3 +317,59 @@ def test_flush_in_the_middle_of_a_batch_leaves_it_alone(llama: Any, store: Atten
     ours = llama.generate(**padded(rows), past_key_values=cache, stopping_criteria=[flush], **SETTINGS)
     assert torch.equal(ours.sequences, llama.generate(**padded(rows), **SETTINGS).sequences)
     assert [len(store.tokens(name)) for name in "ab"] == [24, 30]
+
+
+def check_padded(model: Any, cache: BatchCache, rows: list[list[int]], width: int, **settings: Any) -> Any:
+    """One turn of a batch all of whose rows are padded to a width, compared with the same batch without a store."""
+    inputs = padded([*rows, [PAD] * width])
+    inputs = {name: value[:-1] for name, value in inputs.items()}
+    ours = model.generate(**inputs, past_key_values=cache, **{**SETTINGS, **settings})
+    theirs = model.generate(**inputs, **{**SETTINGS, **settings})
+    assert torch.equal(ours.sequences, theirs.sequences)
+    for a, b in zip(ours.logits, theirs.logits, strict=True):
+        assert (a - b).abs().max() <= 1e-4 * b.abs().max()
+    return ours
+
+
+@pytest.mark.parametrize("family", TOKEN + STATE)
+@pytest.mark.parametrize("lengths", [(20, 33), (5, 1), (1, 9), (1, 1)])
+def test_rows_that_are_all_padded_are_computed_over_nothing_but_what_was_written(
+    family: str, lengths: tuple[int, ...], store: AttentionStore
+) -> None:
+    model = _model(family)
+    rows = [ids(length, length + number) for number, length in enumerate(lengths)]
+    cache = AttentionStoreCache(model, ["a", "b"], store)
+    found = check_padded(model, cache, rows, 40)
+    assert cache.stats.reused_tokens == 0
+    assert cache.stats.prefilled_tokens == (sum(lengths) if max(lengths) > 1 or family in TOKEN else 0)
+    for number, row in enumerate(rows):  # what was kept of them is as good as what is computed anew
+        longer = torch.tensor([row + found.sequences[number, 40:].tolist() + ids(3, 7)])
+        again = AttentionStoreCache(model, None, store)
+        ours = model.generate(longer, past_key_values=again, **SETTINGS)
+        theirs = model.generate(longer, **SETTINGS)
+        assert torch.equal(ours.sequences, theirs.sequences)
+        assert again.reused_tokens == (len(row) + 4 if max(lengths) > 1 or family in TOKEN else 0)
+    assert not store.verify().problems
+
+
+@pytest.mark.parametrize("family", STATE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_running_states_are_there_whether_or_not_they_are_saved(
+    family: str, dtype: torch.dtype, store: AttentionStore
+) -> None:
+    model = _model(family).to(dtype)
+    rows = [ids(20, 1), ids(1, 2), ids(33, 3)]
+    try:
+        for number in range(2):
+            cache = AttentionStoreCache(model, ["a", "b", "c"], store, save=number == 1)
+            inputs = padded(rows)
+            ours = model.generate(**inputs, past_key_values=cache, **SETTINGS)
+            theirs = model.generate(**inputs, **SETTINGS)
+            for a, b in zip(ours.logits[:1], theirs.logits[:1], strict=True):
+                assert (a - b).abs().max() <= {torch.float32: 1e-4}.get(dtype, 5e-2) * b.abs().max()
+            if dtype == torch.float32:
+                assert torch.equal(ours.sequences, theirs.sequences)
+                assert cache.stats.prefilled_tokens == 54
+            assert (len(store.sessions()) > 0) == (number == 1 and not cache.row_stats[0].missed)
+    finally:
+        model.to(torch.float32)
