@@ -26,6 +26,10 @@ class LoadError(AttentionStoreError):
         self.transient = transient
 
 
+class NotFiniteError(LoadError):
+    """A block has NaN or infinity in it: whatever made it, nobody is to go on from there."""
+
+
 class StoreIOError(AttentionStoreError):
     """The disk would not read or write: full, failing, forbidden, or gone."""
 

@@ -28,6 +28,9 @@ def take_checkpoint(
 
     Returns:
         The checkpoint's key, and the bytes handed over: 0 where the store has it, or has no room for it.
+
+    Raises:
+        NotFiniteError: there is NaN or infinity in the states.
     """
     tokens = len(chain)
     key = chain.checkpoint_key(tokens)
@@ -52,7 +55,10 @@ def take_checkpoint(
             continues=before,
             state=encode_numbers({number: numbers for number, (_, numbers) in captured.items()}),
         )
-        store.put(Block(meta, tensors, arriving))
+        made = Block(meta, tensors, arriving)
+        if not arriving:
+            made.check_finite()
+        store.put(made)
     except BaseException:
         store.release(size)
         raise

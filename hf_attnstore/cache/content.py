@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
+from ..errors import NotFiniteError
 from ..session.chain import TokenChain, common_prefix
 from ..session.spans import Span, total_tokens
 from ..session.view import View
@@ -35,6 +36,7 @@ from .stats import TurnStats
 logger = logging.getLogger("hf_attnstore")
 
 _UNKNOWN = "unknown"
+NOT_FINITE = "there is NaN or infinity in what the model computed"
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,11 @@ class CacheContent(OutsideGraphsCache):
             return
         if self._saver.holds_back or not held or self._states_at != held or len(self._chain) != held or self.rows != 1:
             return
-        key, nbytes = take_checkpoint(self.layers, self._chain, self._store, self._fingerprint, wait=wait)
+        try:
+            key, nbytes = take_checkpoint(self.layers, self._chain, self._store, self._fingerprint, wait=wait)
+        except NotFiniteError:
+            self._untrack(NOT_FINITE, once=True)
+            return
         self._checkpoints[held] = key
         self._stats.saved_bytes += nbytes
         self._stats.checkpoints += nbytes > 0

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from ..errors import NotFiniteError
 from ..session.chain import TokenChain
 from ..store.blocks import Block, BlockMeta, padded
 from ..store.keys import Key
@@ -68,6 +69,8 @@ class BlockSaver:
         """Short blocks that others took the place of: the store may have them now, and not when it has written."""
         self._refill: frozenset[int] = frozenset()
         self._stalled = False
+        self._unfit: int | None = None
+        """The first block that has NaN or infinity in it: neither that nor what comes after is handed over."""
         self.due = False
         """Whether the forward that runs now completes a block: if not, its layers have nothing to hand over."""
         self.holds_back = False
@@ -89,6 +92,7 @@ class BlockSaver:
         self._next = self._chain.block_at(in_store)
         self._tail = tail
         self._refill = refill
+        self._unfit = None
         self._stalled = self.holds_back = False
         self.saved_bytes = 0
         self.seconds = 0.0
@@ -108,6 +112,8 @@ class BlockSaver:
         """The cache went back to `tokens` tokens: blocks behind that are put together anew."""
         block = self._chain.block_at(tokens)
         self._next = min(self._next, block)
+        if self._unfit is not None and self._unfit >= block:
+            self._unfit = None
         for number in [number for number in self._open if number >= block]:
             self._store.release(self._open.pop(number).reserved)
         self._known = {number: known for number, known in self._known.items() if number < block}
@@ -117,6 +123,11 @@ class BlockSaver:
             ):  # what is on its way to the host must not be overwritten before it is there
                 torch.cuda.current_stream(device).wait_stream(save_stream(device))
         self._mark_saved()
+
+    @property
+    def unfit_from(self) -> int | None:
+        """Position of the first token of a block that is not handed over because of NaN or infinity in it."""
+        return self._chain.bounds(self._unfit)[0] if self._unfit is not None else None
 
     def _mark_saved(self) -> None:
         for layer in self._layers:
@@ -164,9 +175,8 @@ class BlockSaver:
         while self._next < self._until:
             if not self._in_store(self._next):
                 complete = all(self._copy(self._next, number, wait=False) for number in range(len(self._layers)))
-                if not complete:
+                if not complete or not self._put(self._next):
                     break
-                self._put(self._next)
             self._next += 1
         self._mark_saved()
         self.due = False
@@ -183,7 +193,7 @@ class BlockSaver:
 
     def _copy(self, block: int, number: int, *, wait: bool) -> bool:
         """Copies one layer's part of a block to host memory; False if there is no room for it."""
-        if self._stalled:
+        if self._stalled or (self._unfit is not None and block >= self._unfit):
             return False
         piecewise = self._open.setdefault(block, _Piecewise(len(self._layers)))
         if number in piecewise.layers:
@@ -209,7 +219,8 @@ class BlockSaver:
         }
         return True
 
-    def _put(self, block: int) -> None:
+    def _put(self, block: int) -> bool:
+        """Gives the store a block that is complete; False if nobody should have it."""
         piecewise = self._open.pop(block)
         tensors = {name: t for number in range(len(self._layers)) for name, t in piecewise.layers[number].items()}
         meta = BlockMeta(
@@ -220,19 +231,28 @@ class BlockSaver:
             tokens=self._chain.tokens(block),
             continues=self._continues if block == 0 else b"",
         )
+        made = Block(meta, tensors, piecewise.arriving)
+        try:
+            if not made.arriving:  # else it is looked through when it is there, before anything is done with it
+                made.check_finite()
+        except NotFiniteError:
+            self._store.release(piecewise.reserved)
+            self._unfit = block
+            return False
         if block in self._refill and self._store.has(meta.key):
-            self._store.keep_in_memory(Block(meta, tensors, piecewise.arriving))
-            return
+            self._store.keep_in_memory(made)
+            return True
         supersedes = self._tail[1] if self._tail is not None and self._tail[0] == block else None
         self._superseded.discard(meta.key)
         if supersedes is not None:
             self._superseded.add(supersedes)
-        self._store.put(Block(meta, tensors, piecewise.arriving), supersedes)
+        self._store.put(made, supersedes)
         self.saved_bytes += piecewise.reserved
         if meta.token_count < self._chain.block_size:
             self._tail = (block, meta.key)
         elif self._tail is not None and self._tail[0] <= block:
             self._tail = None
+        return True
 
     def _end_refill(self) -> None:
         """What the store has on disk is left there from now on."""
@@ -257,11 +277,11 @@ class BlockSaver:
             block = self._next
             start, stop = self._chain.bounds(block)
             if not self._in_store(block):
-                if not all(self._copy(block, number, wait=True) for number in range(len(self._layers))):
+                complete = all(self._copy(block, number, wait=True) for number in range(len(self._layers)))
+                if not complete or not self._put(block):
                     self._drop_open()
-                    logger.debug("KV from token %d on is not saved: no room, or not in the cache any more", start)
+                    logger.debug("KV from token %d on is not saved: no room, not there any more, or not finite", start)
                     break
-                self._put(block)
             if stop - start < size:
                 self._known.pop(block, None)  # the tail's key changes when it grows
                 self._mark_saved()

@@ -14,6 +14,7 @@ from ..session.spans import Span, crop, total_tokens
 from ..session.view import View
 from ..store.keys import Key, chain_root
 from .adapters import adapter_problem, prompt_learning
+from .content import NOT_FINITE
 from .divergence import WORTH, find_divergence
 from .layers import FullLayer
 from .modalities import Content, has_stand_ins
@@ -426,6 +427,9 @@ class CacheTurns(ParkingCache):
         stats = self._stats
         if self._saver is not None and self._changed:  # what was not computed now was handed over before, or let go
             saved = self._finish_saving(self._saver)
+            if self._saver.unfit_from is not None:  # it serves this turn, and no other
+                self._chain.crop(saved)
+                self._untrack(NOT_FINITE, once=True)
             self._take_checkpoint(wait=True)
             # a turn that computed nothing that ids identify leaves the session as it was, and so does one that was
             # interrupted while it computed again what the store has

@@ -9,9 +9,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from ..errors import (
-    LoadError,
-)
+from ..errors import LoadError, NotFiniteError
 from ..timeline import Timeline
 from .blocks import TOKEN_IDS, Block, BlockMeta, Match, TensorSpec, host_memory
 from .keys import Key, chain_root, common_prefix, decode_tokens, encode_tokens
@@ -229,6 +227,10 @@ class BlockStore(OpenStore):
         began = time.perf_counter()
         try:
             written = self._write_after_its_beginning(block, supersedes)
+        except NotFiniteError as error:  # it came from an accelerator: nobody could look at it before
+            self._memory.discard(block.meta.key)
+            self._accounts.count("not_saved_blocks")
+            self._accounts.warn_once("not finite", f"not kept: {error}")
         except Exception as error:
             self._accounts.count("write_errors")
             self._accounts.warn_once(
@@ -279,11 +281,13 @@ class BlockStore(OpenStore):
                 try:
                     tensors = host_memory([t.spec for t in specs], pinned=torch.cuda.is_available())
                     file.read([(t, [tensors[t.spec.name].view(torch.uint8).reshape(-1).numpy()]) for t in specs])
+                    block = Block(meta, tensors)
+                    block.check_finite()
                 except BaseException:
                     self._memory.release(size)
                     raise
             self.recorders.add("fetch", _described(meta), began)
-            return size if self._memory.insert(Block(meta, tensors), dirty=False) else 0
+            return size if self._memory.insert(block, dirty=False) else 0
         except LoadError as error:
             self._reject(key, error)
         except Exception as error:

@@ -13,6 +13,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from ..errors import NotFiniteError
 from .keys import RAW, Key
 from .uninitialised import uninitialised
 
@@ -81,15 +82,33 @@ class Block:
     arriving: list[torch.cuda.Event] = field(default_factory=list)
     _together: dict[tuple[str, ...], torch.Tensor | None] = field(default_factory=dict, repr=False, compare=False)
     _whole: bool | None = field(default=None, repr=False, compare=False)
+    _finite: bool | None = field(default=None, repr=False, compare=False)
 
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def wait_ready(self) -> None:
+        """Returns when everything is there.
+
+        Raises:
+            NotFiniteError: see `check_finite`, which nobody could do before.
+        """
         while self.arriving:
             self.arriving[-1].synchronize()
             self.arriving.pop()
+        self.check_finite()
+
+    def check_finite(self) -> None:
+        """Looks through what is there already, once.
+
+        Raises:
+            NotFiniteError: there is NaN or infinity in it.
+        """
+        if self._finite is None:
+            self._finite = all(map(is_finite, self.tensors.values()))
+        if not self._finite:
+            raise NotFiniteError(f"block {self.meta.key.hex()} has NaN or infinity in it")
 
     def together(self, names: tuple[str, ...]) -> torch.Tensor | None:
         """Several tensors as one, `[all their heads, tokens, dim]`, where they lie one after the other in memory; else
@@ -134,6 +153,23 @@ def _as_one(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
         heads, end = heads + tensor.shape[0], end + tensor.nbytes
     _, tokens, dim = first.shape
     return first.as_strided((heads, tokens, dim), (tokens * dim, dim, 1))  # a single head's own stride may be anything
+
+
+_SMALL = 32_768
+"""Values: torch looks through no more than so many with one thread, and teams of I/O threads slow computing down."""
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a CPU tensor has neither NaN nor infinity in it. Takes about as long as copying it: the least and the
+    greatest value are found without memory, and NaN is both."""
+    if not tensor.is_floating_point():
+        return True
+    for part in tensor.view(-1).split(_SMALL):
+        if part.numel() and not all(
+            math.isfinite(bound.item()) for bound in torch.aminmax(part if part.itemsize > 1 else part.float())
+        ):
+            return False
+    return True
 
 
 _ALIGNMENT = 16

@@ -10,9 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from ..errors import LoadError
-from .blocks import TOKEN_IDS, Block, BlockMeta, Bytes
+from ..errors import LoadError, NotFiniteError
+from .blocks import TOKEN_IDS, Block, BlockMeta, Bytes, is_finite
 from .files import MAX_IOVECS, make_private_directory, write_file
 from .keys import Key, block_key, encode_tokens
 from .layout import MAX_HEADER_BYTES, Layout, StoredTensor, encode_block, parse_header
@@ -171,9 +172,13 @@ class BlockFile:
 
         Raises:
             LoadError: something is not as it was written.
+            NotFiniteError: it is, but should not have been: there is NaN or infinity in it.
         """
-        for stored in self.layout.tensors.values():
-            self.read([(stored, [np.empty(stored.spec.nbytes, dtype=np.uint8)])])
+        for name, stored in self.layout.tensors.items():
+            buffer = np.empty(stored.spec.nbytes, dtype=np.uint8)
+            self.read([(stored, [buffer])])
+            if not is_finite(torch.from_numpy(buffer).view(stored.spec.dtype)):
+                raise NotFiniteError(f"{self.path}: {name} has NaN or infinity in it")
         return self.read_meta()
 
 

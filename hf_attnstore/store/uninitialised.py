@@ -3,8 +3,8 @@
 import torch
 
 fill: int | None = None
-"""A byte that all of it is filled with. Tests set it to 255, which makes NaN of every floating-point dtype: then whatever
-is read before it is written shows."""
+"""A byte that all of it is filled with. Tests set it to 255, which is NaN in every floating-point dtype: then what is
+read before it is written shows."""
 
 
 def uninitialised(tensor: torch.Tensor) -> torch.Tensor:
