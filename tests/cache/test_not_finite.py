@@ -52,7 +52,8 @@ def test_what_is_finite_is_told_for_every_dtype(value: float) -> None:
         tensor[2, -1] = torch.tensor(value).to(dtype)
         assert not is_finite(tensor)
     assert is_finite(torch.full((2, 3), torch.finfo(torch.float16).max, dtype=torch.float16))
-    assert is_finite(torch.full((2, 3), -1)) and is_finite(torch.empty(0, 3))
+    assert is_finite(torch.full((2, 3), -1))
+    assert is_finite(torch.empty(0, 3))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -64,14 +65,16 @@ def test_a_block_with_nan_is_never_handed_to_the_store(
     for _ in range(2):
         cache = AttentionStoreCache(model, "a", store)
         _answer(model, cache, _bad())
-        assert cache.reused_tokens == 30 and "NaN or infinity" in cache.stats.recomputed
+        assert cache.reused_tokens == 30
+        assert "NaN or infinity" in cache.stats.recomputed
         assert len(store.tokens("a")) <= 32
     assert log.text.count("NaN or infinity") == 1
     assert not store.verify().problems
     # what comes after on the same object is as right as ever
     good = torch.cat([_good(), _good(9, 5)], dim=1)
     assert torch.equal(_answer(model, cache, good), model.generate(good, **SETTINGS))
-    assert cache.reused_tokens == 30 and not cache.stats.recomputed
+    assert cache.reused_tokens == 30
+    assert not cache.stats.recomputed
     assert len(store.tokens("a")) == good.shape[1] + 2
 
 
@@ -95,7 +98,8 @@ def test_running_states_with_nan_are_not_kept(family: str, store: AttentionStore
     for _ in range(2):
         cache = AttentionStoreCache(model, "a", store)
         _answer(model, cache, _bad())
-        assert cache.reused_tokens == 29 and cache.stats.checkpoints == 0
+        assert cache.reused_tokens == 29
+        assert cache.stats.checkpoints == 0
         assert "NaN or infinity" in cache.stats.recomputed
     assert not store.verify().problems
 
