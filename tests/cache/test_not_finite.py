@@ -144,7 +144,7 @@ def test_stores_that_have_some_are_found_and_set_right(tmp_path: Path, monkeypat
     with AttentionStore(tmp_path / "store", block_size=16) as store:
         assert len(store.tokens("a")) == 42
         found = store.verify().problems
-        assert [problem.kind for problem in found] == ["damaged block"] * 2  # of three
+        assert [problem.kind for problem in found] == ["damaged block"] * 2
         assert all("NaN or infinity" in problem.detail for problem in found)
     repair_store(tmp_path / "store")
     with AttentionStore(tmp_path / "store", block_size=16) as store:
@@ -152,4 +152,4 @@ def test_stores_that_have_some_are_found_and_set_right(tmp_path: Path, monkeypat
         assert len(store.tokens("b")) == 32
         cache = AttentionStoreCache(model, "a", store)
         _answer(model, cache, _bad())
-        assert cache.reused_tokens == 16
+        assert cache.reused_tokens == 30  # of the block that the first turn made
