@@ -29,6 +29,7 @@ from .errors import (
     StoreIOError,
     UnsupportedModelError,
 )
+from .message_cuts import MessageCuts
 from .session.chain import common_prefix
 from .store import AttentionStore
 from .timeline import Event
@@ -94,9 +95,10 @@ class ChatSession:
             depends on it, is recomputed once.
         window: tokens that the model sees at once, its answer included; by default as many as it has positions for.
             A conversation that outgrows it loses its oldest tokens; `history` keeps all messages.
-        keep_first: leading tokens that are never dropped, or "system" for those of the system message.
-        drop: the share of the other tokens that goes when there is no room; 0 drops nothing, and a conversation
-            that has filled the window is at its end.
+        keep_first: leading tokens that are never dropped, made up to whole turns; at least the system part, which is
+            all that the template writes before the first message, and just that for "system".
+        drop: the share of the other tokens that goes when there is no room, in whole turns; 0 drops nothing, and a
+            conversation that has filled the window is at its end.
         canonicalize: for models that reason: whether to compute, in the background as soon as a turn has ended, the
             conversation as the chat template will show it from then on, without the reasoning. The next turn then
             computes no more than its message. Until `wait()` or `close()` has returned the model is in use: do not
@@ -124,7 +126,7 @@ class ChatSession:
         system: str | None = None,
         *,
         window: int | None = None,
-        keep_first: int | Literal["system"] = 0,
+        keep_first: int | Literal["system"] = "system",
         drop: float = 0.5,
         canonicalize: bool = False,
         checkpoint_every: int | None = None,
@@ -282,12 +284,13 @@ class ChatSession:
         give_way(self.store, self.session)
         if self._background is not None and not self._background.cache_is_whole:
             self._cache = None
-        cache = self._cache or self._new_cache(prompt)
+        cache = self._cache or self._new_cache()
+        cache.cuts = cuts = self._cuts(before, prompt, text, role)
         if cache.granularity == "checkpoint":
             cache.boundaries = self._boundaries(before, prompt, text, role)
         # a template that cuts the reasoning out of earlier answers makes all that follows new
         known = common_prefix(np.asarray(before.ids), np.asarray(prompt.ids))
-        kwargs["max_new_tokens"] = self._fitting_tokens(wanted, cache, prompt, known)
+        kwargs["max_new_tokens"] = self._fitting_tokens(wanted, cache, prompt, known, cuts)
         self._cache = None  # an interrupted turn's cache is not used again
         run = GenerateRun()
         finished = False
@@ -317,9 +320,9 @@ class ChatSession:
             self._prefill_next(cache, self._turn.background)
         return self._transcript.messages[-1]["content"]
 
-    def _new_cache(self, prompt: Prompt) -> AttentionStoreCache:
-        options: dict[str, Any] = {"window": self.window, "keep_first": self._kept_first(prompt), "drop": self.drop}
-        options |= {"record": self.record, "checkpoint_every": self.checkpoint_every}
+    def _new_cache(self) -> AttentionStoreCache:
+        options: dict[str, Any] = {"window": self.window, "drop": self.drop, "record": self.record}
+        options["checkpoint_every"] = self.checkpoint_every
         if self.reuse:
             cache = AttentionStoreCache(self.model, session=self.session, store=self.store, **options)
             cache.decode = lambda ids: decode(self.tokenizer, tuple(ids))
@@ -401,30 +404,24 @@ class ChatSession:
                 error,
             )
 
-    def _kept_first(self, prompt: Prompt) -> int:
-        """How many leading tokens are never dropped."""
-        if self.keep_first != "system":
-            return self.keep_first
-        system = [message for message in self._transcript.messages[:1] if message["role"] == "system"]
-        if not system:
-            return 0
-        try:
-            rendered = self.tokenizer.apply_chat_template(system, tokenize=False, **self.template_kwargs)
-        except jinja2.TemplateError:  # a template that wants a user's message too
-            return 0
-        ids = encode(self.tokenizer, str(rendered))
-        return common_prefix(np.asarray(ids), np.asarray(prompt.ids))
+    def _cuts(self, before: Transcript, prompt: Prompt, text: str, role: str) -> MessageCuts:
+        """Where `prompt` may be cut, if it has to be."""
+        messages = [*before.messages, {"role": role, "content": text}]
+        return MessageCuts(messages, prompt, self._render, self.tokenizer, self.keep_first)
 
-    def _fitting_tokens(self, wanted: int, cache: AttentionStoreCache, prompt: Prompt, known: int) -> int:
+    def _fitting_tokens(
+        self, wanted: int, cache: AttentionStoreCache, prompt: Prompt, known: int, cuts: MessageCuts
+    ) -> int:
         """How long the answer may be: as long as it fits into the window beside what can't be dropped."""
         count = len(prompt.ids)
         window = cache.window or context_window(self.model)
-        if window is None:
+        if window is None or count + wanted <= window:
             return wanted
         fixed = count
         if cache.window is not None and known:  # older tokens can make room, all but those kept first
-            new = max(count - known, 1)
-            fixed = min(count, self._kept_first(prompt) + new + 1)
+            fixed = min(count, cuts.first + max(count - known, 1) + 1)
+            if fixed + wanted > window:
+                fixed = min(fixed, cuts.first + max(count - cuts.last, 1) + 1)
         if fixed >= window:
             said = f", {count - known:,} of them new" if known else ""
             raise ContextWindowError(

@@ -68,16 +68,16 @@ def tiny_tokenizer(
 
 
 def tiny_model(
-    tokenizer: PreTrainedTokenizerFast, *, window: int = 512, seed: int = 0, **config: Any
+    tokenizer: PreTrainedTokenizerFast, *, window: int = 512, seed: int = 0, layers: int = 2, **config: Any
 ) -> LlamaForCausalLM:
-    """A random Llama of two layers in float32, which never says a special token of itself."""
+    """A random Llama of few layers in float32, which never says a special token of itself."""
     torch.manual_seed(seed)
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=32,
             intermediate_size=64,
-            num_hidden_layers=2,
+            num_hidden_layers=layers,
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=window,

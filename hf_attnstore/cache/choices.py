@@ -11,6 +11,7 @@ from ..session.chain import common_prefix
 from ..session.manifests import read_manifest
 from ..session.spans import Span, crop, total_tokens
 from ..session.view import View
+from ..session.window import Cuts
 from ..store.manifest import Manifest
 from .gate import Choice
 from .gating import lengths_between
@@ -27,6 +28,9 @@ _MAX_CHECKPOINTS = 3
 class CacheChoices(CacheLoads):
     """A cache that takes up as much of a prompt as is known and worth it."""
 
+    cuts: Cuts | None = None
+    """Where the next prompt may be cut, for who knows of what it consists; None: anywhere after what is kept first."""
+
     def _choose_view(self, ids: np.ndarray, limit: int, new_tokens: int) -> View:
         plain = self._view.as_plain()
         if self._window is None or not self._window.overflows(len(ids), new_tokens):
@@ -42,7 +46,7 @@ class CacheChoices(CacheLoads):
         own = common_prefix(self._view.whole(self._chain.ids), ids)
         history = max(own, self._old_tokens(name, manifest, ids))
         find = self._find if not self._untracked else lambda view, ids: []
-        choose = partial(choose_view, ids, limit, new_tokens, self._window, plain)
+        choose = partial(choose_view, ids, limit, new_tokens, self._window, plain, cuts=self.cuts)
         if self._ranks.alone:
             return choose(views, find, history, self._can_move_keys)
         history = -self._ranks.least(-history)  # what one of them remembers is not new

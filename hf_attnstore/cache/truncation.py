@@ -2,13 +2,15 @@
 
 import logging
 from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from ..session.spans import Span, total_tokens
 from ..session.view import View
-from ..session.window import Window
+from ..session.window import Cuts, Window
 from .structure import positions_of
 
 logger = logging.getLogger("hf_attnstore")
@@ -41,6 +43,7 @@ def choose_view(
     find: Callable[[View, np.ndarray], list[Span]],
     history: int,
     movable: Callable[[], bool],
+    cuts: Cuts | None = None,
 ) -> View:
     """The view of a conversation that does not fit into the window.
 
@@ -52,6 +55,7 @@ def choose_view(
         find: where the KV of a view's first tokens is.
         history: leading tokens of the conversation that are not new, though their KV may be gone.
         movable: whether keys can be rotated to other positions.
+        cuts: where the conversation may be cut, if not anywhere.
 
     Raises:
         ContextWindowError: what is new is too long, or `room`.
@@ -67,9 +71,20 @@ def choose_view(
         return best
     known = find(best, in_view[: limit - best.dropped])
     old = max(total_tokens(known), best.position(min(history, limit)))
-    low, high = window.choose(len(in_view), old, room)
+    if cuts is None:
+        low, high = window.choose(len(in_view), old, room)
+    else:
+        window = replace(window, keep_first=best.position(cuts.first))
+        window.check_room(room)
+        old = max(old, best.position(min(cuts.last, limit)))
+        low, high = window.choose(len(in_view), old, room, partial(_cut_end, best, cuts))
     moves = total_tokens(known) <= high or movable()
     view = best.without(low, high, ids, known, movable=moves)
     how = f"the KV of {view.base} others is kept" if view.base else "the others are computed again"
     logger.info("%d tokens do not fit into the window of %d: dropped %d, %s", len(ids), window.size, high - low, how)
     return view
+
+
+def _cut_end(view: View, cuts: Cuts, least: int, wanted: int) -> int:
+    """Where to end a cut, in positions of the view."""
+    return view.position(cuts.end(view.logical(least), view.logical(wanted)))

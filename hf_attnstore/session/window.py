@@ -1,9 +1,26 @@
 """The window that a conversation has to fit into, and what is dropped when it does not."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from ..errors import CacheUseError, ContextWindowError
+
+
+class Cuts(Protocol):
+    """Where a conversation may be cut; positions are those in the whole conversation."""
+
+    @property
+    def first(self) -> int:
+        """Leading tokens that are never dropped."""
+
+    @property
+    def last(self) -> int:
+        """What comes before may be dropped, though it is new."""
+
+    def end(self, least: int, wanted: int) -> int:
+        """Where a cut ends that is to go up to `wanted`, and has to go up to `least`."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +66,14 @@ class Window:
         """Whether `tokens` in the window leave less than `room` for what is to be generated."""
         return tokens + room > self.size
 
-    def choose(self, tokens: int, history: int, room: int) -> tuple[int, int]:
+    def choose(
+        self, tokens: int, history: int, room: int, end: Callable[[int, int], int] | None = None
+    ) -> tuple[int, int]:
         """Which of `tokens` tokens in view to drop, so that they and `room` more fit.
 
         Args:
             history: leading tokens that may be dropped; what follows is new.
+            end: where to end, given how far it has to go at least and how far the share of `drop` goes.
 
         Returns:
             The range `[low, high)` of positions to drop.
@@ -71,4 +91,4 @@ class Window:
                 f"{self.size} tokens; send less at once, generate less, or set a larger window"
             )
         count = min(max(excess, math.ceil(self.drop * droppable)), droppable)
-        return low, low + count
+        return low, end(low + max(excess, 0), low + count) if end is not None else low + count
