@@ -196,7 +196,7 @@ def _ends(chat: ChatSession, tokenizer: Any) -> list[str]:
 
 def test_only_what_has_to_go_goes_if_a_whole_share_would_be_everything(store: AttentionStore) -> None:
     """One long turn and a short one: dropping half of the tokens, in whole turns, would leave nothing."""
-    tokenizer, model, _ = dressed(STYLES[0], window=136)
+    tokenizer, model, _ = dressed(STYLES[0], window=128)
     chat = ChatSession(model, tokenizer, store, "alice", **GREEDY)
     chat.send("the letter")
     chat.send("nothing and the other officer answered that " * 6)
@@ -226,7 +226,7 @@ def test_a_system_part_without_room_beside_it_is_an_error(store: AttentionStore)
     chat.send("the letter")
     history = chat.history
     with pytest.raises(ContextWindowError, match="leaves no room"):
-        chat.send("and then the other officer answered that nothing was there")
+        chat.send("and then the letter " * 10)
     assert chat.history == history
 
 
