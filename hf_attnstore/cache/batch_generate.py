@@ -8,7 +8,7 @@ from torch import nn
 
 from ..errors import CacheUseError
 from .batch import BatchCache, batch_problem
-from .inputs import foreign_input
+from .inputs import asks_for_all, foreign_input
 
 
 def generate_batch(
@@ -34,6 +34,7 @@ def generate_batch(
     if problem is not None:
         raise CacheUseError(problem)
     kwargs["attention_mask"] = mask
+    asked = asks_for_all(setting, model)
     foreign = foreign_input({n: v for n, v in kwargs.items() if n not in ("attention_mask", "input_ids", "inputs")})
     new_tokens = setting("max_new_tokens")
     if new_tokens is None:
@@ -41,6 +42,8 @@ def generate_batch(
     try:
         if foreign is not None:
             cache.begin_unidentified_turn(f"{foreign} are not identified by token ids", ids.numel())
+        elif asked:
+            cache.begin_unidentified_turn("hidden states of all tokens were asked for", ids.numel(), expected=True)
         else:
             cache.begin_batch(ids, mask, int(new_tokens), _ends(setting))
         output = original(*args, **kwargs)

@@ -21,7 +21,7 @@ from .attach import Attachment, checked_every, ensure_hooks, feed, owner_of
 from .compiled import outside_graphs
 from .forwards import CacheForwards
 from .gating import Gate, wanted
-from .inputs import foreign_input
+from .inputs import brings_features, foreign_input
 from .kinds import make_layers
 from .layers import KeptLayer, SlidingLayer, StoreLayer
 from .modalities import TYPES, Content, NotIdentifiedError, read_content
@@ -194,8 +194,11 @@ class AttentionStoreCache(CacheForwards):
         ids = _one_row(input_ids)
         try:
             content = read_content(self._model.config, input_ids, inputs)
+            if content is None and not brings_features(inputs):
+                self.refuse_places(input_ids)
+                content = self.going_on(ids, inputs)
             foreign = foreign_input({n: v for n, v in inputs.items() if content is None or n not in content.understood})
-            if content is not None and places_in_space(self._model):
+            if content is not None and content.positions is None and places_in_space(self._model):
                 content.positions = spatial_positions(self._model, input_ids, inputs, content)
             problem = f"{foreign} are not identified by token ids" if foreign else ""
         except NotIdentifiedError as reason:

@@ -2,13 +2,15 @@
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
-from ..errors import NotFiniteError
+from ..errors import CacheUseError, NotFiniteError
 from ..session.chain import TokenChain, common_prefix
 from ..session.spans import Span, total_tokens
 from ..session.view import View
@@ -22,9 +24,10 @@ from .checkpoints import take_checkpoint
 from .compiled import OutsideGraphsCache
 from .continuing import Continues
 from .gating import Gate
+from .held_content import go_on_after, held_ids
 from .kinds import granularity
 from .layers import KeptLayer
-from .modalities import Content
+from .modalities import Content, has_places
 from .overlap import Overlap
 from .ranks import Ranks
 from .recording import TurnRecorder
@@ -125,6 +128,8 @@ class CacheContent(OutsideGraphsCache):
         self._continues: Continues = "parts"
         self._content: Content | None = None
         """What of the conversation's beginning is not text; None if all of it is, or nothing is known of that."""
+        self._fed_beside: list[torch.Tensor] | None = None
+        """The ids `[rows, tokens]` of all that is held, where inputs that are not identified went into it too."""
         self._reopening = False
         self._lock: SessionLock | None = None
         self._stats = TurnStats()
@@ -138,6 +143,39 @@ class CacheContent(OutsideGraphsCache):
     def rows(self) -> int:
         """The batch size of what is held; 0 if nothing is."""
         return max((layer.rows for layer in self.layers), default=0)
+
+    def going_on(self, ids: np.ndarray, named: Mapping[str, Any], *, alone: bool = False) -> Content | None:
+        """What of a prompt `[tokens]`, given without pictures, stands for those that are held: see `go_on_after`.
+
+        Args:
+            named: what is given beside the ids.
+            alone: the ids are new ones alone, which come after all that is held.
+        """
+        held = self._chain.ids
+        raw = np.concatenate([held_ids(self._content, held), ids]) if alone else ids
+        return go_on_after(self._content, held, raw, named)
+
+    @property
+    def holds_inputs(self) -> bool:
+        """Whether inputs that are not identified, such as pictures, went into what is held."""
+        return self._fed_beside is not None and self._held > 0
+
+    def is_begun_by(self, ids: torch.Tensor) -> bool:
+        """Whether the tokens held are those that `ids` `[rows, tokens]` begin with, where they are not identified."""
+        if not self._fed_beside:
+            return False
+        fed = torch.cat(self._fed_beside, dim=1)
+        same = fed.shape[1] == self._held < ids.shape[1] and len(fed) == len(ids) == self.rows
+        return same and torch.equal(fed, ids[:, : self._held].to(fed))
+
+    def refuse_places(self, ids: torch.Tensor) -> None:
+        """Raises `CacheUseError` if `ids`, which come without pictures, have places of some, and ones that are not
+        identified are held: without them the text would be another."""
+        if self.holds_inputs and has_places(self._model.config, ids):
+            raise CacheUseError(
+                "the prompt has places of pictures or sounds, and none are given, but what the cache holds is another "
+                "text: pass all of its inputs, or another cache for another conversation"
+            )
 
     def _see_through(self, view: View) -> None:
         """From now on the cache holds what is in `view`; KV that belongs to another is let go."""
@@ -238,6 +276,7 @@ class CacheContent(OutsideGraphsCache):
         for layer in self.layers:
             layer.reset()
         self._held = self._states_at = 0
+        self._fed_beside = None
         self._uneven = False
         self._known = 0
         if self._view.base:

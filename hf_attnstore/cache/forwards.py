@@ -11,7 +11,7 @@ from ..errors import CacheUseError, GradientError, SessionBusyError, StoreClosed
 from ..session.chain import common_prefix
 from .compiled import outside_graphs
 from .content import Forward
-from .inputs import foreign_input, mask_problem, position_problem
+from .inputs import brings_features, foreign_input, mask_problem, position_problem
 from .modalities import NotIdentifiedError, has_stand_ins, read_content
 from .modality_inputs import check_inputs, whole_types
 from .spatial_positions import places_in_space, spatial_positions
@@ -198,6 +198,8 @@ class CacheForwards(CacheTurns):
     def _track(self, ids: torch.Tensor | None, rows: int, count: int, named: Mapping[str, Any]) -> None:
         """Takes down which tokens a forward adds, as long as ids identify them."""
         fed = ids if ids is not None else named["inputs_embeds"]
+        if self._fed_beside is not None and ids is not None:
+            self._fed_beside.append(ids.detach())
         if not self._untracked and ids is None and self._content is None:
             self._untrack("inputs_embeds are not identified by token ids")
         if not self._untracked and not self._checked:
@@ -211,6 +213,8 @@ class CacheForwards(CacheTurns):
             )
             if problem:
                 self._untrack(problem)
+                if foreign is not None and brings_features(named):
+                    self._fed_beside = []
         if self._untracked:
             return
         if rows > 1 and not bool((fed == fed[0]).all()):

@@ -18,8 +18,9 @@ from .batch import BatchCache
 from .batch_generate import generate_batch
 from .cache import AttentionStoreCache
 from .generation import setting as _setting
-from .inputs import foreign_input, mask_problem, position_problem
-from .modalities import Content, Items, NotIdentifiedError, has_stand_ins, read_content
+from .held_content import HeldContent
+from .inputs import asks_for_all, brings_features, foreign_input, mask_problem, position_problem
+from .modalities import TYPES, Content, Items, NotIdentifiedError, has_stand_ins, read_content
 from .spatial_positions import places_in_space, spatial_positions
 from .structure import is_encoder_decoder
 
@@ -136,16 +137,33 @@ def _can_be_kept(model: nn.Module, prompt: Any, kwargs: Mapping[str, Any]) -> bo
 
 
 def _identify(
-    model: nn.Module, prompt: Any, kwargs: Mapping[str, Any], history: int = 0
+    model: nn.Module,
+    prompt: Any,
+    kwargs: Mapping[str, Any],
+    history: int = 0,
+    cache: AttentionStoreCache | None = None,
 ) -> tuple[Content | None, str | None]:
-    """What of a prompt is not text, and why what the model is about to compute can't be identified, if so."""
+    """What of a prompt is not text, and why what the model is about to compute can't be identified, if so.
+
+    Args:
+        history: how many tokens of `cache` come before the prompt.
+        cache: the one that the caller goes on with, which may hold what the prompt has only ids of.
+    """
+    ids = _ids(prompt)
     try:
         content = read_content(model.config, prompt, kwargs)
-        if content is not None and not history and places_in_space(model):
-            content.positions = spatial_positions(model, _ids(prompt), kwargs, content)
+        if content is None and cache is not None and ids is not None and len(ids) == 1 and not brings_features(kwargs):
+            content = cache.going_on(ids[0].detach().cpu().numpy(), kwargs, alone=history > 0)
+        elif content is not None and not history and places_in_space(model):
+            content.positions = spatial_positions(model, ids, kwargs, content)
     except NotIdentifiedError as reason:
         return None, f"{reason} are not identified"
     problem = _problem(model, prompt, kwargs, history, content)
+    if problem and isinstance(content, HeldContent):
+        raise CacheUseError(
+            f"this prompt goes on after pictures, sounds or embeddings that the cache holds, but can't be kept with "
+            f"them ({problem}): pass the whole conversation with all of its inputs"
+        )
     return (None, problem) if problem else (content, None)
 
 
@@ -154,7 +172,7 @@ def _problem(
 ) -> str | None:
     """Why neither token ids nor `content` identify what the model is about to compute; None if they do."""
     data = prompt
-    if content is not None:
+    if content is not None and not isinstance(content, HeldContent):
         if history:
             return "new tokens alone, with pictures, sounds or embeddings among them"
         if _setting(model, kwargs, "prefill_chunk_size"):
@@ -179,9 +197,12 @@ def _problem(
         return adapters
     count = data.shape[1]
     mask = kwargs.get("attention_mask")
-    if mask is None and data is prompt and _would_be_masked(model, prompt, kwargs):
+    ids = _ids(prompt)
+    if mask is None and ids is not None and _would_be_masked(model, ids, kwargs):
         return "padding tokens in the prompt"
     positions = content.positions if content is not None else None
+    if positions is not None:
+        positions = positions[..., history:]
     return (
         mask_problem(mask, history + count)
         or position_problem(kwargs.get("position_ids"), history, count, positions)
@@ -231,9 +252,14 @@ class _Turn:
         self._cache = cache
         self._kwargs = kwargs
         self._history = _history(cache, prompt, kwargs) if kwargs.get("inputs_embeds") is None else 0
-        self._content, self._problem = _identify(model, prompt, kwargs, self._history)
+        self._content, self._problem = _identify(model, prompt, kwargs, self._history, cache)
         self._model = model
         self._length = _length(prompt, kwargs)
+        self._with_inputs = brings_features(kwargs)
+        self._goes_on = self._goes_on_unidentified(prompt)
+        if self._goes_on:
+            self._problem, self._content = self._problem or "it goes on after inputs that are not identified", None
+        self._asks_for_all = asks_for_all(partial(_setting, model, kwargs), model)
         if self._problem is not None:
             if self._history:
                 raise CacheUseError(
@@ -252,11 +278,14 @@ class _Turn:
             self._ids = prompt[0].detach().cpu().numpy()
         ids = _ids(prompt)
         self._prompt: torch.Tensor = ids if ids is not None else torch.empty((1, 0), dtype=torch.long)
-        if self._history:
+        if self._history and self._content is None:
             self._ids = np.concatenate([np.asarray(cache.conversation_ids), self._ids])
         self._positions = self._find_positions()
         self._reusable = self._history or len(self._ids) - 1
-        if self._content is not None and _feeds_whole_prompts(model, kwargs):
+        held = isinstance(self._content, HeldContent)
+        if self._content is not None and not held and _feeds_whole_prompts(model, kwargs):
+            self._reusable = 0
+        if self._asks_for_all and not self._history:
             self._reusable = 0
         new_tokens = _setting(model, kwargs, "max_new_tokens")
         if new_tokens is None:
@@ -264,12 +293,28 @@ class _Turn:
             new_tokens = max(0, longest - len(self._ids)) if longest else 0
         self._new_tokens = int(new_tokens)
 
+    def _goes_on_unidentified(self, prompt: Any) -> bool:
+        """Whether the prompt goes on after inputs that the cache holds without knowing what they are.
+
+        Raises:
+            CacheUseError: it has places of such inputs, and does not go on there.
+        """
+        ids, cache = _ids(prompt), self._cache
+        if ids is None or self._with_inputs or not cache.holds_inputs:
+            return False
+        if cache.is_begun_by(ids):
+            return True
+        cache.refuse_places(ids)
+        return False
+
     def begin(self, *, load: bool = True) -> list[torch.Tensor]:
         """Begins the turn. Returns what the model must be fed first, in parts `[1, tokens]`: what could not be reused
         of the tokens before a prompt of new tokens alone, and what comes before places at which the cache wants to
         keep running states."""
         if self._problem is not None:
-            self._cache.begin_unidentified_turn(self._problem, self._length)
+            self._cache.begin_unidentified_turn(
+                self._problem, self._length, with_inputs=self._with_inputs, goes_on=self._goes_on
+            )
             return []
         if load:
             limit = self._reusable
@@ -287,11 +332,17 @@ class _Turn:
         self._reused = reused
         self._shown = self._cache.prompt_in_view(self._ids)
         held = len(self._shown) - self._prompt.shape[1] if self._history else 0
-        if has_stand_ins(self._shown[reused:held]):
+        known = len(self._shown) if isinstance(self._content, HeldContent) else held
+        if has_stand_ins(self._shown[reused:known]):
+            self._cache.end_turn()
             raise CacheUseError(
-                f"of the {held} tokens before these, {held - reused} have to be computed again, and pictures, sounds "
-                "or embeddings are among them: pass the ids of the whole conversation with all of its inputs"
+                f"the cache has {reused} tokens of this conversation, and pictures, sounds or embeddings that are not "
+                "given come after them: pass the ids of the whole conversation with all of its inputs"
             )
+        if self._asks_for_all and not self._history:
+            self._cache.stats.recomputed = "hidden states or attentions were asked for, which are those of all tokens"
+            self._cache.stats.missed = "hidden states asked for"
+            return []
         # a prompt of new tokens alone is fed by `generate` as it is, whatever the cache has of it
         ends = [held] if self._history else self._cache.stops
         chunk = _setting(self._model, self._kwargs, "prefill_chunk_size")
@@ -322,6 +373,9 @@ class _Turn:
         changed: dict[str, Any] = {}
         if self._content is not None:
             changed = self._content.inputs(self._reused, len(self._content))
+        if isinstance(self._content, HeldContent):
+            types = {name: self._content.types(name, len(self._content)) for name in TYPES}
+            changed |= {name: whole for name, whole in types.items() if self._kwargs.get(name) is not None}
         if self._positions is not None:
             changed["position_ids"] = self._positions
         return changed

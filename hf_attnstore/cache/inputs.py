@@ -4,12 +4,13 @@ KV may be kept under token ids only if nothing else went into it: no embeddings 
 positions or masks of the caller's own. Whatever is not known to be harmless counts as harmful.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from inspect import signature
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import GenerationConfig, GenerationMixin
 
 from .argument import CACHE_NAMES
@@ -21,6 +22,9 @@ _NEUTRAL = frozenset(
 ) | frozenset(CACHE_NAMES)
 _NEUTRAL_IF_ZERO = frozenset("token_type_ids mm_token_type_ids moe_mm_token_type_ids".split())
 
+
+_OF_ALL_TOKENS = ("output_attentions", "output_hidden_states")
+"""Settings whose result has something of every token that is computed."""
 
 _PLAIN = (bool, int, float, str, torch.dtype, torch.device)
 
@@ -59,6 +63,29 @@ def foreign_input(named: Mapping[str, Any]) -> str | None:
             continue
         return name
     return None
+
+
+def asks_for_all(setting: Callable[[str], Any], model: nn.Module) -> bool:
+    """Whether the result of a `generate` is to have something of every token of the prompt, so that all of them are to
+    be computed: else it would depend on what happens to be known.
+
+    Args:
+        setting: a generation setting by name, as `generate` will see it.
+    """
+    config: Any = model.config
+    configs = (config, config.get_text_config(decoder=True))
+    return bool(setting("return_dict_in_generate")) and any(
+        bool(setting(name)) or any(getattr(one, name, False) for one in configs) for name in _OF_ALL_TOKENS
+    )
+
+
+def brings_features(named: Mapping[str, Any]) -> bool:
+    """Whether there is something of pictures, sounds or embeddings among inputs by name: numbers, and not only sizes
+    or places."""
+    return any(
+        isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim > 1 and not is_harmless(name)
+        for name, value in named.items()
+    )
 
 
 def mask_problem(mask: Any, total: int) -> str | None:

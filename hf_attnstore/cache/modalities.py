@@ -28,6 +28,9 @@ TYPES = ("token_type_ids", "mm_token_type_ids")
 """Inputs that may mark the places of items, `[1, tokens]`."""
 
 
+_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id")
+
+
 class NotIdentifiedError(Exception):
     """What is given beside the ids is not understood; the message says what."""
 
@@ -76,6 +79,8 @@ class Content:
     """The ids that the model is fed."""
     consumed: tuple[str, ...]
     """Names of the inputs that are understood here."""
+    beside: tuple[str, ...] = ()
+    """Names of those of them that say something of the others, such as sizes."""
     positions: torch.Tensor | None = None
     """`[…, 1, tokens]`: where the model is to see each of them, if that is more than counting. Set by the caller."""
 
@@ -114,6 +119,10 @@ class Content:
         """`consumed`, and what marks the places of these."""
         return (*self.consumed, *TYPES)
 
+    def value(self, name: str) -> Any:
+        """An input by name."""
+        raise NotImplementedError
+
     def types(self, name: str, stop: int) -> torch.Tensor | None:
         """The token types `[1, stop]` called `name` that go with the first tokens; None if none are marked."""
         return None
@@ -148,6 +157,7 @@ class Items(Content):
         self._parts = parts
         self._named = named
         self.consumed = tuple(name for modality, _ in parts for name in (modality.features, *modality.beside))
+        self.beside = tuple(name for modality, _ in parts for name in modality.beside if named.get(name) is not None)
         self._extents = sorted((item.start, item.stop) for _, items in parts for item in items)
         self.all_or_none = False
         """Whether items are reused only if all are."""
@@ -214,6 +224,9 @@ class Items(Content):
     def count(self, start: int, stop: int) -> int:
         inside = (item for _, items in self._parts for item in items if start <= item.start < stop)
         return sum(item.numbers[1] - item.numbers[0] for item in inside)
+
+    def value(self, name: str) -> Any:
+        return self._named[name]
 
     def types(self, name: str, stop: int) -> torch.Tensor | None:
         types = self._named.get(name)
@@ -312,6 +325,13 @@ def read_content(config: Any, ids: Any, named: Mapping[str, Any]) -> Content | N
     parts = [(modality, _items(config, modality, raw, named)) for modality in given]
     _check_types(config, parts, raw, named)
     return Items(raw, parts, named)
+
+
+def has_places(config: Any, ids: torch.Tensor) -> bool:
+    """Whether some of `ids` are what a model's config calls places of something that is not text."""
+    names = [name for name in vars(config) if name.endswith(("_token_id", "_token_index")) and name not in _SPECIAL]
+    places = [value for name in names if isinstance(value := getattr(config, name), int)]
+    return bool(torch.isin(ids.cpu(), torch.tensor(places, dtype=torch.long)).any())
 
 
 def _read_embeddings(ids: Any, embeds: Any) -> Content | None:

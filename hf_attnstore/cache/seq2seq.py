@@ -128,12 +128,11 @@ class SequenceToSequenceCache(SequenceToSequenceForwards):
 
     # turns
 
-    def begin_generation(self, given: EncoderInput, prompt: int | None, new_tokens: int, unreadable: str = "") -> int:
+    def begin_generation(self, given: EncoderInput, awaited: Awaited, unreadable: str = "") -> int:
         """Starts the turn of a `generate`, of which the decoder's prompt is known when its first forward comes.
 
         Args:
-            prompt: how many of the first forward's tokens are the prompt; None for all of them.
-            new_tokens: how many are expected on top.
+            awaited: what is known of the prompt by now.
             unreadable: why nothing is to be loaded, if so; nothing is saved then.
 
         Returns:
@@ -154,7 +153,7 @@ class SequenceToSequenceCache(SequenceToSequenceForwards):
                     self._clear()
                 self._given = dict(given.parts) if self._digest else {}
                 self._reused_positions = self._take_up_encoder()
-                self._awaited = Awaited(prompt, new_tokens)
+                self._awaited = awaited
             except BaseException:
                 self._clear()
                 self._clear_encoder()
@@ -179,8 +178,8 @@ class SequenceToSequenceCache(SequenceToSequenceForwards):
         layer = self._cross_side.layers[0]
         return torch.empty(0, dtype=layer.dtype, device=layer.device)
 
-    def begin_unidentified_turn(self, reason: str, prompt_tokens: int = 0, *, expected: bool = False) -> None:
-        super().begin_unidentified_turn(reason, prompt_tokens, expected=expected)
+    def begin_unidentified_turn(self, reason: str, prompt_tokens: int = 0, **settings: bool) -> None:
+        super().begin_unidentified_turn(reason, prompt_tokens, **settings)
         self._runs = 0
         self._left_out = False
         self._awaited = None

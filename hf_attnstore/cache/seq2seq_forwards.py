@@ -32,6 +32,9 @@ class Awaited:
     prompt: int | None
     """How many of the first forward's tokens are the prompt; None for all, where there can't be drafts among them."""
     new_tokens: int
+    """How many are expected on top."""
+    whole: bool = False
+    """Whether all of the prompt is to be computed, as something of every token is asked for."""
 
 
 class SequenceToSequenceForwards(EncoderOutputCache):
@@ -87,7 +90,8 @@ class SequenceToSequenceForwards(EncoderOutputCache):
             assert isinstance(ids, torch.Tensor)
             row: np.ndarray = ids[0, : awaited.prompt].detach().cpu().numpy()
             self._reopening = True  # the turn has begun already, only its prompt was not known
-            self.begin_turn(row, limit=len(row) - 1, new_tokens=awaited.new_tokens, checked=True)
+            limit = 0 if awaited.whole else len(row) - 1
+            self.begin_turn(row, limit=limit, new_tokens=awaited.new_tokens, checked=True)
         self._report_encoder()
 
     def _check_prompt(self, named: Mapping[str, Any], count: int) -> None:

@@ -3,6 +3,8 @@ own `generate`, without the encoder where that is possible, and keeps the result
 
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -16,13 +18,11 @@ from .cache import AttentionStoreCache
 from .decoder_facts import stand_in
 from .encoder_input import EncoderInput, encoder_input, encoder_inputs, is_for_decoder
 from .generate import _MAX_RETRIES, _setting, _Stream
-from .inputs import foreign_input, mask_problem
+from .inputs import asks_for_all, foreign_input, mask_problem
 from .seq2seq import GenerateRunsAgainError, SequenceToSequenceCache
+from .seq2seq_forwards import Awaited
 
 logger = logging.getLogger("hf_attnstore")
-
-_READS_ENCODER = ("output_attentions", "output_hidden_states")
-"""Settings whose result has what only the encoder can give."""
 
 
 def generate_from_encoder(
@@ -65,7 +65,7 @@ def _run(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    known = cache.begin_generation(plan.given, plan.prompt, plan.new_tokens)
+    known = cache.begin_generation(plan.given, plan.awaited)
     may_leave_out = plan.may_leave_out_encoder
     try:
         for attempt in range(_MAX_RETRIES + 2):
@@ -90,7 +90,7 @@ def _run(
             except GenerateRunsAgainError:
                 cache.abandon_run()
                 may_leave_out = False
-            known = cache.begin_generation(plan.given, plan.prompt, plan.new_tokens, unreadable)
+            known = cache.begin_generation(plan.given, plan.awaited, unreadable)
         raise AssertionError("a turn without loading can't fail to load")
     finally:
         cache.end_turn()
@@ -119,9 +119,10 @@ class _Plan:
         self.problem = self.given.problem or _decoder_problem(kwargs) or _own_generate_problem(model, inputs, kwargs)
         ids = kwargs.get("decoder_input_ids")
         given = ids.shape[1] if isinstance(ids, torch.Tensor) and ids.ndim == 2 else 1
-        self.prompt: int | None = given if self._drafts else None
+        self.asks_for_all = asks_for_all(partial(_setting, model, kwargs), model)
+        """Whether the result has what only the encoder can give, and something of every token of the prompt."""
         new_tokens = _setting(model, kwargs, "max_new_tokens") or _setting(model, kwargs, "max_length") or 0
-        self.new_tokens = int(new_tokens)
+        self.awaited = Awaited(given if self._drafts else None, int(new_tokens), whole=self.asks_for_all)
 
     @property
     def _drafts(self) -> bool:
@@ -137,8 +138,7 @@ class _Plan:
     def may_leave_out_encoder(self) -> bool:
         """Whether nobody but the decoder's cross attention asks for what the encoder gives."""
         kwargs = self._kwargs
-        asked = any(_setting(self._model, kwargs, name) for name in _READS_ENCODER)
-        if self._has_outputs or self._drafts or asked:
+        if self._has_outputs or self._drafts or self.asks_for_all or not _takes_outputs(self._model):
             return False
         if _own_generate(self._model) is None:
             return True
@@ -148,6 +148,13 @@ class _Plan:
         language, samples, temperature = (_setting(self._model, kwargs, name) for name in names)
         detects = language is None and _setting(self._model, kwargs, "lang_to_id") is not None
         return not (detects or samples or temperature not in (None, 0, 1.0) or kwargs.get("streamer") is not None)
+
+
+def _takes_outputs(model: Any) -> bool:
+    """Whether `generate` lets an encoder's output through to a model: it goes by the names of arguments."""
+    return any(
+        "encoder_outputs" in signature(f).parameters for f in (model.forward, model.prepare_inputs_for_generation)
+    )
 
 
 def _decoder_problem(kwargs: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..errors import ContextWindowError, LoadError, SessionBusyError, StoreClosedError
+from ..errors import CacheUseError, ContextWindowError, LoadError, SessionBusyError, StoreClosedError
 from ..session.manifests import write_manifest
 from ..session.spans import Span, crop, total_tokens
 from ..session.view import View
@@ -84,6 +84,7 @@ class CacheTurns(ParkingCache):
                 self._ranks.attempt(self._open)
                 self._checked = checked
                 self._content = content
+                self._fed_beside = None
                 if unreadable:
                     self._untrack(unreadable)
                 if content is not None and self._continues != "parts":
@@ -181,17 +182,39 @@ class CacheTurns(ParkingCache):
         """Of the conversation `ids` that a turn was begun on, the tokens that the model is to see."""
         return self._view.in_view(ids)
 
-    def begin_unidentified_turn(self, reason: str, prompt_tokens: int = 0, *, expected: bool = False) -> None:
-        """Starts a turn whose content token ids do not identify: nothing is reused and nothing kept. What is `expected`
-        is not logged."""
+    def begin_unidentified_turn(
+        self,
+        reason: str,
+        prompt_tokens: int = 0,
+        *,
+        expected: bool = False,
+        with_inputs: bool = False,
+        goes_on: bool = False,
+    ) -> None:
+        """Starts a turn whose content token ids do not identify: nothing is reused and nothing kept.
+
+        Args:
+            expected: it is not logged.
+            with_inputs: what ids do not identify are inputs beside them, which nobody can compute from the ids again.
+            goes_on: it goes on after the tokens held, of another such turn.
+
+        Raises:
+            CacheUseError: it is to go on, and what was held is of no use any more.
+        """
         self._acquire_with_others()
         with self._guard:
             try:
                 self._ranks.attempt(self._open)
                 self._checked = True
                 self._content = None
-                self._clear()
-                self._see_through(self._view.as_plain())
+                if not goes_on:
+                    self._clear()
+                    self._see_through(self._view.as_plain())
+                    self._fed_beside = [] if with_inputs else None
+                elif not self._held:
+                    raise CacheUseError(
+                        "what the cache held is gone: pass the whole conversation with all of its inputs"
+                    )
                 self._untrack(reason, expected=expected)
             except BaseException:
                 self._close_turn()
