@@ -33,7 +33,10 @@ def generate_cache_name(forward_name: str | None) -> str:
 
 def as_forward_takes(model: Any, cache: Any) -> dict[str, Any]:
     """`cache` as the argument of a model's forward; nothing where it is None or the forward takes none."""
-    name = cache_name(signature(model.forward).parameters)
+    parameters = signature(model.forward).parameters
+    name = cache_name(parameters)
+    if name is None and any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
+        name = generate_cache_name(None)  # one that passes on what it does not name itself
     return {name: cache} if name is not None and cache is not None else {}
 
 
