@@ -40,6 +40,8 @@ class Attachment:
         self.store: AttentionStore | None = None
         self.checkpoint_every: int | None = None
         """For plain `generate`: see `AttentionStoreCache`."""
+        self.parts_kept: set[tuple[str, str]] = set()
+        """Path and fingerprint of what a store was told of what the model is made of."""
         self.state_bytes = 0
         """Bytes of a checkpoint, as far as one was taken."""
         self.fingerprint = fingerprint_of(model)

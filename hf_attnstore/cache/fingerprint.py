@@ -18,6 +18,8 @@ from torch import nn
 
 from .adapters import adapters_of, is_adapted, is_inert, names_of_parts
 from .marks import Watch, autocast_dtype
+from .model_parts import described as describe_parts
+from .model_parts import short_digest
 from .ranks import ranks_of
 from .samples import comparable, few_values, raw_bytes, sample_of
 from .structure import has_length_dependent_rope
@@ -106,6 +108,7 @@ class Fingerprint:
         self._unusual: list[weakref.ref[nn.Module]] = []
         """Modules that compute with more than their parameters and buffers."""
         self._failure: tuple[Any, str] | None = None
+        self._made_of: tuple[str, dict[str, str]] = "{}", {}
 
     @property
     def model(self) -> nn.Module:
@@ -121,6 +124,11 @@ class Fingerprint:
         """
         with self._lock:
             return self._current()
+
+    def parts(self) -> dict[str, dict[str, str]]:
+        """What the fingerprint was made of when that was last read, by name (`model_parts`)."""
+        with self._lock:
+            return describe_parts(*self._made_of)
 
     def _current(self) -> str:
         marks, parameters = self._watch.look(self.model, self._unusual)
@@ -183,8 +191,10 @@ class Fingerprint:
     @torch.no_grad()
     def _compute(self) -> str:
         hasher = hashlib.blake2b(digest_size=20, person=b"attnstore-model")
-        hasher.update(self._settings().encode())
+        settings = self._settings()
+        hasher.update(settings.encode())
         described: list[str] = []
+        digests: dict[str, str] = {}
         samples: dict[torch.dtype, list[torch.Tensor]] = {}
         for name, part in sorted(self._parts(), key=lambda item: item[0]):
             if isinstance(part, str):
@@ -196,10 +206,12 @@ class Fingerprint:
                 # the few values that are watched between turns count too: a change of them must be one of the digest
                 sample = torch.cat([sample_of(plain), few_values(plain)])
                 # where a weight lies must not matter, so samples are put in order by dtype alone
-                samples.setdefault(plain.dtype, []).append(sample.cpu())
+                samples.setdefault(plain.dtype, []).append(sample := sample.cpu())
+                digests[name] = short_digest(sample)
         hasher.update("\n".join(described).encode())
         for dtype in sorted(samples, key=str):
             hasher.update(raw_bytes(torch.cat(samples[dtype])))
+        self._made_of = settings, digests
         return hasher.hexdigest()
 
 

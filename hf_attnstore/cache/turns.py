@@ -18,6 +18,7 @@ from .content import NOT_FINITE
 from .divergence import WORTH, find_divergence
 from .layers import FullLayer
 from .modalities import Content, has_stand_ins
+from .model_parts import difference, note_name
 from .parking import ParkingCache
 from .pauses import BUDGET, choose_pauses, end_ids, ends_of_messages
 from .ranks import OtherRankError
@@ -423,11 +424,21 @@ class CacheTurns(ParkingCache):
             return
         before = self._store.session_fingerprint(name)
         if before not in (None, "", fingerprint):
+            what = difference(self._store.note(note_name(before)), self._attachment.fingerprint.parts())
             self._note(
                 f"session {self.session!r} was computed by a model with other weights or settings "
-                f"({before[:12]}, now {fingerprint[:12]}): that KV is not reused",
+                f"({before[:12]}, now {fingerprint[:12]}{'; ' + what if what else ''}): that KV is not reused",
                 "other model",
             )
+
+    def _remember_parts(self) -> None:
+        """Keeps what the model is made of with the store, once, for who has to say what has changed."""
+        assert self._store is not None
+        kept = (str(self._store.path), self._fingerprint)
+        if kept not in self._attachment.parts_kept:
+            self._attachment.parts_kept.add(kept)
+            if self._store.note(note_name(self._fingerprint)) is None:
+                self._store.set_note(note_name(self._fingerprint), self._attachment.fingerprint.parts())
 
     def _explain(self, ids: np.ndarray, spans: Sequence[Span]) -> None:
         """Finds out where the conversation `ids` parts from what is known, if enough is new for that to be worth it."""
@@ -501,6 +512,7 @@ class CacheTurns(ParkingCache):
             manifest = write_manifest(self._view, spans, self._view.logical(len(chain)))
             manifest = replace(manifest, beside=self._blocks_beside())
             self._store.commit(name, self._fingerprint, manifest)
+            self._remember_parts()
         if spans:
             short = spans[-1].block_tokens < chain.block_size
             blocks = [span.block for span in spans]

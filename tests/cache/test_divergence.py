@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from chat_fixtures import APPEND_ONLY, TEXT, tiny_model, tiny_tokenizer
-from tiny_models import make_model, tokens
+from tiny_models import make_llama, make_model, tokens
 from turns import follow_up, turn
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, ChatSession, attach, detach
 from hf_attnstore.cache.divergence import Divergence
+from hf_attnstore.cache.model_parts import described, difference
 
 KEY = "ab" * 32
 
@@ -233,3 +234,35 @@ def test_a_chat_says_it_in_words(store: AttentionStore, told: pytest.LogCaptureF
     assert (found.here_text, found.there_text) == ("Friday and", "Monday and")
     assert "then 'Friday and' where 'alice' had 'Monday and'" in str(chat.stats)
     assert "then 'Friday and' where 'alice' had 'Monday and'" in told.text
+
+
+@pytest.mark.parametrize("what", ["weights", "settings"])
+def test_which_part_of_a_model_changed_is_said(tmp_path: Path, what: str) -> None:
+    ids = tokens(120, 1)
+    with AttentionStore(tmp_path / "store", block_size=16) as store:
+        before = make_llama()
+        turn(before, ids, AttentionStoreCache(before, "alice", store))
+    with AttentionStore(tmp_path / "store", block_size=16) as store:
+        after = make_llama(rms_norm_eps=1e-3) if what == "settings" else make_llama()
+        if what == "weights":
+            with torch.no_grad():
+                after.model.layers[1].mlp.up_proj.weight.mul_(1.5)
+        cache = AttentionStoreCache(after, "alice", store)
+        turn(after, ids, cache)
+        assert (cache.reused_tokens, cache.prefilled_tokens) == (0, 120)
+        assert cache.stats.missed == "other model"
+        named = {
+            "weights": "other weights: model.layers.1.mlp.up_proj.weight)",
+            "settings": "other settings: config.rms_norm_eps was 1e-06, now 0.001)",
+        }
+        assert named[what] in cache.stats.recomputed
+
+
+def test_of_many_tensors_those_of_one_module_are_told_together() -> None:
+    many = {f"layers.{n // 10}.experts.{n % 10}.weight": f"{n:08x}" for n in range(3000)}
+    first = described("{}", many)
+    assert 100 < len(first["tensors"]) <= 2000
+    assert difference(first, described("{}", many)) == ""
+    other = described('{"a": {"b": 1}}', {**many, "layers.7.experts.3.weight": "x"})
+    assert difference(first, other) == "other settings: a.b was not there, now 1; other weights: layers.7.experts"
+    assert difference(None, other) == difference({"settings": 3}, other) == ""
