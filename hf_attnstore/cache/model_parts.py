@@ -19,7 +19,7 @@ def note_name(fingerprint: str) -> str:
 
 def short_digest(values: torch.Tensor) -> str:
     """8 hex digits for a tensor in host memory."""
-    return xxhash.xxh32_hexdigest(values.contiguous().view(torch.uint8).numpy())
+    return xxhash.xxh32_hexdigest(values.contiguous().view(torch.uint8).numpy().tobytes())
 
 
 def described(settings: str, tensors: Mapping[str, str]) -> dict[str, dict[str, str]]:
