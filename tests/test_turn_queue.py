@@ -402,7 +402,7 @@ def test_what_is_wrong_with_a_turn_is_said_when_it_is_submitted(store: Recording
     with TurnQueue(model, store) as queue:
         with pytest.raises(SessionNameError):
             queue.submit("", tokens(5))
-        with pytest.raises(TurnQueueError, match="past_key_values"):
+        with pytest.raises(TurnQueueError, match="leave it out"):
             queue.submit("a", tokens(5), past_key_values=AttentionStoreCache(model, "a", store))
         with pytest.raises(TurnQueueError, match="priority"):
             queue.run("a", lambda _: None, priority=float("nan"))
