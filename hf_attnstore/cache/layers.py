@@ -14,11 +14,17 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from ..errors import CacheUseError
 from ..store.blocks import TensorSpec
 from .buffers import GROWTH, none_of, with_capacity
 from .watching import is_watched
 
 _CPU = torch.device("cpu")
+_NOT_REPLACED = (
+    "the keys and values of an AttentionStoreCache can't be replaced, as kvpress and others that shorten caches do: "
+    "what they remove would be missing in later turns. Give such a call a cache of its own "
+    "(past_key_values=DynamicCache(config=model.config)), or take the store off the model before (detach(model))"
+)
 
 
 class KeptLayer:
@@ -116,14 +122,22 @@ class StoreLayer(KeptLayer, CacheLayerMixin):
         return bool(self._buffers)
 
     @property
-    def keys(self) -> torch.Tensor | None:  # type: ignore[override]
+    def keys(self) -> torch.Tensor | None:
         """`[batch, heads, tokens, dim]`: the tokens that the next forward will see. A view."""
         return self._visible("keys")
 
+    @keys.setter  # type: ignore[override]
+    def keys(self, value: torch.Tensor) -> None:
+        raise CacheUseError(_NOT_REPLACED)
+
     @property
-    def values(self) -> torch.Tensor | None:  # type: ignore[override]
+    def values(self) -> torch.Tensor | None:
         """`[batch, heads, tokens, dim]`: see `keys`."""
         return self._visible("values")
+
+    @values.setter  # type: ignore[override]
+    def values(self, value: torch.Tensor) -> None:
+        raise CacheUseError(_NOT_REPLACED)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from ..errors import CacheUseError, ContextWindowError, LoadError, SessionBusyError, StoreClosedError
+from ..session.chain import common_prefix
 from ..session.manifests import write_manifest
 from ..session.spans import Span, crop, total_tokens
 from ..session.view import View
@@ -485,6 +486,24 @@ class CacheTurns(ParkingCache):
         from_disk, self._from_disk = self._from_disk, []
         self._store.promote(from_disk)
 
+    def _say_if_it_shrinks(self, name: str, length: int) -> None:
+        """A session that loses more than half of its tokens to others is seldom meant to."""
+        assert self._store is not None
+        if 2 * self._stats.reused_tokens >= length:
+            return
+        before = self._store.latest_manifest(name)
+        if before is None or 2 * length >= before.length:
+            return
+        known, now = np.asarray(self._store.tokens(name, dropped=True)), self._view.whole(self._chain.ids)
+        if common_prefix(known, now) < min(len(known), len(now)):
+            logger.warning(
+                "session %r had %d tokens, and %d others replace them: pass the whole conversation, not new tokens "
+                "alone; what was there before is still found by its text",
+                self.session,
+                before.length,
+                length,
+            )
+
     def _blocks_beside(self) -> tuple[Key, ...]:
         """Blocks that belong to the session though none of its tokens is in them: checkpoints of what is held."""
         return tuple(
@@ -511,6 +530,7 @@ class CacheTurns(ParkingCache):
         if name is not None:
             manifest = write_manifest(self._view, spans, self._view.logical(len(chain)))
             manifest = replace(manifest, beside=self._blocks_beside())
+            self._say_if_it_shrinks(name, manifest.length)
             self._store.commit(name, self._fingerprint, manifest)
             self._remember_parts()
         if spans:

@@ -252,3 +252,35 @@ def test_padding_among_ids_that_go_with_embeddings_is_masked_as_without_the_stor
     for _ in range(2):
         assert_equal(model.generate(**inputs, **FULL).logits, theirs.logits)
     assert store.stats()["saved_blocks"] == 0
+
+
+def test_a_session_that_is_replaced_by_new_ids_alone_deserves_a_word(
+    store: AttentionStore, log: pytest.LogCaptureFixture
+) -> None:
+    model = build("llama")
+    whole = ids(120)
+    model.generate(whole, **GREEDY, past_key_values=AttentionStoreCache(model, "alice", store))
+    assert not log.records
+    model.generate(ids(13, 2), **GREEDY, past_key_values=AttentionStoreCache(model, "alice", store))
+    assert [record.args for record in log.records] == [("alice", 125, 18)]
+    again = AttentionStoreCache(model, "bob", store)
+    model.generate(whole, **GREEDY, past_key_values=again)
+    assert again.reused_tokens == 119  # by its text
+
+
+def test_a_press_that_replaces_keys_is_refused_with_what_to_do(store: AttentionStore) -> None:
+    model = build("llama")
+    cache = AttentionStoreCache(model, "alice", store)
+
+    def press(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        layer = cache.layers[0]
+        layer.keys, layer.values = layer.keys[:, :, ::2], layer.values[:, :, ::2]
+
+    handle = model.model.layers[0].self_attn.register_forward_hook(press, with_kwargs=True)
+    with pytest.raises(CacheUseError, match=r"detach\(model\)"):
+        model.generate(ids(40), **GREEDY, past_key_values=cache)
+    handle.remove()
+    again = AttentionStoreCache(model, "alice", store)
+    assert torch.equal(
+        model.generate(ids(40), **GREEDY, past_key_values=again), build("llama").generate(ids(40), **GREEDY)
+    )
