@@ -160,7 +160,10 @@ class BatchCache(AttentionStoreCache):
     def _give_up(self, reason: str) -> None:
         """The rows are computed, but neither loaded nor kept."""
         self._given_up = True
-        self._note(f"a batch is neither loaded nor kept: {reason}", "batch")
+        said = f"a batch is neither loaded nor kept: {reason}"
+        self._stats.recomputed, self._stats.missed = said, "batch"
+        logger.log(logging.DEBUG if said in self._attachment.told else logging.WARNING, said)
+        self._attachment.told.add(said)
 
     def _load_rows(self, prompts: list[np.ndarray], new_tokens: int) -> int:
         assert self._store is not None

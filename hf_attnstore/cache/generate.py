@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 from ..errors import CacheUseError, LoadError
+from ..store.store import AttentionStore
 from .adapters import adapter_problem
 from .argument import cache_in, take_cache
 from .attach import attachment_of, feed
+from .attached import is_batch, kind_of, say_left_alone, settings_problem
 from .batch import BatchCache
 from .batch_generate import generate_batch
 from .cache import AttentionStoreCache
@@ -82,13 +84,24 @@ def generate_around(
         kwargs[attachment.generate_cache_name] = cache
     prompt = _prompt(args, kwargs)
     if cache is None:
-        if attachment.store is None or not _can_be_kept(model, prompt, kwargs):
+        if attachment.store is None:
+            return original(*args, **kwargs)
+        found = settings_problem(model, kwargs)
+        problem = _identify(model, prompt, kwargs)[1] if found is None else None
+        batch = problem is not None and is_batch(model, prompt, kwargs)
+        if problem is not None and not batch:
+            found = kind_of(problem), problem
+        if found is not None:
+            say_left_alone(attachment, *found, prompt)
             return original(*args, **kwargs)
         # nobody asked for a window, so nothing is dropped: the result is that of plain `generate`
         every = attachment.checkpoint_every
+        if batch:
+            return _generate_rows(model, attachment.store, original, prompt, args, kwargs)
         cache = AttentionStoreCache(model, store=attachment.store, drop=0, checkpoint_every=every)
         kwargs[attachment.generate_cache_name] = cache
     elif not isinstance(cache, AttentionStoreCache):
+        say_left_alone(attachment, "another cache", f"it was given a {type(cache).__name__}", prompt)
         return original(*args, **kwargs)
     if cache.model is not model:
         raise CacheUseError(f"the cache was made for another model than this {type(model).__name__}")
@@ -124,16 +137,20 @@ def _prompt(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     return args[0] if args else kwargs.get("inputs")
 
 
-def _can_be_kept(model: nn.Module, prompt: Any, kwargs: Mapping[str, Any]) -> bool:
-    """Whether a plain `generate` is one that a store can serve; if not, it runs untouched."""
-    return not (
-        _identify(model, prompt, kwargs)[1]
-        or _setting(model, kwargs, "use_cache") is False
-        or _setting(model, kwargs, "cache_implementation") is not None
-        or getattr(kwargs.get("generation_config"), "is_assistant", False)
-        or kwargs.get("custom_generate") is not None
-        or kwargs.get("use_model_defaults") is False
-    )
+def _generate_rows(
+    model: nn.Module, store: AttentionStore, original: Callable[..., Any], prompt: Any, args: Any, kwargs: Any
+) -> Any:
+    """A batch of an attached model: every row is found and kept by its content. Never an error of ours."""
+    attachment = attachment_of(model)
+    assert attachment is not None
+    cache = AttentionStoreCache(model, [None] * len(prompt), store, checkpoint_every=attachment.checkpoint_every)
+    assert isinstance(cache, BatchCache)
+    given = {**kwargs, attachment.generate_cache_name: cache}
+    try:
+        return generate_batch(model, cache, original, prompt, args, given, partial(_setting, model, dict(kwargs)))
+    except CacheUseError as error:  # before anything was computed: the first forward is not as it has to be
+        say_left_alone(attachment, "batch", str(error), prompt)
+        return original(*args, **kwargs)
 
 
 def _identify(
