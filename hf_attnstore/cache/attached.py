@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,14 +12,12 @@ from .adapters import adapter_problem
 from .attach import Attachment
 from .batch import batch_problem
 from .generation import setting
-from .inputs import foreign_input
+from .inputs import asks_for_all, foreign_input
 from .modalities import NotIdentifiedError, read_content
 from .spatial_positions import places_in_space
 
 logger = logging.getLogger("hf_attnstore")
 
-_WHOLE = ("output_hidden_states", "output_attentions")
-"""What is wanted of every position, those that would be reused too."""
 _OTHER_WAYS = ("prompt_lookup_num_tokens", "assistant_early_exit", "prefill_chunk_size", "token_healing")
 
 
@@ -47,7 +46,8 @@ def is_batch(model: nn.Module, prompt: Any, arguments: Mapping[str, Any]) -> boo
         return False
     if any(others.get(name) is not None for name in ("position_ids", "cache_position", "assistant_model", "streamer")):
         return False
-    if any(setting(model, arguments, name) for name in (*_OTHER_WAYS, *_WHOLE)):
+    named = partial(setting, model, arguments)
+    if any(named(name) for name in _OTHER_WAYS) or asks_for_all(named, model):
         return False
     try:
         if read_content(model.config, prompt, arguments) is not None:

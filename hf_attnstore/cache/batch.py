@@ -40,6 +40,8 @@ class BatchCache(AttentionStoreCache):
         session: Sequence[str | None],
         store: AttentionStore | None = None,
         *,
+        window: int | None = None,
+        keep_first: Any = None,
         record: bool = False,
         save: bool = True,
         wait: float = 0.0,
@@ -53,8 +55,11 @@ class BatchCache(AttentionStoreCache):
             raise CacheUseError("a batch has at least one row: session=[…] is empty")
         if len(set(named)) < len(named):
             raise CacheUseError("two rows of a batch can't be the same session")
-        if drop:
-            raise CacheUseError("a batch of conversations drops nothing: leave out `drop`")
+        if drop or window is not None or keep_first:
+            raise CacheUseError(
+                "a batch of conversations drops nothing: leave out `window`, `keep_first` and `drop`, or make a cache "
+                "for each session"
+            )
         super().__init__(model, None, store, drop=0, save=False, record=record, gate=False)
         assert self._store is not None
         self.sessions = names
@@ -115,6 +120,18 @@ class BatchCache(AttentionStoreCache):
     def resume(self) -> torch.Tensor:
         raise CacheUseError("resume() is for one conversation; use match() with the left-padded prompts")
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "BatchCache":
+        """An independent copy of what is held, without sessions and store: nothing of it is saved."""
+        twin = super().__deepcopy__(memo)
+        assert isinstance(twin, BatchCache)
+        twin.sessions = [None] * len(self.sessions)
+        twin._conversations = self._conversations
+        twin.parks = False
+        twin._row_caches, twin._pads, twin._fed = [], [], []
+        twin._begin = twin._width = 0
+        twin._feeding, twin._ends, twin._given_up = None, frozenset(), True
+        return twin
+
     # turns
 
     def begin_batch(
@@ -147,7 +164,7 @@ class BatchCache(AttentionStoreCache):
 
     def _can_be_kept(self) -> bool:
         """Whether rows of a batch are the same as conversations of their own."""
-        if self.granularity == "none":
+        if self.granularity == "none" or self._store is None:
             self._given_up = True
         elif not self._ranks.alone:
             self._give_up("the model is tensor-parallel, and ranks would have to agree on every row")
@@ -266,7 +283,8 @@ class BatchCache(AttentionStoreCache):
         self._fed = []
         for row in self._row_caches:
             row.end_turn()
-        self._stats = added_up(self.row_stats, self._stats)
+        if self._row_caches:  # a copy has none
+            self._stats = added_up(self.row_stats, self._stats)
 
     def _give_row(self, number: int, place: int, fed: np.ndarray, *, alone: bool) -> None:
         row, pad = self._row_caches[number], self._pads[number]

@@ -51,9 +51,16 @@ class SequenceToSequenceCache(SequenceToSequenceForwards):
         save: bool = True,
         wait: float = 0.0,
         gate: bool | None = None,
+        checkpoint_every: int | None = None,
     ) -> None:
         if window is not None or keep_first:
             raise CacheUseError("encoder-decoder models have no window: leave out window and keep_first")
+        if checkpoint_every is not None:
+            raise CacheUseError("encoder-decoder models have no running states: leave out checkpoint_every")
+        if isinstance(session, (list, tuple)):
+            raise CacheUseError(
+                "encoder-decoder models have no batches of conversations: make a cache for each session"
+            )
         super().__init__(model, session, store, drop=0, record=record, save=save, wait=wait, gate=gate)
 
     def _prepare_empty(self) -> None:

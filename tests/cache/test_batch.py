@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tiny_models import tokens
-from transformers import DynamicCache
+from transformers import DynamicCache, T5Config, T5ForConditionalGeneration
 
 from hf_attnstore import AttentionStore, AttentionStoreCache
 from hf_attnstore.cache.batch import BatchCache
@@ -373,3 +374,49 @@ def test_running_states_are_there_whether_or_not_they_are_saved(
             assert (len(store.sessions()) > 0) == (number == 1 and not cache.row_stats[0].missed)
     finally:
         model.to(torch.float32)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3_next"])
+def test_a_copy_of_a_batch_goes_on_by_itself_and_keeps_nothing(family: str, store: AttentionStore) -> None:
+    model = _model(family)
+    rows = [ids(20, 1), ids(33, 2)]
+    cache = AttentionStoreCache(model, ["a", "b"], store)
+    found = check_turn(model, cache, rows)
+    twin = copy.deepcopy(cache)
+    assert isinstance(twin, BatchCache)
+    assert (twin.store, twin.sessions, twin.row_stats) == (None, [None, None], [])
+    inputs = padded(rows)
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 5), value=1)
+    new = torch.tensor([answer[4:] for answer in found])
+    positions = (mask.cumsum(1) - 1)[:, -1:]
+    with torch.no_grad():
+        ours = model(new, attention_mask=mask, position_ids=positions, past_key_values=twin).logits
+    whole = torch.cat([inputs["input_ids"], torch.tensor(found)], dim=1)
+    every = (mask.cumsum(1) - 1).clamp_min(0)
+    with torch.no_grad():
+        theirs = model(whole, attention_mask=mask, position_ids=every).logits[:, -1:]
+    assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
+    assert twin.get_seq_length() == 38
+    twin.save()
+    check = model.generate(**inputs, past_key_values=twin, **SETTINGS)
+    assert answers(check, 33) == found
+    assert [len(store.tokens(name)) for name in "ab"] == [24, 37]
+    assert store.stats()["turns"] == 2
+
+
+def test_settings_that_a_batch_or_an_encoder_can_not_have_are_refused_in_words(
+    llama: Any, store: AttentionStore
+) -> None:
+    for settings in ({"window": 64}, {"keep_first": 4}, {"drop": 0.5}):
+        with pytest.raises(CacheUseError, match="a batch of conversations drops nothing"):
+            AttentionStoreCache(llama, ["a", "b"], store, **settings)
+    t5 = _encoder_decoder()
+    with pytest.raises(CacheUseError, match="leave out checkpoint_every"):
+        AttentionStoreCache(t5, "a", store, checkpoint_every=16)
+    with pytest.raises(CacheUseError, match="a cache for each session"):
+        AttentionStoreCache(t5, ["a", "b"], store)
+
+
+def _encoder_decoder() -> Any:
+    small: dict[str, Any] = {"vocab_size": 101, "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    return T5ForConditionalGeneration(T5Config(**small)).eval()

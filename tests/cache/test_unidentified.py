@@ -275,12 +275,12 @@ def test_rope_that_changes_with_the_length_is_reused_only_below_the_change(
     assert short.reused_tokens == 44
 
 
-def test_batches_on_an_attached_model_pass_through_unchanged(store: AttentionStore) -> None:
+def test_right_padded_batches_on_an_attached_model_pass_through_unchanged(store: AttentionStore) -> None:
     model, other = make_model(), make_model()
     attach(model, store)
     batch = torch.cat([tokens(30), tokens(30, 2)])
     mask = torch.ones_like(batch)
-    mask[1, :6] = 0
+    mask[1, -6:] = 0
     ours = model.generate(batch, attention_mask=mask, return_dict_in_generate=True, **GREEDY)
     assert torch.equal(ours.sequences, other.generate(batch, attention_mask=mask, **GREEDY))
     assert type(ours.past_key_values) is DynamicCache
