@@ -206,8 +206,8 @@ def feed(model: nn.Module, cache: Any, ids: torch.Tensor) -> None:
 def attach(model: nn.Module, store: AttentionStore, *, checkpoint_every: int | None = None) -> None:
     """Makes plain `model.generate(**inputs)` reuse and save through `store`, by content and without a session.
 
-    Left-padded batches and padded prompts are kept row by row. What can't be (padding on the right, other caches …) runs
-    as without it: the log says so once for each kind of reason, and the store's `stats` count it.
+    Left-padded batches and padded prompts are kept row by row. What can't be (padding on the right, other caches …)
+    runs as without it: the log says so once for each kind of reason, and the store's `stats` count it.
 
     Args:
         checkpoint_every: as for `AttentionStoreCache`.
