@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from .canonical import PLACEHOLDERS
-from .transcript import Message, Prompt, encode, same_beginning
+from .session.segments import same_beginning
+from .transcript import Message, Prompt, encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

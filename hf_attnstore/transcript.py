@@ -15,11 +15,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from .answers import answer_content
-from .session.chain import common_prefix
-from .session.segments import same_text
+from .session.segments import same_beginning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -171,22 +168,6 @@ def as_rendered(messages: Iterable[Message]) -> list[Message]:
         {n: value for n, value in {**m, "content": m.get("written", m["content"])}.items() if n != "written"}
         for m in messages
     ]
-
-
-def same_beginning(tokenizer: PreTrainedTokenizerBase, a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, int]:
-    """How many ids at the beginning of `a`, and how many of `b`, stand for the same text. A special token is the same
-    as itself only, not as text that is spelled like it.
-    """
-    equal = common_prefix(np.asarray(a), np.asarray(b))
-    taken = same_text(_spelled(tokenizer, a[equal:]), _spelled(tokenizer, b[equal:]))
-    return equal + taken[0], equal + taken[1]
-
-
-def _spelled(tokenizer: PreTrainedTokenizerBase, ids: tuple[int, ...]) -> list[str]:
-    """Each token as it is spelled, and added ones as nothing else can be."""
-    added = tokenizer.added_tokens_decoder
-    spelled: Any = tokenizer.convert_ids_to_tokens(list(ids))
-    return [f"\0{token}\0" if i in added else f"{token}" for i, token in zip(ids, spelled, strict=True)]
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from hf_attnstore.session.segments import same_text
-from hf_attnstore.transcript import Prompt, Transcript, decode, encode, same_beginning
+from hf_attnstore.session.segments import same_beginning, same_text
+from hf_attnstore.transcript import Prompt, Transcript, decode, encode
 
 
 def render(tokenizer: PreTrainedTokenizerFast, transcript: Transcript, text: str) -> str:

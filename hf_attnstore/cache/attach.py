@@ -42,6 +42,8 @@ class Attachment:
         """For plain `generate`: see `AttentionStoreCache`."""
         self.parts_kept: set[tuple[str, str]] = set()
         """Path and fingerprint of what a store was told of what the model is made of."""
+        self.resegments_with: Any = None
+        """The tokenizer by whose text plain `generate` finds what is known in other tokens; None: it does not."""
         self.state_bytes = 0
         """Bytes of a checkpoint, as far as one was taken."""
         self.fingerprint = fingerprint_of(model)
@@ -203,7 +205,14 @@ def feed(model: nn.Module, cache: Any, ids: torch.Tensor) -> None:
         model(input_ids=ids, use_cache=True, **more)
 
 
-def attach(model: nn.Module, store: AttentionStore, *, checkpoint_every: int | None = None) -> None:
+def attach(
+    model: nn.Module,
+    store: AttentionStore,
+    *,
+    checkpoint_every: int | None = None,
+    resegment: bool = False,
+    tokenizer: Any = None,
+) -> None:
     """Makes plain `model.generate(**inputs)` reuse and save through `store`, by content and without a session.
 
     Left-padded batches and padded prompts are kept row by row. What can't be (padding on the right, other caches …)
@@ -211,14 +220,28 @@ def attach(model: nn.Module, store: AttentionStore, *, checkpoint_every: int | N
 
     Args:
         checkpoint_every: as for `AttentionStoreCache`.
+        resegment: as for `AttentionStoreCache`, with `tokenizer`.
 
     Raises:
-        CacheUseError: `checkpoint_every` is no number of tokens.
+        CacheUseError: `checkpoint_every` is no number of tokens, or a tokenizer is missing.
         UnsupportedModelError: the model has layers that this version can't keep.
     """
     checked_every(checkpoint_every)
+    by_text = checked_tokenizer(resegment, tokenizer)
     attachment = ensure_hooks(owner_of(model))
+    attachment.resegments_with = by_text
     attachment.store, attachment.checkpoint_every = store, checkpoint_every
+
+
+def checked_tokenizer(resegment: bool, tokenizer: Any) -> Any:
+    """The tokenizer to resegment prompts with; None where that was not asked for.
+
+    Raises:
+        CacheUseError: it was, and there is none.
+    """
+    if resegment and tokenizer is None:
+        raise CacheUseError("resegment=True compares texts, for which it needs the model's tokenizer: pass tokenizer=…")
+    return tokenizer if resegment else None
 
 
 def checked_every(tokens: int | None) -> int | None:

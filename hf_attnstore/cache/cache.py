@@ -17,7 +17,7 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerM
 from ..errors import CacheUseError, LoadError
 from ..store.store import AttentionStore
 from ..timeline import Event
-from .attach import Attachment, checked_every, ensure_hooks, feed, owner_of
+from .attach import Attachment, checked_every, checked_tokenizer, ensure_hooks, feed, owner_of
 from .compiled import outside_graphs
 from .forwards import CacheForwards
 from .gating import Gate, wanted
@@ -61,6 +61,10 @@ class AttentionStoreCache(CacheForwards):
         gate: whether to compute again what would take longer to load, as measured on this machine; the tokens are the
             same either way. False reuses all that is known. Default: yes, unless the environment variable
             `ATTNSTORE_GATE` is `off`.
+        resegment: for `generate` with one prompt: where the text of its beginning is known in other tokens, feed those
+            in place of the prompt's. An answer that comes back as text, and that `tokenizer` cuts otherwise than the
+            model did, is reused then. The model sees the same text in other ids, so what it says may differ.
+        tokenizer: the model's, for `resegment`.
 
     Raises:
         UnsupportedModelError: the model is of a kind that can't be kept; the message says why.
@@ -78,11 +82,14 @@ class AttentionStoreCache(CacheForwards):
 
     def __new__(cls, model: Any = None, session: Any = None, *args: Any, **kwargs: Any) -> "AttentionStoreCache":
         """An encoder-decoder model gets the cache that its `generate` needs, a list of sessions that of a batch."""
+        several = isinstance(session, (list, tuple))
+        if kwargs.get("resegment") and (several or (model is not None and is_encoder_decoder(owner_of(model)))):
+            raise CacheUseError("resegment=True is for one prompt of a decoder-only model: leave it out")
         if cls is AttentionStoreCache and model is not None and is_encoder_decoder(owner_of(model)):
             from .seq2seq import SequenceToSequenceCache
 
             return object.__new__(SequenceToSequenceCache)
-        if cls is AttentionStoreCache and isinstance(session, (list, tuple)):
+        if cls is AttentionStoreCache and several:
             from .batch import BatchCache
 
             return object.__new__(BatchCache)
@@ -102,7 +109,10 @@ class AttentionStoreCache(CacheForwards):
         save: bool = True,
         wait: float = 0.0,
         gate: bool | None = None,
+        resegment: bool = False,
+        tokenizer: Any = None,
     ) -> None:
+        self.resegments_with = checked_tokenizer(resegment, tokenizer)
         self._model = owner_of(model)
         self._given_model = model
         config: Any = self._model.config
@@ -134,6 +144,10 @@ class AttentionStoreCache(CacheForwards):
     def model(self) -> nn.Module:
         """The model whose KV this is."""
         return self._model
+
+    def model_fingerprint(self) -> str:
+        """The identity of the model as it is now."""
+        return self._attachment.fingerprint.current()
 
     @property
     def stats(self) -> TurnStats:
@@ -444,6 +458,7 @@ class AttentionStoreCache(CacheForwards):
         twin._limit = self._limit
         twin._window = self._window
         twin._checkpoint_every = self._checkpoint_every
+        twin.resegments_with = None
         twin._gate = Gate(enabled=False, devices=self._attachment.devices, learns=False)
         twin._prepare_empty()
         twin._fingerprint = self._fingerprint

@@ -23,12 +23,17 @@ from .generation import setting as _setting
 from .held_content import HeldContent
 from .inputs import asks_for_all, brings_features, foreign_input, mask_problem, position_problem
 from .modalities import TYPES, Content, Items, NotIdentifiedError, has_stand_ins, read_content
+from .resegmenting import generate_resegmented
 from .spatial_positions import places_in_space, spatial_positions
 from .structure import is_encoder_decoder
 
 logger = logging.getLogger("hf_attnstore")
 
 _MAX_RETRIES = 8
+_TEXT = (None, None)
+"""What `_identify` says of a prompt that is text alone."""
+_PLACED = frozenset({"position_ids", "cache_position"})
+"""Inputs that say of each token of the prompt where it is."""
 
 
 class _Stream:
@@ -99,6 +104,7 @@ def generate_around(
         if batch:
             return _generate_rows(model, attachment.store, original, prompt, args, kwargs)
         cache = AttentionStoreCache(model, store=attachment.store, drop=0, checkpoint_every=every)
+        cache.resegments_with = attachment.resegments_with
         kwargs[attachment.generate_cache_name] = cache
     elif not isinstance(cache, AttentionStoreCache):
         say_left_alone(attachment, "another cache", f"it was given a {type(cache).__name__}", prompt)
@@ -110,6 +116,21 @@ def generate_around(
         return original(*args, **{**kwargs, attachment.generate_cache_name: None})
     if isinstance(cache, BatchCache):
         return generate_batch(model, cache, original, prompt, args, kwargs, partial(_setting, model, dict(kwargs)))
+    go_on = partial(_generate_with, model, cache, original)
+    if cache.resegments_with is not None and not kwargs.keys() & _PLACED and _identify(model, prompt, kwargs) == _TEXT:
+        return generate_resegmented(cache, model, prompt, args, kwargs, go_on, _Stream)
+    return go_on(prompt, args, kwargs)
+
+
+def _generate_with(
+    model: nn.Module,
+    cache: AttentionStoreCache,
+    original: Callable[..., Any],
+    prompt: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """`generate` of one prompt as a turn of `cache`."""
     turn = _Turn(cache, model, prompt, kwargs)
     parts = turn.begin()
     streamed = False

@@ -39,6 +39,8 @@ class TurnStats:
     """Time the model had to wait for saving: handing over."""
     blocks_from: Mapping[str, int] = field(default_factory=dict)
     """Number of blocks loaded, by tier."""
+    resegmented_tokens: int = 0
+    """Tokens of the prompt in whose place others of the same text were fed."""
     dropped_tokens: int = 0
     """Tokens of the prompt that are not in the window."""
     rotated_tokens: int = 0
