@@ -318,6 +318,7 @@ class CacheTurns(ParkingCache):
         self._turn_thread = threading.get_ident()
         try:
             if self._store is not None:
+                self._store.check_not_left_behind()
                 if self._store.closed:
                     raise StoreClosedError(
                         f"the store {self._store.path} of this cache is closed; make a new cache with an open store"

@@ -5,6 +5,8 @@ import threading
 from collections import Counter
 from collections.abc import Mapping
 
+from .forking import watch
+
 logger = logging.getLogger("hf_attnstore")
 
 COUNTS = (
@@ -22,9 +24,13 @@ class Accounts:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        watch(self)
         self._counts: Counter[str] = Counter()
         self._new: Counter[str] = Counter()
         self._warned: set[str] = set()
+
+    def after_fork_in_child(self) -> None:
+        self._lock = threading.Lock()
 
     def count(self, what: str, amount: int = 1) -> None:
         with self._lock:

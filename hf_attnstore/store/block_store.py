@@ -37,6 +37,7 @@ class BlockStore(OpenStore):
 
     def known(self, keys: Sequence[Key]) -> int:
         """How many of these blocks, from the first on, are in some tier."""
+        self._check_open()
         elsewhere = [key for key in keys if self._memory.get(key) is None]
         missing = set(elsewhere) - self._disk.has(elsewhere)
         return next((place for place, key in enumerate(keys) if key in missing), len(keys))
@@ -47,6 +48,7 @@ class BlockStore(OpenStore):
 
     def nearest(self, parent: Key, ids: Sequence[int]) -> Match | None:
         """The block after `parent` that shares the longest beginning with `ids`; None if none shares a token."""
+        self._check_open()
         tokens = encode_tokens(ids)
         best: Match | None = None
         for block in self._memory.followers(parent):
@@ -88,6 +90,7 @@ class BlockStore(OpenStore):
         Returns:
             The number of its block, its key, and how many of that block's tokens it includes.
         """
+        self._check_open()
         there = self._disk.followed(parents)
         for number in range(len(parents) - 1, -1, -1):
             parent = parents[number]
@@ -106,6 +109,7 @@ class BlockStore(OpenStore):
         return None
 
     def _open(self, key: Key, row: BlockRow | None = None) -> tuple[str, Source]:
+        self._check_open()
         block = self._memory.get(key)
         if block is not None:
             return "memory", block
@@ -202,6 +206,7 @@ class BlockStore(OpenStore):
 
     def touch(self, keys: Sequence[Key]) -> None:
         """Marks blocks as just used."""
+        self._check_open()
         self._memory.touch(list(keys))
         self._writer.submit(partial(self._guarded, partial(self._touch_on_disk, list(keys))))
 
@@ -213,6 +218,7 @@ class BlockStore(OpenStore):
     def promote(self, keys: Sequence[Key]) -> None:
         """Copies blocks from disk into free or reclaimable memory, in the background and in order. What upcoming turns
         need is not evicted for them."""
+        self._check_open()
         for key in keys:
             self._writer.submit(partial(self._promote_one, key))
 
@@ -308,6 +314,7 @@ class BlockStore(OpenStore):
         Returns:
             None if it is in no tier, can't be read, or is of another model than that of `fingerprint`.
         """
+        self._check_open()
         held = self._memory.get(key)
         if held is None:
             found = self._disk.describe(key, fingerprint)

@@ -1,5 +1,6 @@
 """A SQLite database in WAL mode, for several threads and processes: one connection writes, one reads."""
 
+import ctypes
 import os
 import sqlite3
 import threading
@@ -10,9 +11,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..errors import StoreClosedError, StoreIOError
+from ..errors import StoreIOError
+from .forking import closed_error, rest
 
 _BUSY_SECONDS = 30.0
+_FORK_SECONDS = 5.0
+"""How long a fork waits for what is being read or written."""
 _LOG_PAGES = 32
 """After so many pages the log is moved into the database; it counts towards the disk cap."""
 
@@ -20,6 +24,10 @@ _LOG_PAGES = 32
 _NOT_DAMAGE = frozenset({3, 4, 5, 6, 7, 8, 9, 10, 13, 14, 15, 22, 23})
 """Codes of SQLite for what the system would not do: permissions, locks, memory, reading, writing, room."""
 _READ_ONLY = 8
+
+
+_carried: set[Path] = set()
+"""Databases of which a fork took connections along, which then can't be opened again in the child."""
 
 
 class DamagedDatabaseError(StoreIOError):
@@ -38,8 +46,15 @@ class Database:
         self._sync = sync
         self._write_lock = threading.Lock()
         self._read_lock = threading.RLock()
-        self._closed = False
+        self._closed = self._left_behind = self._at_rest = False
+        self._writer: sqlite3.Connection | None = None
+        self._reader: sqlite3.Connection | None = None
         opened: list[sqlite3.Connection] = []
+        if path in _carried:
+            raise StoreIOError(
+                f"{path} was just being used when this process was forked, and can't be opened here: fork before the "
+                'store is opened, or use multiprocessing\'s "spawn" or "forkserver"'
+            )
         try:
             with self._translated():
                 # SQLite gives its log the same mode. A file that exists is not opened here: to close it again would let
@@ -48,15 +63,16 @@ class Database:
                     os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
                 for _ in range(2):
                     opened.append(self._connect())
-                self._writer, self._reader = opened
-                self._writer.executescript(schema)
-                if _tables(self._writer) != _expected_tables(schema):
+                opened[0].executescript(schema)
+                if _tables(opened[0]) != _expected_tables(schema):
                     raise self.damaged("its tables are not those of an index")
-                self._reader.execute("PRAGMA query_only = 1")
+                opened[1].execute("PRAGMA query_only = 1")
+                self._writer, self._reader = opened
         except BaseException:
             for connection in opened:
                 connection.close()
             raise
+        rest(self)
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self.path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False)
@@ -93,36 +109,82 @@ class Database:
     def close(self) -> None:
         with self._write_lock, self._read_lock:
             self._closed = True
-            self._reader.close()
-            self._writer.close()
+            self._disconnect()
+
+    def _disconnect(self) -> None:
+        for connection in (self._reader, self._writer):
+            if connection is not None:
+                connection.close()
+        self._reader = self._writer = None
+
+    def before_fork(self) -> None:
+        """Closes the connections, unless somebody is using them for long: then they are carried into the child."""
+        if not self._write_lock.acquire(timeout=_FORK_SECONDS):
+            return
+        if not self._read_lock.acquire(timeout=_FORK_SECONDS):
+            self._write_lock.release()
+            return
+        self._at_rest = True
+        with suppress(sqlite3.Error):
+            self._disconnect()
+
+    def after_fork_in_parent(self) -> None:
+        if self._at_rest:
+            self._at_rest = False
+            self._read_lock.release()
+            self._write_lock.release()
+
+    def after_fork_in_child(self) -> None:
+        if not self._at_rest:
+            for connection in (self._reader, self._writer):
+                if connection is not None:
+                    _carried.add(self.path)
+                    ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))  # it must never be closed here
+        self._reader = self._writer = None
+        self._at_rest, self._closed, self._left_behind = False, True, True
+        self._write_lock, self._read_lock = threading.Lock(), threading.RLock()
 
     def _check_open(self) -> None:
         if self._closed:
-            raise StoreClosedError(f"the store {self.path.parent} is closed; open it again")
+            raise closed_error(self.path.parent, self._left_behind)
+
+    def _writing(self) -> sqlite3.Connection:
+        """For who holds the write lock."""
+        self._check_open()
+        if self._writer is None:  # there was a fork
+            self._writer = self._connect()
+        return self._writer
+
+    def _reading(self) -> sqlite3.Connection:
+        """For who holds the read lock."""
+        self._check_open()
+        if self._reader is None:
+            self._reader = self._connect()
+            self._reader.execute("PRAGMA query_only = 1")
+        return self._reader
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """Everything or nothing of what is done with the connection is visible afterwards."""
         with self._write_lock, self._translated():
-            self._check_open()
-            self._writer.execute("BEGIN IMMEDIATE")
+            writer = self._writing()
+            writer.execute("BEGIN IMMEDIATE")
             try:
-                yield self._writer
+                yield writer
             except BaseException:
                 with suppress(sqlite3.Error):  # on a full disk SQLite has rolled back by itself
-                    self._writer.execute("ROLLBACK")
+                    writer.execute("ROLLBACK")
                 raise
             try:
-                self._writer.execute("COMMIT")
+                writer.execute("COMMIT")
             except BaseException:
                 with suppress(sqlite3.Error):
-                    self._writer.execute("ROLLBACK")
+                    writer.execute("ROLLBACK")
                 raise
 
     def read(self, query: str, parameters: Sequence[Any] = ()) -> list[Any]:
         with self._read_lock, self._translated():
-            self._check_open()
-            return self._reader.execute(query, parameters).fetchall()
+            return self._reading().execute(query, parameters).fetchall()
 
     @contextmanager
     def snapshot(self) -> Iterator[None]:
@@ -144,18 +206,17 @@ class Database:
         """Moves the log's content into the database, so that its file takes no room. False, at once, where a reader or
         a writer in another process stood in the way."""
         with self._write_lock, self._read_lock, self._translated():
-            self._check_open()
-            self._writer.execute("PRAGMA busy_timeout = 0")
+            writer = self._writing()
+            writer.execute("PRAGMA busy_timeout = 0")
             try:
-                return not self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+                return not writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
             finally:
-                self._writer.execute(f"PRAGMA busy_timeout = {round(1000 * _BUSY_SECONDS)}")
+                writer.execute(f"PRAGMA busy_timeout = {round(1000 * _BUSY_SECONDS)}")
 
     def compact(self) -> None:
         """Gives the room of what was deleted back to the file system."""
         with self._write_lock, self._translated():
-            self._check_open()
-            self._writer.execute("VACUUM")
+            self._writing().execute("VACUUM")
 
     def problems(self) -> list[str]:
         """What SQLite finds wrong with the file; reads all of it."""

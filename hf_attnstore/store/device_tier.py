@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from .forking import watch
+
 _numbers = itertools.count(1)
 
 
@@ -83,6 +85,10 @@ class DeviceTier:
         """By namespace and session, how many turns run before its next one."""
         self._closed = False
         self._lock = threading.RLock()  # an owner's finaliser may run while this thread holds it
+        watch(self)
+
+    def after_fork_in_child(self) -> None:
+        self._lock = threading.RLock()
 
     def __len__(self) -> int:
         return len(self._entries)

@@ -14,6 +14,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ..errors import SessionBusyError, StoreFormatError, StoreIOError
+from .forking import let_go, watch
 from .keys import name_digest
 from .parts import whole_name
 
@@ -53,6 +54,11 @@ class StoreLock:
         except BaseException:
             os.close(self._fd)
             raise
+        watch(self)
+
+    def after_fork_in_child(self) -> None:
+        let_go(self._gate)
+        self.release()  # the parent has it until its own descriptor is closed
 
     def _open(self, path: Path, machine: str) -> None:
         deadline = time.monotonic() + _OPEN_SECONDS
@@ -108,7 +114,10 @@ class StoreLock:
                     fcntl.flock(self._fd, fcntl.LOCK_SH)
 
     def release(self) -> None:
-        os.close(self._fd)
+        """Harmless when repeated."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
 
 
 class WriteLock:
@@ -118,6 +127,11 @@ class WriteLock:
         self._path = path
         self._threads = threading.RLock()
         self._lock = FileLock(path, mode=0o600, thread_local=False)
+        watch(self)
+
+    def after_fork_in_child(self) -> None:
+        let_go(self._lock)
+        self._threads = threading.RLock()
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
@@ -176,6 +190,13 @@ class SessionLocks:
         self._changed = threading.Condition()
         self._sessions: dict[str, _Held] = {}
         self._warned = False
+        watch(self)
+
+    def after_fork_in_child(self) -> None:
+        for held in self._sessions.values():
+            if held.lock is not None:
+                let_go(held.lock)
+        self._changed, self._sessions = threading.Condition(), {}
 
     def _name(self, namespace: str, session: str) -> str:
         return name_digest("lock", namespace, session, secret=self._secret).hex()[:_NAME_DIGITS]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 
 from .blocks import Block
 from .book import TierBook
+from .forking import watch
 from .keys import Key
 from .lookahead import Lookahead
 from .policies import Place, Policy
@@ -33,6 +34,10 @@ class MemoryTier:
         self._clock = clock
         self._blocks: dict[Key, Block] = {}
         self._by_parent: defaultdict[Key, set[Key]] = defaultdict(set)
+        self._changed = threading.Condition(threading.RLock())
+        watch(self)
+
+    def after_fork_in_child(self) -> None:
         self._changed = threading.Condition(threading.RLock())
 
     @property

@@ -1,7 +1,6 @@
 """An open store: its tiers, threads and accounts, from opening to closing."""
 
 import atexit
-import copy
 import json
 import logging
 import os
@@ -22,6 +21,7 @@ from ..timeline import Recorders
 from .accounts import MISSED, Accounts, readable
 from .device_tier import DeviceTier
 from .eviction import Order
+from .forking import closed_error, watch
 from .locks import SessionLocks
 from .manifest import Manifest
 from .memory import MemoryTier
@@ -129,6 +129,9 @@ class OpenStore:
         """Fingerprint and manifest of sessions, by namespace and name, whose commit waits for the writer."""
         self._end = threading.Event()
         """Set when it is closed, for all of its namespaces."""
+        self._closing = threading.RLock()
+        self._left_behind = False
+        """Whether this is a child of the process that opened it."""
         self._views: weakref.WeakValueDictionary[str, OpenStore] = weakref.WeakValueDictionary({self.namespace: self})
         self._prepare_upcoming()
         self._order.policy.recall(self._learned() or {})
@@ -138,6 +141,7 @@ class OpenStore:
         fit(capacity)
         self._automatic = AutomaticSize(self._memory, fit) if memory == AUTO else None
         _open_stores.add(self)
+        watch(self)
 
     def _prepare_upcoming(self) -> None:
         """For who looks ahead."""
@@ -152,7 +156,21 @@ class OpenStore:
 
     def _check_open(self) -> None:
         if self.closed:
-            raise StoreClosedError(f"the store {self.path} is closed; open it again with AttentionStore(...)")
+            raise closed_error(self.path, self._left_behind)
+
+    def check_not_left_behind(self) -> None:
+        """Raises:
+        StoreClosedError: the process is a child of the one that opened the store.
+        """
+        if self._left_behind:
+            self._check_open()
+
+    def after_fork_in_child(self) -> None:
+        self._end = threading.Event()
+        self._end.set()
+        self._left_behind = True
+        self._closing, self._saver_lock = threading.RLock(), threading.Lock()
+        self._prepare_upcoming()
 
     @property
     def closed(self) -> bool:
@@ -168,11 +186,27 @@ class OpenStore:
         self._writer.drain()
 
     def close(self) -> None:
-        """Flushes and closes. Idempotent."""
-        if self.closed:
+        """Flushes and closes. Idempotent: whoever calls it, it is closed when it returns, unless the caller is one of
+        the store's own threads, as a destructor may be, or is just closing it: these can't wait for themselves."""
+        threads = (self._fetcher, self._readers, self._writer)
+        if any(own.has(threading.current_thread()) for own in threads):
+            threading.Thread(target=self.close, name="attnstore-close").start()
             return
-        self.flush()
-        self._end.set()
+        with suppress(StoreClosedError):  # another thread closed it
+            self.flush()
+        with self._closing:
+            if self.closed:
+                return
+            self._end.set()
+            try:
+                self._end_threads()
+                self._keep_totals()
+                self._keep_learned()
+            finally:
+                self._disk.close()
+                self._open_lock.release()
+
+    def _end_threads(self) -> None:
         self._fetcher.close()
         self.device_tier.close()
         if self._automatic is not None:
@@ -180,10 +214,6 @@ class OpenStore:
         self._readers.close()
         with self._right_of_way.hurry():
             self._writer.close()
-        self._keep_totals()
-        self._keep_learned()
-        self._disk.close()
-        self._open_lock.release()
 
     def register(self, saver: Saver) -> None:
         """Makes `flush` and `close` call `saver.save()`, for as long as somebody else keeps it."""
@@ -212,11 +242,18 @@ class OpenStore:
         with self._saver_lock:
             view = self._views.get(self.check_namespace(namespace))
             if view is None:
-                view = copy.copy(self)
-                view.namespace = namespace
+                view = object.__new__(type(self))
+                view.__dict__.update(self.__dict__, namespace=namespace)
                 self._views[namespace] = view
                 _open_stores.add(view)
+                watch(view)
         return cast(Self, view)
+
+    def __reduce__(self) -> Any:
+        raise AttentionStoreError(
+            f"an open store can't be pickled or copied: hand over the path, and open it where it is needed with "
+            f"AttentionStore({str(self.path)!r})"
+        )
 
     # names
 

@@ -262,6 +262,7 @@ class AttentionStore(UpcomingTurns):
 
     def session_fingerprint(self, name: str) -> str | None:
         """The model fingerprint that a session was last saved with; None if there is no such session."""
+        self._check_open()
         pending = self._committing.get((self.namespace, name))
         return pending[0] if pending is not None else self._disk.fingerprint(self.namespace, name)
 
@@ -271,7 +272,9 @@ class AttentionStore(UpcomingTurns):
         Raises:
             SessionNameError: see `check_name`.
             SessionBusyError: another turn holds it.
+            StoreClosedError: the store is closed.
         """
+        self._check_open()
         return self._locks.acquire(self.namespace, name if is_part(name) else self.check_name(name), wait)
 
     # turns

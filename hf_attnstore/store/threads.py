@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from .forking import watch
+
 MAX_HOLD_SECONDS = 5.0
 """How long tasks are held back at most, whoever computes meanwhile: one long turn, or many one after the other."""
 
@@ -24,6 +26,11 @@ class RightOfWay:
         self._held_since: float | None = None
         """When the first task was held back; None where the last one was not."""
         self._hurried = 0
+        watch(self)
+
+    def after_fork_in_child(self) -> None:
+        self._changed = threading.Condition()
+        self._computing.clear()
 
     @contextmanager
     def hurry(self) -> Iterator[None]:
@@ -78,6 +85,9 @@ class IOThreads:
         self._submitting = threading.Lock()
         self._right_of_way = right_of_way
         self._closed = False
+        self.left_behind = False
+        """Whether this is a child of the process that had the threads: nothing that waits in them will ever be done."""
+        watch(self)
         self._threads = [
             threading.Thread(target=self._run, name=f"attnstore-{name}-{i}", daemon=True) for i in range(count)
         ]
@@ -143,6 +153,15 @@ class IOThreads:
                 self._right_of_way.wait()
             task()
             del task  # do not keep a finished load's buffers alive while waiting for the next
+
+    def has(self, thread: threading.Thread) -> bool:
+        """Whether that is one of them."""
+        return thread in self._threads
+
+    def after_fork_in_child(self) -> None:
+        self._submitting, self._tasks = threading.Lock(), queue.SimpleQueue()
+        self._closed = self.left_behind = True
+        self._threads = []
 
     def close(self) -> None:
         """Runs what was submitted, then ends the threads."""

@@ -148,7 +148,11 @@ class Load:
                 self._fetch(stage)
         else:
             with self._idle:
-                self._idle.wait_for(lambda: self._remaining[stage] == 0 or self.error is not None)
+                self._idle.wait_for(
+                    lambda: self._remaining[stage] == 0 or self.error is not None or self._threads.left_behind
+                )
+            if self._remaining[stage] and self.error is None:
+                raise LoadError("the process was forked while this load was under way", transient=True)
         if self.error is not None:
             raise self.error
         self._devices.wait(stage)
@@ -158,7 +162,7 @@ class Load:
         """Ends the load: nothing is written into a target any more when this returns. Idempotent."""
         with self._idle:
             self._cancelled = True
-            self._idle.wait_for(lambda: not self._outstanding)
+            self._idle.wait_for(lambda: not self._outstanding or self._threads.left_behind)
             if self._closed:
                 return
             self._closed = True

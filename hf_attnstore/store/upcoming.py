@@ -107,6 +107,7 @@ class UpcomingTurns(BlockStore):
 
     def latest_manifest(self, session: str) -> Manifest | None:
         """What a session consists of, or will when what was handed over is on disk; None if there is none."""
+        self._check_open()
         return self._manifest_of((self.namespace, session))
 
     def _manifest_of(self, session: Session) -> Manifest | None:
@@ -212,6 +213,7 @@ class UpcomingTurns(BlockStore):
             went_on_from: the last block that the turn reused.
             session: whose turn it was; None for one without a session.
         """
+        self._check_open()
         if blocks:
             conversation = (self.namespace, session) if session is not None else None
             note = partial(self._note_use, tuple(blocks), tokens, short, went_on_from, conversation)
