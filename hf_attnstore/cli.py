@@ -125,7 +125,7 @@ def chat(
         loaded, tokenizer = load_chat_model(model, device=device, dtype=dtype)
     with AttentionStore(store, memory=memory, disk=disk, device=on_device) as opened:
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": sample}
-        options |= {"window": window, "keep_first": "system", "canonicalize": canonicalize}
+        options |= {"window": window, "canonicalize": canonicalize}
         options["checkpoint_every"] = checkpoint_every
         TerminalChat(loaded, tokenizer, opened, session, system, console, options).run()
 

@@ -469,6 +469,23 @@ def test_a_chat_outlives_its_window(tokenizer: PreTrainedTokenizerFast, store: A
     assert chat.stats.prefilled_tokens == 1
 
 
+@pytest.mark.parametrize("system", ["the prince", None])
+def test_a_chat_keeps_its_beginning_without_being_told(
+    system: str | None, tokenizer: PreTrainedTokenizerFast, store: AttentionStore
+) -> None:
+    chat = ChatSession(tiny_model(tokenizer, window=96), tokenizer, store, "alice", system=system, **GREEDY)
+    for _ in range(6):
+        chat.send("the letter and then")
+    assert chat.stats is not None
+    assert chat.stats.cache.dropped_tokens > 0
+    shown = [{"role": "system", "content": system}]
+    count = 1  # the role of the first message
+    if system:
+        text = tokenizer.apply_chat_template(shown, tokenize=False)
+        count = len(tokenizer.encode(text, add_special_tokens=False))
+    assert store.tokens("alice")[:count] == chat.token_ids[:count]
+
+
 def test_with_drop_0_a_chat_ends_at_its_window(tokenizer: PreTrainedTokenizerFast, store: AttentionStore) -> None:
     chat = ChatSession(tiny_model(tokenizer, window=64), tokenizer, store, "alice", drop=0, **GREEDY)
     while len(chat.prompt_ids("the letter and then")) < 64:

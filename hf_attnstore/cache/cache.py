@@ -49,7 +49,8 @@ class AttentionStoreCache(CacheForwards):
         store: the store; default is the one given to `attach`, else one at the default path.
         window: tokens that the model is to see at once, those still to be generated included; by default as many
             as it has positions for. A conversation that outgrows it loses its oldest tokens.
-        keep_first: leading tokens that are never dropped, such as a system prompt.
+        keep_first: leading tokens that are never dropped, such as a system prompt. By default 4: models answer badly
+            when the very first tokens are gone.
         drop: the share of the other tokens that goes when there is no room. 0 drops nothing, ever: past the
             window the model then does what it does without this cache.
         checkpoint_every: for models with layers that keep a running state (linear attention, SSM, convolution): keep
@@ -102,7 +103,7 @@ class AttentionStoreCache(CacheForwards):
         store: AttentionStore | None = None,
         *,
         window: int | None = None,
-        keep_first: int = 0,
+        keep_first: int | None = None,
         drop: float = 0.5,
         checkpoint_every: int | None = None,
         record: bool = False,

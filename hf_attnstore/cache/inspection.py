@@ -39,7 +39,7 @@ def describe(model: nn.Module) -> str:
         lines.append(f"reuse        {_GRANULARITY[granularity(layers)]}")
     except UnsupportedModelError as error:
         lines.append(f"layers       can't be kept: {error}")
-    window = window_of(config, None, 0, 1.0)
+    window = window_of(config, None, None, 1.0)
     lines.append(f"window       {f'{window.size:,} tokens' if window else 'no limit stated'}")
     geometry = probe(model)
     verdict = "kept keys are rotated to their new places" if geometry.movable else "kept tokens are computed again"

@@ -45,7 +45,7 @@ class SequenceToSequenceCache(SequenceToSequenceForwards):
         store: AttentionStore | None = None,
         *,
         window: int | None = None,
-        keep_first: int = 0,
+        keep_first: int | None = None,
         drop: float = 0.0,
         record: bool = False,
         save: bool = True,

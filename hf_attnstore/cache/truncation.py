@@ -10,14 +10,15 @@ import numpy as np
 
 from ..session.spans import Span, total_tokens
 from ..session.view import View
-from ..session.window import Cuts, Window
+from ..session.window import KEEP_FIRST, Cuts, Window
 from .structure import positions_of
 
 logger = logging.getLogger("hf_attnstore")
 
 
-def window_of(config: Any, size: int | None, keep_first: int, drop: float) -> Window | None:
-    """The window as a user asked for it; by default as large as the text model's positions go.
+def window_of(config: Any, size: int | None, keep_first: int | None, drop: float) -> Window | None:
+    """The window as a user asked for it; by default as large as the text model's positions go, and keeping `KEEP_FIRST`
+    tokens where there is room for others.
 
     Returns:
         None where nothing is ever dropped: `drop=0`, or a model that states no limit.
@@ -30,6 +31,8 @@ def window_of(config: Any, size: int | None, keep_first: int, drop: float) -> Wi
         size = positions_of(config.get_text_config(decoder=True))
     if drop == 0 or not size or (isinstance(size, int) and size < 0):
         return None
+    if keep_first is None:
+        keep_first = min(KEEP_FIRST, max(int(size) // 2 - 1, 0))
     return Window(int(size), keep_first, drop)
 
 

@@ -7,6 +7,10 @@ from typing import Protocol
 
 from ..errors import CacheUseError, ContextWindowError
 
+KEEP_FIRST = 4
+"""Leading tokens that are kept unless somebody says otherwise: models put much of their attention on the first ones,
+whatever they are (attention sinks: Xiao et al., arXiv 2309.17453), and answer badly without."""
+
 
 class Cuts(Protocol):
     """Where a conversation may be cut; positions are those in the whole conversation."""
@@ -33,7 +37,7 @@ class Window:
 
     size: int
     """Tokens, those still to be generated included."""
-    keep_first: int = 0
+    keep_first: int
     """Leading tokens that are never dropped: a system prompt, attention sinks."""
     drop: float = 0.5
     """The share of the other tokens, oldest first, that goes when there is no room."""

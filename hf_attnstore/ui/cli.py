@@ -98,7 +98,6 @@ def ui(
         accounts=accounts,
         ready=lambda address: console.print(f"open [bold]{address}[/] (Ctrl-C ends it)"),
         system=system,
-        keep_first="system",
         checkpoint_every=checkpoint_every,
         **options,
     )

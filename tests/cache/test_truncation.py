@@ -181,12 +181,32 @@ def test_of_a_message_that_takes_another_s_place_nothing_is_dropped(store: Atten
     prompt = torch.cat([held[:, :20], tokens(56, 7)], dim=1)
     cache = AttentionStoreCache(model, "alice", store, window=80)
     ours = turn(model, prompt, cache)
-    assert cache.stats.dropped_tokens == 10  # half of the 20 that are old, and nothing of what is new
+    assert cache.stats.dropped_tokens == 8  # half of the 16 that are old and not kept first, and nothing of what is new
     assert cache.prefilled_tokens == 56
     longer = torch.cat([held[:, :20], tokens(75, 8)], dim=1)
     with pytest.raises(ContextWindowError, match="75 new tokens"):
         turn(model, longer, AttentionStoreCache(model, "alice", store, window=80))
     assert torch.equal(ours.sequences[:, : prompt.shape[1]], prompt)
+
+
+def test_the_first_tokens_are_kept_unless_somebody_says_otherwise(store: AttentionStore) -> None:
+    model = make_model()
+    held = turn(model, tokens(60), AttentionStoreCache(model, "alice", store, window=80)).sequences
+    prompt = follow_up(held, 16, 7)
+    shown = {}
+    for keep_first in (None, 4, 0, 1):
+        cache = AttentionStoreCache(model, "alice", store, window=80, keep_first=keep_first, save=False)
+        turn(model, prompt, cache)
+        assert cache.stats.truncation == "rotated"
+        assert cache.prefilled_tokens == 17
+        shown[keep_first] = cache.token_ids[: 80 - ROOM]
+    first = prompt[0].tolist()
+    assert shown[None] == shown[4]
+    assert shown[None][:4] == first[:4]
+    assert shown[0][0] != first[0]
+    assert shown[1][0] == first[0]
+    for window in (2, 3, 5, 9):  # however small a window is, the default leaves room in it
+        AttentionStoreCache(model, "bob", store, window=window)
 
 
 def test_no_room_for_the_answer_is_said_at_the_call(store: AttentionStore) -> None:

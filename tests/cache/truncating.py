@@ -43,7 +43,7 @@ def turned(keys: torch.Tensor, by: torch.Tensor, inv_freq: torch.Tensor) -> torc
 class TruncatingReference:
     """A conversation in a window: KV is kept aside as it was made, and put together anew for every turn."""
 
-    def __init__(self, model: Any, window: int, keep_first: int = 0, drop: float = 0.5) -> None:
+    def __init__(self, model: Any, window: int, keep_first: int = 4, drop: float = 0.5) -> None:
         self.model, self.window, self.keep_first, self.drop = model, window, keep_first, drop
         self.ids: list[int] = []
         self.shown: list[int] = []
