@@ -61,12 +61,14 @@ def test_a_text_is_begun_as_the_tokenizer_begins_one(tmp_path: Path) -> None:
 def test_the_command_writes_its_report(tmp_path: Path) -> None:
     model = save_tiny_chat_model(tmp_path / "model")
     arguments = ["bench", "truncation", "--model", str(model), "--window", "64", "--tokens", "300", "--chunk", "16"]
+    arguments += ["--dtype", "float32"]
     arguments += ["--resume-shape", "tiny", "--resume-history", "128", "--repeats", "2", "--output", str(tmp_path)]
     result = CliRunner().invoke(cli.app, arguments, env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
     assert "truncated, from disk" in result.output
     record = json.loads((tmp_path / "truncation-model.json").read_text())
-    assert [found["method"] for found in record["streams"]] == ["TT", "CA", "NKVT", "TT", "CA"]
+    assert [found["method"] for found in record["streams"]] == ["TT", "CA", "NKVT", "TT", "CA", "TT", "CA"]
+    assert [found["keep_first"] for found in record["streams"]] == [0, 0, 0, 1, 1, 4, 4]
     assert (tmp_path / "truncation-model.png").stat().st_size > 10_000
     assert "tokens computed again" in (tmp_path / "truncation-model.md").read_text()
 

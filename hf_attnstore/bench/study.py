@@ -29,6 +29,7 @@ from transformers.cache_utils import DynamicLayer
 from hf_attnstore import AttentionStore, AttentionStoreCache
 from hf_attnstore.bench.shapes import BenchError, random_ids
 from hf_attnstore.cache.argument import as_forward_takes, as_generate_takes
+from hf_attnstore.session.window import KEEP_FIRST
 
 METHODS = ("TT", "CA", "NKVT")
 
@@ -55,9 +56,20 @@ class Stream:
         return f"{self.method}, {self.keep_first} first kept" if self.keep_first else self.method
 
     @property
+    def nats_per_token(self) -> float:
+        """After the first truncation."""
+        return sum(self.nats) / max(sum(self.tokens), 1)
+
+    @property
     def perplexity(self) -> float:
         """Per token, after the first truncation."""
-        return math.exp(sum(self.nats) / max(sum(self.tokens), 1))
+        return math.exp(self.nats_per_token)
+
+
+def methods_for(model: PreTrainedModel) -> tuple[str, ...]:
+    """The methods that a model can be streamed by: cutting keys by hand needs layers that all attend to everything."""
+    plain = all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
+    return METHODS if plain else METHODS[:2]
 
 
 def stream(
@@ -129,8 +141,6 @@ class _ByHand(_Walk):
         super().__init__(*args)
         self.held: torch.Tensor | None = None
         self.cache = DynamicCache(config=self.model.config)
-        if any(type(layer) is not DynamicLayer for layer in self.cache.layers):
-            raise BenchError("The study compares models whose layers all attend to everything; this one has others.")
 
     def step(self, ids: torch.Tensor, start: int) -> tuple[torch.Tensor, bool]:
         held = self.held if self.held is not None else ids[:, :0]
@@ -257,7 +267,7 @@ def resume(model: PreTrainedModel, history: int, new: int, repeats: int, seed: i
 
     The truncated conversation is one that had grown to twice as many tokens and lost half of them.
     """
-    window = 2 * history
+    window = 2 * history - KEEP_FIRST  # of which what is kept first and half of the others stay: `history` tokens
     result = Resumed(history + new)
     folders = tempfile.TemporaryDirectory(prefix="attnstore-study-")
     with folders as folder, AttentionStore(folder, memory="8GiB", device=0) as store:
@@ -308,7 +318,7 @@ def _first_token(model: PreTrainedModel, ids: torch.Tensor, cache: Any) -> None:
 def _check(cache: AttentionStoreCache, name: str, history: int, tier: str) -> None:
     """Stops a measurement that does not measure what it says."""
     stats = cache.stats
-    rotated = history if name == "truncated" else 0
+    rotated = history - KEEP_FIRST if name == "truncated" else 0
     if (stats.reused_tokens, stats.rotated_tokens) != (history, rotated) or not stats.blocks_from.get(tier):
         raise BenchError(
             f"A resumed turn ({name}, from {tier}) reused {stats.reused_tokens} of {history} tokens: {stats}"

@@ -29,7 +29,10 @@ def truncation(
     tokens: Annotated[int, typer.Option(min=64, help="Tokens of each text at most.")] = 16384,
     window: Annotated[int | None, typer.Option(min=16, help="Tokens; by default the model's positions.")] = None,
     chunk: Annotated[int, typer.Option(min=1, help="Tokens fed at a time.")] = 64,
-    keep_first: Annotated[int, typer.Option(min=0, help="Leading tokens kept, in a second run of TT and CA.")] = 4,
+    keep_first: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Leading tokens kept, in further runs of TT and CA; repeat it. [default: 1 and 4]"),
+    ] = None,
     resume_shape: Annotated[
         str, typer.Option(help="Shape on which resumed turns are timed; 'none' leaves that out.")
     ] = "small",
@@ -37,6 +40,7 @@ def truncation(
     repeats: Annotated[int, typer.Option(min=1, help="Times that resumed turns are measured.")] = 9,
     output: Annotated[Path | None, typer.Option(help="Folder for the report: JSON, PNG and Markdown.")] = None,
     device: Annotated[str | None, typer.Option(help="Such as cuda or cpu.")] = None,
+    dtype: Annotated[str, typer.Option(help="Such as bfloat16 or float32; auto is what the checkpoint has.")] = "auto",
     seed: Annotated[int, typer.Option(help="For sampled text and random weights.")] = 0,
     check: Annotated[bool, typer.Option(help="Exit with 1 if a truncated resume costs more than its bar.")] = False,
 ) -> None:
@@ -47,8 +51,8 @@ def truncation(
     console = Console()
     with errors_in_one_line():
         missed = _truncation(
-            console, model, text or [], tokens, window, chunk, keep_first, resume_shape, resume_history, repeats,
-            output, device, seed,
+            console, model, text or [], tokens, window, chunk, keep_first or [1, 4], resume_shape, resume_history,
+            repeats, output, device, dtype, seed,
         )  # fmt: skip
     if check and missed:
         raise typer.Exit(1)
@@ -61,22 +65,23 @@ def _truncation(
     tokens: int,
     window: int | None,
     chunk: int,
-    keep_first: int,
+    keep_first: list[int],
     resume_shape: str,
     resume_history: int,
     repeats: int,
     output: Path | None,
     device: str | None,
+    dtype: str,
     seed: int,
 ) -> bool:
     from hf_attnstore.bench.machine import describe_machine, in_words, versions
     from hf_attnstore.bench.shapes import BenchError, choose_model, load_model
-    from hf_attnstore.bench.study import METHODS, Resumed, Stream, own_text, resume, stream, tokenised
+    from hf_attnstore.bench.study import Resumed, Stream, methods_for, own_text, resume, stream, tokenised
     from hf_attnstore.bench.study_report import RESUME_BAR, as_markdown, draw, print_study
     from hf_attnstore.cache.structure import positions_of
     from hf_attnstore.chat_model import load_chat_model
 
-    loaded, tokenizer = load_chat_model(name, device=device)
+    loaded, tokenizer = load_chat_model(name, device=device, dtype=dtype)
     size = window or positions_of(loaded.config.get_text_config(decoder=True))
     if size is None:
         raise BenchError("This model states no number of positions: give a --window.")
@@ -87,8 +92,8 @@ def _truncation(
         else:
             sources = [("text sampled by the model", own_text(loaded, tokens, seed, tokenizer.bos_token_id))]
         ids = [(label, found[:, :tokens].to(loaded.device)) for label, found in sources]
-        plan = [(method, 0) for method in METHODS]
-        plan += [(method, keep_first) for method in ("TT", "CA") if keep_first]
+        plan = [(method, 0) for method in methods_for(loaded)]
+        plan += [(method, first) for first in keep_first for method in ("TT", "CA")]
         streams: list[Stream] = []
         for method, first in plan:
             merged = Stream(method, first)

@@ -21,16 +21,20 @@ _COLOURS = {"TT": "#57606a", "CA": "#1f6feb", "NKVT": "#cf222e"}
 
 def stream_rows(streams: Sequence[Stream]) -> list[tuple[str, ...]]:
     """Method, perplexity, prefill, truncations and time of each stream, as text."""
-    best = next((s for s in streams if s.method == "TT" and not s.keep_first), None)
+    anew = {found.keep_first: found.nats_per_token for found in streams if found.method == "TT"}
+    best = anew.get(1, anew.get(0))
     rows: list[tuple[str, ...]] = []
     for found in streams:
-        ratio = f"{found.perplexity / best.perplexity:.3f} ×" if best else ""
+        against = f"{found.nats_per_token - best:+.4f}" if best is not None else ""
+        same = f"{found.nats_per_token - anew[found.keep_first]:+.4f}" if found.keep_first in anew else ""
         seconds = statistics.median(found.truncation_seconds) if found.truncation_seconds else 0.0
         rows.append(
             (
                 found.label,
                 f"{found.perplexity:,.2f}",
-                ratio,
+                f"{found.nats_per_token:.4f}",
+                against,
+                same,
                 f"{found.prefilled:,}",
                 f"{found.truncations:,}",
                 f"{seconds * 1e3:,.1f}",
@@ -39,7 +43,16 @@ def stream_rows(streams: Sequence[Stream]) -> list[tuple[str, ...]]:
     return rows
 
 
-STREAM_COLUMNS = ("method", "perplexity", "× TT", "tokens computed again", "truncations", "ms per truncated chunk")
+STREAM_COLUMNS = (
+    "method",
+    "perplexity",
+    "nats a token",
+    "against TT, first token kept",
+    "against TT, as many kept",
+    "tokens computed again",
+    "truncations",
+    "ms per truncated chunk",
+)
 
 
 def resume_rows(resumed: Resumed) -> list[tuple[str, str, str]]:
