@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from chat_fixtures import save_tiny_chat_model
 from rich.console import Console
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from hf_attnstore import cli
-from hf_attnstore.chat_model import ModelNotFoundError
+from hf_attnstore.chat_model import ModelNotFoundError, load_chat_model
 from hf_attnstore.demo import DemoError, DemoResult, TurnResult, run_demo, runner, script
+from hf_attnstore.demo.kept import KeptCache, KeptTask, run_kept
 from hf_attnstore.demo.turn import TurnTask, first_difference, run_turn
 
 MESSAGES = ("the old prince looked at the letter and said nothing to the others", "and then", "what did the mother say")
@@ -191,3 +193,46 @@ def test_script_fits_the_small_model_and_nearly_fills_its_window() -> None:
     used = budget.said[-1] + sum(turn.answer_tokens for turn in turns)
     assert 850 <= used <= 1024
     assert AutoTokenizer.from_pretrained(SMALL_MODEL).chat_template
+
+
+def test_in_16_bits_answers_are_compared_with_a_kept_cache(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "MESSAGES", MESSAGES)
+    console = Console(record=True, width=80, file=io.StringIO())
+    result = run_demo(str(tiny), tmp_path / "out", repeats=1, dtype="bfloat16", console=console)
+    assert result.same_tokens
+    assert [turn.reused_tokens > 0 for turn in result.turns] == [False, True, True]
+    assert "kept in memory" in " ".join(console.export_text().split())
+    assert json.loads((tmp_path / "out" / "demo.json").read_text())["compared_with"] == "a cache kept in memory"
+    prompts, answers = ([getattr(turn, name) for turn in result.turns] for name in ("prompt_ids", "answer_ids"))
+    task = KeptTask(str(tiny), prompts, [len(answer) for answer in answers], dtype="bfloat16")
+    assert run_kept(task) == answers
+
+
+def test_an_answer_that_no_kept_cache_gives_is_found_in_16_bits() -> None:
+    turn = result_of(dtype="bfloat16", answer_ids=[1, 2, 3], as_plain=False, same_tokens=False, first_difference=2)
+    turn.compare([1, 2, 3])
+    assert (turn.same_tokens, turn.first_difference) == (True, None)
+    turn.compare([1, 9, 3])
+    assert (turn.same_tokens, turn.first_difference) == (False, 1)
+    shaky = result_of(dtype="bfloat16", answer_ids=[1], same_tokens=False, same_with_store=False, first_difference=0)
+    shaky.compare([1])
+    assert not shaky.same_tokens
+
+
+def test_a_kept_cache_goes_back_to_where_a_prompt_agrees(tiny: Path) -> None:
+    model, tokenizer = load_chat_model(tiny)
+    kept = KeptCache(model, tokenizer)
+    prompts = [[5, 6, 7, 8], [5, 6, 9, 9, 9], [7, 7], [7, 7]]
+    fed: list[int] = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: fed.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    for prompt, first in zip(prompts, [4, 3, 2, 1], strict=True):
+        fed.clear()
+        answer = kept.answer(prompt, 3)
+        assert fed == [first, 1, 1]
+        ids = torch.tensor([prompt])
+        plain = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
+        assert answer == plain[0, len(prompt) :].tolist()

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_attnstore import real_models
+from hf_attnstore import AttentionStore, ChatSession, real_models
 from hf_attnstore.chat_model import load_chat_model, model_source
+from hf_attnstore.demo.kept import KeptCache
 from hf_attnstore.real_models import CONVERTER, REAL_MODELS, ModelNotFoundError, real_model_path
 
 ROOT = Path(__file__).parent.parent
@@ -62,3 +63,21 @@ def test_a_real_model_knows_its_language(name: str, real_model_folder: Callable[
     with torch.no_grad():
         assert model.dtype == torch.bfloat16
         assert model(input_ids=ids, labels=ids).loss < 3  # nats a token; knowing nothing costs 10.8 and 12.5
+
+
+def test_in_bfloat16_a_chat_from_disk_says_what_a_kept_cache_says(
+    tmp_path: Path, real_model_folder: Callable[[str], Path]
+) -> None:
+    model, tokenizer = load_chat_model(real_model_folder("smollm2"))
+    kept = KeptCache(*load_chat_model(real_model_folder("smollm2")))
+    known = 0
+    for message in ("Tell me of the sea.", "And of the ships on it?", "Who was the captain of the largest one?"):
+        with AttentionStore(tmp_path / "store", block_size=16) as store:
+            chat = ChatSession(model, tokenizer, store, "alice", max_new_tokens=16, do_sample=False)
+            prompt = chat.prompt_ids(message)
+            chat.send(message)
+            assert chat.token_ids[len(prompt) :] == kept.answer(prompt, 16)
+            assert chat.stats is not None
+            assert chat.stats.reused_tokens == max(known - 1, 0)  # the last token was never fed
+            assert chat.stats.cache.loaded_bytes > 0 or not known
+            known = len(chat.token_ids)

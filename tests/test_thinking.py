@@ -555,11 +555,12 @@ def test_the_terminal_prefills_while_nobody_types(tags: Talk, tmp_path: Path) ->
         assert [info.name for info in store.sessions()] == ["alice"]
 
 
-def test_the_bench_counts_and_compares(tags: Talk, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_the_bench_counts_and_compares(dtype: str, tags: Talk, tmp_path: Path) -> None:
     tags.plain.save_pretrained(tmp_path / "model")
     tags.tokenizer.save_pretrained(tmp_path / "model")
     arguments = ["bench", "thinking", "--turns", "3", "--message", "8", "--reasoning", "16", "--answer", "12"]
-    arguments += ["--model", str(tmp_path / "model")]
+    arguments += ["--model", str(tmp_path / "model"), "--dtype", dtype]
     result = CliRunner().invoke(cli.app, [*arguments, "--output", str(tmp_path)], env={"COLUMNS": "220"})
     assert result.exit_code == 0, result.output
     assert "store, canonicalize" in result.output

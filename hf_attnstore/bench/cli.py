@@ -56,6 +56,7 @@ def bench(
     ] = None,
     block_size: Annotated[int, typer.Option(min=1, help="Tokens per block.")] = 256,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Such as bfloat16; auto is that of the shape or checkpoint.")] = "auto",
     threads: Annotated[int, typer.Option(min=0, help="Threads that torch computes with; 0: its default.")] = 0,
     rss: Annotated[bool, typer.Option(help="Also measure peak memory, each in a process of its own.")] = True,
     timeline: Annotated[
@@ -70,8 +71,8 @@ def bench(
 ) -> None:
     """Measure a resumed turn side by side: recomputed, kept in memory, from the store, from plain files.
 
-    Tokens are compared on the way: if a method gives other tokens than plain generate, the bench stops
-    with an error.
+    Tokens are compared on the way: if a method gives other tokens than plain generate (in 16 bits: than a cache
+    kept in memory), the bench stops with an error.
     """
     if context.invoked_subcommand is not None:
         return
@@ -81,7 +82,8 @@ def bench(
         if timeline is not None:
             write_timeline(
                 console, timeline, shape=shape, model=model, history=histories[0], new=new, decode=decode,
-                device=device, seed=seed, block_size=block_size, threads=threads, store=store, output=output,
+                device=device, dtype=dtype, seed=seed, block_size=block_size, threads=threads, store=store,
+                output=output,
             )  # fmt: skip
             return
         if model is None and shape is None:
@@ -100,6 +102,7 @@ def bench(
             store=store,
             block_size=block_size,
             device=device,
+            dtype=dtype,
             threads=threads,
             rss=rss,
         )
@@ -148,6 +151,7 @@ def _bench(
     store: Path | None,
     block_size: int,
     device: str,
+    dtype: str,
     threads: int,
     rss: bool,
 ) -> bool:
@@ -161,7 +165,9 @@ def _bench(
 
     if threads:
         torch.set_num_threads(threads)
-    spec = choose_model(shape, name, device=device, seed=seed, max_tokens=max(histories) + new + decode + 1)
+    spec = choose_model(
+        shape, name, device=device, seed=seed, max_tokens=max(histories) + new + decode + 1, dtype=dtype
+    )
     if store is not None:
         store.mkdir(parents=True, exist_ok=True)
     root = Path(tempfile.mkdtemp(prefix="attnstore-bench-", dir=store))

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from hf_attnstore import AttentionStore, AttentionStoreCache
 from hf_attnstore.bench.methods import check_tier
-from hf_attnstore.bench.shapes import BenchError, random_ids
+from hf_attnstore.bench.shapes import BenchError, is_exact, random_ids
 from hf_attnstore.bench.timing import Sample, timed_generate
 from hf_attnstore.cache import gating
 from hf_attnstore.cache.costs import Costs
@@ -113,7 +113,7 @@ def measure(
         folder: for the store; temporary by default.
 
     Raises:
-        BenchError: methods gave different tokens, or KV came from another tier.
+        BenchError: methods gave different tokens, in a dtype of at least 32 bits, or KV came from another tier.
     """
     cells = []
     with tempfile.TemporaryDirectory(prefix="attnstore-gate-", dir=folder) as place:
@@ -204,7 +204,7 @@ def _all_histories(
                     if method == "gate":
                         cell.reused.append(cache.reused_tokens)
                         cell.reason = cache.stats.gate
-                if len(tokens) > 1:
+                if len(tokens) > 1 and is_exact(model):
                     raise BenchError(f"The methods gave different tokens for {cell.history} tokens from {tier.label}.")
     return cells
 

@@ -39,6 +39,7 @@ def gate(
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for the report: JSON, PNG and Markdown.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Such as bfloat16; auto is that of the shape or checkpoint.")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="Torch threads.", show_default=False)] = None,
     seed: Annotated[int, typer.Option(help="For weights and tokens.")] = 0,
     check: Annotated[bool, typer.Option(help="Exit with 1 if the mean regret is above its bar.")] = False,
@@ -51,7 +52,7 @@ def gate(
     with errors_in_one_line():
         missed = _gate(
             console, shape, model, history or _HISTORIES, new, [value * 1e6 for value in bandwidth or []], repeats,
-            store, output, device, threads, seed,
+            store, output, device, dtype, threads, seed,
         )  # fmt: skip
     if check and missed:
         raise typer.Exit(1)
@@ -68,6 +69,7 @@ def _gate(
     folder: Path | None,
     output: Path | None,
     device: str,
+    dtype: str,
     threads: int | None,
     seed: int,
 ) -> bool:
@@ -89,7 +91,12 @@ def _gate(
     if threads is not None:
         torch.set_num_threads(threads)
     spec = choose_model(
-        shape or (None if name else "small"), name, device=device, seed=seed, max_tokens=max(histories) + new + 8
+        shape or (None if name else "small"),
+        name,
+        device=device,
+        seed=seed,
+        max_tokens=max(histories) + new + 8,
+        dtype=dtype,
     )
     with console.status("loading the model") as status:
         model = load_model(spec)

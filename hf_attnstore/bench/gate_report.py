@@ -99,7 +99,8 @@ def as_markdown(
         "",
         f"A conversation whose history the store has is resumed with {new} new tokens; times are medians of {repeats} "
         "turns from the call to the first token, the methods one right after the other in changing order, and all gave "
-        "the same tokens. Regret is the gate's time against the better of always loading and always computing, both "
+        "the same tokens (compared where the dtype has at least 32 bits). "
+        "Regret is the gate's time against the better of always loading and always computing, both "
         "through the same cache; plain `generate`, without any, is beside them. The regret of the choice is by the "
         "times of the method that always does what the gate chose: it leaves out what choosing takes, and noise. In "
         "each tier the gate began knowing nothing, had a first turn of each length and four resumed ones to learn, and "

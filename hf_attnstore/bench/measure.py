@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from hf_attnstore import AttentionStore, AttentionStoreCache, detach
 from hf_attnstore.bench import baselines, pagecache
 from hf_attnstore.bench.methods import METHODS, SESSION, Method, Setting, StoreCold, check_reuse, with_load
-from hf_attnstore.bench.shapes import BenchError, random_ids
+from hf_attnstore.bench.shapes import BenchError, is_exact, random_ids
 from hf_attnstore.bench.timing import Sample, settle, timed_generate
 
 PROBES: dict[str, str] = {
@@ -207,7 +207,7 @@ class _Run:
         self.methods: dict[str, Method] = {kind.key: kind(cold if kind is StoreCold else setting) for kind in METHODS}
         self.plain: tuple[int, ...] | None = None
         self.kept: tuple[int, ...] | None = None
-        self.exact = setting.model.dtype in (torch.float32, torch.float64)
+        self.exact = is_exact(setting.model)
 
     def all(self, progress: Callable[[str, int], None], only: Sequence[str] | None) -> None:
         steps: dict[str, Callable[[int], None]] = {"first": self._first_turn, "saving": self._saving_turn}

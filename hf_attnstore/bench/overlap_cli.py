@@ -47,6 +47,7 @@ def overlap(
     seed: Annotated[int, typer.Option(help="For weights, token ids and the order of measurements.")] = 0,
     block_size: Annotated[int, typer.Option(min=1, help="Tokens per block.")] = 256,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Such as bfloat16; auto is that of the shape or checkpoint.")] = "auto",
     threads: Annotated[int, typer.Option(min=0, help="Threads that torch computes with; 0: its default.")] = 0,
 ) -> None:
     """Measure resumed turns with overlap of loading and computing, with less of it, and without; and saving likewise.
@@ -69,7 +70,7 @@ def overlap(
         saving_disks = [disk for disk in disks if not disk.cold]  # what is written is in the page cache
         histories = list(dict.fromkeys(point.history for point in plan))
         longest = max(point.history + point.new for point in plan) + decode + 1
-        setting = _Setting(shape, model, device, seed, block_size, decode, threads, longest, store)
+        setting = _Setting(shape, model, device, dtype, seed, block_size, decode, threads, longest, store)
         with setting.opened(console) as (loaded, root, about, machine), console.status("measuring") as status:
             from hf_attnstore.bench.machine import ForeignLoad
             from hf_attnstore.bench.overlap import ways_of
@@ -129,6 +130,7 @@ def write_timeline(
     new: int,
     decode: int,
     device: str,
+    dtype: str,
     seed: int,
     block_size: int,
     threads: int,
@@ -150,7 +152,9 @@ def write_timeline(
     from hf_attnstore.cache.overlap import Overlap
     from hf_attnstore.timeline import trace_json
 
-    setting = _Setting(shape, model, device, seed, block_size, decode, threads, history + new + decode + 1, store)
+    setting = _Setting(
+        shape, model, device, dtype, seed, block_size, decode, threads, history + new + decode + 1, store
+    )
     cold = Disk("cold", "page cache dropped", cold=True)
     with (
         setting.opened(console) as (loaded, root, _, _),
@@ -224,6 +228,7 @@ class _Setting:
         shape: str | None,
         model: str | None,
         device: str,
+        dtype: str,
         seed: int,
         block_size: int,
         decode: int,
@@ -239,7 +244,7 @@ class _Setting:
             torch.set_num_threads(threads)
         if shape is None and model is None:
             shape = "small"
-        self._spec = choose_model(shape, model, device=device, seed=seed, max_tokens=longest)
+        self._spec = choose_model(shape, model, device=device, seed=seed, max_tokens=longest, dtype=dtype)
         self._seed, self._block_size, self._decode, self._store = seed, block_size, decode, store
         self.label = self._spec.label
 

@@ -40,6 +40,7 @@ def queue(
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for the report: JSON and Markdown.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Such as bfloat16; auto is that of the shape or checkpoint.")] = "auto",
     seed: Annotated[int, typer.Option(help="For weights, tokens and order.")] = 0,
     check: Annotated[bool, typer.Option(help="Exit with 1 if a bar is missed.")] = False,
 ) -> None:
@@ -51,7 +52,9 @@ def queue(
     console = Console()
     with errors_in_one_line():
         longest = history + (rounds + 1) * (new + decode)
-        spec = choose_model(shape or (None if model else "small"), model, device=device, seed=seed, max_tokens=longest)
+        spec = choose_model(
+            shape or (None if model else "small"), model, device=device, seed=seed, max_tokens=longest, dtype=dtype
+        )
         with console.status("loading the model") as status:
             others = ForeignLoad()
             loaded = load_model(spec)

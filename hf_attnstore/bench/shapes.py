@@ -146,6 +146,11 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
     return model
 
 
+def is_exact(model: PreTrainedModel) -> bool:
+    """Whether its dtype has so many bits that prefilling a prompt in parts changes no token; 16 are too few."""
+    return model.dtype in (torch.float32, torch.float64)
+
+
 def _dtype(name: str) -> torch.dtype | None:
     """A dtype by name; None for "auto".
 

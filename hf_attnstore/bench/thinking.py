@@ -6,6 +6,9 @@ three ways, one right after the other, and all must say the same:
 - `recompute`: plain `generate`, which prefills the whole conversation.
 - `store`: a `ChatSession`. What comes after the place where the last answer's reasoning stood is prefilled again.
 - `canonicalize`: one that prefills that between the turns.
+
+In 16 bits prompts that are prefilled in parts are rounded otherwise than in one go. There, each session has to say what
+a `DynamicCache` says that is kept in memory and prefilled in the same parts.
 """
 
 from __future__ import annotations
@@ -21,8 +24,10 @@ import numpy as np
 from transformers import LogitsProcessorList
 
 from hf_attnstore import AttentionStore, ChatSession
-from hf_attnstore.bench.shapes import BenchError
+from hf_attnstore.bench.shapes import BenchError, is_exact
 from hf_attnstore.bench.thinking_styles import Script, Style, reasoned
+from hf_attnstore.cache.prefill import CHUNK
+from hf_attnstore.demo.kept import KeptCache
 from hf_attnstore.timing import GenerateRun, timed_generate
 
 if TYPE_CHECKING:
@@ -100,10 +105,11 @@ def run(
                 "store": ChatSession(model, tokenizer, one, "chat"),
                 "canonicalize": ChatSession(model, tokenizer, other, "chat", canonicalize=True),
             }
+            kept = {} if is_exact(model) else {method: KeptCache(plain, tokenizer) for method in sessions}
             random = np.random.default_rng(seed)
             for number in range(turns):
                 progress(f"{style.name}: repeat {repeat + 1} of {repeats}, turn {number + 1} of {turns}")
-                found = _turn(sessions, plain, tokenizer, style, lengths, random, number + repeat)
+                found = _turn(sessions, kept, plain, tokenizer, style, lengths, random, number + repeat)
                 if repeat == 0:
                     talk.turns.append(found)
                 else:
@@ -113,6 +119,7 @@ def run(
 
 def _turn(
     sessions: dict[str, ChatSession],
+    kept: dict[str, KeptCache],
     plain: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     style: Style,
@@ -123,8 +130,9 @@ def _turn(
     message = _message(tokenizer, lengths.message, random)
     reasoning = random.choice(_plain_ids(tokenizer), lengths.reasoning).tolist()
     steps = reasoned(tokenizer, style, reasoning, lengths.answer)
-    prompt = sessions["store"].prompt_ids(message)
-    if sessions["canonicalize"].prompt_ids(message) != prompt:
+    prompts = {method: chat.prompt_ids(message) for method, chat in sessions.items()}
+    prompt = prompts["store"]
+    if prompts["canonicalize"] != prompt and not kept:
         raise BenchError(f"{style.name}: the two sessions do not have the same conversation any more.")
     turn = Turn(len(prompt))
     answers: dict[str, list[int]] = {}
@@ -147,7 +155,7 @@ def _turn(
             chat.store.flush()  # and so waits for the background: nothing is to run while others are measured
             assert chat.stats is not None
             turn.prefilled[method], seconds = chat.stats.prefilled_tokens, chat.stats.ttft_seconds
-            answers[method] = chat.token_ids[len(prompt) :]
+            answers[method] = chat.token_ids[len(prompts[method]) :]
             work = chat.stats.background
             if work is not None:
                 if work.outcome != "done":
@@ -156,8 +164,15 @@ def _turn(
                 turn.background_seconds = [work.seconds]
         assert seconds is not None
         turn.ttft[method] = [seconds]
-    if any(answers[method] != answers["recompute"] for method in METHODS):
-        raise BenchError(f"{style.name}: with the store, other tokens came out than by plain generate.")
+    for method, chat in sessions.items():
+        expected = answers["recompute"]
+        if kept:
+            steering = LogitsProcessorList([Script(steps, tokenizer)])
+            expected = kept[method].answer(prompts[method], len(steps), logits_processor=steering)
+            kept[method].feed(chat.store.tokens("chat"), CHUNK)  # what the session computed between the turns
+        if answers[method] != expected:
+            other = "a cache kept in memory" if kept else "plain generate"
+            raise BenchError(f"{style.name}: with the store, other tokens came out than by {other}.")
     if not turn.prefilled["canonicalize"] <= turn.prefilled["store"] <= turn.prefilled["recompute"]:
         raise BenchError(f"{style.name}: {turn.prefilled} tokens were prefilled, which can't be.")
     return turn

@@ -26,6 +26,7 @@ def thinking(
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for the report: JSON, PNG and Markdown.")] = None,
     device: Annotated[str | None, typer.Option(help="Such as cuda or cpu.")] = None,
+    dtype: Annotated[str, typer.Option(help="Such as bfloat16 or float32; auto is what the checkpoint has.")] = "auto",
     seed: Annotated[int, typer.Option(help="For messages and reasoning.")] = 0,
 ) -> None:
     """Measure turns after answers that reasoned, for three ways in which chat templates treat reasoning.
@@ -34,7 +35,7 @@ def thinking(
     """
     console = Console()
     with errors_in_one_line():
-        _thinking(console, turns, message, reasoning, answer, repeats, model, output, device, seed)
+        _thinking(console, turns, message, reasoning, answer, repeats, model, output, device, dtype, seed)
 
 
 def _thinking(
@@ -47,6 +48,7 @@ def _thinking(
     name: str | None,
     output: Path | None,
     device: str | None,
+    dtype: str,
     seed: int,
 ) -> None:
     from hf_attnstore.bench.machine import ForeignLoad, describe_machine, in_words, versions
@@ -62,8 +64,8 @@ def _thinking(
     talks = []
     with console.status("loading the model") as status:
         for style in STYLES:
-            model, tokenizer = load_chat_model(name, device=device)
-            plain, _ = load_chat_model(name, device=device)
+            model, tokenizer = load_chat_model(name, device=device, dtype=dtype)
+            plain, _ = load_chat_model(name, device=device, dtype=dtype)
             dressed = dress(tokenizer, style)
             dressed.model_max_length = 1 << 30  # there is no need to warn of long conversations
             for one in (model, plain):

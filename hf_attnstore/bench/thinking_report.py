@@ -81,7 +81,8 @@ def as_markdown(
         f"{len(talks[0].turns)} turns: messages of about {lengths.message} tokens, then {lengths.reasoning} tokens of "
         f"reasoning and {lengths.answer} of answer. Prefilled are the tokens of a prompt that the model computed while "
         "the user waited; per turn, times and ratios are medians over all turns but the first, in which all is new. "
-        "Every turn was run by all methods, one right after the other in changing order, and all gave the same tokens. "
+        "Every turn was run by all methods, one right after the other in changing order, and all gave the same tokens "
+        "(in 16 bits: those of a cache kept in memory and prefilled in the same parts). "
         "What runs in the background ran alone, between the turns.",
         "",
     ]

@@ -24,6 +24,7 @@ from ..chat_model import load_chat_model
 from ..errors import AttentionStoreError
 from ..store import AttentionStore
 from ..timing import GenerateRun, timed_generate
+from .kept import KeptTask, run_kept
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -65,6 +66,7 @@ class TurnResult:
     answer: str
     answer_tokens: int
     same_tokens: bool
+    """Whether the answer is that of `reference`, in every repeat."""
     first_difference: int | None
     ttft_with: list[float]
     ttft_without: list[float]
@@ -72,6 +74,28 @@ class TurnResult:
     parameters: int
     dtype: str
     device: str
+    as_plain: bool = True
+    """Whether it is that of plain generate, which in 16 bits is not what it is compared with."""
+    same_with_store: bool = True
+    """Whether all repeats with the store gave the same."""
+    prompt_ids: list[int] = field(default_factory=list)
+    answer_ids: list[int] = field(default_factory=list)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the dtype has so many bits that prefilling in parts changes no token."""
+        return self.dtype in ("float32", "float64")
+
+    @property
+    def reference(self) -> str:
+        """What the answer is compared with, in words."""
+        return "plain generate" if self.exact else "a cache kept in memory"
+
+    def compare(self, kept: list[int]) -> None:
+        """Has `same_tokens` say whether the answer is that of a kept cache."""
+        if self.same_with_store:
+            self.first_difference = first_difference(kept, [self.answer_ids])
+            self.same_tokens = self.first_difference is None
 
 
 @dataclass
@@ -89,12 +113,14 @@ class _Runs:
 
 
 def main(task_file: Path, result_file: Path) -> None:
-    """Runs the task in `task_file` and writes a `TurnResult`, or `{"error": …}`, to `result_file`; both are
-    JSON.
+    """Runs the task in `task_file` and writes a `TurnResult`, the answers of a `KeptTask`, or `{"error": …}` to
+    `result_file`; both are JSON.
     """
-    task = TurnTask(**json.loads(task_file.read_text()))
+    task = json.loads(task_file.read_text())
     try:
-        result: dict[str, Any] = asdict(run_turn(task))
+        result: dict[str, Any] = (
+            {"answers": run_kept(KeptTask(**task))} if "prompts" in task else asdict(run_turn(TurnTask(**task)))
+        )
     except AttentionStoreError as error:
         result = {"error": str(error)}
     result_file.write_text(json.dumps(result))
@@ -150,6 +176,7 @@ def run_turn(task: TurnTask) -> TurnResult:
     turn = turns[0].stats
     assert turn is not None
     difference = first_difference(without.answers[0], [*with_store.answers, *without.answers[1:]])
+    repeated = first_difference(with_store.answers[0], with_store.answers[1:])
     return TurnResult(
         history_tokens=history,
         prompt_tokens=turn.prompt_tokens,
@@ -167,6 +194,10 @@ def run_turn(task: TurnTask) -> TurnResult:
         parameters=sum(p.numel() for p in model.parameters()),
         dtype=str(model.dtype).removeprefix("torch."),
         device=str(model.device),
+        as_plain=difference is None,
+        prompt_ids=prompt,
+        answer_ids=with_store.answers[0],
+        same_with_store=repeated is None,
     )
 
 
