@@ -16,8 +16,10 @@ from ..store.device_tier import Owner
 from ..store.store import AttentionStore
 from .argument import cache_in, cache_name, generate_cache_name, take_cache
 from .compiled import OutsideGraphsCache, outside_graphs, uncompiled
+from .computing import forget
 from .continuing import CONTINUING_VERSION, Continues, is_verified, probe_continuing
-from .fingerprint import fingerprint_of
+from .fingerprint import fingerprint_of, remember
+from .paged import notice
 from .positions import Geometry
 from .probing import PROBE_VERSION, probe
 from .ranks import Ranks
@@ -73,6 +75,8 @@ class Attachment:
         self._install(model, layers)
 
     def _install(self, model: nn.Module, layers: list[nn.Module]) -> None:
+        for module in model.modules():  # a model that was pickled while it was attached comes with hooks and no more
+            _remove_hooks(module)
         model.register_forward_pre_hook(_before_model, with_kwargs=True)
         model.register_forward_hook(_after_model, with_kwargs=True)
         for number, layer in enumerate(layers):
@@ -105,7 +109,7 @@ class Attachment:
                     found = probe(model)
                     if store is not None:
                         store.set_note(fingerprint, {"probe": PROBE_VERSION, **found.to_json()})
-                _geometries[fingerprint] = found
+                remember(_geometries, fingerprint, found)
             return _geometries[fingerprint]
 
     def continues(self, model: nn.Module, fingerprint: str, store: AttentionStore | None) -> Continues:
@@ -118,7 +122,7 @@ class Attachment:
                     note = {"version": CONTINUING_VERSION, "how": probe_continuing(model, self.cache_name)}
                     if store is not None:
                         store.set_note(name, note)
-                _continuing[fingerprint] = note["how"]
+                remember(_continuing, fingerprint, note["how"])
             return _continuing[fingerprint]
 
     def remove(self, model: nn.Module) -> None:
@@ -136,6 +140,10 @@ class Attachment:
             generate: Callable[..., Any] = self.generate
             return generate
         return types.MethodType(getattr(type(model), "generate"), model)  # noqa: B009
+
+    def __reduce__(self) -> Any:
+        """A model that is pickled, or saved with `torch.save`, comes back as one that nothing is attached to."""
+        return types.NoneType, ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Attachment":
         """A copy of an attached model is attached too (its hooks are copied with it), with a fingerprint of its own."""
@@ -262,6 +270,10 @@ def detach(model: nn.Module) -> None:
         attachment = model.__dict__.pop(_ATTRIBUTE, None)
         if attachment is not None:
             attachment.remove(model)
+        else:  # it may have been pickled while it was attached
+            for module in model.modules():
+                _remove_hooks(module)
+        forget(model)
 
 
 def _is_wrapper(generate: Any) -> bool:
@@ -292,6 +304,9 @@ def _cache_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 def _before_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     cache = _cache_in(args, kwargs)
     if cache is None:
+        attachment = attachment_of(module)
+        if attachment is not None:
+            notice(attachment.fingerprint, kwargs)
         return None
     if cache.model is not module:
         raise CacheUseError(f"the cache was made for another model than this {type(module).__name__}")

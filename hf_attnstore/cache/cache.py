@@ -438,6 +438,12 @@ class AttentionStoreCache(CacheForwards):
         self._finish_restore()
         super().batch_repeat_interleave(repeats)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise CacheUseError(
+            "a cache can't be pickled: what it holds is kept by its store. Make one where it is needed, with "
+            "AttentionStoreCache(model, session=..., store=AttentionStore(path)), or copy it with copy.deepcopy"
+        )
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "AttentionStoreCache":
         """An independent copy of what is held, without session and store: nothing of it is saved."""
         self._finish_restore()

@@ -20,6 +20,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from ..store.store import AttentionStore
 from .argument import as_forward_takes
+from .fingerprint import remember
 from .structure import decoder_config, encoder_of
 
 logger = logging.getLogger("hf_attnstore")
@@ -81,7 +82,7 @@ def decoder_facts(model: nn.Module, fingerprint: str, like: torch.Tensor, store:
                 found = _ask(model, like)
                 if store is not None:
                     store.set_note(fingerprint, {"decoder": FACTS_VERSION, **asdict(found)})
-            _facts[fingerprint] = found
+            remember(_facts, fingerprint, found)
         return _facts[fingerprint]
 
 

@@ -11,12 +11,14 @@ import secrets
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from .adapters import adapters_of, is_adapted, is_inert, names_of_parts
+from .callables import UnknownCodeError
+from .computing import Computing, switches
 from .marks import Watch, autocast_dtype
 from .model_parts import described as describe_parts
 from .model_parts import short_digest
@@ -26,6 +28,10 @@ from .structure import has_length_dependent_rope
 from .weights import Part, module_parts, offloaded, plain_parts
 
 LAYOUT_VERSION = 1
+_REMEMBERED = 256
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 
 _IRRELEVANT = frozenset(
     "_name_or_path _commit_hash transformers_version architectures dtype torch_dtype use_cache return_dict "
@@ -98,6 +104,7 @@ class Fingerprint:
         self._model = weakref.ref(model)
         self._lock = threading.Lock()  # threads may be under different autocast, and must not get each other's
         self._watch = Watch()
+        self.computing = Computing()
         self._marks: Any = None
         self.changes = 0
         """How often `current` has found that something is not as it was: as long as this stays the same, the weights'
@@ -131,7 +138,7 @@ class Fingerprint:
             return describe_parts(*self._made_of)
 
     def _current(self) -> str:
-        marks, parameters = self._watch.look(self.model, self._unusual)
+        marks, parameters = self._look()
         if marks != self._marks:
             self.changes += 1
             if self._failure is not None and self._failure[0] == marks:
@@ -143,7 +150,7 @@ class Fingerprint:
                 self._failure = marks, str(error)
                 raise
             if found != self._unusual:  # there is more to be watched: what was there before it is taken as it is now
-                marks, parameters = self._watch.look(self.model, self._unusual)
+                marks, parameters = self._look()
                 content = self._compute()
             if content != self._content:
                 self._salt = ""
@@ -151,6 +158,19 @@ class Fingerprint:
                 self._salt = secrets.token_hex(20)
             self._content, self._marks, self._parameters = content, marks, parameters
         return self._salt or self._content
+
+    def _look(self) -> tuple[Any, list[tuple[int, Any]]]:
+        """The marks of the model as it is now, and its parameters' versions. What it computes by is read again if that,
+        or which of its modules count, may have changed."""
+        modules: list[nn.Module] = []
+        marks, parameters = self._watch.look(self.model, self._unusual, modules)
+        computing = self.computing
+        if not computing.unchanged(self.model, modules) or (self._marks and self._marks[0] != marks[:4]):
+            named = [(name, module) for name, module, _ in _named_modules(self.model)]
+            computing.read(self.model, named, modules)
+        if computing.problem:
+            raise UnknownCodeError(computing.problem)
+        return (marks[:4], marks, switches(), computing.words), parameters
 
     def _settings(self) -> str:
         config: Any = self.model.config
@@ -165,7 +185,10 @@ class Fingerprint:
                 if is_adapted(module) and not is_inert(module)
             ],
             "layout": LAYOUT_VERSION,
+            "computing": hashlib.blake2b(self.computing.words.encode()).hexdigest(),
         }
+        if switched := switches():
+            settings["switches"] = switched
         ranks = ranks_of(self.model)
         if not ranks.alone:
             settings["rank"] = [ranks.rank, ranks.size]
@@ -217,6 +240,15 @@ class Fingerprint:
 
 def _same_tensors(a: list[tuple[int, Any]], b: list[tuple[int, Any]]) -> bool:
     return [tensor for tensor, _ in a] == [tensor for tensor, _ in b]
+
+
+def remember(known: dict[Key, Value], key: Key, value: Value) -> Value:
+    """Keeps what was found out of a model while the process lives, but not of any number of models: one that is being
+    trained is another with every step."""
+    while len(known) >= _REMEMBERED:
+        known.pop(next(iter(known)), None)
+    known[key] = value
+    return value
 
 
 _fingerprints: "weakref.WeakKeyDictionary[nn.Module, Fingerprint]" = weakref.WeakKeyDictionary()

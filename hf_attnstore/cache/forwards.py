@@ -41,6 +41,7 @@ class CacheForwards(CacheTurns):
             self._begin_own_turn()
         if self._runs_elsewhere():
             raise SessionBusyError("another thread runs a forward with this cache; make one object per thread")
+        self._notice_hooks()
         self.note_first_token()
         self._settle(keep_load=True)
         if self._states:

@@ -14,6 +14,7 @@ from ..session.spans import Span, overlapping
 from ..store.policy import lookahead_depth, read_buffer_layers
 from ..store.store import AttentionStore
 from .costs import Costs
+from .fingerprint import remember
 from .gate import Choice, Exploration, Option, choose
 from .layers import KeptLayer, SlidingLayer, StoreLayer
 from .restore import Restore, resident_from
@@ -59,7 +60,7 @@ def learned_of(fingerprint: str, label: str, store: AttentionStore) -> Learned:
     place = (fingerprint, label, str(store.path))
     with _learning:
         if place not in _learned:
-            _learned[place] = Learned(Costs.from_json(store.note(note_name(fingerprint, label))))
+            remember(_learned, place, Learned(Costs.from_json(store.note(note_name(fingerprint, label)))))
         return _learned[place]
 
 

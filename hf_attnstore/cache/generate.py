@@ -152,6 +152,9 @@ def _generate_with(
         cache.end_turn()
 
 
+generate_with_store.__name__ = "generate"  # the name under which a pickled model finds what it had without us
+
+
 def _prompt(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     if kwargs.get("input_ids") is not None:
         return kwargs["input_ids"]

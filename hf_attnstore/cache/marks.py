@@ -33,11 +33,14 @@ class Watch:
         """Of plain tensors on the CPU, by identity: those that were there at the last look."""
 
     @torch.no_grad()
-    def look(self, model: nn.Module, unusual: Sequence[weakref.ref[nn.Module]]) -> tuple[Marks, Versions]:
+    def look(
+        self, model: nn.Module, unusual: Sequence[weakref.ref[nn.Module]], visited: list[nn.Module]
+    ) -> tuple[Marks, Versions]:
         """The marks of a model as it is now.
 
         Args:
             unusual: modules that compute with more than their parameters and buffers.
+            visited: gets all modules, in an order that stays the same as long as they do.
         """
         settings = self._settings(model)
         varying = self._varying
@@ -47,6 +50,7 @@ class Watch:
         modules = [model]
         while modules:
             module = modules.pop()
+            visited.append(module)
             if module._modules:
                 modules.extend([child for child in module._modules.values() if child is not None])
             if is_adapted(module):

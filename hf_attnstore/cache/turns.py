@@ -15,6 +15,8 @@ from ..session.spans import Span, crop, total_tokens
 from ..session.view import View
 from ..store.keys import Key, chain_root
 from .adapters import adapter_problem, prompt_learning
+from .callables import UnknownCodeError
+from .computing import count_hooks
 from .content import NOT_FINITE
 from .divergence import WORTH, find_divergence
 from .layers import FullLayer
@@ -38,6 +40,8 @@ _LITTLE = 16
 class CacheTurns(ParkingCache):
     """A cache that has turns: one `generate` each, or the forwards of a loop of one's own up to `save`."""
 
+    _hooks = 0
+    """How many hooks were on the model when it was last looked at."""
     _began = 0.0
     """When the turn began, on the clock of `time.perf_counter`."""
 
@@ -127,7 +131,7 @@ class CacheTurns(ParkingCache):
                 raise
             self._prompt = shown if checked else None
             self._prompt_tokens = len(shown)
-            if self.overlap.save_late:
+            if self.overlap.save_late or self._attachment.fingerprint.computing.additions:
                 self.hold_back()
             self._stops = self._choose_stops(reused, len(shown) - 1, shown) if checked else []
             stats = self._stats
@@ -262,6 +266,7 @@ class CacheTurns(ParkingCache):
                 if self._speculating and self._confirmed < self._held:
                     self._crop_to(self._confirmed)
                 try:
+                    self._check_additions()
                     self._hand_over()
                     self._park()
                 except StoreClosedError:
@@ -269,6 +274,22 @@ class CacheTurns(ParkingCache):
             finally:
                 self._stats.seconds = time.perf_counter() - self._began
                 self._close_turn()
+
+    def _check_additions(self) -> None:
+        """Code that somebody added to a model may change what it goes by while it runs. Then what the turn computed
+        belongs to no model that could be named."""
+        added = self._attachment.fingerprint.computing.additions and not self._untracked
+        if added and self._changed and not self.is_of_its_model():
+            self._untrack("the model, or code that was added to it, changed while the turn ran")
+            self._clear()
+
+    def _notice_hooks(self) -> None:
+        """Notices hooks that came or went since the turn began, before a forward computes with them."""
+        count = count_hooks(self._model)
+        if count != self._hooks:
+            self._hooks = count
+            if not self._untracked and not self.is_of_its_model():
+                self._untrack("hooks were put on the model, or taken off, in the middle of a turn")
 
     def hold_back(self) -> None:
         """Until the turn ends, what it computes is not handed over."""
@@ -403,9 +424,13 @@ class CacheTurns(ParkingCache):
             self._untrack(adapters)
         try:
             fingerprint = self._attachment.fingerprint.current()
+        except UnknownCodeError as error:
+            self._untrack(f"what the model computes by can't be identified: {error}", once=True)
+            return
         except Exception as error:
             self._untrack(f"the model's weights can't be identified ({error})", once=True)
             return
+        self._hooks = count_hooks(self._model)
         if fingerprint != self._fingerprint:
             if self._held:
                 self._note(

@@ -43,6 +43,15 @@ class Usage:
         return self.bytes + self.session_bytes + self.pending
 
 
+_MANY_NOTES = 1000
+"""Above so many, those on models of which nothing is in the store go when another comes."""
+_UNUSED_NOTE = (
+    f"fingerprint GLOB '{'[0-9a-f]' * 16}*' AND substr(fingerprint, 1, instr(fingerprint || '/', '/') - 1) NOT IN "
+    "(SELECT fingerprint FROM blocks UNION SELECT fingerprint FROM sessions UNION SELECT fingerprint FROM pending)"
+)
+"""Notes are named by fingerprint, and by what else they are of behind a slash."""
+
+
 class Index:
     """Blocks, sessions and accounts of one store directory. Safe to use from several threads.
 
@@ -312,6 +321,16 @@ class Index:
                 "INSERT INTO models VALUES(?, ?) ON CONFLICT(fingerprint) DO UPDATE SET note = excluded.note",
                 (fingerprint, note),
             )
+            if db.execute("SELECT count(*) FROM models").fetchone()[0] > _MANY_NOTES:
+                db.execute(f"DELETE FROM models WHERE {_UNUSED_NOTE} AND fingerprint != ?", (fingerprint,))
+
+    def unused_notes(self) -> list[str]:
+        """The names of notes on models of which nothing is in the store."""
+        return [str(name) for (name,) in self.database.read(f"SELECT fingerprint FROM models WHERE {_UNUSED_NOTE}")]
+
+    def drop_notes(self, names: Sequence[str]) -> None:
+        with self.database.transaction() as db:
+            db.executemany("DELETE FROM models WHERE fingerprint = ?", [(name,) for name in names])
 
 
 def move_blocks(db: sqlite3.Connection, places: Mapping[Key, Place]) -> None:

@@ -280,6 +280,8 @@ class Garbage:
     files: list[Path] = field(default_factory=list)
     unowned_blocks: int = 0
     bytes: int = 0
+    notes: int = 0
+    """On models of which nothing is in the store."""
 
 
 def collect(
@@ -319,8 +321,10 @@ def collect(
             found.bytes += sum(row.bytes for row in rows)
             if not dry_run:
                 disk.remove(rows, forget)
+    found.notes = len(unused := disk.index.unused_notes())
     if not dry_run:
         with disk.writing():
+            disk.index.drop_notes(unused)
             disk.files.drop_quarantine()
             disk.index.recount()
             disk.index.database.compact()
