@@ -31,8 +31,8 @@ def notice(fingerprint: Fingerprint, kwargs: Mapping[str, Any]) -> None:
     _seen[cache] = now
     if before != now:
         logger.warning(
-            "the model's weights or settings changed (%s, now %s) while transformers' continuous batching runs: it goes on "
-            "with blocks that were computed before. Stop its manager and begin another one after such a change",
+            "the model's weights or settings changed (%s, now %s) while transformers' continuous batching runs: it "
+            "goes on with blocks that were computed before. Stop its manager and begin another one after such a change",
             before[:12],
             now[:12],
         )
