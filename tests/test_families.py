@@ -171,9 +171,9 @@ def test_what_was_verified_is_what_was_the_same_token_by_token(tmp_path: Path) -
         Row("gpt2", "G", reference=True, reuse="token", verdict=WRONG),
         Row("t5 (encoder-decoder)", "T", reference=True, reuse="token", verdict=SAME),
     ]
-    assert json.loads(write_verified(rows, tmp_path / "verified.json").read_text())["model_types"] == ["llama"]
-    assert is_verified(build("llama"))
-    assert not is_verified(build("mamba2"))
+    assert json.loads(write_verified(rows, tmp_path / "verified.json").read_text())["classes"] == {"llama": "L"}
+    assert is_verified(build("llama"), 2)
+    assert not is_verified(build("mamba2"), 2)
 
 
 @pytest.mark.parametrize("family", ["t5 (encoder-decoder)", "whisper (encoder-decoder)"])

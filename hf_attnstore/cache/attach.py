@@ -6,6 +6,7 @@ import inspect
 import threading
 import types
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -15,9 +16,10 @@ from ..errors import CacheUseError
 from ..store.device_tier import Owner
 from ..store.store import AttentionStore
 from .argument import cache_in, cache_name, generate_cache_name, take_cache
+from .cacheless import cacheless, is_generator
 from .compiled import OutsideGraphsCache, outside_graphs, uncompiled
 from .computing import forget
-from .continuing import CONTINUING_VERSION, Continues, is_verified, probe_continuing
+from .continuing import CONTINUING_VERSION, Continuing, is_verified, probe_continuing
 from .fingerprint import fingerprint_of, remember
 from .paged import notice
 from .positions import Geometry
@@ -31,7 +33,7 @@ _attaching = threading.Lock()
 _probing = threading.Lock()
 _geometries: dict[str, Geometry] = {}
 """By fingerprint: models that compute the same share it."""
-_continuing: dict[str, Continues] = {}
+_continuing: dict[str, Continuing] = {}
 _WAYS = frozenset({"", "steps", "parts"})
 
 
@@ -63,8 +65,10 @@ class Attachment:
         """The name under which the model's forward takes a cache."""
         self.generate_cache_name = generate_cache_name(self.cache_name)
         """The name under which its `generate` takes one."""
-        self.verified = is_verified(model) or is_encoder_decoder(model)  # those have a probe of their own
-        """Whether it is known to continue its cache, and need not be asked."""
+        self.cacheless = cacheless(model)
+        """Why its `generate` can't be given a cache; empty if it can."""
+        self._verified = "", False
+        """Whether it need not be asked whether it continues, and of which fingerprint that was said."""
         count = _layer_count(model)
         layers = decoder_layers(decoder_of(model), count)
         self.sees_layers = bool(layers)
@@ -82,7 +86,7 @@ class Attachment:
         for number, layer in enumerate(layers):
             layer.register_forward_pre_hook(functools.partial(_before_layer, number), with_kwargs=True)
             layer.register_forward_hook(functools.partial(_after_layer, number), with_kwargs=True)
-        if callable(getattr(model, "generate", None)):
+        if is_generator(model):
             from .dispatch import install
             from .generate import generate_with_store
 
@@ -112,17 +116,24 @@ class Attachment:
                 remember(_geometries, fingerprint, found)
             return _geometries[fingerprint]
 
-    def continues(self, model: nn.Module, fingerprint: str, store: AttentionStore | None) -> Continues:
+    def is_verified(self, model: nn.Module, fingerprint: str) -> bool:
+        """Whether the model, as it is now, is known to continue its cache, and need not be asked."""
+        if self._verified[0] != fingerprint:
+            known = is_encoder_decoder(model)  # those have a probe of their own
+            self._verified = fingerprint, known or is_verified(model, len(self.devices))
+        return self._verified[1]
+
+    def continues(self, model: nn.Module, fingerprint: str, store: AttentionStore | None) -> Continuing:
         """How the model goes on after what its cache holds. Found out and remembered as the geometry is."""
         with _probing:
             if fingerprint not in _continuing:
                 name = f"{fingerprint}/continues"
-                note = store.note(name) if store is not None else None
-                if note is None or note.get("version") != CONTINUING_VERSION or note.get("how") not in _WAYS:
-                    note = {"version": CONTINUING_VERSION, "how": probe_continuing(model, self.cache_name)}
+                found = _noted_continuing(store, name)
+                if found is None:
+                    found = probe_continuing(model, self.cache_name)
                     if store is not None:
-                        store.set_note(name, note)
-                remember(_continuing, fingerprint, note["how"])
+                        store.set_note(name, {"version": CONTINUING_VERSION, **asdict(found)})
+                remember(_continuing, fingerprint, found)
             return _continuing[fingerprint]
 
     def remove(self, model: nn.Module) -> None:
@@ -166,6 +177,13 @@ def _noted(store: AttentionStore | None, fingerprint: str) -> Geometry | None:
         return Geometry.from_json(note)
     except (KeyError, TypeError, ValueError):
         return None
+
+
+def _noted_continuing(store: AttentionStore | None, name: str) -> Continuing | None:
+    note = store.note(name) if store is not None else None
+    if note is None or note.get("version") != CONTINUING_VERSION or note.get("how") not in _WAYS:
+        return None
+    return Continuing(note["how"], str(note.get("problem", "")))
 
 
 def _layer_count(model: nn.Module) -> int:

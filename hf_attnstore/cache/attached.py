@@ -11,6 +11,7 @@ from torch import nn
 from .adapters import adapter_problem
 from .attach import Attachment
 from .batch import batch_problem
+from .cacheless import needs_all_states
 from .generation import setting
 from .inputs import asks_for_all, foreign_input
 from .modalities import NotIdentifiedError, read_content
@@ -34,6 +35,8 @@ def settings_problem(model: nn.Module, arguments: Mapping[str, Any]) -> tuple[st
         return "custom_generate", "custom_generate has a loop of its own"
     if arguments.get("use_model_defaults") is False:
         return "use_model_defaults", "use_model_defaults=False"
+    if needs_all_states(partial(setting, model, arguments)):
+        return "drafts", "its drafts are made from what the model makes of every token of the prompt"
     return None
 
 

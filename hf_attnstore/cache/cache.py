@@ -18,6 +18,7 @@ from ..errors import CacheUseError, LoadError
 from ..store.store import AttentionStore
 from ..timeline import Event
 from .attach import Attachment, checked_every, checked_tokenizer, ensure_hooks, feed, owner_of
+from .cacheless import check_generator
 from .compiled import outside_graphs
 from .forwards import CacheForwards
 from .gating import Gate, wanted
@@ -119,6 +120,7 @@ class AttentionStoreCache(CacheForwards):
         config: Any = self._model.config
         self._checkpoint_every = checked_every(checkpoint_every)
         self.record_timeline = record
+        check_generator(self._model)
         layers: list[Any] = list(make_layers(self._model))
         Cache.__init__(self, layers=layers)
         self._attachment: Attachment = ensure_hooks(self._model)

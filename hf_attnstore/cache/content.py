@@ -99,6 +99,9 @@ class CacheContent(OutsideGraphsCache):
         self._states = [layer for layer in self.layers if isinstance(layer, RunningState)]
         self._uneven = False
         """Whether layers hold other numbers of tokens than they were fed: then nothing is known of what they hold."""
+        self._rows_apart = False
+        """Whether layers hold another number of rows than the ids that they were fed, such as one for the codes of
+        several codebooks together: then nothing is known of what they hold."""
         self._states_at: int | None = 0
         """The number of tokens that the layers' running states are right for; None if for none, after an interrupt."""
         self._checkpoints: dict[int, Key] = {}
@@ -277,7 +280,7 @@ class CacheContent(OutsideGraphsCache):
             layer.reset()
         self._held = self._states_at = 0
         self._fed_beside = None
-        self._uneven = False
+        self._uneven = self._rows_apart = False
         self._known = 0
         if self._view.base:
             self._change_view(self._view.rebased(0), np.empty(0, dtype=np.int64))

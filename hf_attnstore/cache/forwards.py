@@ -51,7 +51,8 @@ class CacheForwards(CacheTurns):
         ids = named.get("input_ids")
         data = ids if ids is not None else named.get("inputs_embeds")
         if data is None:
-            raise CacheUseError("the forward has neither input_ids nor inputs_embeds")
+            self._begin_unknown_forward()
+            return replaced or None
         rows, count = data.shape[0], data.shape[1]
         added = self._fit_inputs(ids, count, named)
         replaced, named = {**replaced, **added}, {**named, **added}
@@ -62,7 +63,7 @@ class CacheForwards(CacheTurns):
             )
             self._clear()
             self._stats.reused_tokens = 0
-        if self.rows not in (0, rows):
+        if self.rows not in (0, rows) and not self._rows_apart:
             if self.rows != self._conversations or rows % self.rows:
                 raise CacheUseError(f"the cache holds {self.rows} rows, the forward has {rows}")
             self.batch_repeat_interleave(rows // self.rows)
@@ -80,6 +81,15 @@ class CacheForwards(CacheTurns):
         if count > 1 and rows == 1 and self._content is None:
             self._gate.begin_forward(self._held, count, self._elsewhere())
         return replaced or None
+
+    def _begin_unknown_forward(self) -> None:
+        """A forward of something that is given neither as ids nor as embeddings, such as the codes of a sound."""
+        self._untrack("the forward has neither input_ids nor inputs_embeds", once=True)
+        self._forward = Forward(0, 0, threading.get_ident())  # its first layer will tell
+        if self._states:
+            self._states_at = None
+        if self._saver is not None:
+            self._saver.begin_forward(self._chain.full_blocks())
 
     def _fit_inputs(self, ids: torch.Tensor | None, count: int, named: Mapping[str, Any]) -> dict[str, Any]:
         """Looks at what comes beside ids. Returns inputs to replace."""
@@ -262,15 +272,20 @@ class CacheForwards(CacheTurns):
             LoadError: what was to be loaded can't be (`generate` catches it and recomputes).
         """
         forward = self._check_forward()
-        if self.layers[layer_idx].by_token and key_states.shape[0] != forward.rows:
-            raise CacheUseError(
-                f"layer {layer_idx} adds {tuple(key_states.shape)} where the forward has {forward.rows} rows"
-            )
+        layer: Any = self.layers[layer_idx]
+        if layer.by_token and key_states.shape[0] != forward.rows:
+            self._fit_rows(forward, layer_idx, key_states)
         if self._restore is not None and not self._attachment.sees_layers:
             self._restore.before_layer(layer_idx)
-        layer: Any = self.layers[layer_idx]
         keys, values = layer.update(key_states, value_states, *args, **kwargs)
         return keys, values
+
+    def _fit_rows(self, forward: Forward, number: int, keys: torch.Tensor) -> None:
+        """A layer adds another number of rows than ids had."""
+        if not self._untracked or self.layers[number].rows not in (0, keys.shape[0]):
+            raise CacheUseError(f"layer {number} adds {tuple(keys.shape)} where the forward has {forward.rows} rows")
+        self._rows_apart = self._rows_apart or forward.count > 0
+        self._forward = Forward(forward.count or keys.shape[-2], keys.shape[0], forward.thread)
 
     def _check_forward(self) -> Forward:
         """The forward that runs.

@@ -19,6 +19,7 @@ from .attached import is_batch, kind_of, say_left_alone, settings_problem
 from .batch import BatchCache
 from .batch_generate import generate_batch
 from .cache import AttentionStoreCache
+from .cacheless import needs_all_states
 from .generation import setting as _setting
 from .held_content import HeldContent
 from .inputs import asks_for_all, brings_features, foreign_input, mask_problem, position_problem
@@ -91,7 +92,7 @@ def generate_around(
     if cache is None:
         if attachment.store is None:
             return original(*args, **kwargs)
-        found = settings_problem(model, kwargs)
+        found = ("model", attachment.cacheless) if attachment.cacheless else settings_problem(model, kwargs)
         problem = _identify(model, prompt, kwargs)[1] if found is None else None
         batch = problem is not None and is_batch(model, prompt, kwargs)
         if problem is not None and not batch:
@@ -111,6 +112,8 @@ def generate_around(
         return original(*args, **kwargs)
     if cache.model is not model:
         raise CacheUseError(f"the cache was made for another model than this {type(model).__name__}")
+    if attachment.cacheless:
+        return _without(cache, attachment.cacheless, original, args, kwargs)
     if _setting(model, kwargs, "use_cache") is False:
         logger.warning("use_cache=False: this generate runs without its cache, nothing is reused or saved")
         return original(*args, **{**kwargs, attachment.generate_cache_name: None})
@@ -153,6 +156,24 @@ def _generate_with(
 
 
 generate_with_store.__name__ = "generate"  # the name under which a pickled model finds what it had without us
+
+
+def _without(
+    cache: AttentionStoreCache,
+    reason: str,
+    original: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """A `generate` of a model that can't be given the cache: runs as if there were none."""
+    take_cache(kwargs)
+    cache.begin_unidentified_turn(reason, _length(_prompt(args, kwargs), kwargs))
+    try:
+        output = original(*args, **kwargs)
+        cache.end_of_generate()
+        return output
+    finally:
+        cache.end_turn()
 
 
 def _prompt(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -300,7 +321,8 @@ class _Turn:
         self._goes_on = self._goes_on_unidentified(prompt)
         if self._goes_on:
             self._problem, self._content = self._problem or "it goes on after inputs that are not identified", None
-        self._asks_for_all = asks_for_all(partial(_setting, model, kwargs), model)
+        setting = partial(_setting, model, kwargs)
+        self._asks_for_all = asks_for_all(setting, model) or needs_all_states(setting)
         if self._problem is not None:
             if self._history:
                 raise CacheUseError(

@@ -372,13 +372,14 @@ class CacheTurns(ParkingCache):
         self._identify()
         self._gate.begin_turn(self._fingerprint, self._store if not self._untracked else None)
         self._continues = "parts"
-        asks = not self._attachment.verified and self.granularity != "none"
+        asks = self.granularity != "none" and not self._attachment.is_verified(self._model, self._fingerprint)
         if asks and self._ranks.all(not self._untracked):
             # ranks have to ask together, whatever one of them may know
             store = self._store if self._ranks.alone else None
-            self._continues = self._attachment.continues(self._model, self._fingerprint, store)
-            if not self._continues:
-                self._untrack("the model does not go on correctly after what its own cache holds", once=True)
+            found = self._attachment.continues(self._model, self._fingerprint, store)
+            self._continues = found.how
+            if not found.how:
+                self._untrack(f"no cache continues {type(self._model).__name__}: {found.problem}", once=True)
                 self._stats.missed = "model does not continue"
         if self.granularity == "none":
             kinds = ", ".join(sorted({layer.kind for layer in self.layers if not layer.reusable}))

@@ -79,6 +79,7 @@ _SMALL_VISION: dict[str, Any] = {
 
 CHANGES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1], "num_hidden_layers": 3},
+    "big_bird": {"attention_type": "original_full"},  # its default attends to what comes later in long texts
     "blt": {"encoder_hash_byte_group_vocab": 64},
     "cohere_compass_text": {
         "layer_types": ["sliding_attention", "full_attention"],
@@ -200,7 +201,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 """By family: arguments that its configuration can't do without."""
 
 for _family in ("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie"):
-    CHANGES[_family] = {"is_decoder": True}
+    CHANGES[_family] = {**CHANGES.get(_family, {}), "is_decoder": True}
 for _family in ("megatron-bert", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta"):
     CHANGES[_family] = {**CHANGES.get(_family, {}), "is_decoder": True}
 for _family in ("xlm-roberta-xl", "xmod"):

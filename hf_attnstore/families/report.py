@@ -112,7 +112,8 @@ def _cell(text: str) -> str:
 def write_verified(rows: Sequence[Row], path: Path) -> Path:
     """Writes which families are known to continue their cache, token by token: `cache/continuing.py` does not ask
     their models."""
-    types = sorted(row.family for row in rows if row.verdict == SAME and row.reuse == "token" and row.reference)
-    content = {"transformers": transformers.__version__, "model_types": [t for t in types if family_of(t) is None]}
+    known = (row for row in rows if row.verdict == SAME and row.reuse == "token" and row.reference)
+    classes = {row.family: row.model_class for row in known if family_of(row.family) is None}
+    content = {"transformers": transformers.__version__, "classes": dict(sorted(classes.items()))}
     path.write_text(json.dumps(content, indent=1) + "\n")
     return path

@@ -38,13 +38,9 @@ def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
     return shrunk(config_class(**DEFAULTS.get(family, {})), {**CHANGES.get(family, {}), **changes})
 
 
-def _model_class(family: str) -> Any:
-    return getattr(transformers, class_name(family))
-
-
-def _config_of_class(config: PreTrainedConfig, family: str) -> PreTrainedConfig:
-    """The part of a configuration that the family's model class takes: usually all of it."""
-    wanted = _model_class(family).config_class
+def _config_of_class(config: PreTrainedConfig, model_class: Any) -> PreTrainedConfig:
+    """The part of a configuration that a model class takes: usually all of it."""
+    wanted = model_class.config_class
     if wanted is None or isinstance(config, wanted):
         return config
     parts = [value for value in vars(config).values() if isinstance(value, PreTrainedConfig)]
@@ -61,18 +57,24 @@ def build(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     Raises:
         Exception: whatever the family's own code says where it can't be built.
     """
-    config = _config_of_class(tiny_config(family, **changes), family)
+    return of_class(family, class_name(family), seed, **changes)
+
+
+def of_class(family: str, name: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """As `build`, of another class of the family: the model without a head, or with another one."""
+    model_class: Any = getattr(transformers, name)
+    config = _config_of_class(tiny_config(family, **changes), model_class)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: PreTrainedModel = _model_class(family)._from_config(config, dtype=torch.float32)
-        _spread(model)
+        model: PreTrainedModel = model_class._from_config(config, dtype=torch.float32)
+        spread(model)
     # no length, no suppressed or forced tokens: the likeliest token is the next one
     model.generation_config = GenerationConfig(pad_token_id=0, use_cache=True)
     return model.eval()
 
 
 @torch.no_grad()
-def _spread(model: PreTrainedModel) -> None:
+def spread(model: PreTrainedModel) -> None:
     """Moves parameters that begin all alike (gates at 0, scales at 1) a little, so that all of them play a part."""
     for parameter in model.parameters():
         if parameter.is_floating_point() and parameter.numel() > 1 and bool((parameter == parameter.view(-1)[0]).all()):

@@ -20,6 +20,7 @@ from turns import follow_up, turn
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, attach, detach
 from hf_attnstore.cache import kinds
+from hf_attnstore.cache.continuing import Continuing
 from hf_attnstore.cache.pauses import NEAR
 from hf_attnstore.errors import CacheUseError
 from hf_attnstore.families.tiny import build, families
@@ -427,14 +428,14 @@ def test_a_model_that_does_not_go_on_correctly_is_not_continued(
     hybrid: Any, store: AttentionStore, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(attaching, "_continuing", {})
-    monkeypatch.setattr(attaching, "probe_continuing", lambda model, name: "")
+    monkeypatch.setattr(attaching, "probe_continuing", lambda model, name: Continuing("", "it forgets"))
     ids = prompt(30)
     for _ in range(2):
         cache = AttentionStoreCache(hybrid, "alice", store)
         ours = turn(hybrid, ids, cache)
         assert (cache.reused_tokens, cache.stats.saved_bytes) == (0, 0)
         assert torch.equal(ours.sequences, turn(hybrid, ids, None).sequences)
-    assert "does not go on correctly" in log.text
+    assert f"no cache continues {type(hybrid).__name__}: it forgets" in log.text
 
 
 class _Novel(cache_utils.DynamicLayer):  # type: ignore[misc]
