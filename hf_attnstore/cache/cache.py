@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin
 
 from ..errors import CacheUseError, LoadError
 from ..store.store import AttentionStore
@@ -28,7 +28,7 @@ from .layers import KeptLayer, SlidingLayer, StoreLayer
 from .modalities import TYPES, Content, NotIdentifiedError, read_content
 from .ranks import known_ranks
 from .spatial_positions import places_in_space, spatial_positions
-from .states import ConvolutionState, HybridLayer
+from .states import ConvolutionState
 from .stats import TurnStats
 from .structure import is_encoder_decoder, position_limit
 from .truncation import window_of
@@ -257,14 +257,6 @@ class AttentionStoreCache(CacheForwards):
         return torch.from_numpy(self._chain.ids.copy())[None]
 
     # what models ask of a cache with running states
-
-    @property
-    def is_linear(self) -> list[bool]:
-        """Whether each layer keeps a running state and no full attention."""
-        return [
-            isinstance(layer, LinearAttentionCacheLayerMixin) and not isinstance(layer, HybridLayer)
-            for layer in self.layers
-        ]
 
     @outside_graphs
     def get_seq_length(self, layer_idx: int = 0) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from transformers import cache_utils
-from transformers.cache_utils import LinearAttentionLayer
+from transformers.cache_utils import LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
 from ..store.blocks import TensorSpec
 from .buffers import empty
@@ -204,6 +204,7 @@ class StateLayer(ConvolutionState, LinearAttentionLayer):
         return self.length
 
 
+@LinearAttentionAndFullAttentionLayer.register  # which `Cache.is_linear` asks, by a rule of its own in each version
 class HybridLayer(ConvolutionState, LinearAttentionLayer, FullLayer):  # type: ignore[override]
     """A running state beside full attention."""
 

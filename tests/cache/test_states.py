@@ -470,6 +470,21 @@ def test_a_kind_of_layer_that_nobody_knows(
     detach(model)
 
 
+@pytest.mark.parametrize("family", ["mamba2", "lfm2", "falcon_h1", "zaya"])
+def test_layers_are_of_the_kind_that_transformers_takes_them_for(family: str, store: AttentionStore) -> None:
+    model = _built(family)
+    if family == "zaya":  # with a sliding window in every layer
+        model.config.layer_types = ["hybrid_sliding"] * model.config.num_hidden_layers
+        model.config.sliding_window = 8
+    theirs = DynamicCache(config=model.config)
+    for ours in (AttentionStoreCache(model, "alice", store), AttentionStoreCache(model, ["alice", "bob"], store)):
+        assert ours.is_linear == theirs.is_linear
+        assert ours.is_sliding == theirs.is_sliding
+        for mine, other in zip(ours.layers, theirs.layers, strict=True):
+            for kind in (cache_utils.LinearAttentionLayer, cache_utils.LinearAttentionAndFullAttentionLayer):
+                assert isinstance(mine, kind) == isinstance(other, kind)
+
+
 def test_transformers_own_classes_still_serve_their_kinds(caplog: pytest.LogCaptureFixture) -> None:
     """A class derived from a model's own must not take its place in transformers' list."""
     model = _built("deepseek_v4")
