@@ -395,3 +395,27 @@ def test_detach_takes_off_what_was_put_on_to_watch_the_model(store: AttentionSto
     turn(model, PROMPT, None)
     detach(model)
     assert set(vars(model)) == before
+
+
+def test_a_hook_that_only_writes_down_what_it_sees_changes_nothing(store: AttentionStore) -> None:
+    """Its list grows with every forward, and can't be read by it: it is no part of what computes."""
+    seen: list[int] = []
+    prompt = tokens(40)
+    for known in (0, prompt.shape[1] - 1):
+        model = make_model()
+        model.register_forward_pre_hook(
+            lambda _, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+        )
+        assert assert_right(model, prompt, store) == known
+    assert seen
+
+
+def test_a_hook_that_reads_what_it_wrote_down_is_not_known_by_its_code_alone() -> None:
+    def scaling(history: list[float]) -> Any:
+        def hook(module: Any, args: Any, output: Any) -> Any:
+            history.append(1.0)
+            return output * len(history)
+
+        return hook
+
+    assert print_of(hooked(scaling([]))) != print_of(hooked(scaling([1.0])))
