@@ -99,6 +99,9 @@ class CacheContent(OutsideGraphsCache):
         self._states = [layer for layer in self.layers if isinstance(layer, RunningState)]
         self._uneven = False
         """Whether layers hold other numbers of tokens than they were fed: then nothing is known of what they hold."""
+        self._holds_for_additions = False
+        """Whether blocks wait for the turn's end only because code was added to the model, which may yet change it.
+        States can't wait: they are asked for before that each time."""
         self._rows_apart = False
         """Whether layers hold another number of rows than the ids that they were fed, such as one for the codes of
         several codebooks together: then nothing is known of what they hold."""
@@ -220,12 +223,21 @@ class CacheContent(OutsideGraphsCache):
             refill = frozenset(chain.block_at(s.first) for s in again) if self._computes_known else frozenset()
             self._saver.begin_turn(self._in_store, tail, refill)
 
+    def _is_unchanged(self) -> bool:
+        """Whether the model is what it was when the turn began, as far as anybody can tell."""
+        try:
+            return self._attachment.fingerprint.current() == self._fingerprint
+        except Exception:
+            return False
+
     def _take_checkpoint(self, *, wait: bool) -> None:
         """Hands the layers' running states to the store, if they are right for what is held."""
         held = self._held
         if not self._states or self._saver is None or self._store is None or self._untracked:
             return
-        if self._saver.holds_back or not held or self._states_at != held or len(self._chain) != held or self.rows != 1:
+        if not held or self._states_at != held or len(self._chain) != held or self.rows != 1:
+            return
+        if self._saver.holds_back and not (self._holds_for_additions and self._is_unchanged()):
             return
         try:
             key, nbytes = take_checkpoint(self.layers, self._chain, self._store, self._fingerprint, wait=wait)

@@ -131,8 +131,10 @@ class CacheTurns(ParkingCache):
                 raise
             self._prompt = shown if checked else None
             self._prompt_tokens = len(shown)
-            if self.overlap.save_late or self._attachment.fingerprint.computing.additions:
+            added = bool(self._attachment.fingerprint.computing.additions)
+            if self.overlap.save_late or added:
                 self.hold_back()
+            self._holds_for_additions = added and not self.overlap.save_late
             self._stops = self._choose_stops(reused, len(shown) - 1, shown) if checked else []
             stats = self._stats
             stats.prompt_tokens = len(ids)
@@ -293,15 +295,13 @@ class CacheTurns(ParkingCache):
 
     def hold_back(self) -> None:
         """Until the turn ends, what it computes is not handed over."""
+        self._holds_for_additions = False
         if self._saver is not None:
             self._saver.hold()
 
     def is_of_its_model(self) -> bool:
         """Whether the model is still the one that the turn began with. Where nobody can tell, it is not."""
-        try:
-            return self._attachment.fingerprint.current() == self._fingerprint
-        except Exception:
-            return False
+        return self._is_unchanged()
 
     def drop_turn(self, reason: str, *, expected: bool = False) -> None:
         """Ends the turn and lets go of everything held: none of it is to be kept. What is `expected` is not logged."""
