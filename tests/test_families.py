@@ -14,14 +14,28 @@ from tiny_families import crash, dawdle, well
 from typer.testing import CliRunner
 
 from hf_attnstore import AttentionStoreCache
+from hf_attnstore.cache.attach import Attachment
 from hf_attnstore.cache.continuing import is_verified
 from hf_attnstore.cli import app
 from hf_attnstore.families import scenarios
+from hf_attnstore.families.attached import run_attached
 from hf_attnstore.families.feeding import feed_whole, some_ids
+from hf_attnstore.families.others import others
 from hf_attnstore.families.reference import examine
-from hf_attnstore.families.report import markdown, write, write_verified
-from hf_attnstore.families.sweep import FAILED, NOT_BUILT, OUTSIDE, SAME, WRONG, Row, examine_family, sweep
+from hf_attnstore.families.report import markdown, variants_in_words, write, write_verified
+from hf_attnstore.families.sweep import (
+    FAILED,
+    NOT_BUILT,
+    OUTSIDE,
+    SAME,
+    WRONG,
+    Row,
+    examine_family,
+    examine_with_variants,
+    sweep,
+)
 from hf_attnstore.families.tiny import build, families
+from hf_attnstore.families.variants import examine_variants
 
 SAMPLE = (
     "llama",  # full attention
@@ -51,6 +65,8 @@ OUT = {
 }
 """Families that no DynamicCache continues, and what is to be said of them."""
 FEWEST_REFERENCES = 120
+FEWEST_TWINS, FEWEST_HEADS = 100, 150
+UNEVEN = ("mllama",)  # a reference of which nothing is kept, as its layers hold other numbers of tokens
 
 
 def needs(family: str) -> None:
@@ -158,7 +174,7 @@ def test_the_page_and_the_data_say_the_same(tmp_path: Path) -> None:
     data = write(rows, tmp_path / "docs" / "models.md")
     page = (tmp_path / "docs" / "models.md").read_text()
     assert page == markdown(rows)
-    assert "| mamba |  |  |  | outside | a \\| b &lt;c> |" in page
+    assert "| mamba |  |  |  |  | outside | a \\| b &lt;c> |" in page
     assert "2 families, 1 of them references" in page
     listed = json.loads(data.read_text())["families"]
     assert [(row["family"], row["verdict"]) for row in listed] == [("llama", SAME), ("mamba", OUTSIDE)]
@@ -186,7 +202,7 @@ def test_the_command_writes_the_page(tmp_path: Path) -> None:
     page = tmp_path / "models.md"
     done = CliRunner().invoke(app, ["models", "--family", "llama", "--output", str(page), "--workers", "1", "--check"])
     assert done.exit_code == 0, done.output
-    assert "| llama | 2 × full_attention | token | rotated | same |  |" in page.read_text()
+    assert "| llama | 2 × full_attention | token | rotated | kept | same |  |" in page.read_text()
     wrong = CliRunner().invoke(app, ["models", "--family", "no-such"])
     assert wrong.exit_code == 1
 
@@ -194,9 +210,65 @@ def test_the_command_writes_the_page(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_every_family_is_as_it_should_be() -> None:
-    rows = sweep(families(), workers=os.cpu_count() or 1)
-    assert {row.family for row in rows} == set(families())
-    bad = [f"{row.family}: {row.verdict} ({row.reason})" for row in rows if not row.well]
+    names = [*families(), *others()]
+    rows = sweep(names, workers=os.cpu_count() or 1, limit=600, work=examine_with_variants)
+    assert {row.family for row in rows} == set(names)
+    bad = [f"{row.family}: {row.verdict} ({row.reason})" for row in rows if not row.well and row.family not in UNEVEN]
+    bad += [line for row in rows for line in variants_in_words(row)]
     assert not bad, "\n".join(bad)
+    twins = [variant for row in rows for variant in row.variants if variant.kind == "bidirectional"]
+    assert len(twins) >= FEWEST_TWINS
+    assert not any(variant.verdict == "reused" for variant in twins)
+    assert sum(v.verdict == "reused" for row in rows for v in row.variants) >= FEWEST_HEADS
+    assert sum(row.attached == "kept" for row in rows) >= FEWEST_REFERENCES
     assert all(row.reason for row in rows if row.verdict in (OUTSIDE, NOT_BUILT))
     assert sum(row.reference for row in rows) >= FEWEST_REFERENCES
+
+
+@pytest.mark.parametrize(("family", "how"), [("llama", "kept"), ("openai-gpt", "as without"), ("qwen3_next", "kept")])
+def test_plain_generate_with_a_store_attached_is_in_the_table(family: str, how: str) -> None:
+    needs(family)
+    assert examine_family(family).attached == how
+
+
+@pytest.mark.parametrize("family", others())
+def test_a_family_with_a_generate_of_its_own_kind_runs_as_without(family: str) -> None:
+    row = examine_family(family)
+    assert (row.verdict, row.well) == (OUTSIDE, True), row.reason
+    assert row.attached in ("kept", "as without")
+
+
+def test_other_heads_are_reused_and_twins_that_see_ahead_are_not() -> None:
+    found = {(v.kind, v.model_class): v.verdict for v in examine_variants("llama")}
+    assert found == {
+        ("base", "LlamaModel"): "reused",
+        ("sequence classification", "LlamaForSequenceClassification"): "reused",
+        ("token classification", "LlamaForTokenClassification"): "reused",
+        ("question answering", "LlamaForQuestionAnswering"): "reused",
+        ("bidirectional", "LlamaForCausalLM"): "not kept",
+    }
+    assert [v.verdict for v in examine_variants("roformer") if v.kind == "bidirectional"] == ["not kept", "not kept"]
+
+
+def test_a_twin_that_is_reused_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Attachment, "is_verified", lambda *_: True)
+    found = [v for v in examine_variants("llama") if v.kind == "bidirectional"]
+    assert [v.verdict for v in found] == ["wrong"]
+    assert "WRONG TOKENS" in found[0].reason
+
+
+def test_tokens_that_change_under_attach_are_found_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    begin_turn = AttentionStoreCache.begin_turn
+
+    def damaged(self: AttentionStoreCache, *args: Any, **kwargs: Any) -> int:
+        reused = begin_turn(self, *args, **kwargs)
+        if reused:
+            for layer in self.layers:
+                assert layer.values is not None
+                layer.values.neg_()
+        return reused
+
+    monkeypatch.setattr(AttentionStoreCache, "begin_turn", damaged)
+    how, problems = run_attached(build("llama"), build("llama"), tmp_path)
+    assert how == "kept"
+    assert "attached, the same again: WRONG TOKENS, other than those of plain generate" in problems

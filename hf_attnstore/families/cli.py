@@ -24,6 +24,9 @@ def models(
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes at once.")] = 2,
     limit: Annotated[float, typer.Option(min=1, help="Seconds that a family may take.")] = 120.0,
+    variants: Annotated[
+        bool, typer.Option("--variants", help="Other classes of each family too, and twins that see what comes later.")
+    ] = False,
     verified: Annotated[
         Path | None,
         typer.Option(help="Write the families that need not be asked whether they continue: cache/verified.json."),
@@ -35,11 +38,12 @@ def models(
     Needs no network and no checkpoints: the weights are random.
     """
     from .encoder_decoders import listed
-    from .report import COLUMNS, summary, write, write_verified
-    from .sweep import Row, sweep
+    from .others import others
+    from .report import COLUMNS, cells, summary, variants_in_words, write, write_verified
+    from .sweep import Row, examine_family, examine_with_variants, sweep
     from .tiny import families
 
-    known = [*families(), *listed()]
+    known = [*families(), *listed(), *others()]
     unknown = [name for name in family or () if name not in known]
     if unknown:
         raise AttentionStoreError(f"there is no family called {', '.join(unknown)}")
@@ -52,7 +56,7 @@ def models(
         def tell(row: Row) -> None:
             progress.update(task, advance=1, description=row.family)
 
-        rows = sweep(names, workers, limit, tell)
+        rows = sweep(names, workers, limit, tell, examine_with_variants if variants else examine_family)
     console = Console(highlight=False)
     if verified is not None:
         console.print(f"wrote {escape(str(write_verified(rows, verified)))}")
@@ -63,9 +67,11 @@ def models(
         shown = Table(*COLUMNS[:-1], box=None)
         shown.add_column(COLUMNS[-1], min_width=40, overflow="fold")
         for row in rows:
-            cells = (row.family, row.layers, row.reuse, row.truncation, row.verdict, row.reason)
-            shown.add_row(*map(escape, cells), style=None if row.well else "yellow")
+            shown.add_row(*map(escape, cells(row)), style=None if row.well else "yellow")
         console.print(shown)
     console.print(summary(rows))
+    for row in rows:
+        for line in variants_in_words(row):
+            console.print(escape(line), style="yellow")
     if check and not all(row.well for row in rows):
         raise typer.Exit(1)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..cache.argument import as_generate_takes
+from ..cache.attach import attach, detach
 from ..cache.cache import AttentionStoreCache
 from ..store.store import AttentionStore
 from .encoder_decoders import encoder_input, make_seq2seq, prompt
@@ -39,7 +40,20 @@ def read_documents(family: str, folder: Path) -> Readings:
     longer = torch.cat([answer, prompt(4, seed=9)[:, 1:]], dim=1)
     _turn(found, family, folder, "the answer gone on with", document, longer, answer.shape[1] - 1)
     _turn(found, family, folder, "another document", other, words, 0)
+    _attached(found, family, folder, document, words)
     return found
+
+
+def _attached(found: Readings, family: str, folder: Path, inputs: dict[str, Any], words: torch.Tensor) -> None:
+    """Plain `generate` with a store attached, twice."""
+    model, settings = make_seq2seq(family), {"max_new_tokens": _NEW, "do_sample": False, "decoder_input_ids": words}
+    theirs = make_seq2seq(family).generate(**inputs, **settings)
+    with AttentionStore(folder.with_name("attached"), block_size=_BLOCK) as store:
+        attach(model, store)
+        for _ in range(2):
+            if not torch.equal(model.generate(**inputs, **settings), theirs):
+                found.problems.append("attached: WRONG TOKENS, other than those of plain generate")
+        detach(model)
 
 
 def _turn(

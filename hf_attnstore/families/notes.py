@@ -13,4 +13,6 @@ NOTES: dict[str, str] = {
     "musicgen_melody": _CODES,
     "cpmant": "puts tokens of its own before the text",
     "prophetnet": "predicts several tokens ahead",
+    "diffusion_gemma": "refines blocks of tokens, by a generate of its own",
+    "higgs_audio_v2": "takes a text and makes the codes of a sound, which have no ids",
 }

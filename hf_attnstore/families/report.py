@@ -13,8 +13,11 @@ import transformers
 
 from .encoder_decoders import family_of
 from .sweep import FAILED, NOT_BUILT, NOT_KEPT, OUTSIDE, SAME, WRONG, Row, counted
+from .variants import KINDS, NOT_TRIED, REUSED
+from .variants import NOT_KEPT as NOT_KEPT_VARIANT
+from .variants import WRONG as VARIANT_WRONG
 
-COLUMNS = ("family", "layers", "reuse", "truncation", "verdict", "reason")
+COLUMNS = ("family", "layers", "reuse", "truncation", "attached", "verdict", "reason")
 
 _TEXT = """# Models
 
@@ -34,12 +37,24 @@ The main families of encoder-decoders are there too, with a document for the enc
 another document.
 """
 
+_VARIANTS = """
+## Other classes, and tokens that see ahead
+
+The same families without a head and with other heads, in loops of forwards across a restart, and twins that were told
+to let tokens see those that come later. Reused means bit for bit as with a `DynamicCache` that was kept, and within
+rounding as one forward over everything; what sees ahead may never be. Not tried are those that do not run on token ids
+alone, and those that take a cache of their own class only.
+
+"""
+
 _MEANINGS = {
     "layers": "the kinds of layers in the tiny model: one of each that the family has",
     "reuse": "what a conversation is taken up by: any `token`; the last `checkpoint` of its running states; "
     "`some` of it or `none`, where that was not to be compared",
     "truncation": "when the window overflows, the keys of kept tokens are `rotated` to their new places, or the tokens "
     "are `recomputed`",
+    "attached": "what plain `generate` does after `attach`: its turns are `kept`, or it runs `as without`; its tokens "
+    "are the same. Empty where it does not run on token ids without a store either",
     "verdict": "see below",
     "reason": "why a family is no reference, or what went wrong",
 }
@@ -59,7 +74,7 @@ def markdown(rows: Sequence[Row]) -> str:
     found = counted(rows)
     meanings = _listed(("column", "meaning"), _MEANINGS)
     verdicts = _listed(("verdict", "meaning"), {name: text for name, text in _VERDICTS.items() if name in found})
-    return f"{_TEXT}\n{summary(rows)}\n\n{meanings}\n\n{verdicts}\n\n## Families\n\n{table(rows)}\n"
+    return f"{_TEXT}\n{summary(rows)}\n\n{meanings}\n\n{verdicts}\n\n## Families\n\n{table(rows)}\n" + (_variants(rows))
 
 
 def _listed(heads: Sequence[str], meanings: Mapping[str, str]) -> str:
@@ -79,8 +94,30 @@ def summary(rows: Sequence[Row]) -> str:
 def table(rows: Sequence[Row]) -> str:
     """The rows as a markdown table."""
     lines = [_line(COLUMNS), _line(["---"] * len(COLUMNS))]
-    lines += [_line([row.family, row.layers, row.reuse, row.truncation, row.verdict, row.reason]) for row in rows]
-    return "\n".join(lines)
+    return "\n".join([*lines, *(_line(cells(row)) for row in rows)])
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """A row by columns."""
+    return row.family, row.layers, row.reuse, row.truncation, row.attached, row.verdict, row.reason
+
+
+def variants_in_words(row: Row) -> list[str]:
+    """What is wrong with a family's other classes and twins."""
+    return [f"{row.family}, {v.kind} ({v.model_class}): {v.reason}" for v in row.variants if v.verdict == VARIANT_WRONG]
+
+
+def _variants(rows: Sequence[Row]) -> str:
+    """How many other classes and twins there are of each verdict."""
+    found = [variant for row in rows for variant in row.variants]
+    if not found:
+        return ""
+    verdicts = (REUSED, NOT_KEPT_VARIANT, NOT_TRIED, VARIANT_WRONG)
+    lines = [_line(["kind", *verdicts]), _line(["---"] * (1 + len(verdicts)))]
+    for kind in KINDS:
+        counts = [sum(v.kind == kind and v.verdict == verdict for v in found) for verdict in verdicts]
+        lines.append(_line([kind, *map(str, counts)]))
+    return _VARIANTS + "\n".join(lines) + "\n"
 
 
 def write(rows: Sequence[Row], page: Path) -> Path:

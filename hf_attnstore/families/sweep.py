@@ -20,11 +20,15 @@ import torch
 
 from ..cache.structure import decoder_config
 from ..errors import UnsupportedModelError
+from .attached import AS_WITHOUT, run_attached
 from .encoder_decoders import class_of, family_of, make_seq2seq
 from .feeding import generate, new_cache, some_ids
 from .notes import NOTES
+from .others import build_other, other_class, others
 from .reference import examine, in_words
-from .tiny import build, class_name
+from .tiny import build, class_name, families
+from .variants import WRONG as VARIANT_WRONG
+from .variants import Variant, examine_variants
 
 SAME, NOT_KEPT, WRONG, OUTSIDE, NOT_BUILT, FAILED = "same", "not kept", "wrong", "outside", "not built", "failed"
 LIMIT = 120.0
@@ -50,27 +54,53 @@ class Row:
     verdict: str = FAILED
     reason: str = ""
     seconds: float = 0.0
+    attached: str = ""
+    """What `attach` and plain `generate` do: `kept`, or `as without`; empty where `generate` does not run anyway."""
+    variants: list[Variant] = field(default_factory=list)
+    """Other classes of the family, and twins whose tokens see ahead."""
 
     @property
     def well(self) -> bool:
         """Whether this is nothing that has to be looked into."""
+        if any(variant.verdict == VARIANT_WRONG for variant in self.variants):
+            return False
         return self.verdict == SAME if self.reference else self.verdict in (OUTSIDE, NOT_BUILT)
 
 
 def examine_family(family: str) -> Row:
     """Everything about one family. Never raises: what fails is the verdict."""
     encoder_decoder = family_of(family)
-    row = Row(family, class_name(family) if encoder_decoder is None else class_of(encoder_decoder))
+    row = Row(family, _class_name(family))
     begun = time.perf_counter()
     try:
-        if encoder_decoder is None:
-            _fill(row)
-        else:
+        if encoder_decoder is not None:
             _fill_encoder_decoder(row, encoder_decoder)
+        elif family in others():
+            row.verdict, row.reason = OUTSIDE, NOTES[family]
+            _attach(row, lambda: build_other(family))
+        else:
+            _fill(row)
+            if row.verdict != NOT_BUILT:
+                _attach(row, lambda: build(family))
     except Exception as error:
         row.verdict, row.reason = FAILED, in_words(error)
     row.seconds = time.perf_counter() - begun
     return row
+
+
+def _class_name(family: str) -> str:
+    encoder_decoder = family_of(family)
+    if encoder_decoder is not None:
+        return class_of(encoder_decoder)
+    return other_class(family) if family in others() else class_name(family)
+
+
+def _attach(row: Row, make: Callable[[], Any]) -> None:
+    """Plain `generate` with a store attached; what goes wrong there is said of the family."""
+    with tempfile.TemporaryDirectory(prefix="attnstore-models-") as folder:
+        row.attached, problems = run_attached(make(), make(), Path(folder))
+    if problems:
+        row.verdict, row.reason = WRONG, _joined("; ".join(problems), row.reason)
 
 
 def _fill(row: Row) -> None:
@@ -118,9 +148,10 @@ def _fill_encoder_decoder(row: Row, family: str) -> None:
 
     row.layers = layers_in_words(SimpleNamespace(config=decoder_config(make_seq2seq(family))))
     with tempfile.TemporaryDirectory(prefix="attnstore-models-") as folder:
-        found = read_documents(family, Path(folder))
+        found = read_documents(family, Path(folder) / "store")
     row.reuse = "token" if found.kept else "none"
     row.truncation = "nothing is dropped"
+    row.attached = "kept" if found.kept else AS_WITHOUT
     row.reference = found.kept
     row.reason = "; ".join(found.problems)
     if found.problems:
@@ -141,6 +172,14 @@ def _takes_a_cache(model: Any) -> bool:
     except Exception:
         return False
     return True
+
+
+def examine_with_variants(family: str) -> Row:
+    """As `examine_family`, with the family's other classes and its twins that see ahead."""
+    row = examine_family(family)
+    if family in families() and row.verdict != NOT_BUILT:
+        row.variants = examine_variants(family)
+    return row
 
 
 def _joined(*parts: str) -> str:
@@ -250,7 +289,7 @@ def _row_of(worker: _Worker, limit: float) -> Row | None:
         worker.process.join(5)
         reason = f"its process ended (exit code {worker.process.exitcode})"
     _end(worker)
-    return Row(worker.family, class_name(worker.family), verdict=FAILED, reason=reason)
+    return Row(worker.family, _class_name(worker.family), verdict=FAILED, reason=reason)
 
 
 def _started(work: Callable[[str], Row]) -> _Worker:
