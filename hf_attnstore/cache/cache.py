@@ -319,7 +319,10 @@ class AttentionStoreCache(CacheForwards):
             self._take_checkpoint(wait=False)
 
     def keep_tail(self) -> None:
-        """Lets go of all KV but that of the last block, which is needed to save what comes."""
+        """Lets go of all KV but that of the last block, which is needed to save what comes; of nothing that is still to
+        be saved when the turn ends."""
+        if self._saver is not None and self._saver.holds_back:
+            return
         first = self._chain.bounds(self._chain.block_at(self._held))[0]
         for layer in self.layers:
             if isinstance(layer, StoreLayer):

@@ -31,7 +31,11 @@ from .samples import comparable, few_values, raw_bytes, sample_of
 SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.Size, Enum)
 """Values whose words are their content."""
 
-_LIBRARIES = "torch transformers accelerate peft numpy safetensors tokenizers triton kernels hf_attnstore".split()
+_LIBRARIES = (
+    "torch transformers accelerate peft numpy safetensors tokenizers triton kernels hf_attnstore "
+    "packaging huggingface_hub tqdm regex yaml filelock sympy einops typing_extensions"
+).split()
+"""What models rest on: transformers, torch, and what these use."""
 _COMPUTES = ("models/", "activations.py", "pytorch_utils.py")
 """Of transformers, the code of models: its content counts."""
 _LEADS_ON = ("masking_utils.py", "modeling_rope_utils.py", "integrations/")

@@ -24,6 +24,7 @@ from turns import assert_reused, follow_up, turn
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, attach, detach
 from hf_attnstore.cache.fingerprint import Fingerprint, fingerprint_of
+from hf_attnstore.families.tiny import build, families
 
 Change = Callable[[Any, pytest.MonkeyPatch], object]
 PROMPT = tokens(50)
@@ -419,3 +420,13 @@ def test_a_hook_that_reads_what_it_wrote_down_is_not_known_by_its_code_alone() -
         return hook
 
     assert print_of(hooked(scaling([]))) != print_of(hooked(scaling([1.0])))
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "gpt_oss", "gemma3_text"])
+def test_a_model_as_transformers_makes_it_has_no_additions(family: str) -> None:
+    if family not in families():
+        pytest.skip(f"this transformers has no {family}")
+    identity = Fingerprint(build(family))
+    identity.current()
+    assert not identity.computing.additions
+    assert not identity.computing.problem
