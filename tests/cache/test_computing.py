@@ -426,7 +426,8 @@ def test_a_hook_that_reads_what_it_wrote_down_is_not_known_by_its_code_alone() -
 def test_a_model_as_transformers_makes_it_has_no_additions(family: str) -> None:
     if family not in families():
         pytest.skip(f"this transformers has no {family}")
-    identity = Fingerprint(build(family))
+    model = build(family)
+    identity = Fingerprint(model)
     identity.current()
     assert not identity.computing.additions
     assert not identity.computing.problem
