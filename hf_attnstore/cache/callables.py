@@ -5,7 +5,6 @@ its bytecode, its constants and closures, and all that it uses in turn. Docstrin
 variables and places in files do not count.
 """
 
-import dis
 import functools
 import hashlib
 import opcode
@@ -15,11 +14,9 @@ import sys
 import sysconfig
 import types
 import weakref
-from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import Enum
 from functools import cache
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -48,9 +45,6 @@ _UNSTABLE = frozenset(
 )
 _RENAMED = {"past_key_values": "cache", "past_key_value": "cache", "layer_past": "cache", "cache_params": "cache"}
 """Names of arguments that mean the same, whichever transformers one has."""
-_CONTAINERS = (list, set, dict, deque, Counter)
-_FILLING = frozenset("append appendleft extend add update".split())
-"""Methods that give nothing back: what they fill can't be seen through them."""
 _SMALL = 1 << 20
 _DEPTH, _ENTRIES, _FUNCTIONS = 6, 256, 4000
 _MISSING = object()
@@ -487,8 +481,6 @@ class _Reading:
         said = [f"function {_code_words(code)}"]
         said += [self.words(value, 1, strict=strict) for value in (function.__defaults__, function.__kwdefaults__)]
         for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
-            if _is_only_filled(code, name, _content(cell)):
-                continue
             said.append(f"{_RENAMED.get(name, name)}={self.words(_content(cell), 1, strict=strict)}")
         said += self._globals(function, names, strict)
         self.out.append("\n".join(said))
@@ -579,23 +571,6 @@ def _names(code: types.CodeType) -> set[str]:
         found.update(part.co_names)
         found.update(c for c in part.co_consts if isinstance(c, str) and c.isidentifier())
     return found
-
-
-def _is_only_filled(code: types.CodeType, name: str, value: Any) -> bool:
-    """Whether a function only puts something into a container, as hooks do that write down what they see."""
-    return type(value) in _CONTAINERS and _only_fills(code, name)
-
-
-@cache
-def _only_fills(code: types.CodeType, name: str) -> bool:
-    steps = [step for step in dis.get_instructions(code) if step.opname != "CACHE"]
-    if any(name in part.co_freevars for part in _nested(code) if part is not code):
-        return False
-    used = [after for step, after in pairwise(steps) if step.argval == name and step.opname.startswith("LOAD")]
-    calls = ("LOAD_METHOD", "LOAD_ATTR")
-    return all(after.opname in calls and after.argval in _FILLING for after in used) and not any(
-        step.argval == name and step.opname.startswith(("STORE", "DELETE")) for step in steps
-    )
 
 
 @cache

@@ -15,6 +15,7 @@ from torch.nn.modules import module as torch_module
 
 from .adapters import is_adapted, is_inert
 from .callables import SIMPLE, Checks, CodeReader, UnknownCodeError, is_librarys, own_attributes
+from .observers import only_looks
 from .weights import keeps_more
 
 _NEUTRAL = ("hf_attnstore.", "transformers.utils.output_capturing", "peft.", "accelerate.")
@@ -177,7 +178,6 @@ def _around(reader: CodeReader) -> list[str]:
     for hooks in (torch_module._global_forward_pre_hooks, torch_module._global_forward_hooks):
         reader.checks.container(hooks)
         for hook in hooks.values():
-            reader.additions = True
             said.append(f"every module: {_hook_words('every module', hook, reader)}")
     return said
 
@@ -253,6 +253,8 @@ def _hook_words(where: str, hook: Any, reader: CodeReader) -> str:
     owned = is_librarys(function) or (is_librarys(type(function)) and not isinstance(function, types.FunctionType))
     owned = owned or module.startswith("hf_attnstore.")
     if owned and module.startswith(_NEUTRAL):
+        return ""
+    if only_looks(hook):
         return ""
     reader.additions = True
     name = getattr(function, "__qualname__", type(function).__qualname__)

@@ -24,6 +24,7 @@ from turns import assert_reused, follow_up, turn
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, attach, detach
 from hf_attnstore.cache.fingerprint import Fingerprint, fingerprint_of
+from hf_attnstore.cache.observers import only_looks
 from hf_attnstore.families.tiny import build, families
 
 Change = Callable[[Any, pytest.MonkeyPatch], object]
@@ -431,3 +432,33 @@ def test_a_model_as_transformers_makes_it_has_no_additions(family: str) -> None:
     identity.current()
     assert not identity.computing.additions
     assert not identity.computing.problem
+
+
+def test_hooks_that_only_look_are_told_from_those_that_may_do_more() -> None:
+    seen: list[Any] = []
+
+    def counts_and_fails(*_: Any) -> None:
+        seen.append(1)
+        if len(seen) == 7:
+            raise MemoryError("no memory")
+
+    class Counted:
+        seen = 0
+
+        def hook(self, *_: Any) -> None:
+            self.seen += 1
+
+    assert only_looks(lambda *_: seen.append(1))
+    assert only_looks(lambda _, args, kwargs: seen.append(kwargs["input_ids"].shape[1]))
+    assert only_looks(counts_and_fails)
+    for other in (
+        lambda m, a, output: output,
+        lambda m, a, output: output[0].add(1),
+        lambda m, a, k: k["cache"].update(1, 2, 0),
+        lambda m, a, k: a[0].append(1),
+        lambda m, a, k: setattr(m, "eps", 1),
+        lambda m, a, k: a[0].zero_(),
+        lambda m, a, k: seen.append(m.weight.mul_(2)),
+        Counted().hook,
+    ):
+        assert not only_looks(other)

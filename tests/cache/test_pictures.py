@@ -87,8 +87,10 @@ def features_encoded(model: Any) -> Iterator[list[int]]:
     sizes: list[int] = []
 
     def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = [*args, *(kwargs.get(name) for name in ("pixel_values", "hidden_states", "input_features"))]
-        sizes.append(next(value.numel() for value in given if isinstance(value, torch.Tensor)))
+        for value in (*args, kwargs.get("pixel_values"), kwargs.get("hidden_states"), kwargs.get("input_features")):
+            if value is not None:
+                sizes.append(value.numel())
+                return
 
     handle = encoder.register_forward_pre_hook(note, with_kwargs=True)
     try:
