@@ -11,6 +11,7 @@ from transformers import set_seed
 from transformers.generation.streamers import BaseStreamer
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, attach, detach
+from hf_attnstore.cache.argument import CACHE_NAMES
 from hf_attnstore.families.feeding import some_ids
 from hf_attnstore.families.tiny import build, families
 
@@ -24,7 +25,7 @@ SAMPLE = ("llama", "gemma3_text", "qwen3_next")
 
 def _ours(model: Any, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
     """A decoding loop of a user's own, for `custom_generate`: greedy, ten tokens."""
-    name = "cache_params" if "cache_params" in kwargs else "past_key_values"  # Mamba's name for it
+    name = next(name for name in CACHE_NAMES if name in kwargs)
     cache = kwargs.pop(name, None)
     ids = input_ids
     for _ in range(6):

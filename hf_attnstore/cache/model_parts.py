@@ -42,6 +42,7 @@ def difference(before: Any, now: Mapping[str, Mapping[str, str]]) -> str:
         changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
         if not changed:
             continue
+        changed = [name for name in changed if name != "computing"] or changed  # a digest, which settings change too
         names = ", ".join(_change(name, old, new) if kind == "settings" else name for name in changed[:_NAMED])
         more = f" and {len(changed) - _NAMED} more" if len(changed) > _NAMED else ""
         said.append(f"{'other settings' if kind == 'settings' else 'other weights'}: {names}{more}")

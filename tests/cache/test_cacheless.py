@@ -58,7 +58,8 @@ def test_a_cache_given_to_a_model_without_one_is_left_out(
     cache = AttentionStoreCache(model, "alice", store)
     conversation(model, made(family), some_ids(30, 1), lambda: as_generate_takes(model, cache), **GREEDY)
     assert cache.reused_tokens == 0
-    assert "takes no cache" in cache.stats.recomputed or "a cache of its own" in cache.stats.recomputed
+    reason = cache.stats.recomputed
+    assert any(words in reason for words in ("takes no cache", "a cache of its own", "no cache continues"))
     assert cache.stats.prompt_tokens == cache.prefilled_tokens
     assert log.text.count(cache.stats.recomputed) == 1
     assert blocks(store) == 0

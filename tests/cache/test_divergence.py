@@ -117,7 +117,7 @@ def test_nobody_asks_where_little_is_new(model: Any, store: AttentionStore, monk
     assert cache.reused_tokens == 112
     assert asked == []
     turn(model, changed(first, 30), AttentionStoreCache(model, "alice", store))
-    assert asked == ["alice"]
+    assert set(asked) == {"alice"}
 
 
 @pytest.mark.parametrize("name", ["alice", None])

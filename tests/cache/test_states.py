@@ -209,12 +209,11 @@ def test_a_forward_that_is_interrupted_leaves_no_state_behind(hybrid: Any, store
     # the model is asked now whether it continues, where nobody knows it, and not in the forwards that are counted
     turn(hybrid, prompt(5), AttentionStoreCache(hybrid, None, store, save=False))
     cache = AttentionStoreCache(hybrid, "alice", store)
-    count = 0
+    calls: list[int] = []
 
     def fails(module: nn.Module, args: Any) -> None:
-        nonlocal count
-        count += 1
-        if count == 4:
+        calls.append(1)
+        if len(calls) == 4:
             raise KeyboardInterrupt
 
     handle = hybrid.model.layers[-1].register_forward_pre_hook(fails)
