@@ -20,6 +20,8 @@ from .weights import keeps_more
 
 _NEUTRAL = ("hf_attnstore.", "transformers.utils.output_capturing", "peft.", "accelerate.")
 """Whose hooks change nothing that is not identified otherwise."""
+_LENGTH_SEEN = "max_seq_len_cached"
+"""What rotary embeddings remember of the longest text so far: nothing is reused where frequencies depend on it."""
 _KNOWN_MOVERS = frozenset({"AlignDevicesHook", "SequentialHook", "CpuOffload", "AddHook", "ModelHook"})
 """Of accelerate's hooks, those that only say where something is computed."""
 _NOT_OF_COMPUTING = frozenset({"generate", "prepare_inputs_for_generation", "config", "generation_config"})
@@ -232,7 +234,7 @@ def _attributes(
     scratch = sets - {"attention_scaling"}  # set again by rotary embeddings, and always to the same
     for name, value in sorted(own_attributes(module).items()):
         used = name in names
-        if name in scratch or name in _NOT_OF_COMPUTING or (whole and not used):
+        if name in scratch or name in _NOT_OF_COMPUTING or name.endswith(_LENGTH_SEEN) or (whole and not used):
             continue
         if isinstance(value, SIMPLE):
             said.append(f"{name}={value!r}")
