@@ -55,15 +55,22 @@ def run_attached(model: Any, twin: Any, folder: Path) -> tuple[str, list[str]]:
 
 def _more(model: Any, count: int) -> torch.Tensor:
     """Ids `[1, count]`, or of every codebook a row."""
-    rows = _CODEBOOKS if hasattr(model, "build_delay_pattern_mask") else 1
+    rows = _CODEBOOKS if _of_codes(model) else 1
     return some_ids(rows * count, 51).view(rows, count)
+
+
+def _of_codes(model: Any) -> bool:
+    """Whether a model takes the codes of several codebooks at once (Musicgen)."""
+    return hasattr(model, "build_delay_pattern_mask")
 
 
 def _sequences(model: Any, prompt: torch.Tensor) -> tuple[torch.Tensor, int]:
     """What `generate` makes, with equal random numbers, and how many tokens a store gave."""
-    settings = {**_SETTINGS}
-    if hasattr(model, "canvas_length") or "Diffusion" in type(model).__name__:
+    settings: dict[str, Any] = {**_SETTINGS}
+    if "Diffusion" in type(model).__name__:
         settings = {"max_new_tokens": 8, "max_denoising_steps": 2}
+    if _of_codes(model):
+        settings |= {"guidance_scale": 1.0, "decoder_start_token_id": 0, "num_return_sequences": 1, "num_beams": 1}
     torch.manual_seed(0)
     said = model.generate(prompt, return_dict_in_generate=True, **settings)
     held = next((v for v in said.values() if isinstance(v, AttentionStoreCache)), None)

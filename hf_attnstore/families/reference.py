@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from ..cache.cacheless import cacheless
 from .feeding import cache_argument, difference, feed_parts, feed_whole, generate, new_cache, recorded, some_ids
 
 _FIRST, _SECOND, _SINGLE = 37, 12, 4
@@ -59,7 +60,7 @@ def examine(model: Any) -> Reference:
     if problem:
         return Reference(f"it can't be run on token ids alone: {problem}", runs=False)
     name = cache_argument(model)
-    if name is None:
+    if name is None or "takes no cache" in cacheless(model):
         return Reference("its forward takes no cache")
     for what, step in (
         ("a DynamicCache can't be made for it", _makes_cache),
