@@ -167,8 +167,8 @@ def _looped(model: Any, twin: Any, folder: Path, *, places: bool) -> tuple[str, 
 
 @torch.no_grad()
 def _said(model: Any, ids: torch.Tensor, cache: Any, start: int | None = None) -> torch.Tensor:
-    """What a model says of the tokens that it is fed, whatever it is for. They come after `start` others, where it is to
-    be told."""
+    """What a model says of the tokens that it is fed, whatever it is for. They come after `start` others, where it
+    is to be told."""
     passed: dict[str, Any] = {"use_cache": cache is not None, **as_forward_takes(model, cache)}
     if start is not None:
         passed |= positions(model, start, ids.shape[1])
