@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from hf_attnstore import AttentionStore
+from hf_attnstore import AttentionStore, detach
 from hf_attnstore.real_models import ModelNotFoundError, real_model_path
 from hf_attnstore.store import transfer, uninitialised
 from hf_attnstore.store.disk import BlockFile
@@ -56,6 +56,15 @@ def real_model_folder() -> Callable[[str], Path]:
             pytest.skip(str(error))
 
     return find
+
+
+@pytest.fixture
+def left_alone(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Models that tests share are detached after each of them."""
+    yield
+    for name in ("model", "hybrid"):
+        if name in request.fixturenames:
+            detach(request.getfixturevalue(name))
 
 
 @pytest.fixture

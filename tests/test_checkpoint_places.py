@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,8 @@ from hf_attnstore import AttentionStore, ChatSession, attach, detach
 from hf_attnstore.cache.pauses import BUDGET, choose_pauses
 from hf_attnstore.errors import CacheUseError
 from hf_attnstore.families.tiny import build, families, tiny_config
+
+pytestmark = pytest.mark.usefixtures("left_alone")
 
 FAMILIES = ("qwen3_next", "falcon_h1", "lfm2", "mamba2", "bamba", "granitemoehybrid", "nemotron_h")
 GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
@@ -51,14 +52,6 @@ def _built(family: str, tokenizer: PreTrainedTokenizerFast) -> Any:
         suppress_tokens=tokenizer.convert_tokens_to_ids(SPECIAL),
     )
     return model
-
-
-@pytest.fixture(autouse=True)
-def left_alone(request: pytest.FixtureRequest) -> Iterator[None]:
-    yield
-    for name in ("model", "hybrid"):
-        if name in request.fixturenames:
-            detach(request.getfixturevalue(name))
 
 
 def answers_as_plain(chat: ChatSession, model: Any, text: str) -> None:

@@ -130,7 +130,7 @@ class Checks:
             if named is not None and function.__kwdefaults__ != named:
                 return False
         for cell, value in self._cells:
-            if _content(cell) is not value:
+            if cell_content(cell) is not value:
                 return False
         for sized, size in self._sizes.values():
             if len(sized) != size:
@@ -150,7 +150,7 @@ class Checks:
     def function(self, function: types.FunctionType) -> None:
         named = dict(function.__kwdefaults__) if function.__kwdefaults__ else None
         self._codes[id(function)] = (function, function.__code__, function.__defaults__, named)
-        self._cells += [(cell, _content(cell)) for cell in function.__closure__ or ()]
+        self._cells += [(cell, cell_content(cell)) for cell in function.__closure__ or ()]
 
     def container(self, value: Any) -> None:
         if isinstance(value, Mapping):
@@ -456,7 +456,7 @@ class _Reading:
             return ""
         self._wrappers.add(id(function))
         # a library's wrapper around something: that counts
-        cells = [_content(cell) for cell in function.__closure__ or ()]
+        cells = [cell_content(cell) for cell in function.__closure__ or ()]
         inner = [v for v in cells if isinstance(v, (types.FunctionType, types.MethodType, functools.partial))]
         said = [self.words(value, 1, strict=strict) for value in inner]
         return " ".join(filter(None, said))
@@ -481,7 +481,7 @@ class _Reading:
         said = [f"function {_code_words(code)}"]
         said += [self.words(value, 1, strict=strict) for value in (function.__defaults__, function.__kwdefaults__)]
         for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
-            said.append(f"{_RENAMED.get(name, name)}={self.words(_content(cell), 1, strict=strict)}")
+            said.append(f"{_RENAMED.get(name, name)}={self.words(cell_content(cell), 1, strict=strict)}")
         said += self._globals(function, names, strict)
         self.out.append("\n".join(said))
 
@@ -489,7 +489,7 @@ class _Reading:
         self._reader.spend(self._where)
         self._reader.checks.function(function)
         self.sets |= _stored(function.__code__)
-        said = [self.words(_content(cell), 1, strict=False) for cell in function.__closure__ or ()]
+        said = [self.words(cell_content(cell), 1, strict=False) for cell in function.__closure__ or ()]
         said += self._globals(function, _names(function.__code__), False, plain=False)
         self.out += filter(None, said)
 
@@ -545,10 +545,11 @@ def _version(tensor: torch.Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-def _content(cell: Any) -> Any:
+def cell_content(cell: Any) -> Any:
+    """What a variable of a closure holds; None if it holds nothing yet."""
     try:
         return cell.cell_contents
-    except ValueError:  # not yet filled
+    except ValueError:
         return None
 
 

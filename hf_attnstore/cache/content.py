@@ -223,8 +223,8 @@ class CacheContent(OutsideGraphsCache):
             refill = frozenset(chain.block_at(s.first) for s in again) if self._computes_known else frozenset()
             self._saver.begin_turn(self._in_store, tail, refill)
 
-    def _is_unchanged(self) -> bool:
-        """Whether the model is what it was when the turn began, as far as anybody can tell."""
+    def is_of_its_model(self) -> bool:
+        """Whether the model is still the one that the turn began with. Where nobody can tell, it is not."""
         try:
             return self._attachment.fingerprint.current() == self._fingerprint
         except Exception:
@@ -237,7 +237,7 @@ class CacheContent(OutsideGraphsCache):
             return
         if not held or self._states_at != held or len(self._chain) != held or self.rows != 1:
             return
-        if self._saver.holds_back and not (self._holds_for_additions and self._is_unchanged()):
+        if self._saver.holds_back and not (self._holds_for_additions and self.is_of_its_model()):
             return
         try:
             key, nbytes = take_checkpoint(self.layers, self._chain, self._store, self._fingerprint, wait=wait)

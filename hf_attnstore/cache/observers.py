@@ -11,6 +11,8 @@ import types
 from collections import Counter, deque
 from typing import Any
 
+from .callables import cell_content
+
 _CONTAINERS = (list, set, dict, deque, Counter)
 _FILLING = frozenset("append appendleft extend add".split())
 _READING = frozenset("size dim numel tolist item get keys values items detach cpu clone count index".split())
@@ -80,10 +82,7 @@ def _fills(function: types.FunctionType, steps: list[dis.Instruction], place: in
     if holder.opname != "LOAD_DEREF" or holder.argval not in function.__code__.co_freevars:
         return False
     cell = (function.__closure__ or ())[function.__code__.co_freevars.index(holder.argval)]
-    try:
-        return type(cell.cell_contents) in _CONTAINERS
-    except ValueError:  # not yet filled
-        return False
+    return type(cell_content(cell)) in _CONTAINERS
 
 
 def _fills_first(function: types.FunctionType, steps: list[dis.Instruction], place: int) -> bool:

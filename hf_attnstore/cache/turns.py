@@ -299,10 +299,6 @@ class CacheTurns(ParkingCache):
         if self._saver is not None:
             self._saver.hold()
 
-    def is_of_its_model(self) -> bool:
-        """Whether the model is still the one that the turn began with. Where nobody can tell, it is not."""
-        return self._is_unchanged()
-
     def drop_turn(self, reason: str, *, expected: bool = False) -> None:
         """Ends the turn and lets go of everything held: none of it is to be kept. What is `expected` is not logged."""
         with self._guard:

@@ -6,7 +6,6 @@ import copy
 import importlib
 import logging
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,8 @@ from hf_attnstore.store.files import tree_bytes
 
 attaching = importlib.import_module("hf_attnstore.cache.attach")
 
+pytestmark = pytest.mark.usefixtures("left_alone")
+
 FAMILIES = ("mamba2", "qwen3_next", "lfm2", "falcon_h1", "deepseek_v4")
 """A running state alone; beside full attention in other layers; convolutions; in every layer; a kind of its own."""
 
@@ -46,14 +47,6 @@ def _built(family: str) -> Any:
     if family not in families():
         pytest.skip(f"this transformers has no {family}")
     return build(family)
-
-
-@pytest.fixture(autouse=True)
-def left_alone(request: pytest.FixtureRequest) -> Iterator[None]:
-    yield
-    for name in ("model", "hybrid"):
-        if name in request.fixturenames:
-            detach(request.getfixturevalue(name))
 
 
 def prompt(count: int, seed: int = 0) -> torch.Tensor:
