@@ -84,7 +84,7 @@ def generate_around(
     if is_encoder_decoder(model):
         from .seq2seq_generate import generate_from_encoder
 
-        return generate_from_encoder(model, original, attachment.store, args, kwargs)
+        return generate_from_encoder(model, original, attachment, args, kwargs)
     cache = take_cache(kwargs)
     if cache is not None:
         kwargs[attachment.generate_cache_name] = cache

@@ -12,8 +12,9 @@ from torch import nn
 from transformers import GenerationMixin
 
 from ..errors import CacheUseError, LoadError
-from ..store.store import AttentionStore
 from .argument import generate_cache_name, take_cache
+from .attach import Attachment
+from .attached import say_left_alone, settings_problem
 from .cache import AttentionStoreCache
 from .decoder_facts import stand_in
 from .encoder_input import EncoderInput, encoder_input, encoder_inputs, is_for_decoder
@@ -28,19 +29,23 @@ logger = logging.getLogger("hf_attnstore")
 def generate_from_encoder(
     model: nn.Module,
     original: Callable[..., Any],
-    store: AttentionStore | None,
+    attachment: Attachment,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    """Stands in for `model.generate`, which is `original`. `store` is the one to use where no cache is given."""
+    """Stands in for `model.generate`, which is `original`, of a model that is attached."""
     cache, name = take_cache(kwargs), generate_cache_name(None)
     if cache is not None:
         kwargs[name] = cache
     plan = _Plan(model, args, kwargs)
     if cache is None:
-        if store is None or plan.problem or not _can_be_kept(model, kwargs):
+        if attachment.store is None:
             return original(*args, **kwargs)
-        cache = AttentionStoreCache(model, store=store)
+        found = settings_problem(model, kwargs) or (("input", plan.problem) if plan.problem else None)
+        if found is not None:
+            say_left_alone(attachment, *found, kwargs.get("decoder_input_ids"))
+            return original(*args, **kwargs)
+        cache = AttentionStoreCache(model, store=attachment.store)
         kwargs[name] = cache
     if not isinstance(cache, SequenceToSequenceCache):
         return original(*args, **kwargs)
@@ -94,17 +99,6 @@ def _run(
         raise AssertionError("a turn without loading can't fail to load")
     finally:
         cache.end_turn()
-
-
-def _can_be_kept(model: nn.Module, kwargs: Mapping[str, Any]) -> bool:
-    """Whether a plain `generate` is one that a store can serve; if not, it runs untouched."""
-    return not (
-        _setting(model, kwargs, "use_cache") is False
-        or _setting(model, kwargs, "cache_implementation") is not None
-        or getattr(kwargs.get("generation_config"), "is_assistant", False)
-        or kwargs.get("custom_generate") is not None
-        or kwargs.get("use_model_defaults") is False
-    )
 
 
 class _Plan:

@@ -453,6 +453,20 @@ def test_an_attached_model_reuses_in_plain_generate(store: AttentionStore) -> No
     assert store.stats()["turns"] == 2
 
 
+def test_what_an_attached_encoder_decoder_leaves_alone_is_said_once(
+    store: AttentionStore, log: pytest.LogCaptureFixture
+) -> None:
+    model, inputs, ids = make_seq2seq("t5"), encoder_input("t5"), prompt(20)
+    attach(model, store)
+    for _ in range(2):
+        ours = model.generate(**inputs, decoder_input_ids=ids, use_cache=False, max_new_tokens=4, do_sample=False)
+    theirs = make_seq2seq("t5").generate(**inputs, decoder_input_ids=ids, max_new_tokens=4, do_sample=False)
+    assert torch.equal(ours, theirs)
+    assert log.text.count("neither reused nor kept") == 1
+    assert store.stats()["missed: left alone (use_cache)"] == 2
+    detach(model)
+
+
 def test_one_object_serves_many_turns_and_loads_nothing(store: AttentionStore) -> None:
     model = make_seq2seq("t5gemma")
     documents = [encoder_input("t5gemma", seed=seed) for seed in (1, 2)]
