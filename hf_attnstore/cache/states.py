@@ -203,6 +203,10 @@ class StateLayer(ConvolutionState, LinearAttentionLayer):
     def get_seq_length(self) -> int:
         return self.length
 
+    def end_forward(self, count: int) -> None:
+        if self.rows:  # else the model keeps its state elsewhere, as RecurrentGemma does in its modules
+            super().end_forward(count)
+
 
 @LinearAttentionAndFullAttentionLayer.register  # which `Cache.is_linear` asks, by a rule of its own in each version
 class HybridLayer(ConvolutionState, LinearAttentionLayer, FullLayer):  # type: ignore[override]

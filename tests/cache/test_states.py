@@ -494,3 +494,20 @@ def test_transformers_own_classes_still_serve_their_kinds(caplog: pytest.LogCapt
     with caplog.at_level(logging.WARNING):
         kinds.make_layers(model)
     assert before == cache_utils.DYNAMIC_LAYER_TYPE_MAPPING
+
+
+def test_a_model_that_keeps_its_state_elsewhere_is_not_kept(
+    store: AttentionStore, log: pytest.LogCaptureFixture
+) -> None:
+    model = _built("recurrent_gemma")
+    ids = prompt(40)
+    for _ in range(3):
+        cache = AttentionStoreCache(model, "alice", store)
+        assert torch.equal(turn(model, ids, cache).sequences, turn(_built("recurrent_gemma"), ids, None).sequences)
+        assert (cache.reused_tokens, cache.stats.saved_bytes) == (0, 0)
+    store.flush()
+    assert store.sessions() == []
+    assert not list(store.path.glob("blocks/*/*/*"))
+    assert log.text.count("hold [0, ") == 1
+    assert "load failed" not in log.text
+    detach(model)
