@@ -1,11 +1,11 @@
 """hf-attnstore: the KV cache of every conversation, kept and found again."""
 
 from ._version import __version__
-from .cache.attach import attach, detach
 from .cache.cache import AttentionStoreCache
+from .cache.hooks import attach, detach
 from .cache.inspection import describe
 from .cache.stats import TurnStats
-from .chat import ChatSession
+from .chat.session import ChatSession
 from .errors import (
     AttentionStoreError,
     CacheUseError,
@@ -24,10 +24,10 @@ from .errors import (
     TurnTimeoutError,
     UnsupportedModelError,
 )
-from .store.manifest import SessionInfo
+from .serving.queue import QueueStats, TurnQueue
+from .serving.turn import Turn
+from .store.records.manifest import SessionInfo
 from .store.store import AttentionStore, repair_store
-from .turn import Turn
-from .turn_queue import QueueStats, TurnQueue
 
 __all__ = [
     "AttentionStore",

@@ -12,9 +12,10 @@ import torch
 from hypothesis import settings
 
 from hf_attnstore import AttentionStore, detach
-from hf_attnstore.real_models import ModelNotFoundError, real_model_path
-from hf_attnstore.store import transfer, uninitialised
-from hf_attnstore.store.disk import BlockFile
+from hf_attnstore.chat.pretrained import ModelNotFoundError, real_model_path
+from hf_attnstore.store.blocks import uninitialised
+from hf_attnstore.store.disk.block_files import BlockFile
+from hf_attnstore.store.transfer import load as transfer
 
 # what is reused must not depend on how fast the machine is just now; tests of that choice switch it on
 os.environ["ATTNSTORE_GATE"] = "off"

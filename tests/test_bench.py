@@ -11,15 +11,15 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from hf_attnstore.bench import baselines, cli, figures, pagecache
-from hf_attnstore.bench.cli import app, parse_histories
-from hf_attnstore.bench.machine import ForeignLoad
-from hf_attnstore.bench.measure import PROBES, Measured, Workload, measure, same_tokens, step_order
-from hf_attnstore.bench.methods import METHODS, check_reuse
-from hf_attnstore.bench.report import TITLES, Result, as_markdown, as_record, tables, verdict_lines
-from hf_attnstore.bench.rss import Rss, RssJob, measure_rss
-from hf_attnstore.bench.shapes import BenchError, ModelSpec, choose_model, load_model, random_ids
-from hf_attnstore.bench.timing import Sample, page_faults, timed_generate
+from hf_attnstore.lab.bench import baselines, cli, figures, pagecache
+from hf_attnstore.lab.bench.cli import app, parse_histories
+from hf_attnstore.lab.bench.machine import ForeignLoad
+from hf_attnstore.lab.bench.measure import PROBES, Measured, Workload, measure, same_tokens, step_order
+from hf_attnstore.lab.bench.methods import METHODS, check_reuse
+from hf_attnstore.lab.bench.report import TITLES, Result, as_markdown, as_record, tables, verdict_lines
+from hf_attnstore.lab.bench.rss import Rss, RssJob, measure_rss
+from hf_attnstore.lab.bench.shapes import BenchError, ModelSpec, choose_model, load_model, random_ids
+from hf_attnstore.lab.bench.timing import Sample, page_faults, timed_generate
 
 HISTORY, NEW, DECODE, BLOCK = 72, 8, 4, 16
 TURNS = {method.key for method in METHODS} | {"first", "saving", "not_saving"}
@@ -373,7 +373,7 @@ def test_ids_are_seeded(model):
 
 
 def test_the_folder_of_a_report_is_made(tmp_path: Path, measured):
-    from hf_attnstore.bench.plot import draw
+    from hf_attnstore.lab.bench.plot import draw
 
     draw("tiny", [Result(measured[0], {})], tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 10_000

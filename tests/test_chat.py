@@ -23,8 +23,8 @@ from chat_fixtures import (
 from transformers import LlamaForCausalLM, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast, set_seed
 
 from hf_attnstore import AttentionStore, AttentionStoreError, ChatSession
-from hf_attnstore.chat import ChatTemplateError, ContextWindowError
-from hf_attnstore.transcript import encode
+from hf_attnstore.chat.session import ChatTemplateError, ContextWindowError
+from hf_attnstore.chat.transcript import encode
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
 WITH_TOOLS = APPEND_ONLY.replace(

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from hf_attnstore import AttentionStore, ChatSession, attach, detach
 from hf_attnstore.cache.pauses import BUDGET, choose_pauses
 from hf_attnstore.errors import CacheUseError
-from hf_attnstore.families.tiny import build, families, tiny_config
+from hf_attnstore.lab.families.tiny import build, families, tiny_config
 
 pytestmark = pytest.mark.usefixtures("left_alone")
 

@@ -11,9 +11,10 @@ import pytest
 from chat_fixtures import save_tiny_chat_model
 from typer.testing import CliRunner, Result
 
-from hf_attnstore import AttentionStore, ChatSession, cli
-from hf_attnstore.chat_model import load_chat_model
-from hf_attnstore.terminal import TerminalChat
+from hf_attnstore import AttentionStore, ChatSession
+from hf_attnstore.chat.model import load_chat_model
+from hf_attnstore.cli import app as cli
+from hf_attnstore.cli.terminal import TerminalChat
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +193,7 @@ def test_errors_are_one_line_and_exit_code_1(
 
 
 def test_command_works_without_the_bench_extra_and_names_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in [n for n in sys.modules if n.startswith("hf_attnstore.bench.")] + ["matplotlib"]:
+    for name in [n for n in sys.modules if n.startswith("hf_attnstore.lab.bench.")] + ["matplotlib"]:
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert attnstore("--help").exit_code == 0
@@ -204,7 +205,7 @@ def test_command_works_without_the_bench_extra_and_names_it(monkeypatch: pytest.
 
 def test_installed_command_starts() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "hf_attnstore.cli", "--help"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "hf_attnstore.cli.app", "--help"], capture_output=True, text=True, check=True
     )
     for command in ("demo", "chat", "ls", "verify", "repair", "bench"):
         assert command in done.stdout

@@ -15,11 +15,11 @@ from rich.console import Console
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-from hf_attnstore import cli
-from hf_attnstore.chat_model import ModelNotFoundError, load_chat_model
-from hf_attnstore.demo import DemoError, DemoResult, TurnResult, run_demo, runner, script
-from hf_attnstore.demo.kept import KeptCache, KeptTask, run_kept
-from hf_attnstore.demo.turn import TurnTask, first_difference, run_turn
+from hf_attnstore.chat.model import ModelNotFoundError, load_chat_model
+from hf_attnstore.cli import app as cli
+from hf_attnstore.lab.demo import DemoError, DemoResult, TurnResult, run_demo, runner, script
+from hf_attnstore.lab.demo.kept import KeptCache, KeptTask, run_kept
+from hf_attnstore.lab.demo.turn import TurnTask, first_difference, run_turn
 
 MESSAGES = ("the old prince looked at the letter and said nothing to the others", "and then", "what did the mother say")
 SMALL_MODEL = Path(__file__).parent.parent / "examples" / "small-model"
@@ -95,7 +95,7 @@ def test_conversation_runs_by_turns_in_new_processes(
 
 def test_answers_that_differ_are_found(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison is of what was really generated: with the plain side's sampling changed, it must see it."""
-    from hf_attnstore.demo import turn
+    from hf_attnstore.lab.demo import turn
 
     real = turn.timed_generate
 
@@ -141,7 +141,7 @@ def test_command_exits_with_1_when_tokens_differ(
     def one_turn(*args: Any, **kwargs: Any) -> DemoResult:
         return DemoResult("tiny", [result_of(same_tokens=same, first_difference=None if same else 3)])
 
-    monkeypatch.setattr("hf_attnstore.demo.run_demo", one_turn)
+    monkeypatch.setattr("hf_attnstore.lab.demo.run_demo", one_turn)
     assert CliRunner().invoke(cli.app, ["demo", "--output", str(tmp_path)]).exit_code == code
 
 
@@ -152,7 +152,7 @@ def test_turn_whose_process_fails_is_named(tiny: Path, tmp_path: Path, monkeypat
 
 
 def test_missing_small_model_names_the_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_attnstore.chat_model.__file__", str(tmp_path / "site-packages" / "x" / "chat_model.py"))
+    monkeypatch.setattr("hf_attnstore.chat.model.__file__", str(tmp_path / "site-packages" / "x" / "chat" / "model.py"))
     with pytest.raises(ModelNotFoundError, match="--model"):
         run_demo(None, tmp_path / "out", console=quiet())
 

@@ -14,16 +14,16 @@ from tiny_families import crash, dawdle, well
 from typer.testing import CliRunner
 
 from hf_attnstore import AttentionStoreCache
-from hf_attnstore.cache.attach import Attachment
-from hf_attnstore.cache.continuing import is_verified
-from hf_attnstore.cli import app
-from hf_attnstore.families import scenarios
-from hf_attnstore.families.attached import run_attached
-from hf_attnstore.families.feeding import feed_whole, some_ids
-from hf_attnstore.families.others import others
-from hf_attnstore.families.reference import examine
-from hf_attnstore.families.report import markdown, variants_in_words, write, write_verified
-from hf_attnstore.families.sweep import (
+from hf_attnstore.cache.hooks import Attachment
+from hf_attnstore.cache.probing.continuing import is_verified
+from hf_attnstore.cli.app import app
+from hf_attnstore.lab.families import scenarios
+from hf_attnstore.lab.families.attached import run_attached
+from hf_attnstore.lab.families.feeding import feed_whole, some_ids
+from hf_attnstore.lab.families.others import others
+from hf_attnstore.lab.families.reference import examine
+from hf_attnstore.lab.families.report import markdown, variants_in_words, write, write_verified
+from hf_attnstore.lab.families.sweep import (
     FAILED,
     NOT_BUILT,
     OUTSIDE,
@@ -34,8 +34,8 @@ from hf_attnstore.families.sweep import (
     examine_with_variants,
     sweep,
 )
-from hf_attnstore.families.tiny import build, families
-from hf_attnstore.families.variants import examine_variants
+from hf_attnstore.lab.families.tiny import build, families
+from hf_attnstore.lab.families.variants import examine_variants
 
 SAMPLE = (
     "llama",  # full attention

@@ -11,9 +11,9 @@ from transformers import set_seed
 from transformers.generation.streamers import BaseStreamer
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, attach, detach
-from hf_attnstore.cache.argument import CACHE_NAMES
-from hf_attnstore.families.feeding import some_ids
-from hf_attnstore.families.tiny import build, families
+from hf_attnstore.cache.model.argument import CACHE_NAMES
+from hf_attnstore.lab.families.feeding import some_ids
+from hf_attnstore.lab.families.tiny import build, families
 
 FAMILIES = (
     "llama", "mistral", "gemma3_text", "gemma4_text", "gpt2", "bloom", "deepseek_v3", "glm_moe_dsa", "deepseek_v4",

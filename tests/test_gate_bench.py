@@ -11,11 +11,11 @@ import pytest
 from typer.testing import CliRunner
 
 from hf_attnstore import AttentionStore, AttentionStoreCache
-from hf_attnstore.bench import gate_bench
-from hf_attnstore.bench.gate_bench import METHODS, Cell, Tier
-from hf_attnstore.bench.gate_report import mean_regret, rows, worst
-from hf_attnstore.bench.shapes import BenchError, choose_model, load_model, random_ids
-from hf_attnstore.cli import app
+from hf_attnstore.cli.app import app
+from hf_attnstore.lab.bench import gate_bench
+from hf_attnstore.lab.bench.gate_bench import METHODS, Cell, Tier
+from hf_attnstore.lab.bench.gate_report import mean_regret, rows, worst
+from hf_attnstore.lab.bench.shapes import BenchError, choose_model, load_model, random_ids
 
 
 def test_regret_is_against_the_better_of_both() -> None:

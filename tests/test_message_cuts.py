@@ -12,7 +12,7 @@ from chat_fixtures import plain_answer, tiny_model, tiny_tokenizer
 from transformers import LlamaForCausalLM
 
 from hf_attnstore import AttentionStore, ChatSession
-from hf_attnstore.chat import ContextWindowError
+from hf_attnstore.chat.session import ContextWindowError
 
 WINDOW = 160
 SYSTEM = "the old prince said that nothing was there"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_attnstore.openmp import leave_computing_to_others
+from hf_attnstore.chat.openmp import leave_computing_to_others
 
 COUNT = """
 import os, threading, time, torch
@@ -85,6 +85,6 @@ with tempfile.TemporaryDirectory() as folder, AttentionStore(folder) as store:
 
 
 def test_where_it_can_not_be_done_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_attnstore.openmp._pause", lambda: None)
+    monkeypatch.setattr("hf_attnstore.chat.openmp._pause", lambda: None)
     assert leave_computing_to_others() is False
     assert torch.ones(300, 300).sum() == 90_000

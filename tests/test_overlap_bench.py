@@ -16,15 +16,15 @@ from test_timeline import assert_is_a_trace
 from typer.testing import CliRunner
 
 from hf_attnstore import AttentionStore
-from hf_attnstore.bench import slow_disk as slow_disk_module
-from hf_attnstore.bench.cli import app
-from hf_attnstore.bench.methods import SESSION
-from hf_attnstore.bench.overlap import ARMS, MEASURED, TURNS, Bench, Disk, ways_of
-from hf_attnstore.bench.overlap_cli import disks_of, parse_points
-from hf_attnstore.bench.overlap_report import summary_table
-from hf_attnstore.bench.shapes import BenchError, ModelSpec, load_model
-from hf_attnstore.bench.slow_disk import slow_disk
-from hf_attnstore.store.disk import BlockFile, DiskTier
+from hf_attnstore.lab.bench import slow_disk as slow_disk_module
+from hf_attnstore.lab.bench.cli import app
+from hf_attnstore.lab.bench.methods import SESSION
+from hf_attnstore.lab.bench.overlap import ARMS, MEASURED, TURNS, Bench, Disk, ways_of
+from hf_attnstore.lab.bench.overlap_cli import disks_of, parse_points
+from hf_attnstore.lab.bench.overlap_report import summary_table
+from hf_attnstore.lab.bench.shapes import BenchError, ModelSpec, load_model
+from hf_attnstore.lab.bench.slow_disk import slow_disk
+from hf_attnstore.store.disk.block_files import BlockFile, DiskTier
 from hf_attnstore.timeline import Event
 
 CPU = torch.device("cpu")

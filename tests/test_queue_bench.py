@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from hf_attnstore.bench.queue_bench import WAYS, Way, _count, decisions
 from hf_attnstore.cache.stats import TurnStats
-from hf_attnstore.cli import app
-from hf_attnstore.store.policies import POLICIES
+from hf_attnstore.cli.app import app
+from hf_attnstore.lab.bench.queue_bench import WAYS, Way, _count, decisions
+from hf_attnstore.store.eviction.policies import POLICIES
 
 
 def test_sessions_take_turns_with_a_queue_and_without(tmp_path: Path) -> None:

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_attnstore import AttentionStore, ChatSession, real_models
-from hf_attnstore.chat_model import load_chat_model, model_source
-from hf_attnstore.demo.kept import KeptCache
-from hf_attnstore.real_models import CONVERTER, REAL_MODELS, ModelNotFoundError, real_model_path
+from hf_attnstore import AttentionStore, ChatSession
+from hf_attnstore.chat import pretrained as real_models
+from hf_attnstore.chat.model import load_chat_model, model_source
+from hf_attnstore.chat.pretrained import CONVERTER, REAL_MODELS, ModelNotFoundError, real_model_path
+from hf_attnstore.lab.demo.kept import KeptCache
 
 ROOT = Path(__file__).parent.parent
 

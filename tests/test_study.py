@@ -10,10 +10,10 @@ import torch
 from chat_fixtures import save_tiny_chat_model
 from typer.testing import CliRunner
 
-from hf_attnstore import cli
-from hf_attnstore.bench.shapes import BenchError, choose_model, load_model
-from hf_attnstore.bench.study import METHODS, own_text, resume, stream, tokenised
-from hf_attnstore.chat_model import load_chat_model, small_model_path
+from hf_attnstore.chat.model import load_chat_model, small_model_path
+from hf_attnstore.cli import app as cli
+from hf_attnstore.lab.bench.shapes import BenchError, choose_model, load_model
+from hf_attnstore.lab.bench.study import METHODS, own_text, resume, stream, tokenised
 
 
 def test_moved_keys_are_as_good_as_computed_ones_and_cut_keys_are_not() -> None:

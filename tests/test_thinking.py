@@ -16,13 +16,15 @@ from chat_fixtures import APPEND_ONLY, FORGETFUL, plain_answer, tiny_model
 from transformers import AutoTokenizer, LlamaForCausalLM, LogitsProcessorList, PreTrainedTokenizerBase
 from typer.testing import CliRunner
 
-from hf_attnstore import AttentionStore, ChatSession, SessionBusyError, canonical, cli
-from hf_attnstore.answers import answer_content
-from hf_attnstore.bench.thinking_styles import STYLES, Script, Style, dress, fit, reasoned
-from hf_attnstore.cache import prefill as prefilling
-from hf_attnstore.canonical import PLACEHOLDERS, BackgroundWork, certain_beginning
-from hf_attnstore.chat_model import small_model_path
-from hf_attnstore.families.tiny import build, families
+from hf_attnstore import AttentionStore, ChatSession, SessionBusyError
+from hf_attnstore.cache.generate import prefill as prefilling
+from hf_attnstore.chat import prefill_ahead as canonical
+from hf_attnstore.chat.channels import answer_content
+from hf_attnstore.chat.model import small_model_path
+from hf_attnstore.chat.prefill_ahead import PLACEHOLDERS, BackgroundWork, certain_beginning
+from hf_attnstore.cli import app as cli
+from hf_attnstore.lab.bench.thinking_styles import STYLES, Script, Style, dress, fit, reasoned
+from hf_attnstore.lab.families.tiny import build, families
 
 REASONING, ANSWER = 40, 12
 MESSAGES = ["the old prince looked at the letter", "and then", "what did the mother say", "so"]

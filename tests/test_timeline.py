@@ -17,10 +17,10 @@ from tiny_models import make_llama, make_model, tokens
 from turns import assert_reused, follow_up, turn
 
 from hf_attnstore import AttentionStore, AttentionStoreCache
-from hf_attnstore.cache import recording
-from hf_attnstore.cache.overlap import Overlap
-from hf_attnstore.store.disk import BlockFile
-from hf_attnstore.store.transfer import Load
+from hf_attnstore.cache.transfer import record as recording
+from hf_attnstore.cache.transfer.overlap import Overlap
+from hf_attnstore.store.disk.block_files import BlockFile
+from hf_attnstore.store.transfer.load import Load
 from hf_attnstore.timeline import (
     TRACKS,
     Event,

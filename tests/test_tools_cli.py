@@ -13,7 +13,8 @@ import pytest
 from store_blocks import load, make_chain, same, save
 from typer.testing import CliRunner, Result
 
-from hf_attnstore import AttentionStore, cli
+from hf_attnstore import AttentionStore
+from hf_attnstore.cli import app as cli
 
 KEY = bytes(range(32))
 

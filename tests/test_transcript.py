@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from hf_attnstore.chat.transcript import Prompt, Transcript, decode, encode
 from hf_attnstore.session.segments import same_beginning, same_text
-from hf_attnstore.transcript import Prompt, Transcript, decode, encode
 
 
 def render(tokenizer: PreTrainedTokenizerFast, transcript: Transcript, text: str) -> str:

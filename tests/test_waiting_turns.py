@@ -7,7 +7,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_attnstore.waiting_turns import WaitingTurns
+from hf_attnstore.serving.order import WaitingTurns
 
 Came = list[tuple[str | None, float, float]]
 """Session, priority and the second at which it came, one for each turn; a turn's number is its item."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_attnstore.cache.tested import NEWEST_TESTED, warn_if_untested
+from hf_attnstore.cache.model.tested import NEWEST_TESTED, warn_if_untested
 
 ROOT = Path(__file__).parent.parent
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 
-from hf_attnstore.families.sweep import SAME, Row
+from hf_attnstore.lab.families.sweep import SAME, Row
 
 
 def well(family: str) -> Row:

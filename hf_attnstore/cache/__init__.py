@@ -1,10 +1,10 @@
 """The transformers side: a `Cache` whose layers come from a store and go back to it."""
 
-from .attach import attach, detach
 from .cache import AttentionStoreCache
-from .dispatch import install
+from .generate.dispatch import install
+from .hooks import attach, detach
+from .model.tested import warn_if_untested
 from .stats import TurnStats
-from .tested import warn_if_untested
 
 install()
 warn_if_untested()

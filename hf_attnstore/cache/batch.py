@@ -18,10 +18,10 @@ from ..session.matching import match_prefix
 from ..session.spans import total_tokens
 from ..store.store import AttentionStore
 from ..timeline import Event, in_order
-from .attach import feed
 from .cache import AttentionStoreCache
-from .layers import SlidingLayer, StoreLayer
-from .states import ConvolutionState
+from .hooks import feed
+from .layers.by_token import SlidingLayer, StoreLayer
+from .layers.states import ConvolutionState
 from .stats import TurnStats, added_up
 
 logger = logging.getLogger("hf_attnstore")

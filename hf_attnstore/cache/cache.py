@@ -17,21 +17,21 @@ from transformers.cache_utils import CacheLayerMixin
 from ..errors import CacheUseError, LoadError
 from ..store.store import AttentionStore
 from ..timeline import Event
-from .attach import Attachment, checked_every, checked_tokenizer, ensure_hooks, feed, owner_of
-from .cacheless import check_generator
-from .compiled import outside_graphs
+from .costs.gate import Gate, wanted
 from .forwards import CacheForwards
-from .gating import Gate, wanted
-from .inputs import brings_features, foreign_input
-from .kinds import make_layers
-from .layers import KeptLayer, SlidingLayer, StoreLayer
-from .modalities import TYPES, Content, NotIdentifiedError, read_content
-from .ranks import known_ranks
-from .spatial_positions import places_in_space, spatial_positions
-from .states import ConvolutionState
+from .hooks import Attachment, checked_every, checked_tokenizer, ensure_hooks, feed, owner_of
+from .inputs.content import TYPES, Content, NotIdentifiedError, read_content
+from .inputs.foreign import brings_features, foreign_input
+from .layers.by_token import KeptLayer, SlidingLayer, StoreLayer
+from .layers.kinds import make_layers
+from .layers.states import ConvolutionState
+from .model.cacheless import check_generator
+from .model.compiled import outside_graphs
+from .model.ranks import known_ranks
+from .model.structure import is_encoder_decoder, position_limit
+from .positions.spatial import places_in_space, spatial_positions
+from .positions.truncation import window_of
 from .stats import TurnStats
-from .structure import is_encoder_decoder, position_limit
-from .truncation import window_of
 
 _MAX_PLANS = 8
 

@@ -12,13 +12,13 @@ from ..session.manifests import read_manifest
 from ..session.spans import Span, crop, total_tokens
 from ..session.view import View
 from ..session.window import Cuts
-from ..store.manifest import Manifest
-from .gate import Choice
-from .gating import lengths_between
+from ..store.records.manifest import Manifest
+from .costs.decide import Choice
+from .costs.gate import lengths_between
+from .inputs.content import last_stand_in
 from .loads import CacheLoads
-from .modalities import last_stand_in
-from .restore import Checkpoint
-from .truncation import choose_view
+from .positions.truncation import choose_view
+from .transfer.load import Checkpoint
 
 _MAX_PLANS = 8
 _MAX_CHECKPOINTS = 3

@@ -15,26 +15,26 @@ from ..session.chain import TokenChain, common_prefix
 from ..session.spans import Span, total_tokens
 from ..session.view import View
 from ..session.window import Window
-from ..store.keys import Key, chain_root
-from ..store.locks import SessionLock
-from ..store.parts import part_name
+from ..store.blocks.keys import Key, chain_root
+from ..store.processes.locks import SessionLock
+from ..store.processes.parts import part_name
 from ..store.store import AttentionStore
-from .attach import Attachment
-from .checkpoints import take_checkpoint
-from .compiled import OutsideGraphsCache
-from .continuing import Continues
-from .gating import Gate
-from .held_content import go_on_after, held_ids
-from .kinds import granularity
-from .layers import KeptLayer
-from .modalities import Content, has_places
-from .overlap import Overlap
-from .ranks import Ranks
-from .recording import TurnRecorder
-from .restore import Restore
-from .saver import BlockSaver
-from .states import RunningState
+from .costs.gate import Gate
+from .hooks import Attachment
+from .inputs.content import Content, has_places
+from .inputs.held import go_on_after, held_ids
+from .layers.by_token import KeptLayer
+from .layers.kinds import granularity
+from .layers.states import RunningState
+from .model.compiled import OutsideGraphsCache
+from .model.ranks import Ranks
+from .probing.continuing import Continues
 from .stats import TurnStats
+from .transfer.checkpoints import take_checkpoint
+from .transfer.load import Restore
+from .transfer.overlap import Overlap
+from .transfer.record import TurnRecorder
+from .transfer.save import BlockSaver
 
 logger = logging.getLogger("hf_attnstore")
 

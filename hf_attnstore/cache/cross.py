@@ -8,7 +8,7 @@ import torch
 from transformers import Cache
 
 from .cache import AttentionStoreCache
-from .layers import FullLayer
+from .layers.by_token import FullLayer
 
 
 class SelfAttentionSide(Cache):

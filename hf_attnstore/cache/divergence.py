@@ -9,10 +9,10 @@ import numpy as np
 
 from ..session.chain import common_prefix
 from ..session.spans import Span, total_tokens
-from ..store.keys import Key, decode_tokens
-from ..store.manifest import Manifest, SpanRow
+from ..store.blocks.keys import Key, decode_tokens
+from ..store.records.manifest import Manifest, SpanRow
 from ..store.store import AttentionStore
-from .modalities import has_stand_ins
+from .inputs.content import has_stand_ins
 
 Cause = Literal["", "date", "reasoning", "first token", "tokenisation", "gone", "unreadable"]
 """What may explain it: a date or time; reasoning that only one of them has; a first token (BOS) that one has twice, or

@@ -15,12 +15,12 @@ from ..session.chain import TokenChain
 from ..session.spans import total_tokens
 from ..session.units import find_unit, unit_ids
 from ..session.view import View
-from ..store.keys import Key, chain_root, input_root
+from ..store.blocks.keys import Key, chain_root, input_root
 from .cache import AttentionStoreCache
 from .cross import CrossAttentionSide, SelfAttentionSide
-from .layers import FullLayer
-from .restore import Pace, Restore, plan_restore
-from .saver import BlockSaver
+from .layers.by_token import FullLayer
+from .transfer.load import Pace, Restore, plan_restore
+from .transfer.save import BlockSaver
 
 
 class EncoderOutputCache(AttentionStoreCache, EncoderDecoderCache):

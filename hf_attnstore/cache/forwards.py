@@ -9,12 +9,12 @@ import torch
 
 from ..errors import CacheUseError, GradientError, SessionBusyError, StoreClosedError
 from ..session.chain import common_prefix
-from .compiled import outside_graphs
 from .content import Forward
-from .inputs import brings_features, foreign_input, mask_problem, position_problem
-from .modalities import NotIdentifiedError, has_stand_ins, read_content
-from .modality_inputs import check_inputs, whole_types
-from .spatial_positions import places_in_space, spatial_positions
+from .inputs.content import NotIdentifiedError, has_stand_ins, read_content
+from .inputs.foreign import brings_features, foreign_input, mask_problem, position_problem
+from .inputs.forward import check_inputs, whole_types
+from .model.compiled import outside_graphs
+from .positions.spatial import places_in_space, spatial_positions
 from .turns import CacheTurns
 
 

@@ -6,12 +6,12 @@ from typing import Any
 from torch import nn
 
 from ..errors import UnsupportedModelError
-from ..store.sizes import format_bytes
-from .attach import owner_of
-from .fingerprint import fingerprint_of
-from .kinds import granularity, make_layers
-from .probing import probe
-from .truncation import window_of
+from ..sizes import format_bytes
+from .hooks import owner_of
+from .identity.fingerprint import fingerprint_of
+from .layers.kinds import granularity, make_layers
+from .positions.truncation import window_of
+from .probing.positions import probe
 
 _GRANULARITY = {
     "token": "up to any token",

@@ -11,8 +11,8 @@ from ..session.matching import match_checkpoint, match_prefix
 from ..session.spans import Span, crop, total_tokens
 from ..session.view import View
 from .content import CacheContent
-from .layers import KeptLayer, SlidingLayer
-from .restore import Checkpoint, Restore, plan_restore, resident_from
+from .layers.by_token import KeptLayer, SlidingLayer
+from .transfer.load import Checkpoint, Restore, plan_restore, resident_from
 
 
 class CacheLoads(CacheContent):

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Mapping
 from typing import Any
 
-from .fingerprint import Fingerprint
+from .identity.fingerprint import Fingerprint
 
 logger = logging.getLogger("hf_attnstore")
 

@@ -21,13 +21,13 @@ from torch import nn
 
 from ..session.chain import common_prefix
 from ..session.view import View
-from ..store.device_tier import DeviceEntry, DeviceTier
-from ..store.keys import Key
+from ..store.blocks.keys import Key
+from ..store.memory.device_tier import DeviceEntry, DeviceTier
 from .choices import CacheChoices
-from .indexed import Track
-from .layers import FullLayer, KeptLayer, SlidingLayer, StoreLayer
-from .states import RunningState
-from .watching import is_watched
+from .layers.by_token import FullLayer, KeptLayer, SlidingLayer, StoreLayer
+from .layers.indexed import Track
+from .layers.shared_memory import is_watched
+from .layers.states import RunningState
 
 logger = logging.getLogger("hf_attnstore")
 

@@ -13,8 +13,8 @@ from torch import nn
 from ..errors import CacheUseError, LoadError
 from ..store.store import AttentionStore
 from .cache import device_of
-from .decoder_facts import DecoderFacts, decoder_facts
-from .encoder_input import EncoderInput
+from .inputs.encoder import EncoderInput
+from .probing.decoder_facts import DecoderFacts, decoder_facts
 from .seq2seq_forwards import Awaited, SequenceToSequenceForwards
 
 

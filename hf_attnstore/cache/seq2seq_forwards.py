@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from ..errors import CacheUseError
-from .argument import CACHE_NAMES
-from .encoder_input import EncoderInput, content_digest, encoder_input, encoder_inputs, is_for_decoder
 from .encoder_output import EncoderOutputCache
-from .inputs import foreign_input, mask_problem, position_problem
+from .inputs.encoder import EncoderInput, content_digest, encoder_input, encoder_inputs, is_for_decoder
+from .inputs.foreign import foreign_input, mask_problem, position_problem
+from .model.argument import CACHE_NAMES
 
 _DECODER_NAMES = {
     "decoder_input_ids": "input_ids",

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from ..store.load_stats import LoadStats
-from ..store.sizes import format_bytes
+from ..sizes import format_bytes
+from ..store.transfer.load_stats import LoadStats
 from .divergence import Divergence
 
 

@@ -13,22 +13,22 @@ from ..session.chain import common_prefix
 from ..session.manifests import write_manifest
 from ..session.spans import Span, crop, total_tokens
 from ..session.view import View
-from ..store.keys import Key, chain_root
-from .adapters import adapter_problem, prompt_learning
-from .callables import UnknownCodeError
-from .computing import count_hooks
+from ..store.blocks.keys import Key, chain_root
 from .content import NOT_FINITE
 from .divergence import WORTH, find_divergence
-from .layers import FullLayer
-from .modalities import Content, has_stand_ins
-from .model_parts import difference, note_name
+from .identity.adapters import adapter_problem, prompt_learning
+from .identity.callables import UnknownCodeError
+from .identity.computing import count_hooks
+from .identity.model_parts import difference, note_name
+from .inputs.content import Content, has_stand_ins
+from .layers.by_token import FullLayer
+from .layers.states import RunningState
+from .model.ranks import OtherRankError
 from .parking import ParkingCache
 from .pauses import BUDGET, choose_pauses, end_ids, ends_of_messages
-from .ranks import OtherRankError
-from .recording import TurnRecorder
-from .saver import BlockSaver
-from .states import RunningState
 from .stats import TurnStats
+from .transfer.record import TurnRecorder
+from .transfer.save import BlockSaver
 
 logger = logging.getLogger("hf_attnstore")
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..store.keys import Key, block_key, encode_tokens, state_root
+from ..store.blocks.keys import Key, block_key, encode_tokens, state_root
 
 
 class TokenChain:

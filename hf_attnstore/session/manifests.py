@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..store.keys import Key, decode_tokens, encode_tokens
-from ..store.manifest import Manifest, SpanRow
+from ..store.blocks.keys import Key, decode_tokens, encode_tokens
+from ..store.records.manifest import Manifest, SpanRow
 from .spans import Span, overlapping, total_tokens
 from .view import View
 

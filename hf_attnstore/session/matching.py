@@ -5,8 +5,8 @@ from typing import Protocol
 
 import numpy as np
 
-from ..store.blocks import Match
-from ..store.keys import Key
+from ..store.blocks.block import Match
+from ..store.blocks.keys import Key
 from .chain import TokenChain
 from .spans import Span
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from ..store.keys import Key
+from ..store.blocks.keys import Key
 
 
 @dataclass(frozen=True)

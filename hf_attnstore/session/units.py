@@ -7,7 +7,7 @@ is, and one whose end is missing is never taken for a whole one.
 
 import numpy as np
 
-from ..store.keys import Key, block_key, encode_tokens
+from ..store.blocks.keys import Key, block_key, encode_tokens
 from .matching import Directory
 from .spans import Span
 

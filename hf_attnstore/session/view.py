@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from ..store.keys import Key, cut_root
+from ..store.blocks.keys import Key, cut_root
 from .chain import common_prefix
 from .spans import Span, crop, overlapping, total_tokens
 

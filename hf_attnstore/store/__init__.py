@@ -1,6 +1,6 @@
 """The store: named tensors under a key, in tiers. Knows nothing of models or transformers."""
 
-from .manifest import SessionInfo
+from .records.manifest import SessionInfo
 from .store import AttentionStore
 
 __all__ = ["AttentionStore", "SessionInfo"]

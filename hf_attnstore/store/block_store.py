@@ -10,14 +10,14 @@ import numpy as np
 import torch
 
 from ..errors import LoadError, NotFiniteError
+from ..sizes import format_bytes
 from ..timeline import Timeline
-from .blocks import TOKEN_IDS, Block, BlockMeta, Match, TensorSpec, host_memory
-from .keys import Key, chain_root, common_prefix, decode_tokens, encode_tokens
+from .blocks.block import TOKEN_IDS, Block, BlockMeta, Match, TensorSpec, host_memory
+from .blocks.keys import Key, chain_root, common_prefix, decode_tokens, encode_tokens
+from .index.rows import BlockRow
 from .opened import OpenStore
-from .rows import BlockRow
-from .sizes import format_bytes
-from .stages import Source, Stage
-from .transfer import Load
+from .transfer.load import Load
+from .transfer.stages import Source, Stage
 
 logger = logging.getLogger("hf_attnstore")
 

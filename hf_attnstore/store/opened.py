@@ -12,27 +12,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self, cast
 
-from ..errors import (
-    AttentionStoreError,
-    SessionNameError,
-    StoreClosedError,
-)
+from ..errors import AttentionStoreError, SessionNameError, StoreClosedError
+from ..sizes import parse_bytes
 from ..timeline import Recorders
-from .accounts import MISSED, Accounts, readable
-from .device_tier import DeviceTier
-from .eviction import Order
-from .forking import closed_error, watch
-from .locks import SessionLocks
-from .manifest import Manifest
-from .memory import MemoryTier
-from .memory_size import AUTO, AutomaticSize
-from .parts import is_part, whole_name
-from .policies import DEFAULT, make_policy
-from .rebuild import open_disk_store
-from .settings import open_folder
-from .sizes import parse_bytes
-from .threads import IOThreads, RightOfWay
-from .vault import parse_key
+from .blocks.vault import parse_key
+from .disk.folder import open_folder
+from .disk.rebuild import open_disk_store
+from .eviction.policies import DEFAULT, make_policy
+from .eviction.victims import Order
+from .index.counts import MISSED, Accounts, readable
+from .memory.device_tier import DeviceTier
+from .memory.size import AUTO, AutomaticSize
+from .memory.tier import MemoryTier
+from .processes.forking import closed_error, watch
+from .processes.locks import SessionLocks
+from .processes.parts import is_part, whole_name
+from .processes.threads import IOThreads, RightOfWay
+from .records.manifest import Manifest
 
 logger = logging.getLogger("hf_attnstore")
 

@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AttentionStoreError
-from .keys import Key, decode_tokens
-from .locks import SessionLock
-from .maintenance import Garbage, Report, collect, repair, verify
-from .manifest import Manifest, SessionInfo
+from .blocks.keys import Key, decode_tokens
+from .blocks.vault import parse_key
+from .disk.folder import open_folder
+from .disk.maintenance import Garbage, Report, collect, repair, verify
+from .disk.portable import Exported, export_session, import_session
+from .disk.rebuild import Progress, no_progress
 from .opened import default_path
-from .parts import MOST, is_part, part_name
-from .portable import Exported, export_session, import_session
-from .rebuild import Progress, no_progress
-from .settings import open_folder
+from .processes.locks import SessionLock
+from .processes.parts import MOST, is_part, part_name
+from .records.manifest import Manifest, SessionInfo
 from .upcoming import UpcomingTurns
-from .vault import parse_key
 
 
 def repair_store(

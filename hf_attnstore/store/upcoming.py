@@ -8,10 +8,10 @@ from functools import partial
 from itertools import zip_longest
 
 from .block_store import BlockStore
-from .keys import Key
-from .lookahead import fetch_window, keep_window
-from .manifest import Manifest
-from .policies import Place, Use
+from .blocks.keys import Key
+from .eviction.lookahead import fetch_window, keep_window
+from .eviction.policies import Place, Use
+from .records.manifest import Manifest
 
 Session = tuple[str, str]
 """Namespace and name."""

@@ -68,7 +68,7 @@ def ui(
     ] = False,
 ) -> None:
     """Chat in the browser: conversations that go on where they were left, and what that saved."""
-    from ..chat_model import load_chat_model, small_model_path
+    from ..chat.model import load_chat_model, small_model_path
     from ..store import AttentionStore
 
     serving = _serving()
@@ -104,7 +104,7 @@ def ui(
 
 
 def _look(console: Console, load: Any, screenshots: Path | None, *, measure: bool) -> None:
-    from . import tour
+    from ..lab import tour
 
     if screenshots is not None:
         for file in tour.take_screenshots(load, screenshots):

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import gradio as gr
 
-from ..chat_model import first_line
+from ..chat.model import first_line
 from ..errors import AttentionStoreError, SessionNotFoundError
 from ..store import AttentionStore
 from . import messages

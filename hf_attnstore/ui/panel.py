@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ..store.sizes import format_bytes
+from ..sizes import format_bytes
 from .plots import tiers_plot, timeline_plot, times_plot
 from .records import TurnRecord, cost_of_recomputing, milliseconds
 from .sessions import Conversation

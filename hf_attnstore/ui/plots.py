@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from ..store.sizes import format_bytes
+from ..sizes import format_bytes
 from .records import milliseconds
 
 WIDTH = 240

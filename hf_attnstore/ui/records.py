@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
-from ..chat import ChatTurn
-from ..store.sizes import format_bytes
+from ..chat.session import ChatTurn
+from ..sizes import format_bytes
 
 TURNS, TIMELINE = "ui-turns", "ui-timeline"
 """Under which keys records and the last turn's timeline are kept with a conversation."""

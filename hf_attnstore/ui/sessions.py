@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..chat import METADATA_KEY, annotation_in
+from ..chat.session import METADATA_KEY, annotation_in
 from ..errors import AttentionStoreError, SessionNotFoundError
+from ..sizes import format_bytes
 from ..store import AttentionStore, SessionInfo
-from ..store.sizes import format_bytes
 from .records import TIMELINE, TURNS, TurnRecord, from_json
 
 MOST_LISTED = 50

@@ -13,12 +13,12 @@ from typing import Any, Literal
 
 from torch import nn
 
-from ..chat import ChatSession
-from ..chat_model import first_line
+from ..chat.model import first_line
+from ..chat.session import ChatSession
 from ..errors import AttentionStoreError, SessionNotFoundError
+from ..serving.queue import TurnQueue
+from ..serving.turn import Turn
 from ..store import AttentionStore
-from ..turn import Turn
-from ..turn_queue import TurnQueue
 from .expecting import Expectations
 from .model import ModelLoader
 from .records import TIMELINE, TURNS, TurnRecord, from_json, record_of, replaced, to_json

@@ -90,7 +90,7 @@ def after_a_restart(number: int, model: Any, folder: str) -> None:
 
 def _own_blocks(model: Any, folder: str) -> list[Path]:
     """This rank's block files, oldest first."""
-    from hf_attnstore.cache.fingerprint import Fingerprint
+    from hf_attnstore.cache.identity.fingerprint import Fingerprint
 
     found = Path(f"{folder}/store/blocks").glob(f"{Fingerprint(model).current()}/*/*.safetensors")
     return sorted(found, key=lambda path: path.stat().st_mtime_ns)

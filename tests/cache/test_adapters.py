@@ -12,7 +12,7 @@ from tiny_models import make_model, tokens
 from turns import assert_reused, follow_up, layer_hooks, turn
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, attach, detach
-from hf_attnstore.cache.fingerprint import Fingerprint
+from hf_attnstore.cache.identity.fingerprint import Fingerprint
 
 peft = pytest.importorskip("peft")
 

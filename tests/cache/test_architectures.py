@@ -11,8 +11,8 @@ import transformers
 from architectures import HALF, INTERLEAVED, TABLE, make_architecture
 from transformers import DynamicCache
 
-from hf_attnstore.cache.positions import Geometry
-from hf_attnstore.cache.probing import probe
+from hf_attnstore.cache.positions.geometry import Geometry
+from hf_attnstore.cache.probing.positions import probe
 
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> Any:

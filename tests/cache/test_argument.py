@@ -12,7 +12,8 @@ from transformers import DynamicCache
 from turns import GREEDY, assert_reused, follow_up, turn
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, TurnQueue, attach
-from hf_attnstore.cache.argument import (
+from hf_attnstore.cache.hooks import attachment_of
+from hf_attnstore.cache.model.argument import (
     CACHE_NAMES,
     as_forward_takes,
     as_generate_takes,
@@ -20,7 +21,6 @@ from hf_attnstore.cache.argument import (
     cache_name,
     take_cache,
 )
-from hf_attnstore.cache.attach import attachment_of
 from hf_attnstore.errors import TurnQueueError
 
 

@@ -27,7 +27,7 @@ from hf_attnstore import (
     attach,
     detach,
 )
-from hf_attnstore.cache.dispatch import install
+from hf_attnstore.cache.generate.dispatch import install
 
 accelerate = pytest.importorskip("accelerate")
 

@@ -11,7 +11,7 @@ from tiny_models import make_model, tokens
 from transformers import DynamicCache, GenerationConfig
 
 from hf_attnstore import AttentionStore, attach, detach
-from hf_attnstore.families.tiny import build, families
+from hf_attnstore.lab.families.tiny import build, families
 
 PAD = 0
 SETTINGS: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": PAD}

@@ -14,7 +14,7 @@ from transformers import DynamicCache, T5Config, T5ForConditionalGeneration
 from hf_attnstore import AttentionStore, AttentionStoreCache
 from hf_attnstore.cache.batch import BatchCache
 from hf_attnstore.errors import CacheUseError, SessionBusyError
-from hf_attnstore.families.tiny import build, families
+from hf_attnstore.lab.families.tiny import build, families
 
 PAD = 1
 SETTINGS: dict[str, Any] = {

@@ -12,10 +12,10 @@ from transformers import GenerationConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, UnsupportedModelError, attach, detach
-from hf_attnstore.cache.argument import as_generate_takes
-from hf_attnstore.families.feeding import some_ids
-from hf_attnstore.families.others import build_other
-from hf_attnstore.families.tiny import build, families
+from hf_attnstore.cache.model.argument import as_generate_takes
+from hf_attnstore.lab.families.feeding import some_ids
+from hf_attnstore.lab.families.others import build_other
+from hf_attnstore.lab.families.tiny import build, families
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
 CACHELESS = ("minimax", "openai-gpt", "xlm", "xlnet", "reformer", "xlstm", "rwkv")

@@ -23,9 +23,9 @@ from transformers.models.llama import modeling_llama
 from turns import assert_reused, follow_up, turn
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, attach, detach
-from hf_attnstore.cache.fingerprint import Fingerprint, fingerprint_of
-from hf_attnstore.cache.observers import only_looks
-from hf_attnstore.families.tiny import build, families
+from hf_attnstore.cache.identity.fingerprint import Fingerprint, fingerprint_of
+from hf_attnstore.cache.identity.observers import only_looks
+from hf_attnstore.lab.families.tiny import build, families
 
 Change = Callable[[Any, pytest.MonkeyPatch], object]
 PROMPT = tokens(50)

@@ -11,10 +11,10 @@ import transformers
 from transformers import DynamicCache
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, attach
-from hf_attnstore.cache.argument import as_forward_takes, as_generate_takes
-from hf_attnstore.cache.continuing import is_verified, looks_ahead, probe_continuing
-from hf_attnstore.families.feeding import some_ids
-from hf_attnstore.families.tiny import build, families, of_class
+from hf_attnstore.cache.model.argument import as_forward_takes, as_generate_takes
+from hf_attnstore.cache.probing.continuing import is_verified, looks_ahead, probe_continuing
+from hf_attnstore.lab.families.feeding import some_ids
+from hf_attnstore.lab.families.tiny import build, families, of_class
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
 HISTORY, NEW = 40, 9

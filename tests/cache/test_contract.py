@@ -13,7 +13,7 @@ from tiny_models import tokens
 from transformers import BartConfig, BartForConditionalGeneration, DynamicCache, GenerationConfig
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, CacheUseError, attach
-from hf_attnstore.families.tiny import build
+from hf_attnstore.lab.families.tiny import build
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "suppress_tokens": [94, VIDEO, PICTURE]}
 FULL: dict[str, Any] = {**GREEDY, "return_dict_in_generate": True, "output_logits": True}

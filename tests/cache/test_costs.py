@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_attnstore.cache.costs import CAUTIOUS_REACH, ENOUGH, REACH, Costs, _non_negative
+from hf_attnstore.cache.costs.learn import CAUTIOUS_REACH, ENOUGH, REACH, Costs, _non_negative
 
 
 def prefill_seconds(history: int, new: int, a: float = 2e-3, b: float = 1e-4, c: float = 2e-8) -> float:

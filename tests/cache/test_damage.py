@@ -13,8 +13,8 @@ from tiny_models import BLOCK, make_llama, make_model, tokens
 from turns import assert_reused, follow_up, turn
 
 from hf_attnstore import AttentionStore, AttentionStoreCache
-from hf_attnstore.cache.fingerprint import fingerprint_of
-from hf_attnstore.store.disk import BlockFile
+from hf_attnstore.cache.identity.fingerprint import fingerprint_of
+from hf_attnstore.store.disk.block_files import BlockFile
 
 
 def flip(path: Path, where: float) -> None:

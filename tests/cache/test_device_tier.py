@@ -18,10 +18,10 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from turns import Reference, assert_reused, assert_same, follow_up, turn
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, ChatSession, ContextWindowError, attach, detach
-from hf_attnstore.cache import watching
-from hf_attnstore.families.encoder_decoders import encoder_input, make_seq2seq
-from hf_attnstore.families.tiny import build, families
-from hf_attnstore.store import memory_size
+from hf_attnstore.cache.layers import shared_memory as watching
+from hf_attnstore.lab.families.encoder_decoders import encoder_input, make_seq2seq
+from hf_attnstore.lab.families.tiny import build, families
+from hf_attnstore.store.memory import size as memory_size
 
 FAMILIES = ("llama-gqa", "gemma3", "mistral", "deepseek-v3", "gpt2")
 STATES = ("qwen3_next", "lfm2", "mamba2", "falcon_h1", "deepseek_v4", "glm_moe_dsa")

@@ -15,7 +15,7 @@ from turns import follow_up, turn
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, ChatSession, attach, detach
 from hf_attnstore.cache.divergence import Divergence
-from hf_attnstore.cache.model_parts import described, difference
+from hf_attnstore.cache.identity.model_parts import described, difference
 
 KEY = "ab" * 32
 

@@ -22,11 +22,11 @@ from truncating import TruncatingReference
 from turns import GREEDY, assert_reused, assert_same, follow_up, turn
 
 from hf_attnstore import AttentionStore, AttentionStoreCache
-from hf_attnstore.cache import gating
-from hf_attnstore.cache.costs import Costs
-from hf_attnstore.cache.gate import LEAST_GAIN, MARGIN, Choice, Exploration, Option, choose
-from hf_attnstore.store.policy import lookahead_depth, read_buffer_bytes, read_buffer_layers
-from hf_attnstore.store.throttle import slow_disk
+from hf_attnstore.cache.costs import gate as gating
+from hf_attnstore.cache.costs.decide import LEAST_GAIN, MARGIN, Choice, Exploration, Option, choose
+from hf_attnstore.cache.costs.learn import Costs
+from hf_attnstore.store.disk.throttle import slow_disk
+from hf_attnstore.store.transfer.depth import lookahead_depth, read_buffer_bytes, read_buffer_layers
 
 # the choice, as plain numbers
 

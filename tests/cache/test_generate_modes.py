@@ -14,7 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 from turns import CHUNKS_CONTINUE, assert_reused, follow_up, turn
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, attach
-from hf_attnstore.cache.argument import cache_in
+from hf_attnstore.cache.model.argument import cache_in
 
 FAMILIES = ("llama-gqa", "mistral", "gemma3")
 

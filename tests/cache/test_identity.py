@@ -13,8 +13,8 @@ from torch import nn
 from turns import assert_reused, count_values_read, follow_up, turn
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, CacheUseError
-from hf_attnstore.cache import samples
-from hf_attnstore.cache.fingerprint import Fingerprint
+from hf_attnstore.cache.identity import samples
+from hf_attnstore.cache.identity.fingerprint import Fingerprint
 
 peft = pytest.importorskip("peft")
 

@@ -11,11 +11,11 @@ from truncating import TruncatingReference
 from turns import Reference, assert_reused, assert_same, follow_up, turn
 
 from hf_attnstore import AttentionStore, AttentionStoreCache
-from hf_attnstore.cache import joining
-from hf_attnstore.cache.joining import make_rooms
-from hf_attnstore.cache.layers import FullLayer, KeptLayer, SlidingLayer
-from hf_attnstore.store.blocks import TensorSpec
-from hf_attnstore.store.stages import Joint
+from hf_attnstore.cache.layers.by_token import FullLayer, KeptLayer, SlidingLayer
+from hf_attnstore.cache.transfer import coalesced as joining
+from hf_attnstore.cache.transfer.coalesced import make_rooms
+from hf_attnstore.store.blocks.block import TensorSpec
+from hf_attnstore.store.transfer.stages import Joint
 
 LAYERS = 9
 TOGETHER = ["layers 0 to 1", "layers 2 to 3", "layers 4 to 5", "layers 6 to 7", "layer 8"]

@@ -12,7 +12,7 @@ from picture_models import FAMILIES, PICTURE, make_picture_model, prompt, text
 from test_pictures import GREEDY, assert_same
 
 from hf_attnstore import AttentionStore, AttentionStoreCache
-from hf_attnstore.cache.modalities import STAND_IN, Content, Embeddings, NotIdentifiedError, read_content, stand_ins
+from hf_attnstore.cache.inputs.content import STAND_IN, Content, Embeddings, NotIdentifiedError, read_content, stand_ins
 
 LLAVA = make_picture_model("llava")
 QWEN = make_picture_model("qwen2-vl")

@@ -10,10 +10,10 @@ import torch
 from tiny_models import make_model, tokens
 
 from hf_attnstore import AttentionStore, AttentionStoreCache
-from hf_attnstore.families.tiny import build
-from hf_attnstore.store import blocks
-from hf_attnstore.store.blocks import Block, BlockMeta, is_finite
-from hf_attnstore.store.keys import block_key, encode_tokens
+from hf_attnstore.lab.families.tiny import build
+from hf_attnstore.store.blocks import block as blocks
+from hf_attnstore.store.blocks.block import Block, BlockMeta, is_finite
+from hf_attnstore.store.blocks.keys import block_key, encode_tokens
 from hf_attnstore.store.store import repair_store
 
 BAD = 7

@@ -16,8 +16,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from turns import layer_hooks, turn
 
 from hf_attnstore.cache.inspection import describe
-from hf_attnstore.cache.positions import Geometry, LayerGeometry, Rotation
-from hf_attnstore.cache.probing import probe
+from hf_attnstore.cache.positions.geometry import Geometry, LayerGeometry, Rotation
+from hf_attnstore.cache.probing.positions import probe
 
 DIM = 16
 SCALINGS: dict[str, dict[str, Any]] = {

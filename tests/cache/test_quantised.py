@@ -17,7 +17,7 @@ from torch import nn
 from turns import Reference, assert_reused, assert_same, count_values_read, follow_up, turn
 
 from hf_attnstore import AttentionStore, AttentionStoreCache
-from hf_attnstore.cache.fingerprint import Fingerprint
+from hf_attnstore.cache.identity.fingerprint import Fingerprint
 
 MAKERS: dict[str, Callable[..., Any]] = {
     **{form: lambda seed=0, make=make: quantised(make, seed) for form, (make, _) in FORMS.items()},

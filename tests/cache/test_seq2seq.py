@@ -27,8 +27,15 @@ from hf_attnstore import (
     describe,
     detach,
 )
-from hf_attnstore.cache.structure import decoder_config
-from hf_attnstore.families.encoder_decoders import FAMILIES, MAIN_FAMILIES, START, encoder_input, make_seq2seq, prompt
+from hf_attnstore.cache.model.structure import decoder_config
+from hf_attnstore.lab.families.encoder_decoders import (
+    FAMILIES,
+    MAIN_FAMILIES,
+    START,
+    encoder_input,
+    make_seq2seq,
+    prompt,
+)
 
 BLOCK = 16
 NEW = 12
@@ -495,7 +502,7 @@ def test_a_load_that_fails_in_the_middle_starts_over_and_streams_once(
     store: AttentionStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from hf_attnstore.errors import LoadError
-    from hf_attnstore.store.transfer import Load
+    from hf_attnstore.store.transfer.load import Load
 
     model, inputs, ids = make_seq2seq("bart"), encoder_input("bart"), prompt(20)
     runs, reference = Runs(model), Reference(make_seq2seq("bart"), inputs)

@@ -18,14 +18,14 @@ from transformers.generation.streamers import BaseStreamer
 from turns import follow_up, turn
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, attach, detach
-from hf_attnstore.cache import kinds
-from hf_attnstore.cache.continuing import Continuing
+from hf_attnstore.cache.layers import kinds
 from hf_attnstore.cache.pauses import NEAR
+from hf_attnstore.cache.probing.continuing import Continuing
 from hf_attnstore.errors import CacheUseError
-from hf_attnstore.families.tiny import build, families
-from hf_attnstore.store.files import tree_bytes
+from hf_attnstore.lab.families.tiny import build, families
+from hf_attnstore.store.records.files import tree_bytes
 
-attaching = importlib.import_module("hf_attnstore.cache.attach")
+attaching = importlib.import_module("hf_attnstore.cache.hooks")
 
 pytestmark = pytest.mark.usefixtures("left_alone")
 

@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from turns import assert_reused, follow_up, turn
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, CacheUseError
-from hf_attnstore.cache.layers import FullLayer, SlidingLayer
+from hf_attnstore.cache.layers.by_token import FullLayer, SlidingLayer
 
 FAMILIES = ("llama-gqa", "mistral", "gemma3", "deepseek-v3")
 

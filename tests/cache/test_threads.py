@@ -25,8 +25,8 @@ from transformers.generation.streamers import BaseStreamer
 from turns import assert_reused, follow_up, turn
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, SessionBusyError, StoreClosedError, attach, detach
-from hf_attnstore.cache.attach import Attachment
-from hf_attnstore.store.disk import BlockFile, DiskTier
+from hf_attnstore.cache.hooks import Attachment
+from hf_attnstore.store.disk.block_files import BlockFile, DiskTier
 
 
 class Holds(BaseStreamer):

@@ -13,16 +13,10 @@ from transformers import DynamicCache
 from truncating import TruncatingReference
 from turns import follow_up, turn
 
-from hf_attnstore import (
-    AttentionStore,
-    AttentionStoreCache,
-    CacheUseError,
-    ContextWindowError,
-    attach,
-)
-from hf_attnstore.cache.probing import probe
+from hf_attnstore import AttentionStore, AttentionStoreCache, CacheUseError, ContextWindowError, attach
+from hf_attnstore.cache.probing.positions import probe
 
-attachment_module: Any = importlib.import_module("hf_attnstore.cache.attach")
+attachment_module: Any = importlib.import_module("hf_attnstore.cache.hooks")
 
 MOVABLE = ("llama-gqa", "qwen3", "mistral", "gemma3")
 ROOM = 6

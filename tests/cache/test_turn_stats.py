@@ -12,9 +12,9 @@ from tiny_models import tokens
 from transformers.generation.streamers import BaseStreamer
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, TurnStats
-from hf_attnstore.families.encoder_decoders import encoder_input, make_seq2seq
-from hf_attnstore.families.tiny import build
-from hf_attnstore.store.load_stats import LoadStats
+from hf_attnstore.lab.families.encoder_decoders import encoder_input, make_seq2seq
+from hf_attnstore.lab.families.tiny import build
+from hf_attnstore.store.transfer.load_stats import LoadStats
 
 NEW: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 1}
 

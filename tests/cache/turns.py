@@ -13,8 +13,9 @@ from torch import nn
 from transformers import Cache, DynamicCache, GenerationMixin
 
 from hf_attnstore import AttentionStoreCache
-from hf_attnstore.cache import fingerprint, marks, samples
-from hf_attnstore.cache.layers import SlidingLayer
+from hf_attnstore.cache.identity import fingerprint, samples
+from hf_attnstore.cache.identity import watch as marks
+from hf_attnstore.cache.layers.by_token import SlidingLayer
 
 CHUNKS_CONTINUE = "past_length = 0" not in inspect.getsource(GenerationMixin._prefill)
 """Whether this transformers prefills in chunks from where the cache ends; older ones begin at the beginning."""

@@ -33,15 +33,15 @@ from tiny_models import BLOCK, make_model, tokens
 from turns import follow_up, turn
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, AttentionStoreError, LoadError
-from hf_attnstore.store.blocks import Block
-from hf_attnstore.store.disk import DiskTier
-from hf_attnstore.store.keys import Key, chain_root, cut_root, decode_tokens
-from hf_attnstore.store.layout import _with_check, encode_block
-from hf_attnstore.store.manifest import Manifest, SpanRow
-from hf_attnstore.store.records import decode_record
-from hf_attnstore.store.stages import Piece, Stage
+from hf_attnstore.store.blocks.block import Block
+from hf_attnstore.store.blocks.format import _with_check, encode_block
+from hf_attnstore.store.blocks.keys import Key, chain_root, cut_root, decode_tokens
+from hf_attnstore.store.blocks.vault import Vault
+from hf_attnstore.store.disk.block_files import DiskTier
+from hf_attnstore.store.records.manifest import Manifest, SpanRow
+from hf_attnstore.store.records.session_record import decode_record
 from hf_attnstore.store.store import repair_store
-from hf_attnstore.store.vault import Vault
+from hf_attnstore.store.transfer.stages import Piece, Stage
 
 SEED = int(os.environ.get("ATTNSTORE_TEST_SEED", "0"))
 SIZE = 16

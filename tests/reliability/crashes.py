@@ -35,12 +35,12 @@ import torch
 from store_blocks import FINGERPRINT, LAYERS, load, make_block, make_chain, same, save
 
 from hf_attnstore import AttentionStore, LoadError, repair_store
-from hf_attnstore.store.blocks import Block
-from hf_attnstore.store.database import DamagedDatabaseError
-from hf_attnstore.store.disk_store import DAMAGED
-from hf_attnstore.store.keys import chain_root
-from hf_attnstore.store.manifest import Manifest, SpanRow
-from hf_attnstore.store.stages import Piece, Stage
+from hf_attnstore.store.blocks.block import Block
+from hf_attnstore.store.blocks.keys import chain_root
+from hf_attnstore.store.disk.disk_store import DAMAGED
+from hf_attnstore.store.index.database import DamagedDatabaseError
+from hf_attnstore.store.records.manifest import Manifest, SpanRow
+from hf_attnstore.store.transfer.stages import Piece, Stage
 
 SIZE = 16
 """Tokens of a block."""

@@ -52,12 +52,12 @@ from hf_attnstore import (
     SessionBusyError,
     SessionNotFoundError,
 )
-from hf_attnstore.store.blocks import Block
-from hf_attnstore.store.disk import DiskTier
-from hf_attnstore.store.files import tree_bytes
-from hf_attnstore.store.manifest import Manifest, SpanRow
-from hf_attnstore.store.stages import Piece, Stage
-from hf_attnstore.store.transfer import Load
+from hf_attnstore.store.blocks.block import Block
+from hf_attnstore.store.disk.block_files import DiskTier
+from hf_attnstore.store.records.files import tree_bytes
+from hf_attnstore.store.records.manifest import Manifest, SpanRow
+from hf_attnstore.store.transfer.load import Load
+from hf_attnstore.store.transfer.stages import Piece, Stage
 
 FAMILIES = ("llama-gqa", "gemma3")
 COPY = " copy "

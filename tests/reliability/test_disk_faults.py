@@ -21,9 +21,9 @@ from tiny_models import make_model
 from turns import follow_up, tokens, turn
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, AttentionStoreError, ChatSession, LoadError
-from hf_attnstore.chat_model import load_chat_model
-from hf_attnstore.store.database import Database
-from hf_attnstore.store.files import tree_bytes
+from hf_attnstore.chat.model import load_chat_model
+from hf_attnstore.store.index.database import Database
+from hf_attnstore.store.records.files import tree_bytes
 
 _NOBODY = 65534
 
@@ -290,7 +290,7 @@ def test_an_unreadable_block_is_tried_again_after_a_while(tmp_path: Path, monkey
     chain = make_chain(list(range(16)), 16)
     key = chain[0].meta.key
     now = 1000.0
-    monkeypatch.setattr("hf_attnstore.store.disk_store.time.monotonic", lambda: now)
+    monkeypatch.setattr("hf_attnstore.store.disk.disk_store.time.monotonic", lambda: now)
     with AttentionStore(tmp_path, block_size=16) as store:
         save(store, chain)
         store.drop_memory()

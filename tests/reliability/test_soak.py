@@ -9,7 +9,7 @@ import pytest
 from filelock import FileLock, Timeout
 from soak import SCENARIOS, Plan, run
 
-from hf_attnstore.store.locks import SessionLocks
+from hf_attnstore.store.processes.locks import SessionLocks
 
 
 @pytest.fixture(scope="module")

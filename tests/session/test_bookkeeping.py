@@ -7,13 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_attnstore.cache.buffers import HostBuffers
+from hf_attnstore.cache.layers.buffers import HostBuffers
 from hf_attnstore.session.chain import TokenChain, common_prefix
 from hf_attnstore.session.matching import match_prefix
 from hf_attnstore.session.spans import Span, crop, overlapping, total_tokens
-from hf_attnstore.store.blocks import Match
-from hf_attnstore.store.keys import Key, block_key, chain_root, decode_tokens, encode_tokens
-from hf_attnstore.store.policy import lookahead_depth
+from hf_attnstore.store.blocks.block import Match
+from hf_attnstore.store.blocks.keys import Key, block_key, chain_root, decode_tokens, encode_tokens
+from hf_attnstore.store.transfer.depth import lookahead_depth
 
 ROOT = chain_root("f", "")
 IDS = st.lists(st.integers(0, 3), max_size=40)

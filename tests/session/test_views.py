@@ -15,7 +15,7 @@ from hf_attnstore.session.manifests import read_manifest, write_manifest
 from hf_attnstore.session.spans import Span, crop, total_tokens
 from hf_attnstore.session.view import View
 from hf_attnstore.session.window import Window
-from hf_attnstore.store.keys import Key, chain_root
+from hf_attnstore.store.blocks.keys import Key, chain_root
 
 ROOT = chain_root("f", "")
 SIZE = 4

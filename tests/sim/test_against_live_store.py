@@ -5,16 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from hf_attnstore.bench.shapes import choose_model, load_model
 from hf_attnstore.errors import AttentionStoreError
-from hf_attnstore.sim import live_model
-from hf_attnstore.sim.live import compare
-from hf_attnstore.sim.live_model import ModelTurns, scaled_down
-from hf_attnstore.sim.paper import paper_workload
-from hf_attnstore.sim.replay import Requests, requests_of
-from hf_attnstore.sim.traces import mooncake
-from hf_attnstore.sim.workload import Workload
-from hf_attnstore.store.policies import POLICIES
+from hf_attnstore.lab.bench.shapes import choose_model, load_model
+from hf_attnstore.lab.sim import live_model
+from hf_attnstore.lab.sim.live import compare
+from hf_attnstore.lab.sim.live_model import ModelTurns, scaled_down
+from hf_attnstore.lab.sim.paper import paper_workload
+from hf_attnstore.lab.sim.replay import Requests, requests_of
+from hf_attnstore.lab.sim.traces import mooncake
+from hf_attnstore.lab.sim.workload import Workload
+from hf_attnstore.store.eviction.policies import POLICIES
 
 
 def trace() -> Workload:
@@ -69,7 +69,7 @@ def test_a_wrong_token_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_difference_is_seen(requests: Requests, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another policy in the simulation than in the store must not pass."""
-    from hf_attnstore.sim import live
+    from hf_attnstore.lab.sim import live
 
     real = live.replay
     monkeypatch.setattr(live, "replay", lambda rows, memory, policy, **rest: real(rows, memory, "fifo", **rest))

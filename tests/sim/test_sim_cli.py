@@ -7,7 +7,7 @@ import pytest
 from test_sim_traces import AGENT, MOONCAKE, write
 from typer.testing import CliRunner
 
-from hf_attnstore.cli import app
+from hf_attnstore.cli.app import app
 
 runner = CliRunner()
 

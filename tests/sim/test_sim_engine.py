@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_attnstore.sim import engine
-from hf_attnstore.sim.engine import Server, simulate
-from hf_attnstore.sim.machine import Accelerator, Links, Model, Prices
-from hf_attnstore.sim.paper import paper_workload
-from hf_attnstore.sim.timed import TimedTiers
-from hf_attnstore.sim.workload import Conversation, Turn, Workload
-from hf_attnstore.store.lookahead import fetch_window, keep_window
-from hf_attnstore.store.policies import POLICIES
+from hf_attnstore.lab.sim import engine
+from hf_attnstore.lab.sim.engine import Server, simulate
+from hf_attnstore.lab.sim.machine import Accelerator, Links, Model, Prices
+from hf_attnstore.lab.sim.paper import paper_workload
+from hf_attnstore.lab.sim.timed import TimedTiers
+from hf_attnstore.lab.sim.workload import Conversation, Turn, Workload
+from hf_attnstore.store.eviction.lookahead import fetch_window, keep_window
+from hf_attnstore.store.eviction.policies import POLICIES
 
 # 1 ms of prefill per token, 10 ms per decoding step, 1,000 bytes of KV per token
 MODEL = Model("by hand", 500, 0, 0, 1000, Accelerator("a", 1e6, 1e5), 1, used_flops=1.0, used_bandwidth=1.0)

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_sim_policies import requests
 
-from hf_attnstore.sim.optimum import optimum
-from hf_attnstore.sim.replay import Requests, replay
-from hf_attnstore.store.policies import POLICIES
+from hf_attnstore.lab.sim.optimum import optimum
+from hf_attnstore.lab.sim.replay import Requests, replay
+from hf_attnstore.store.eviction.policies import POLICIES
 
 chains = st.lists(st.text("ab", min_size=1, max_size=3), min_size=1, max_size=7)
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from hf_attnstore.sim.plain import plain_fifo
-from hf_attnstore.sim.replay import Request, Requests, replay
-from hf_attnstore.sim.tiers import Tiers
-from hf_attnstore.store.policies import POLICIES
+from hf_attnstore.lab.sim.plain import plain_fifo
+from hf_attnstore.lab.sim.replay import Request, Requests, replay
+from hf_attnstore.lab.sim.tiers import Tiers
+from hf_attnstore.store.eviction.policies import POLICIES
 
 
 def requests(*chains: str, every: float = 1.0, block_tokens: int = 1) -> Requests:

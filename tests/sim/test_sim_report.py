@@ -6,8 +6,8 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from hf_attnstore.sim.plan import Plan, Trace
-from hf_attnstore.sim.report import as_record, from_record
+from hf_attnstore.lab.sim.plan import Plan, Trace
+from hf_attnstore.lab.sim.report import as_record, from_record
 
 
 def test_a_report_can_be_resumed_from_its_record(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from hf_attnstore.sim.replay import replay, requests_of
-from hf_attnstore.sim.traces import TraceError, load_trace
+from hf_attnstore.lab.sim.replay import replay, requests_of
+from hf_attnstore.lab.sim.traces import TraceError, load_trace
 
 MOONCAKE = [
     {"timestamp": 0, "input_length": 1200, "output_length": 5, "hash_ids": [0, 1, 2]},

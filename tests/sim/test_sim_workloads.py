@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 
-from hf_attnstore.sim.chains import Chain
-from hf_attnstore.sim.paper import PUBLISHED, SETTINGS, paper_workload
-from hf_attnstore.sim.replay import requests_of
-from hf_attnstore.sim.workload import Turn
+from hf_attnstore.lab.sim.chains import Chain
+from hf_attnstore.lab.sim.paper import PUBLISHED, SETTINGS, paper_workload
+from hf_attnstore.lab.sim.replay import requests_of
+from hf_attnstore.lab.sim.workload import Turn
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

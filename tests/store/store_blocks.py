@@ -4,10 +4,10 @@ import numpy as np
 import torch
 
 from hf_attnstore.store import AttentionStore
-from hf_attnstore.store.blocks import Block, BlockMeta
-from hf_attnstore.store.keys import Key, block_key, chain_root, encode_tokens
-from hf_attnstore.store.manifest import Manifest, SpanRow
-from hf_attnstore.store.stages import Piece, Stage
+from hf_attnstore.store.blocks.block import Block, BlockMeta
+from hf_attnstore.store.blocks.keys import Key, block_key, chain_root, encode_tokens
+from hf_attnstore.store.records.manifest import Manifest, SpanRow
+from hf_attnstore.store.transfer.stages import Piece, Stage
 
 FINGERPRINT = "f" * 40
 LAYERS = 2

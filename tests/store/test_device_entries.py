@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from hf_attnstore.store.device_tier import DeviceEntry, DeviceTier, Owner
+from hf_attnstore.store.memory.device_tier import DeviceEntry, DeviceTier, Owner
 
 
 def test_what_comes_last_or_not_at_all_goes_first() -> None:

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from store_blocks import make_block
 
 from hf_attnstore.errors import LoadError
-from hf_attnstore.store.keys import chain_root
-from hf_attnstore.store.layout import Layout, _with_check, encode_block, parse_header
-from hf_attnstore.store.vault import Vault
+from hf_attnstore.store.blocks.format import Layout, _with_check, encode_block, parse_header
+from hf_attnstore.store.blocks.keys import chain_root
+from hf_attnstore.store.blocks.vault import Vault
 
 BLOCK = make_block(chain_root("f" * 40, ""), list(range(16)), 0)
 HEADER, CHUNKS = encode_block(BLOCK, Vault())

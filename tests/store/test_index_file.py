@@ -11,8 +11,8 @@ import pytest
 from store_blocks import make_chain, save
 
 from hf_attnstore import AttentionStore
-from hf_attnstore.store.database import Database
-from hf_attnstore.store.files import tree_bytes
+from hf_attnstore.store.index.database import Database
+from hf_attnstore.store.records.files import tree_bytes
 
 SIZE = 16
 CAP = 1_300_000

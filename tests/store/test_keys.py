@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from store_blocks import make_block, save
 
 from hf_attnstore import AttentionStore
-from hf_attnstore.store.keys import (
+from hf_attnstore.store.blocks.keys import (
     block_key,
     chain_root,
     common_codes,

@@ -19,10 +19,10 @@ from store_blocks import load, make_chain, save
 
 from hf_attnstore import AttentionStore
 from hf_attnstore.errors import AttentionStoreError
-from hf_attnstore.store import memory_size
-from hf_attnstore.store.memory import MemoryTier
-from hf_attnstore.store.memory_size import AutomaticSize, FreeMemory, free_memory, next_capacity
-from hf_attnstore.store.policies import LRU
+from hf_attnstore.store.eviction.policies import LRU
+from hf_attnstore.store.memory import size as memory_size
+from hf_attnstore.store.memory.size import AutomaticSize, FreeMemory, free_memory, next_capacity
+from hf_attnstore.store.memory.tier import MemoryTier
 
 MIB, GIB = 1 << 20, 1 << 30
 

@@ -8,13 +8,7 @@ import torch
 from tiny_models import make_model
 from turns import follow_up, tokens, turn
 
-from hf_attnstore import (
-    AttentionStore,
-    AttentionStoreCache,
-    SessionNameError,
-    SessionNotFoundError,
-    StoreClosedError,
-)
+from hf_attnstore import AttentionStore, AttentionStoreCache, SessionNameError, SessionNotFoundError, StoreClosedError
 
 
 def test_equal_conversations_in_two_namespaces_of_one_store_share_nothing(store: AttentionStore) -> None:

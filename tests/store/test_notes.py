@@ -6,7 +6,7 @@ import pytest
 from store_blocks import FINGERPRINT, make_chain
 
 from hf_attnstore import AttentionStore
-from hf_attnstore.store import index
+from hf_attnstore.store.index import blocks as index
 
 
 def names(store: AttentionStore) -> set[str]:

@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_attnstore.errors import AttentionStoreError
-from hf_attnstore.store.book import TierBook
-from hf_attnstore.store.eviction import Order, VictimSearch
-from hf_attnstore.store.lookahead import Lookahead, fetch_window, keep_window
-from hf_attnstore.store.order import EvictionOrder
-from hf_attnstore.store.policies import MOST_GROUPS, POLICIES, Place, Policy, Use, make_policy
-from hf_attnstore.store.policies.ends import End, Ends
-from hf_attnstore.store.policies.returns import BINS, EDGES, Returns, bin_of
-from hf_attnstore.store.rows import BlockRow
+from hf_attnstore.store.eviction.accounts import TierBook
+from hf_attnstore.store.eviction.lookahead import Lookahead, fetch_window, keep_window
+from hf_attnstore.store.eviction.order import EvictionOrder
+from hf_attnstore.store.eviction.policies import MOST_GROUPS, POLICIES, Place, Policy, Use, make_policy
+from hf_attnstore.store.eviction.policies.ends import End, Ends
+from hf_attnstore.store.eviction.policies.returns import BINS, EDGES, Returns, bin_of
+from hf_attnstore.store.eviction.victims import Order, VictimSearch
+from hf_attnstore.store.index.rows import BlockRow
 
 NAMES = sorted(POLICIES)
 

@@ -23,8 +23,8 @@ from hf_attnstore import (
     SessionNameError,
     SessionNotFoundError,
 )
-from hf_attnstore.store.blocks import as_bytes
-from hf_attnstore.store.vault import checksum
+from hf_attnstore.store.blocks.block import as_bytes
+from hf_attnstore.store.blocks.vault import checksum
 
 KEY = bytes(range(32))
 

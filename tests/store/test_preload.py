@@ -14,13 +14,13 @@ from store_blocks import on_disk_only, stages_of
 
 from hf_attnstore import AttentionStore
 from hf_attnstore.errors import LoadError
-from hf_attnstore.store import transfer
-from hf_attnstore.store.blocks import Block
-from hf_attnstore.store.disk import BlockFile
-from hf_attnstore.store.stages import Stage
-from hf_attnstore.store.threads import IOThreads
-from hf_attnstore.store.throttle import slow_disk
-from hf_attnstore.store.transfer import Load
+from hf_attnstore.store.blocks.block import Block
+from hf_attnstore.store.disk.block_files import BlockFile
+from hf_attnstore.store.disk.throttle import slow_disk
+from hf_attnstore.store.processes.threads import IOThreads
+from hf_attnstore.store.transfer import load as transfer
+from hf_attnstore.store.transfer.load import Load
+from hf_attnstore.store.transfer.stages import Stage
 
 LONG = 30.0
 HELPERS = 2

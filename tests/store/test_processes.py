@@ -12,9 +12,9 @@ import pytest
 from store_blocks import load, make_chain, same, save
 
 from hf_attnstore import AttentionStore, AttentionStoreError, SessionBusyError, StoreFormatError, repair_store
-from hf_attnstore.store.disk_store import DiskStore
-from hf_attnstore.store.files import network_filesystem, tree_bytes
-from hf_attnstore.store.locks import StoreLock
+from hf_attnstore.store.disk.disk_store import DiskStore
+from hf_attnstore.store.processes.locks import StoreLock
+from hf_attnstore.store.records.files import network_filesystem, tree_bytes
 
 HERE = Path(__file__).parent
 
@@ -80,7 +80,7 @@ def test_network_file_systems_are_told_from_local_ones(
 def test_a_store_on_a_network_file_system_is_warned_about(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("hf_attnstore.store.settings.network_filesystem", lambda path: "nfs4")
+    monkeypatch.setattr("hf_attnstore.store.disk.folder.network_filesystem", lambda path: "nfs4")
     with caplog.at_level(logging.WARNING):
         AttentionStore(tmp_path).close()
     assert "one machine at a time" in caplog.text

@@ -10,7 +10,7 @@ import pytest
 from store_blocks import make_chain
 
 from hf_attnstore import AttentionStore
-from hf_attnstore.store.threads import IOThreads, RightOfWay
+from hf_attnstore.store.processes.threads import IOThreads, RightOfWay
 
 LONG = 600.0
 

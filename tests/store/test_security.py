@@ -12,10 +12,10 @@ from tiny_models import make_model
 from turns import follow_up, tokens, turn
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, EncryptionKeyError, LoadError, SessionNotFoundError
-from hf_attnstore.store.blocks import BlockMeta
-from hf_attnstore.store.keys import block_key, chain_root, encode_tokens
-from hf_attnstore.store.layout import encode_block, parse_header
-from hf_attnstore.store.vault import EncryptedVault
+from hf_attnstore.store.blocks.block import BlockMeta
+from hf_attnstore.store.blocks.format import encode_block, parse_header
+from hf_attnstore.store.blocks.keys import block_key, chain_root, encode_tokens
+from hf_attnstore.store.blocks.vault import EncryptedVault
 
 KEY = secrets.token_bytes(32)
 

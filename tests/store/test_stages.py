@@ -9,9 +9,9 @@ from store_blocks import make_chain, on_disk_only
 
 from hf_attnstore import AttentionStore
 from hf_attnstore.errors import LoadError
-from hf_attnstore.store.blocks import Block, BlockMeta
-from hf_attnstore.store.disk import BlockFile
-from hf_attnstore.store.stages import Joint, Piece, Stage, Ways
+from hf_attnstore.store.blocks.block import Block, BlockMeta
+from hf_attnstore.store.disk.block_files import BlockFile
+from hf_attnstore.store.transfer.stages import Joint, Piece, Stage, Ways
 
 HEADS, DIM = 2, 4
 

@@ -28,9 +28,9 @@ from hf_attnstore import (
     StoreClosedError,
     StoreFormatError,
 )
-from hf_attnstore.store.disk import DiskTier
-from hf_attnstore.store.stages import Piece, Stage
-from hf_attnstore.store.vault import Vault
+from hf_attnstore.store.blocks.vault import Vault
+from hf_attnstore.store.disk.block_files import DiskTier
+from hf_attnstore.store.transfer.stages import Piece, Stage
 
 HERE = Path(__file__).parent
 

@@ -14,8 +14,8 @@ from store_blocks import FINGERPRINT, load, make_chain, same, save
 
 from hf_attnstore import AttentionStore
 from hf_attnstore.errors import AttentionStoreError, SessionNameError, StoreClosedError
-from hf_attnstore.store.blocks import Block
-from hf_attnstore.store.policies import POLICIES
+from hf_attnstore.store.blocks.block import Block
+from hf_attnstore.store.eviction.policies import POLICIES
 
 SIZE = 256
 CHAIN = 4 * SIZE

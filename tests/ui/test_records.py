@@ -12,15 +12,7 @@ from hf_attnstore.ui.expecting import AGAIN_AFTER, WITHIN, Expectations
 from hf_attnstore.ui.messages import aside, shown, turn_at
 from hf_attnstore.ui.panel import conversation_panel, store_panel
 from hf_attnstore.ui.plots import tiers_plot, timeline_plot, times_plot
-from hf_attnstore.ui.records import (
-    TurnRecord,
-    cost_of_recomputing,
-    footer,
-    from_json,
-    milliseconds,
-    replaced,
-    to_json,
-)
+from hf_attnstore.ui.records import TurnRecord, cost_of_recomputing, footer, from_json, milliseconds, replaced, to_json
 from hf_attnstore.ui.sessions import Conversation, Exchange, ago, shortened
 
 FIRST = TurnRecord(ttft=0.5, prompt=100, prefilled=100)

@@ -1,0 +1,1 @@
+"""Whether loading or computing is faster on this machine."""

@@ -1,0 +1,359 @@
+"""Hooks on a model. They keep no state: the cache is found in the call, so threads and sessions never meet."""
+
+import copy
+import functools
+import inspect
+import threading
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import CacheUseError
+from ..store.memory.device_tier import Owner
+from ..store.store import AttentionStore
+from .identity.computing import forget
+from .identity.fingerprint import fingerprint_of, remember
+from .model.argument import cache_in, cache_name, generate_cache_name, take_cache
+from .model.cacheless import cacheless, is_generator
+from .model.compiled import OutsideGraphsCache, outside_graphs, uncompiled
+from .model.ranks import Ranks
+from .model.structure import compute_device, decoder_layers, decoder_of, is_encoder_decoder
+from .paged import notice
+from .positions.geometry import Geometry
+from .probing.continuing import CONTINUING_VERSION, Continuing, is_verified, probe_continuing
+from .probing.positions import PROBE_VERSION, probe
+from .transfer.load import Pace
+
+_ATTRIBUTE = "_attnstore_attachment"
+_attaching = threading.Lock()
+_probing = threading.Lock()
+_geometries: dict[str, Geometry] = {}
+"""By fingerprint: models that compute the same share it."""
+_continuing: dict[str, Continuing] = {}
+_WAYS = frozenset({"", "steps", "parts"})
+
+
+class Attachment:
+    """What `attach` put on a model, and what is measured of it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.store: AttentionStore | None = None
+        self.checkpoint_every: int | None = None
+        """For plain `generate`: see `AttentionStoreCache`."""
+        self.parts_kept: set[tuple[str, str]] = set()
+        """Path and fingerprint of what a store was told of what the model is made of."""
+        self.resegments_with: Any = None
+        """The tokenizer by whose text plain `generate` finds what is known in other tokens; None: it does not."""
+        self.state_bytes = 0
+        """Bytes of a checkpoint, as far as one was taken."""
+        self.fingerprint = fingerprint_of(model)
+        self.pace = Pace()
+        self.parked = Owner()
+        """What the model left in device tiers; gone with it, and with `detach`."""
+        self.told: set[str] = set()
+        """What the log has said of the model, and need not say again."""
+        self.parameter_names = [
+            name
+            for name, parameter in inspect.signature(model.forward).parameters.items()
+            if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+        ]
+        self.cache_name = cache_name(self.parameter_names) or generate_cache_name(None)
+        """The name under which the model's forward takes a cache."""
+        self.generate_cache_name = generate_cache_name(self.cache_name)
+        """The name under which its `generate` takes one."""
+        self.cacheless = cacheless(model)
+        """Why its `generate` can't be given a cache; empty if it can."""
+        self._verified = "", False
+        """Whether it need not be asked whether it continues, and of which fingerprint that was said."""
+        count = _layer_count(model)
+        layers = decoder_layers(decoder_of(model), count)
+        self.sees_layers = bool(layers)
+        self.devices: list[torch.device | None] = [compute_device(layer) for layer in layers] or [None] * count
+        self.computes_on_cpu = all(device is None or device.type == "cpu" for device in self.devices)
+        self.generate: Any = None
+        """An instance attribute `generate` that was there before, if any."""
+        self._install(model, layers)
+
+    def _install(self, model: nn.Module, layers: list[nn.Module]) -> None:
+        for module in model.modules():  # a model that was pickled while it was attached comes with hooks and no more
+            _remove_hooks(module)
+        model.register_forward_pre_hook(_before_model, with_kwargs=True)
+        model.register_forward_hook(_after_model, with_kwargs=True)
+        for number, layer in enumerate(layers):
+            layer.register_forward_pre_hook(functools.partial(_before_layer, number), with_kwargs=True)
+            layer.register_forward_hook(functools.partial(_after_layer, number), with_kwargs=True)
+        if is_generator(model):
+            from .generate.dispatch import install
+            from .generate.text import generate_with_store
+
+            install()
+            self.generate = model.__dict__.get("generate")
+            model.__dict__["generate"] = types.MethodType(generate_with_store, model)
+
+    def geometry(
+        self, model: nn.Module, fingerprint: str, store: AttentionStore | None, ranks: Ranks | None = None
+    ) -> Geometry:
+        """How positions are in the model's KV. Found out once for each fingerprint, by a few forwards; the store
+        remembers it beyond the process.
+
+        Args:
+            ranks: who all ask for it at this moment: if one does not know it, all find it out, together.
+        """
+        with _probing:
+            found = _geometries.get(fingerprint) or _noted(store, fingerprint)
+            if ranks is not None and not ranks.all(found is not None):
+                found = None
+                _geometries.pop(fingerprint, None)
+            if fingerprint not in _geometries:
+                if found is None:
+                    found = probe(model)
+                    if store is not None:
+                        store.set_note(fingerprint, {"probe": PROBE_VERSION, **found.to_json()})
+                remember(_geometries, fingerprint, found)
+            return _geometries[fingerprint]
+
+    def is_verified(self, model: nn.Module, fingerprint: str) -> bool:
+        """Whether the model, as it is now, is known to continue its cache, and need not be asked."""
+        if self._verified[0] != fingerprint:
+            known = is_encoder_decoder(model)  # those have a probe of their own
+            self._verified = fingerprint, known or is_verified(model, len(self.devices))
+        return self._verified[1]
+
+    def continues(self, model: nn.Module, fingerprint: str, store: AttentionStore | None) -> Continuing:
+        """How the model goes on after what its cache holds. Found out and remembered as the geometry is."""
+        with _probing:
+            if fingerprint not in _continuing:
+                name = f"{fingerprint}/continues"
+                found = _noted_continuing(store, name)
+                if found is None:
+                    found = probe_continuing(model, self.cache_name)
+                    if store is not None:
+                        store.set_note(name, {"version": CONTINUING_VERSION, **asdict(found)})
+                remember(_continuing, fingerprint, found)
+            return _continuing[fingerprint]
+
+    def remove(self, model: nn.Module) -> None:
+        self.parked.drop()
+        # by what they are, not by handle: in a deep copy of a model, the handles are still those of the original
+        for module in model.modules():
+            _remove_hooks(module)
+        if _is_wrapper(model.__dict__.get("generate")):
+            del model.__dict__["generate"]
+            if self.generate is not None:
+                model.__dict__["generate"] = self.generate
+
+    def original_generate(self, model: nn.Module) -> Callable[..., Any]:
+        if self.generate is not None:
+            generate: Callable[..., Any] = self.generate
+            return generate
+        return types.MethodType(getattr(type(model), "generate"), model)  # noqa: B009
+
+    def __reduce__(self) -> Any:
+        """A model that is pickled, or saved with `torch.save`, comes back as one that nothing is attached to."""
+        return types.NoneType, ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Attachment":
+        """A copy of an attached model is attached too (its hooks are copied with it), with a fingerprint of its own."""
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(self.__dict__)
+        twin.generate = copy.deepcopy(self.generate, memo)
+        original = self.fingerprint.model
+        twin.fingerprint = fingerprint_of(memo.get(id(original), original))
+        twin.pace = Pace()
+        twin.parked = Owner()
+        return twin
+
+
+def _noted(store: AttentionStore | None, fingerprint: str) -> Geometry | None:
+    note = store.note(fingerprint) if store is not None else None
+    if note is None or note.get("probe") != PROBE_VERSION:
+        return None
+    try:
+        return Geometry.from_json(note)
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _noted_continuing(store: AttentionStore | None, name: str) -> Continuing | None:
+    note = store.note(name) if store is not None else None
+    if note is None or note.get("version") != CONTINUING_VERSION or note.get("how") not in _WAYS:
+        return None
+    return Continuing(note["how"], str(note.get("problem", "")))
+
+
+def _layer_count(model: nn.Module) -> int:
+    from .layers.kinds import make_layers
+
+    return len(make_layers(model))
+
+
+def owner_of(model: nn.Module) -> nn.Module:
+    """The transformers model itself, below the wrappers of PEFT and of `torch.compile`, in whatever order."""
+    while True:
+        base = getattr(uncompiled(model), "get_base_model", None)
+        inner = base() if callable(base) else uncompiled(model)
+        if inner is model:
+            return model
+        model = inner
+
+
+def attachment_of(model: nn.Module) -> Attachment | None:
+    """What is attached to a model; None if nothing is."""
+    return model.__dict__.get(_ATTRIBUTE)
+
+
+def ensure_hooks(model: nn.Module) -> Attachment:
+    """Attaches the hooks, once."""
+    with _attaching:
+        attachment = attachment_of(model)
+        if attachment is None:
+            attachment = Attachment(model)
+            model.__dict__[_ATTRIBUTE] = attachment
+        return attachment
+
+
+def feed(model: nn.Module, cache: Any, ids: torch.Tensor) -> None:
+    """Runs tokens `[rows, tokens]` through an attached model for the sake of its cache alone."""
+    attachment = attachment_of(model)
+    assert attachment is not None
+    more: dict[str, Any] = {attachment.cache_name: cache}
+    if "logits_to_keep" in attachment.parameter_names:
+        more["logits_to_keep"] = 1
+    if "position_ids" in attachment.parameter_names:  # as `generate` does: not all models ask the cache
+        start = cache.get_seq_length()
+        more["position_ids"] = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=True, **more)
+
+
+def attach(
+    model: nn.Module,
+    store: AttentionStore,
+    *,
+    checkpoint_every: int | None = None,
+    resegment: bool = False,
+    tokenizer: Any = None,
+) -> None:
+    """Makes plain `model.generate(**inputs)` reuse and save through `store`, by content and without a session.
+
+    Left-padded batches and padded prompts are kept row by row. What can't be (padding on the right, other caches …)
+    runs as without it: the log says so once for each kind of reason, and the store's `stats` count it.
+
+    Args:
+        checkpoint_every: as for `AttentionStoreCache`.
+        resegment: as for `AttentionStoreCache`, with `tokenizer`.
+
+    Raises:
+        CacheUseError: `checkpoint_every` is no number of tokens, or a tokenizer is missing.
+        UnsupportedModelError: the model has layers that this version can't keep.
+    """
+    checked_every(checkpoint_every)
+    by_text = checked_tokenizer(resegment, tokenizer)
+    attachment = ensure_hooks(owner_of(model))
+    attachment.resegments_with = by_text
+    attachment.store, attachment.checkpoint_every = store, checkpoint_every
+
+
+def checked_tokenizer(resegment: bool, tokenizer: Any) -> Any:
+    """The tokenizer to resegment prompts with; None where that was not asked for.
+
+    Raises:
+        CacheUseError: it was, and there is none.
+    """
+    if resegment and tokenizer is None:
+        raise CacheUseError("resegment=True compares texts, for which it needs the model's tokenizer: pass tokenizer=…")
+    return tokenizer if resegment else None
+
+
+def checked_every(tokens: int | None) -> int | None:
+    """`tokens`, if that can be a distance between checkpoints.
+
+    Raises:
+        CacheUseError: it can't.
+    """
+    if tokens is not None and tokens < 1:
+        raise CacheUseError(f"checkpoint_every is a number of tokens, not {tokens}")
+    return tokens
+
+
+def detach(model: nn.Module) -> None:
+    """Takes everything off a model that `attach` or an `AttentionStoreCache` put on it. Harmless if nothing is."""
+    model = owner_of(model)
+    with _attaching:
+        attachment = model.__dict__.pop(_ATTRIBUTE, None)
+        if attachment is not None:
+            attachment.remove(model)
+        else:  # it may have been pickled while it was attached
+            for module in model.modules():
+                _remove_hooks(module)
+        forget(model)
+
+
+def _is_wrapper(generate: Any) -> bool:
+    from .generate.text import generate_with_store
+
+    return getattr(generate, "__func__", None) is generate_with_store
+
+
+def _remove_hooks(module: nn.Module) -> None:
+    ours = (_before_model, _after_model, _before_layer, _after_layer)
+    for hooks, *marks in (
+        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+        (module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called),
+    ):
+        for number in [n for n, hook in hooks.items() if getattr(hook, "func", hook) in ours]:
+            del hooks[number]
+            for mark in marks:
+                mark.pop(number, None)
+
+
+def _cache_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The cache of ours that a call has."""
+    cache = cache_in(kwargs, OutsideGraphsCache)
+    return cache if cache is not None else next((v for v in args if isinstance(v, OutsideGraphsCache)), None)
+
+
+@outside_graphs
+def _before_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    cache = _cache_in(args, kwargs)
+    if cache is None:
+        attachment = attachment_of(module)
+        if attachment is not None:
+            notice(attachment.fingerprint, kwargs)
+        return None
+    if cache.model is not module:
+        raise CacheUseError(f"the cache was made for another model than this {type(module).__name__}")
+    attachment = attachment_of(module)
+    assert attachment is not None
+    named = {**dict(zip(attachment.parameter_names, args, strict=False)), **kwargs}
+    replaced = cache.begin_forward(named) or {}
+    if attachment.cache_name not in named:  # passed under the name that another version of transformers has for it
+        take_cache(named)
+        replaced[attachment.cache_name] = cache
+    return ((), {**named, **replaced}) if replaced else None
+
+
+@outside_graphs
+def _after_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    cache = _cache_in(args, kwargs)
+    if cache is not None:
+        cache.end_forward()
+
+
+@outside_graphs
+def _before_layer(number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    cache = _cache_in(args, kwargs)
+    if cache is not None:
+        cache.before_layer(number)
+
+
+@outside_graphs
+def _after_layer(number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    cache = _cache_in(args, kwargs)
+    if cache is not None:
+        cache.after_layer(number)

@@ -1,0 +1,1 @@
+"""Cache layers: what they keep of tokens or states, and how they grow."""

@@ -1,0 +1,1 @@
+"""Keys and values on their way between the store and the layers."""

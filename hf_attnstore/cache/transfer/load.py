@@ -1,0 +1,292 @@
+"""Bringing KV back, layer by layer, while the model computes."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from ...errors import LoadError
+from ...session.spans import Span, overlapping
+from ...store.blocks.block import TensorSpec
+from ...store.blocks.keys import Key
+from ...store.store import AttentionStore
+from ...store.transfer.depth import lookahead_depth
+from ...store.transfer.load import Load
+from ...store.transfer.stages import Piece, Stage
+from ..layers.buffers import outliving_inference_mode
+from ..layers.by_token import FullLayer, KeptLayer, SlidingLayer
+from ..layers.states import RunningState, decode_numbers
+from ..positions.geometry import Geometry, Rotation
+from .coalesced import make_rooms
+from .overlap import Overlap
+from .record import TurnRecorder
+
+
+def tensor_name(layer: int, name: str) -> str:
+    """The name of a layer's tensor in a block."""
+    return f"layers.{layer}.{name}"
+
+
+@dataclass
+class Pace:
+    """Seconds per layer, as measured on one model: what the look-ahead goes by."""
+
+    load: float = 0.0
+    compute: float = 0.0
+
+    def measured(self, load: float, compute: float) -> None:
+        """Mixes in a new measurement, seconds per layer."""
+        self.load = load if not self.load else (self.load + load) / 2
+        self.compute = compute if not self.compute else (self.compute + compute) / 2
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The running states of all layers after `tokens` tokens."""
+
+    tokens: int
+    key: Key
+
+
+def first_needed(layer: KeptLayer, length: int, whole_from: int) -> int:
+    """Position from which a layer needs KV to go on at `length`, and to save the block that begins at `whole_from`."""
+    if not layer.by_token:
+        return length
+    if not isinstance(layer, SlidingLayer):
+        return 0
+    return min(layer._window_from(length), whole_from)
+
+
+def resident_from(layer: KeptLayer, length: int, whole_from: int) -> int:
+    """Position from which KV must be loaded for the layer to go on at `length`; `length` if nothing must be."""
+    need = first_needed(layer, length, whole_from)
+    if layer.rows and layer.first <= need < layer.length:
+        return min(layer.length, length)
+    return need
+
+
+class Restore:
+    """A load into the layers of a cache. Made with nothing moved yet; `start` and the layers' hooks drive it."""
+
+    recorder: TurnRecorder | None = None
+    overlap = Overlap()
+
+    def __init__(
+        self, layers: Sequence[KeptLayer], load: Load, pace: Pace, rotated_tokens: int = 0, first_loaded: int = 0
+    ) -> None:
+        self._layers = layers
+        self.first_loaded = first_loaded
+        """Position from which something is loaded; what comes before is in the layers."""
+        self.rotated_tokens = rotated_tokens
+        """Tokens whose keys are rotated as they arrive, in the layer with the most of them."""
+        self._load = load
+        self._pace = pace
+        self._depth = lookahead_depth(pace.load, pace.compute, len(layers))
+        self._clock: float | None = None
+        self._waited = 0.0
+        self._compute: list[float] = []
+        self.exposed_seconds = 0.0
+        self.planning_seconds = 0.0
+        """What it took to plan the load: finding room, opening blocks."""
+        for number, layer in enumerate(layers):
+            layer.pending = partial(self._wait, number)
+
+    @property
+    def load(self) -> Load:
+        return self._load
+
+    def look_ahead(self, layers: int) -> None:
+        """Sets how many layers are asked for beyond the one that computes."""
+        self._depth = layers
+
+    def start(self) -> None:
+        """Asks for the first layers, or brings all of them where nothing of that could be hidden behind computing.
+
+        Raises:
+            LoadError: a block could not be read, where all of them are brought.
+        """
+        if self.overlap.io_threads:
+            self._load.use_threads()
+        if self.overlap.depth is not None:
+            self._depth = self.overlap.depth
+        self._load.recorder = self.recorder
+        if self.overlap.as_it_comes:
+            self._timed(0, self._load.preload)
+        self._load.request(self._depth)
+        if self.overlap.load_first:
+            for layer in self._layers:
+                layer.settle()
+
+    def before_layer(self, number: int) -> None:
+        """A decoder layer is about to compute: keeps the next ones on their way, and measures the pace."""
+        self._load.request(number + self._depth)
+        if self._layers[number].has_state:  # models look at a state without asking the cache
+            self._layers[number].settle()
+        now = time.perf_counter()
+        if self._clock is not None:
+            self._compute.append(max(now - self._clock - self._waited, 0.0))
+        self._clock, self._waited = now, 0.0
+
+    def _wait(self, number: int) -> None:
+        self._waited += self._timed(number, partial(self._load.wait, number))
+
+    def _timed(self, number: int, wait: Callable[[], float]) -> float:
+        """Waits for a layer, or for all from it on. Returns the seconds that took."""
+        began = self.recorder.now(number) if self.recorder is not None else 0.0
+        waited = wait()
+        if self.recorder is not None and waited:
+            self.recorder.waited(number, began)
+        self.exposed_seconds += waited
+        return waited
+
+    def finish(self) -> None:
+        """Ends the load: every layer is complete, or the error of the first that is not.
+
+        Raises:
+            LoadError: a block could not be read.
+        """
+        try:
+            for layer in self._layers:
+                layer.settle()
+        finally:
+            self._load.finish()
+        if self._compute:
+            load = sum(self._load.stage_seconds) / len(self._layers)
+            self._pace.measured(load, sum(self._compute) / len(self._compute))
+
+    def abandon(self) -> None:
+        """Ends the load whatever its state; the layers' content is not to be used."""
+        for layer in self._layers:
+            layer.pending = None
+        self._load.finish()
+
+
+def plan_restore(
+    layers: Sequence[KeptLayer],
+    devices: Sequence[torch.device | None],
+    spans: Sequence[Span],
+    length: int,
+    whole_from: int,
+    store: AttentionStore,
+    pace: Pace,
+    geometry: Geometry | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> Restore | None:
+    """Makes every layer hold what it needs at `length` tokens; what is missing is loaded from `spans`.
+
+    Args:
+        whole_from: position from which all layers need their KV, for the sake of saving.
+        geometry: how keys are moved, for spans that are not where they were made.
+        checkpoint: where the running states at `length` come from; None where the layers have them, or have none.
+
+    Returns:
+        The load that brings it, not started; None where nothing is missing.
+
+    Raises:
+        LoadError: a block is missing or damaged, or its tensors are not what the layers need.
+    """
+    missing = [
+        (number, resident_from(layer, length, whole_from), first_needed(layer, length, whole_from))
+        for number, layer in enumerate(layers)
+    ]
+    if checkpoint is None and all(start >= length for _, start, _ in missing):
+        for layer in layers:
+            layer.crop_to(length)
+            layer.length = length
+        return None
+    earliest = min(start for _, start, _ in missing)
+    first_block = next(overlapping(spans, earliest, length), None)
+    described = store.describe(first_block.block) if first_block is not None else {}
+    parts = {start: list(overlapping(spans, start, length)) for start in {start for _, start, _ in missing}}
+    pieces = {start: [Piece(s.block, s.start, s.stop, s.shift) for s in part] for start, part in parts.items()}
+    rotated = sum(span.last - span.first for span in parts[earliest] if span.shift)
+    if rotated and (geometry is None or not geometry.movable):
+        raise LoadError("the stored keys belong to other positions, and this model's can't be moved")
+    by_layer = _by_layer(described)
+    specs = {number: _specs(by_layer, number) for number, start, _ in missing if start < length}
+    stages: list[Stage] = []
+    with outliving_inference_mode():
+        fresh = {
+            number: specs[number]
+            for number, start, first in missing
+            if start == first == 0 < length and _in_host_memory(devices[number])
+        }
+        rooms = make_rooms(layers, fresh, length)
+        for number, start, first in missing:
+            layer = layers[number]
+            if start >= length:
+                layer.crop_to(length)
+                layer.length = length
+                stages.append(Stage())
+                continue
+            room = rooms.get(number)
+            if room is not None:
+                assert isinstance(layer, FullLayer)
+                targets = layer.restore_into(room.buffers, length)
+            else:
+                low = first if start == first else layer.first
+                targets = layer.restore(low, start, length, specs[number], devices[number])
+            stage = Stage(pieces[start], {tensor_name(number, name): target for name, target in targets.items()})
+            stage.joint = room.joint if room is not None else None
+            if geometry is not None and any(span.shift for span in parts[start]):
+                turned = {"keys": geometry.layers[number].keys, "values": geometry.layers[number].values}
+                stage.arrived = partial(
+                    _rotate, {tensor_name(number, n): r for n, r in turned.items() if r is not None}
+                )
+            stages.append(stage)
+    if checkpoint is not None:
+        _install(layers, devices, checkpoint, store, stages)
+    return Restore(layers, store.load(stages), pace, rotated, earliest)
+
+
+def _install(
+    layers: Sequence[KeptLayer],
+    devices: Sequence[torch.device | None],
+    checkpoint: Checkpoint,
+    store: AttentionStore,
+    stages: list[Stage],
+) -> None:
+    """Makes the layers take on the states of a checkpoint, which come with the stages."""
+    described, encoded = store.describe_checkpoint(checkpoint.key)
+    by_layer = _by_layer(described)
+    try:
+        numbers = decode_numbers(encoded or "")
+    except ValueError as error:
+        raise LoadError(f"a stored checkpoint is none ({error})") from None
+    for number, layer in enumerate(layers):
+        if isinstance(layer, RunningState):
+            if number not in numbers:
+                raise LoadError(f"a stored checkpoint has no state of layer {number}")
+            targets = layer.install(_specs(by_layer, number), numbers[number], devices[number])
+            stages[number].whole = {tensor_name(number, name): target for name, target in targets.items()}
+            stages[number].checkpoint = checkpoint.key
+
+
+def _in_host_memory(device: torch.device | None) -> bool:
+    return device is None or device.type == "cpu"
+
+
+def _rotate(rotations: Mapping[str, Rotation], shift: int, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Turns keys, each `[heads, tokens, dim]`, that have arrived as they were made, to where they are now."""
+    for name, rotation in rotations.items():
+        rotation.rotate_(tensors[name], shift)
+
+
+def _by_layer(described: Mapping[str, TensorSpec]) -> dict[str, dict[str, TensorSpec]]:
+    """What a block has, by what `tensor_name` begins with for a layer, then by the layer's own names."""
+    found: dict[str, dict[str, TensorSpec]] = {}
+    for name, spec in described.items():
+        parts = name.split(".", 2)
+        if len(parts) == 3:
+            found.setdefault(f"{parts[0]}.{parts[1]}.", {})[parts[2]] = spec
+    return found
+
+
+def _specs(by_layer: Mapping[str, dict[str, TensorSpec]], number: int) -> dict[str, TensorSpec]:
+    """What a block has of a layer, by the layer's own names."""
+    specs = by_layer.get(tensor_name(number, ""))
+    if not specs:
+        raise LoadError(f"a stored block has nothing of layer {number}")
+    return specs

@@ -1,0 +1,329 @@
+"""Handing new KV to the store, block by block, as the layers compute it."""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ...errors import NotFiniteError
+from ...session.chain import TokenChain
+from ...store.blocks.block import Block, BlockMeta, padded
+from ...store.blocks.keys import Key
+from ...store.blocks.uninitialised import uninitialised
+from ...store.store import AttentionStore
+from ..layers.buffers import empty
+from ..layers.by_token import KeptLayer, SlidingLayer, StoreLayer
+from .load import tensor_name
+
+logger = logging.getLogger("hf_attnstore")
+
+
+class _Piecewise:
+    """A block that is being put together, layer by layer."""
+
+    def __init__(self, layers: int) -> None:
+        self.layers: dict[int, dict[str, torch.Tensor]] = {}
+        self.reserved = 0
+        self.arriving: list[torch.cuda.Event] = []
+        self._layers = layers
+        self._room: torch.Tensor | None = None
+        self._used = 0
+
+    def take(self, like: torch.Tensor) -> torch.Tensor:
+        """Host memory for a tensor of the block. All layers' lies together: one large piece of memory is much
+        cheaper to get than many small ones, and what lies together is copied faster."""
+        if self._room is None:
+            self._room = empty((2 * self._layers * padded(like.nbytes),), torch.uint8, torch.device("cpu"))
+        start, self._used = self._used, self._used + padded(like.nbytes)
+        if self._used > len(self._room):  # layers of different sizes
+            return empty(tuple(like.shape), like.dtype, torch.device("cpu"))
+        return self._room[start : start + like.nbytes].view(like.dtype).view(like.shape)
+
+
+class BlockSaver:
+    """Copies complete blocks out of a cache's layers and gives them to the store.
+
+    During a forward each layer's part is copied as soon as the layer is done; nothing is ever waited for there.
+    What could not be handed over then, and the short block at the end, follow in `finish`.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[KeptLayer],
+        chain: TokenChain,
+        store: AttentionStore,
+        fingerprint: str,
+        continues: Key = b"",
+    ) -> None:
+        self._layers = layers
+        self._chain = chain
+        self._store = store
+        self._fingerprint = fingerprint
+        self._continues = continues
+        self._next = 0
+        self._open: dict[int, _Piecewise] = {}
+        self._known: dict[int, bool] = {}
+        self._tail: tuple[int, Key] | None = None
+        self._superseded: set[Key] = set()
+        """Short blocks that others took the place of: the store may have them now, and not when it has written."""
+        self._refill: frozenset[int] = frozenset()
+        self._stalled = False
+        self._unfit: int | None = None
+        """The first block that has NaN or infinity in it: neither that nor what comes after is handed over."""
+        self.due = False
+        """Whether the forward that runs now completes a block: if not, its layers have nothing to hand over."""
+        self.holds_back = False
+        """Whether nothing is to be handed over before `finish`, checkpoints included."""
+        self.saved_bytes = 0
+        self.seconds = 0.0
+
+    def begin_turn(self, in_store: int, tail: tuple[int, Key] | None, refill: frozenset[int] = frozenset()) -> None:
+        """Sets where saving starts.
+
+        Args:
+            in_store: number of leading tokens of which nothing has to be saved.
+            tail: the short block that ends what the store has, by its number, which the next block at its place will
+                supersede.
+            refill: numbers of blocks that the store has on disk alone, and that are about to be computed all the same:
+                where there is room they are kept in memory, so that this is not needed again.
+        """
+        self._drop_open()
+        self._next = self._chain.block_at(in_store)
+        self._tail = tail
+        self._refill = refill
+        self._unfit = None
+        self._stalled = self.holds_back = False
+        self.saved_bytes = 0
+        self.seconds = 0.0
+        self._mark_saved()
+
+    def continue_turn(self) -> None:
+        """Another turn on what the layers hold already; what the store still has of it shows block by block."""
+        tail = self._tail
+        self.begin_turn(0, None)
+        self._tail = tail
+
+    def hold(self) -> None:
+        """Nothing is handed over before `finish`."""
+        self._stalled = self.holds_back = True
+
+    def crop(self, tokens: int) -> None:
+        """The cache went back to `tokens` tokens: blocks behind that are put together anew."""
+        block = self._chain.block_at(tokens)
+        self._next = min(self._next, block)
+        if self._unfit is not None and self._unfit >= block:
+            self._unfit = None
+        for number in [number for number in self._open if number >= block]:
+            self._store.release(self._open.pop(number).reserved)
+        self._known = {number: known for number, known in self._known.items() if number < block}
+        for device in {layer.device for layer in self._layers if isinstance(layer, StoreLayer) and layer.rows}:
+            if (
+                device is not None and device.type == "cuda"
+            ):  # what is on its way to the host must not be overwritten before it is there
+                torch.cuda.current_stream(device).wait_stream(save_stream(device))
+        self._mark_saved()
+
+    @property
+    def unfit_from(self) -> int | None:
+        """Position of the first token of a block that is not handed over because of NaN or infinity in it."""
+        return self._chain.bounds(self._unfit)[0] if self._unfit is not None else None
+
+    def _mark_saved(self) -> None:
+        for layer in self._layers:
+            if isinstance(layer, SlidingLayer):
+                layer.saved_to = self._chain.bounds(self._next)[0]
+
+    def release(self) -> None:
+        """Saving has ended: layers need not keep tokens for it."""
+        self._drop_open()
+        for layer in self._layers:
+            if isinstance(layer, SlidingLayer):
+                layer.saved_to = None
+
+    def _drop_open(self) -> None:
+        for piecewise in self._open.values():
+            self._store.release(piecewise.reserved)
+        self._open.clear()
+        self._known.clear()
+
+    def __del__(self) -> None:
+        # a cache that is dropped in the middle of a forward must not leave memory reserved
+        for piecewise in self.__dict__.get("_open", {}).values():
+            self._store.release(piecewise.reserved)
+
+    # during a forward
+
+    def begin_forward(self, full_blocks: int) -> None:
+        """A forward begins after which `full_blocks` blocks of the chain are complete."""
+        self.due = full_blocks > self._next and not self._stalled
+        self._until = full_blocks
+
+    def layer_done(self, number: int) -> None:
+        """Copies a layer's part of the blocks that this forward completes."""
+        began = time.perf_counter()
+        for block in range(self._next, self._until):
+            if not self._in_store(block) and not self._copy(block, number, wait=False):
+                break
+        self.seconds += time.perf_counter() - began
+
+    def end_forward(self) -> None:
+        """Gives the store the blocks that all layers have contributed to."""
+        if not self.due:
+            return
+        began = time.perf_counter()
+        while self._next < self._until:
+            if not self._in_store(self._next):
+                complete = all(self._copy(self._next, number, wait=False) for number in range(len(self._layers)))
+                if not complete or not self._put(self._next):
+                    break
+            self._next += 1
+        self._mark_saved()
+        self.due = False
+        self.seconds += time.perf_counter() - began
+
+    def _in_store(self, block: int) -> bool:
+        if block not in self._known:
+            key = self._chain.key(block)
+            known = key not in self._superseded and self._store.has(key)
+            if known and block in self._refill:
+                known = self._store.tier_of(key) != "disk"
+            self._known[block] = known
+        return self._known[block]
+
+    def _copy(self, block: int, number: int, *, wait: bool) -> bool:
+        """Copies one layer's part of a block to host memory; False if there is no room for it."""
+        if self._stalled or (self._unfit is not None and block >= self._unfit):
+            return False
+        piecewise = self._open.setdefault(block, _Piecewise(len(self._layers)))
+        if number in piecewise.layers:
+            return True
+        layer = self._layers[number]
+        start, stop = self._chain.bounds(block)
+        if not layer.holds(start, stop):
+            return False
+        source = layer.piece(start, stop)
+        size = sum(tensor.nbytes for tensor in source.values())
+        if not self._store.reserve(size, wait=wait):
+            # bytes of a block that can't be completed now would be missing where they could be used
+            self._store.release(self._open.pop(block).reserved)
+            if block in self._refill:
+                self._end_refill()
+            else:
+                self._stalled = not wait
+            return False
+        piecewise.reserved += size
+        piecewise.layers[number] = {
+            tensor_name(number, name): copy_to_host(tensor, piecewise.arriving, piecewise.take)
+            for name, tensor in source.items()
+        }
+        return True
+
+    def _put(self, block: int) -> bool:
+        """Gives the store a block that is complete; False if nobody should have it."""
+        piecewise = self._open.pop(block)
+        tensors = {name: t for number in range(len(self._layers)) for name, t in piecewise.layers[number].items()}
+        meta = BlockMeta(
+            key=self._chain.key(block),
+            parent=self._chain.parent(block),
+            fingerprint=self._fingerprint,
+            start=self._chain.bounds(block)[0],
+            tokens=self._chain.tokens(block),
+            continues=self._continues if block == 0 else b"",
+        )
+        made = Block(meta, tensors, piecewise.arriving)
+        try:
+            if not made.arriving:  # else it is looked through when it is there, before anything is done with it
+                made.check_finite()
+        except NotFiniteError:
+            self._store.release(piecewise.reserved)
+            self._unfit = block
+            return False
+        if block in self._refill and self._store.has(meta.key):
+            self._store.keep_in_memory(made)
+            return True
+        supersedes = self._tail[1] if self._tail is not None and self._tail[0] == block else None
+        self._superseded.discard(meta.key)
+        if supersedes is not None:
+            self._superseded.add(supersedes)
+        self._store.put(made, supersedes)
+        self.saved_bytes += piecewise.reserved
+        if meta.token_count < self._chain.block_size:
+            self._tail = (block, meta.key)
+        elif self._tail is not None and self._tail[0] <= block:
+            self._tail = None
+        return True
+
+    def _end_refill(self) -> None:
+        """What the store has on disk is left there from now on."""
+        for block in self._refill:
+            if block in self._open:
+                self._store.release(self._open.pop(block).reserved)
+            self._known.pop(block, None)
+        self._refill = frozenset()
+
+    # after the turn
+
+    def finish(self, tokens: int) -> int:
+        """Hands over everything up to `tokens` that was not handed over yet, the short last block included.
+
+        Waits for room in host memory where that will come. Returns the number of leading tokens that the store has.
+        """
+        began = time.perf_counter()
+        self._stalled = self.holds_back = False
+        self._end_refill()
+        size = self._chain.block_size
+        while self._chain.bounds(self._next)[0] < tokens:
+            block = self._next
+            start, stop = self._chain.bounds(block)
+            if not self._in_store(block):
+                complete = all(self._copy(block, number, wait=True) for number in range(len(self._layers)))
+                if not complete or not self._put(block):
+                    self._drop_open()
+                    logger.debug("KV from token %d on is not saved: no room, not there any more, or not finite", start)
+                    break
+            if stop - start < size:
+                self._known.pop(block, None)  # the tail's key changes when it grows
+                self._mark_saved()
+                self.seconds += time.perf_counter() - began
+                return stop
+            self._next += 1
+        self._mark_saved()
+        self.seconds += time.perf_counter() - began
+        return min(self._chain.bounds(self._next)[0], tokens)
+
+
+def copy_to_host(
+    tensor: torch.Tensor,
+    arriving: list[torch.cuda.Event],
+    take: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """A contiguous copy in host memory. One that comes from an accelerator is there when the event is done that this
+    adds to `arriving`.
+
+    Args:
+        take: memory of the shape of a tensor in host memory.
+    """
+    with torch.inference_mode(False):
+        if tensor.device.type != "cuda":
+            return take(tensor).copy_(tensor)
+        copy = uninitialised(torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True))
+    stream = save_stream(tensor.device)
+    stream.wait_stream(torch.cuda.current_stream(tensor.device))
+    with torch.cuda.stream(stream):
+        copy.copy_(tensor, non_blocking=True)
+        tensor.record_stream(stream)
+        event = torch.cuda.Event()
+        event.record(stream)
+    arriving.append(event)
+    return copy
+
+
+_streams: dict[torch.device, torch.cuda.Stream] = {}
+
+
+def save_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream, one for each device, on which KV leaves it."""
+    if device not in _streams:
+        _streams[device] = torch.cuda.Stream(device)
+    return _streams[device]

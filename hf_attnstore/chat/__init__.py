@@ -1,0 +1,1 @@
+"""Conversations in messages, over a chat template: `ChatSession`."""

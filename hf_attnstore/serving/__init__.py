@@ -1,0 +1,1 @@
+"""Turns from many threads on one model: `TurnQueue`."""

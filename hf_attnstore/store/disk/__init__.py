@@ -1,0 +1,1 @@
+"""The disk tier: files, their index and records under one cap."""

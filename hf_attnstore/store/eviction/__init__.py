@@ -1,0 +1,1 @@
+"""Who goes when a tier is full."""

@@ -1,0 +1,1 @@
+"""The index: which blocks and sessions are on disk."""

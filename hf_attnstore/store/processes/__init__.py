@@ -1,0 +1,1 @@
+"""Threads, processes and forks that use one store."""

@@ -1,0 +1,1 @@
+"""Blocks on their way into place, stage by stage."""

@@ -1,0 +1,92 @@
+"""Reading pieces of blocks from their files straight into place in host memory.
+
+Runs once for every block of every layer while the model waits, so that it is written to do little besides the
+system call: what every piece of a stage has in common is looked at once.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+from ...errors import LoadError
+from ..blocks.block import Bytes, TensorSpec, as_bytes
+from ..blocks.format import StoredTensor
+from ..disk.block_files import BlockFile
+
+
+class _Target(NamedTuple):
+    name: str
+    heads: int
+    dim: int
+    dtype: torch.dtype
+    token_bytes: int
+    """Bytes of one token in one head."""
+    rows: list[memoryview]
+    """The bytes of every head. Views: to cut one takes a fraction of what it takes with an array."""
+
+
+class Rows:
+    """The targets of a stage, `[heads, tokens, dim]` each and contiguous within a head, to be read into."""
+
+    def __init__(self, targets: Mapping[str, torch.Tensor]) -> None:
+        self._targets = []
+        for name, target in targets.items():
+            heads, _, dim = target.shape
+            rows = [memoryview(row) for row in as_bytes(target.view(heads, -1))]
+            self._targets.append(_Target(name, heads, dim, target.dtype, dim * target.dtype.itemsize, rows))
+        self._fitting: dict[str, TensorSpec] = {}
+
+    def read(self, file: BlockFile, start: int, stop: int, first: int) -> None:
+        """Reads tokens `[start, stop)` of a block, to go behind `first` tokens of others.
+
+        Raises:
+            LoadError: they can't be read, fail their checksum, or are not what the targets take.
+        """
+        wanted: list[tuple[StoredTensor, Sequence[Bytes]]] = []
+        for target in self._targets:
+            stored = file.tensor(target.name)
+            if stored.spec is not self._fitting.get(target.name):  # blocks alike share their descriptions
+                self._check(file, stored, target)
+            tokens = stored.spec.shape[1]
+            if not 0 <= start <= stop <= tokens:
+                raise LoadError(f"{file.path}: {target.name} has no tokens {start} to {stop}")
+            size = target.token_bytes
+            low, high = first * size, (first + stop - start) * size
+            if stop - start == tokens:
+                wanted.append((stored, [row[low:high] for row in target.rows]))
+                continue
+            # a tensor is read whole (only then can it be checked), what is not wanted of it aside
+            before, after = start * size, (tokens - stop) * size
+            buffers = []
+            for row in target.rows:
+                aside = memoryview(bytearray(before + after))
+                buffers += [aside[:before], row[low:high], aside[before:]]
+            wanted.append((stored, [buffer for buffer in buffers if buffer.nbytes]))
+        read_adjacent(file, wanted)
+
+    def _check(self, file: BlockFile, stored: StoredTensor, target: _Target) -> None:
+        spec = stored.spec
+        if len(spec.shape) != 3 or (spec.shape[0], spec.shape[2], spec.dtype) != target[1:4]:
+            raise LoadError(
+                f"{file.path}: {target.name} is {spec}, which does not fit {target.heads} heads of {target.dim} "
+                f"{target.dtype}"
+            )
+        self._fitting[target.name] = spec
+
+
+def read_adjacent(file: BlockFile, wanted: list[tuple[StoredTensor, Sequence[Bytes]]]) -> None:
+    """Reads whole tensors into buffers, those that lie one after the other in one call.
+
+    Raises:
+        LoadError: see `BlockFile.read`.
+    """
+    wanted.sort(key=lambda item: item[0].offset)
+    run: list[tuple[StoredTensor, Sequence[Bytes]]] = []
+    for item in wanted:
+        if run and run[-1][0].offset + run[-1][0].spec.nbytes != item[0].offset:
+            file.read(run)
+            run = []
+        run.append(item)
+    if run:
+        file.read(run)
