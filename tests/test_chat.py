@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from chat_fixtures import (
+from support.chat_fixtures import (
     APPEND_ONLY,
     FORGETFUL,
     NO_SYSTEM,

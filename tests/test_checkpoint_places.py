@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from chat_fixtures import APPEND_ONLY, SPECIAL, TEXT, plain_answer, tiny_tokenizer
+from support.chat_fixtures import APPEND_ONLY, SPECIAL, TEXT, plain_answer, tiny_tokenizer
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from hf_attnstore import AttentionStore, ChatSession, attach, detach

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from chat_fixtures import save_tiny_chat_model
+from support.chat_fixtures import save_tiny_chat_model
 from typer.testing import CliRunner, Result
 
 from hf_attnstore import AttentionStore, ChatSession

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from chat_fixtures import save_tiny_chat_model
 from rich.console import Console
+from support.chat_fixtures import save_tiny_chat_model
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 

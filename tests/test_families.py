@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_families import crash, dawdle, well
+from support.tiny_families import crash, dawdle, well
 from typer.testing import CliRunner
 
 from hf_attnstore import AttentionStoreCache

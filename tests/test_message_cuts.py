@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_fixtures import plain_answer, tiny_model, tiny_tokenizer
+from support.chat_fixtures import plain_answer, tiny_model, tiny_tokenizer
 from transformers import LlamaForCausalLM
 
 from hf_attnstore import AttentionStore, ChatSession

@@ -64,9 +64,7 @@ print(compute() == wanted)
 def test_a_queue_computes_with_the_only_team(tests: Path) -> None:
     found = run(
         """
-import sys
-sys.path[:0] = ["cache"]
-from tiny_models import make_model
+from support.tiny_models import make_model
 from hf_attnstore import AttentionStore, TurnQueue
 import tempfile
 

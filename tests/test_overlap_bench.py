@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from store_blocks import make_chain
+from support.store_blocks import make_chain
 from test_timeline import assert_is_a_trace
 from typer.testing import CliRunner
 

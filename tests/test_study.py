@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from chat_fixtures import save_tiny_chat_model
+from support.chat_fixtures import save_tiny_chat_model
 from typer.testing import CliRunner
 
 from hf_attnstore.chat.model import load_chat_model, small_model_path

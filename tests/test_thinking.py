@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from chat_fixtures import APPEND_ONLY, FORGETFUL, plain_answer, tiny_model
+from support.chat_fixtures import APPEND_ONLY, FORGETFUL, plain_answer, tiny_model
 from transformers import AutoTokenizer, LlamaForCausalLM, LogitsProcessorList, PreTrainedTokenizerBase
 from typer.testing import CliRunner
 

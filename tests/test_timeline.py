@@ -13,8 +13,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as some
-from tiny_models import make_llama, make_model, tokens
-from turns import assert_reused, follow_up, turn
+from support.tiny_models import make_llama, make_model, tokens
+from support.turns import assert_reused, follow_up, turn
 
 from hf_attnstore import AttentionStore, AttentionStoreCache
 from hf_attnstore.cache.transfer import record as recording

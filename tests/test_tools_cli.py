@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from store_blocks import load, make_chain, same, save
+from support.store_blocks import load, make_chain, same, save
 from typer.testing import CliRunner, Result
 
 from hf_attnstore import AttentionStore
@@ -251,7 +251,7 @@ def test_a_mistake_in_the_command_line_exits_with_2(folder: Path) -> None:
 def test_tools_run_while_another_process_writes(folder: Path) -> None:
     writer = (
         "import sys\n"
-        "from store_blocks import make_chain, save\n"
+        "from support.store_blocks import make_chain, save\n"
         "from hf_attnstore import AttentionStore\n"
         "with AttentionStore(sys.argv[1]) as store:\n"
         "    print('ready', flush=True)\n"
@@ -259,7 +259,7 @@ def test_tools_run_while_another_process_writes(folder: Path) -> None:
         "        save(store, make_chain([n * 1000 + i for i in range(40)], 16), f'writer {n % 5}')\n"
         "        store.flush()\n"
     )
-    helpers = str(Path(__file__).parent / "store")
+    helpers = str(Path(__file__).parent)
     process = subprocess.Popen(
         [sys.executable, "-c", writer, str(folder)],
         stdout=subprocess.PIPE,

@@ -9,9 +9,9 @@ from itertools import takewhile
 from typing import Any
 
 import pytest
-from chat_fixtures import APPEND_ONLY, FORGETFUL, TEXT, TRIMMING, tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from support.chat_fixtures import APPEND_ONLY, FORGETFUL, TEXT, TRIMMING, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from chat_fixtures import FORGETFUL, tiny_model, tiny_tokenizer
-from tiny_models import BLOCK, make_model, tokens
+from support.chat_fixtures import FORGETFUL, tiny_model, tiny_tokenizer
+from support.tiny_models import BLOCK, make_model, tokens
+from support.turn_queue_fixtures import PATIENCE, Gate, Held, Recording, fails, noting, until
+from support.turns import GREEDY, follow_up, turn
 from transformers.generation.streamers import BaseStreamer
-from turn_queue_fixtures import PATIENCE, Gate, Held, Recording, fails, noting, until
-from turns import GREEDY, follow_up, turn
 
 from hf_attnstore import (
     AttentionStore,

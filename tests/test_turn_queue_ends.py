@@ -19,9 +19,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import BLOCK, make_model, tokens
-from turn_queue_fixtures import LONG, PATIENCE, Gate, Held, Recording, next_token, noting, until
-from turns import GREEDY, turn
+from support.tiny_models import BLOCK, make_model, tokens
+from support.turn_queue_fixtures import LONG, PATIENCE, Gate, Held, Recording, next_token, noting, until
+from support.turns import GREEDY, turn
 
 from hf_attnstore import (
     AttentionStore,
@@ -277,7 +277,7 @@ def test_turns_of_a_closed_store_fail_and_the_queue_goes_on(tmp_path: Path) -> N
 def test_a_process_that_just_ends_keeps_what_was_complete(tmp_path: Path) -> None:
     script = """
 import sys
-from tiny_models import make_model, tokens
+from support.tiny_models import make_model, tokens
 from hf_attnstore import AttentionStore, TurnQueue
 queue = TurnQueue(make_model(), AttentionStore(sys.argv[1], block_size=16))
 running = queue.submit("alice", tokens(40), max_new_tokens=400, do_sample=False)
@@ -285,7 +285,7 @@ waiting = queue.submit("bob", tokens(40), max_new_tokens=400, do_sample=False)
 waiting.add_done_callback(lambda turn: print(turn.state))
 print(next(running.stream(cancel=False)) > 0)
 """
-    paths = os.pathsep.join([str(Path(__file__).parent / "cache"), str(Path(__file__).parents[1])])
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
     done = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path / "store")],
         check=True, timeout=120, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths},

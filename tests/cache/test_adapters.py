@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import make_model, tokens
-from turns import assert_reused, follow_up, layer_hooks, turn
+from support.tiny_models import make_model, tokens
+from support.turns import assert_reused, follow_up, layer_hooks, turn
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, attach, detach
 from hf_attnstore.cache.identity.fingerprint import Fingerprint

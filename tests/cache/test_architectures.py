@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from architectures import HALF, INTERLEAVED, TABLE, make_architecture
+from support.architectures import HALF, INTERLEAVED, TABLE, make_architecture
 from transformers import DynamicCache
 
 from hf_attnstore.cache.positions.geometry import Geometry

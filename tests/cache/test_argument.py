@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import make_model, tokens
+from support.tiny_models import make_model, tokens
+from support.turns import GREEDY, assert_reused, follow_up, turn
 from transformers import DynamicCache
-from turns import GREEDY, assert_reused, follow_up, turn
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, TurnQueue, attach
 from hf_attnstore.cache.hooks import attachment_of

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import make_model, tokens
+from support.tiny_models import make_model, tokens
+from support.turns import GREEDY, assert_reused, assert_same, follow_up, layer_hooks, turn
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedTokenizerFast, pipeline
 from transformers.generation import GenerationMixin
-from turns import GREEDY, assert_reused, assert_same, follow_up, layer_hooks, turn
 
 from hf_attnstore import (
     AttentionStore,

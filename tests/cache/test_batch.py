@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import tokens
+from support.tiny_models import tokens
 from transformers import DynamicCache, T5Config, T5ForConditionalGeneration
 
 from hf_attnstore import AttentionStore, AttentionStoreCache

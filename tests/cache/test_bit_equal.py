@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import BLOCK, FAMILIES, SLIDING_FAMILIES, make_model, tokens
-from turns import CHUNKS_CONTINUE, Reference, assert_reused, assert_same, expected_load, follow_up, turn
+from support.tiny_models import BLOCK, FAMILIES, SLIDING_FAMILIES, make_model, tokens
+from support.turns import CHUNKS_CONTINUE, Reference, assert_reused, assert_same, expected_load, follow_up, turn
 
 from hf_attnstore import AttentionStore, AttentionStoreCache
 
@@ -161,7 +161,7 @@ def test_turns_in_new_processes_have_the_logits_of_a_kept_dynamic_cache(tmp_path
             [sys.executable, __file__, str(tmp_path), str(number)],
             check=True,
             timeout=240,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         )
         found = load_file(tmp_path / f"turn{number}.safetensors")
         for name in names:

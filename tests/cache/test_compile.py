@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import make_llama, make_model, tokens
+from support.tiny_models import make_llama, make_model, tokens
+from support.turns import assert_reused, follow_up, turn
 from transformers import DynamicCache
-from turns import assert_reused, follow_up, turn
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, attach, detach
 

@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import make_model, tokens
+from support.tiny_models import make_model, tokens
+from support.turns import assert_reused, follow_up, turn
 from torch import nn
 from transformers import AttentionInterface
 from transformers.models.llama import modeling_llama
-from turns import assert_reused, follow_up, turn
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, attach, detach
 from hf_attnstore.cache.identity.fingerprint import Fingerprint, fingerprint_of

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from picture_models import FAMILIES as PICTURE_FAMILIES
-from picture_models import PICTURE, VIDEO, make_picture_model, prompt, text
-from tiny_models import tokens
+from support.picture_models import FAMILIES as PICTURE_FAMILIES
+from support.picture_models import PICTURE, VIDEO, make_picture_model, prompt, text
+from support.tiny_models import tokens
 from transformers import BartConfig, BartForConditionalGeneration, DynamicCache, GenerationConfig
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, CacheUseError, attach

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import BLOCK, make_llama, make_model, tokens
-from turns import assert_reused, follow_up, turn
+from support.tiny_models import BLOCK, make_llama, make_model, tokens
+from support.turns import assert_reused, follow_up, turn
 
 from hf_attnstore import AttentionStore, AttentionStoreCache
 from hf_attnstore.cache.identity.fingerprint import fingerprint_of

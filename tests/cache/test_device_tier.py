@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from chat_fixtures import tiny_model, tiny_tokenizer
-from tiny_models import BLOCK, make_model, tokens
+from support.chat_fixtures import tiny_model, tiny_tokenizer
+from support.tiny_models import BLOCK, make_model, tokens
+from support.turns import Reference, assert_reused, assert_same, follow_up, turn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
-from turns import Reference, assert_reused, assert_same, follow_up, turn
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, ChatSession, ContextWindowError, attach, detach
 from hf_attnstore.cache.layers import shared_memory as watching

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from chat_fixtures import APPEND_ONLY, TEXT, tiny_model, tiny_tokenizer
-from tiny_models import make_llama, make_model, tokens
-from turns import follow_up, turn
+from support.chat_fixtures import APPEND_ONLY, TEXT, tiny_model, tiny_tokenizer
+from support.tiny_models import make_llama, make_model, tokens
+from support.turns import follow_up, turn
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, ChatSession, attach, detach
 from hf_attnstore.cache.divergence import Divergence

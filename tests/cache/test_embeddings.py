@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import make_model, tokens
+from support.tiny_models import make_model, tokens
+from support.turns import GREEDY
 from torch import nn
 from transformers import DynamicCache
-from turns import GREEDY
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, attach
 

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from architectures import make_architecture
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import BLOCK, make_model, tokens
+from support.architectures import make_architecture
+from support.tiny_models import BLOCK, make_model, tokens
+from support.truncating import TruncatingReference
+from support.turns import GREEDY, assert_reused, assert_same, follow_up, turn
 from transformers import DynamicCache
-from truncating import TruncatingReference
-from turns import GREEDY, assert_reused, assert_same, follow_up, turn
 
 from hf_attnstore import AttentionStore, AttentionStoreCache
 from hf_attnstore.cache.costs import gate as gating
@@ -455,10 +455,10 @@ def test_a_slow_disk_is_found_out_and_not_waited_for(tmp_path: Path, monkeypatch
 def _in_another_process(path: Path) -> int:
     """How much a new process reuses in its first turn on a slow disk."""
     script = (
-        "import sys; sys.path.insert(0, 'tests/cache')\n"
+        "import sys; sys.path.insert(0, 'tests')\n"
         "import torch; torch.set_num_threads(1)\n"
-        "from tiny_models import make_model, tokens, BLOCK\n"
-        "from turns import turn, follow_up\n"
+        "from support.tiny_models import make_model, tokens, BLOCK\n"
+        "from support.turns import turn, follow_up\n"
         "from hf_attnstore import AttentionStore, AttentionStoreCache\n"
         "model = make_model()\n"
         f"with AttentionStore({str(path)!r}, block_size=BLOCK) as store:\n"

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import VOCABULARY, make_model, tokens
+from support.tiny_models import VOCABULARY, make_model, tokens
+from support.turns import CHUNKS_CONTINUE, assert_reused, follow_up, turn
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, set_seed
 from transformers.generation.streamers import BaseStreamer
-from turns import CHUNKS_CONTINUE, assert_reused, follow_up, turn
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, attach
 from hf_attnstore.cache.model.argument import cache_in

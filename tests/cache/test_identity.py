@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import make_llama, make_model, tokens
+from support.tiny_models import make_llama, make_model, tokens
+from support.turns import assert_reused, count_values_read, follow_up, turn
 from torch import nn
-from turns import assert_reused, count_values_read, follow_up, turn
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, CacheUseError
 from hf_attnstore.cache.identity import samples

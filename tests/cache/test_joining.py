@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import make_llama, tokens
-from truncating import TruncatingReference
-from turns import Reference, assert_reused, assert_same, follow_up, turn
+from support.tiny_models import make_llama, tokens
+from support.truncating import TruncatingReference
+from support.turns import Reference, assert_reused, assert_same, follow_up, turn
 
 from hf_attnstore import AttentionStore, AttentionStoreCache
 from hf_attnstore.cache.layers.by_token import FullLayer, KeptLayer, SlidingLayer

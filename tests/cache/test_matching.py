@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import BLOCK, make_model, tokens
-from turns import Reference, assert_reused, assert_same, follow_up, turn
+from support.tiny_models import BLOCK, make_model, tokens
+from support.turns import Reference, assert_reused, assert_same, follow_up, turn
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, CacheUseError, SessionNameError
 

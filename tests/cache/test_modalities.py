@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from picture_models import FAMILIES, PICTURE, make_picture_model, prompt, text
+from support.picture_models import FAMILIES, PICTURE, make_picture_model, prompt, text
 from test_pictures import GREEDY, assert_same
 
 from hf_attnstore import AttentionStore, AttentionStoreCache

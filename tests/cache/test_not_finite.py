@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import make_model, tokens
+from support.tiny_models import make_model, tokens
 
 from hf_attnstore import AttentionStore, AttentionStoreCache
 from hf_attnstore.lab.families.tiny import build

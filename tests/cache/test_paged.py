@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import make_model, tokens
+from support.tiny_models import make_model, tokens
 from transformers import DynamicCache
 from transformers.generation.continuous_batching.cache import PagedAttentionCache as Theirs
 

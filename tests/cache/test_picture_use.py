@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from picture_models import FAMILIES, PICTURE, VIDEO, Picture, make_picture_model, prompt, text
+from support.picture_models import FAMILIES, PICTURE, VIDEO, Picture, make_picture_model, prompt, text
 from test_pictures import GREEDY, Chat, assert_same, features_encoded, lengths
 from transformers import DynamicCache, GenerationMixin
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from picture_models import ALL_FAMILIES, FAMILIES, PICTURE, VIDEO, Picture, make_picture_model, prompt, text
+from support.picture_models import ALL_FAMILIES, FAMILIES, PICTURE, VIDEO, Picture, make_picture_model, prompt, text
 
 from hf_attnstore import AttentionStore, AttentionStoreCache
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload
-from tiny_models import make_llama, make_model, tokens
+from support.tiny_models import make_llama, make_model, tokens
+from support.turns import layer_hooks, turn
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from turns import layer_hooks, turn
 
 from hf_attnstore.cache.inspection import describe
 from hf_attnstore.cache.positions.geometry import Geometry, LayerGeometry, Rotation

@@ -6,15 +6,14 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from quantised_models import FORMS, Opaque, _wrapped, changed, dynamically_quantised, quantised
-from tiny_models import make_model, tokens
+from support.quantised_models import FORMS, Opaque, _wrapped, changed, dynamically_quantised, quantised
+from support.tiny_models import make_model, tokens
+from support.turns import Reference, assert_reused, assert_same, count_values_read, follow_up, turn
 from torch import nn
-from turns import Reference, assert_reused, assert_same, count_values_read, follow_up, turn
 
 from hf_attnstore import AttentionStore, AttentionStoreCache
 from hf_attnstore.cache.identity.fingerprint import Fingerprint
@@ -101,14 +100,14 @@ def test_words_count_as_tensors_do() -> None:
 
 def test_fingerprints_are_the_same_in_another_process() -> None:
     script = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import sys; sys.path[:0] = sys.argv[1:]\n"
         "from test_quantised import MAKERS, fingerprint\n"
         "for form in MAKERS:\n"
         "    model = MAKERS[form]()\n"
         "    print(fingerprint(model))\n"
     )
     there = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script, str(Path(__file__).parent)],
+        [sys.executable, "-W", "ignore", "-c", script, *sys.path],
         capture_output=True, text=True, check=True, timeout=120,
     ).stdout.split()  # fmt: skip
     models = [make() for make in MAKERS.values()]

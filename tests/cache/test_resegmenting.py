@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from chat_fixtures import plain_answer, saying, tiny_model, tiny_tokenizer
+from support.chat_fixtures import plain_answer, saying, tiny_model, tiny_tokenizer
 from transformers import LlamaForCausalLM, TextStreamer
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, CacheUseError, attach, detach

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import tokens
+from support.tiny_models import tokens
+from support.turns import follow_up, turn
 from torch import nn
 from transformers import DynamicCache, cache_utils
 from transformers.generation.streamers import BaseStreamer
-from turns import follow_up, turn
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, attach, detach
 from hf_attnstore.cache.layers import kinds

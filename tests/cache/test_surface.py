@@ -10,10 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import WINDOW, make_model, tokens
+from support.tiny_models import WINDOW, make_model, tokens
+from support.turns import assert_reused, follow_up, turn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
-from turns import assert_reused, follow_up, turn
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, CacheUseError
 from hf_attnstore.cache.layers.by_token import FullLayer, SlidingLayer

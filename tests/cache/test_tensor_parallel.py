@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tensor_parallel as ranks
 import torch
-from tiny_models import make_model
+from support import tensor_parallel as ranks
+from support.tiny_models import make_model
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="torch without gloo"

@@ -19,10 +19,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import BLOCK, make_model, tokens
+from support.tiny_models import BLOCK, make_model, tokens
+from support.turns import assert_reused, follow_up, turn
 from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
-from turns import assert_reused, follow_up, turn
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, SessionBusyError, StoreClosedError, attach, detach
 from hf_attnstore.cache.hooks import Attachment
@@ -490,13 +490,13 @@ def test_a_copy_of_a_cache_in_mid_conversation_is_used_in_another_thread(store: 
 def test_a_process_that_just_ends_keeps_its_last_turn(tmp_path: Path) -> None:
     script = """
 import sys
-from tiny_models import make_model, tokens
-from turns import turn
+from support.tiny_models import make_model, tokens
+from support.turns import turn
 from hf_attnstore import AttentionStore, AttentionStoreCache
 model = make_model()
 turn(model, tokens(70), AttentionStoreCache(model, "alice", AttentionStore(sys.argv[1], block_size=16)))
 """
-    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
+    paths = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parents[2])])
     subprocess.run(
         [sys.executable, "-c", script, str(tmp_path / "store")], check=True, env={**os.environ, "PYTHONPATH": paths}
     )

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import BLOCK, make_llama, make_model, tokens
+from support.tiny_models import BLOCK, make_llama, make_model, tokens
+from support.truncating import TruncatingReference
+from support.turns import follow_up, turn
 from transformers import DynamicCache
-from truncating import TruncatingReference
-from turns import follow_up, turn
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, CacheUseError, ContextWindowError, attach
 from hf_attnstore.cache.probing.positions import probe

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import make_llama, make_model, tokens
+from support.tiny_models import make_llama, make_model, tokens
+from support.turns import GREEDY, assert_reused, follow_up, turn
 from torch import nn
 from transformers import DynamicCache, StaticCache
-from turns import GREEDY, assert_reused, follow_up, turn
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, CacheUseError, GradientError, attach
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from corruption import (
+from support.corruption import (
     INDEX,
     LOG,
     SEED,

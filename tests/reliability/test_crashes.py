@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from crashes import BETWEEN, HALFWAY, INSTANT, LOSSES, Outcome, run_kills, run_power_losses
+from support.crashes import BETWEEN, HALFWAY, INSTANT, LOSSES, Outcome, run_kills, run_power_losses
 
 SEED = int(os.environ.get("ATTNSTORE_TEST_SEED", "0"))
 

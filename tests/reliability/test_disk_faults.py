@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 import torch
-from chat_fixtures import save_tiny_chat_model
-from store_blocks import load, make_chain, same, save
-from tiny_models import make_model
-from turns import follow_up, tokens, turn
+from support.chat_fixtures import save_tiny_chat_model
+from support.store_blocks import load, make_chain, same, save
+from support.tiny_models import make_model
+from support.turns import follow_up, tokens, turn
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, AttentionStoreError, ChatSession, LoadError
 from hf_attnstore.chat.model import load_chat_model

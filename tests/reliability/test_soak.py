@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from filelock import FileLock, Timeout
-from soak import SCENARIOS, Plan, run
+from support.soak import SCENARIOS, Plan, run
 
 from hf_attnstore.store.processes.locks import SessionLocks
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from store_blocks import load, make_chain, on_disk_only, same, save
+from support.store_blocks import load, make_chain, on_disk_only, same, save
 
 from hf_attnstore import AttentionStore, AttentionStoreError, SessionBusyError, StoreClosedError, repair_store
 
@@ -348,7 +348,7 @@ def test_threads_open_and_close_the_same_folder(tmp_path: Path) -> None:
 def test_a_store_is_closed_while_it_loads(tmp_path: Path) -> None:
     store = AttentionStore(tmp_path / "store", block_size=16)
     chain = on_disk_only(store, list(range(64)), 16)
-    from store_blocks import stages_of
+    from support.store_blocks import stages_of
 
     stages = stages_of(chain)
     running = store.load(stages)

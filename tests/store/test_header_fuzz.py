@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from store_blocks import make_block
+from support.store_blocks import make_block
 
 from hf_attnstore.errors import LoadError
 from hf_attnstore.store.blocks.format import Layout, _with_check, encode_block, parse_header

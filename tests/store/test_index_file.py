@@ -8,7 +8,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
-from store_blocks import make_chain, save
+from support.store_blocks import make_chain, save
 
 from hf_attnstore import AttentionStore
 from hf_attnstore.store.index.database import Database

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from store_blocks import make_block, save
+from support.store_blocks import make_block, save
 
 from hf_attnstore import AttentionStore
 from hf_attnstore.store.blocks.keys import (

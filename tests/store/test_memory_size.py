@@ -15,7 +15,7 @@ import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from store_blocks import load, make_chain, save
+from support.store_blocks import load, make_chain, save
 
 from hf_attnstore import AttentionStore
 from hf_attnstore.errors import AttentionStoreError

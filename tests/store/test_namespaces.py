@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import make_model
-from turns import follow_up, tokens, turn
+from support.tiny_models import make_model
+from support.turns import follow_up, tokens, turn
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, SessionNameError, SessionNotFoundError, StoreClosedError
 

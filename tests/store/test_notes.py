@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from store_blocks import FINGERPRINT, make_chain
+from support.store_blocks import FINGERPRINT, make_chain
 
 from hf_attnstore import AttentionStore
 from hf_attnstore.store.index import blocks as index

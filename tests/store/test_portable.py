@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from store_blocks import make_chain, save
-from tiny_models import make_model
-from turns import follow_up, tokens, turn
+from support.store_blocks import make_chain, save
+from support.tiny_models import make_model
+from support.turns import follow_up, tokens, turn
 
 from hf_attnstore import (
     AttentionStore,

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import store_blocks
 import torch
-from store_blocks import on_disk_only, stages_of
+from support import store_blocks
+from support.store_blocks import on_disk_only, stages_of
 
 from hf_attnstore import AttentionStore
 from hf_attnstore.errors import LoadError

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from store_blocks import load, make_chain, same, save
+from support.store_blocks import load, make_chain, same, save
 
 from hf_attnstore import AttentionStore, AttentionStoreError, SessionBusyError, StoreFormatError, repair_store
 from hf_attnstore.store.disk.disk_store import DiskStore
@@ -26,7 +26,7 @@ def start(code: str, *arguments: object) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stdin=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"},
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
@@ -181,7 +181,7 @@ def test_a_repair_is_refused_while_others_have_the_store(tmp_path: Path) -> None
 
 WRITER = """
 import random, sys
-from store_blocks import make_chain, save
+from support.store_blocks import make_chain, save
 from hf_attnstore import AttentionStore
 seed, cap = int(sys.argv[2]), int(sys.argv[3])
 dice = random.Random(seed)

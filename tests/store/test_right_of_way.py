@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from store_blocks import make_chain
+from support.store_blocks import make_chain
 
 from hf_attnstore import AttentionStore
 from hf_attnstore.store.processes.threads import IOThreads, RightOfWay

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from store_blocks import load, make_block, make_chain, same, save
-from tiny_models import make_model
-from turns import follow_up, tokens, turn
+from support.store_blocks import load, make_block, make_chain, same, save
+from support.tiny_models import make_model
+from support.turns import follow_up, tokens, turn
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, EncryptionKeyError, LoadError, SessionNotFoundError
 from hf_attnstore.store.blocks.block import BlockMeta

@@ -1,8 +1,8 @@
 """Bytes of several sessions: what they share is on disk once, and counted once."""
 
 import pytest
-from tiny_models import make_model
-from turns import tokens, turn
+from support.tiny_models import make_model
+from support.turns import tokens, turn
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, SessionNotFoundError
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import store_blocks
 import torch
-from store_blocks import make_chain, on_disk_only
+from support import store_blocks
+from support.store_blocks import make_chain, on_disk_only
 
 from hf_attnstore import AttentionStore
 from hf_attnstore.errors import LoadError

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors import safe_open
-from store_blocks import LAYERS, load, make_block, make_chain, same, save
+from support.store_blocks import LAYERS, load, make_block, make_chain, same, save
 
 from hf_attnstore import (
     AttentionStore,
@@ -291,7 +291,7 @@ def test_disk_zero_keeps_blocks_in_memory_only(tmp_path: Path) -> None:
 WRITER = """
 import sys
 sys.path.insert(0, sys.argv[2])
-from store_blocks import make_chain, save
+from support.store_blocks import make_chain, save
 from hf_attnstore import AttentionStore
 store = AttentionStore(sys.argv[1], block_size=16)
 print("ready", flush=True)
@@ -306,7 +306,9 @@ def test_a_killed_writer_leaves_a_store_that_serves_every_committed_session(tmp_
     dice = random.Random(0)
     served = 0
     for _ in range(6):
-        process = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), str(HERE)], stdout=subprocess.PIPE)
+        process = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(tmp_path), str(HERE.parent)], stdout=subprocess.PIPE
+        )
         assert process.stdout is not None
         process.stdout.readline()
         time.sleep(dice.uniform(0.02, 0.3))

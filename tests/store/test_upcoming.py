@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from store_blocks import FINGERPRINT, load, make_chain, same, save
+from support.store_blocks import FINGERPRINT, load, make_chain, same, save
 
 from hf_attnstore import AttentionStore
 from hf_attnstore.errors import AttentionStoreError, SessionNameError, StoreClosedError

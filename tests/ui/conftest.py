@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from chat_fixtures import APPEND_ONLY, tiny_model, tiny_tokenizer
+from support.chat_fixtures import APPEND_ONLY, tiny_model, tiny_tokenizer
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_attnstore import AttentionStore

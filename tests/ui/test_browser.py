@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browsers import User, launched, number, served
-from chat_fixtures import APPEND_ONLY, save_tiny_chat_model, tiny_model, tiny_tokenizer
 from conftest import Gate
+from support.browsers import User, launched, number, served
+from support.chat_fixtures import APPEND_ONLY, save_tiny_chat_model, tiny_model, tiny_tokenizer
 
 from hf_attnstore import AttentionStore
 

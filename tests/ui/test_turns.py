@@ -9,8 +9,8 @@ from collections.abc import Callable
 from concurrent.futures import CancelledError
 
 import pytest
-from chat_fixtures import plain_answer
 from conftest import GREEDY, Gate
+from support.chat_fixtures import plain_answer
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_attnstore import AttentionStore, AttentionStoreError, ChatSession, SessionNotFoundError

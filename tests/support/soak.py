@@ -1,7 +1,7 @@
 """Several processes that share one store, for a while: turns, deletions, forks, evictions and kills at random.
 
 What every turn must say is known before: the conversations follow from the names of the sessions, and a model that no
-store touches has answered them. `python tests/reliability/soak.py --processes 8 --sessions 16 --seconds 120` runs a
+store touches has answered them. `python -m tests.support.soak --processes 8 --sessions 16 --seconds 120` runs a
 soak and prints what came of it; `--scenarios` first runs what is to be looked at more closely than at random.
 
 Everything happens in processes forked from one that has one thread: it makes the models and never opens the store
@@ -38,12 +38,6 @@ from zlib import crc32
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-sys.path.extend(str(Path(__file__).parents[1] / folder) for folder in ("store", "cache"))
-
-from store_blocks import FINGERPRINT, LAYERS, make_chain, same, save
-from tiny_models import BLOCK, make_model, tokens
-from turns import follow_up, turn
-
 from hf_attnstore import (
     AttentionStore,
     AttentionStoreCache,
@@ -58,6 +52,10 @@ from hf_attnstore.store.records.files import tree_bytes
 from hf_attnstore.store.records.manifest import Manifest, SpanRow
 from hf_attnstore.store.transfer.load import Load
 from hf_attnstore.store.transfer.stages import Piece, Stage
+
+from .store_blocks import FINGERPRINT, LAYERS, make_chain, same, save
+from .tiny_models import BLOCK, make_model, tokens
+from .turns import follow_up, turn
 
 FAMILIES = ("llama-gqa", "gemma3")
 COPY = " copy "
@@ -1045,9 +1043,14 @@ def run(plan: Plan, folder: Path, *, scenarios: bool = False, timeout: float = 6
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in asdict(plan).items()]
     arguments += ["--scenarios"] if scenarios else []
     done = subprocess.run(
-        [sys.executable, __file__, f"--folder={folder}", "--json", *arguments],
+        [sys.executable, "-m", __name__, f"--folder={folder}", "--json", *arguments],
         stdout=subprocess.PIPE,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        },
         timeout=timeout,
         check=True,
         text=True,

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import BLOCK, tokens
 from torch import nn
 from transformers import Cache, DynamicCache, GenerationMixin
 
@@ -16,6 +15,8 @@ from hf_attnstore import AttentionStoreCache
 from hf_attnstore.cache.identity import fingerprint, samples
 from hf_attnstore.cache.identity import watch as marks
 from hf_attnstore.cache.layers.by_token import SlidingLayer
+
+from .tiny_models import BLOCK, tokens
 
 CHUNKS_CONTINUE = "past_length = 0" not in inspect.getsource(GenerationMixin._prefill)
 """Whether this transformers prefills in chunks from where the cache ends; older ones begin at the beginning."""

@@ -1,7 +1,7 @@
 """Faults in the files of a closed store, and what the store has to make of them: never a wrong token or tensor.
 
 Every function that runs faults returns an `Outcome`, so that a report can be made of them:
-`python tests/reliability/corruption.py` prints one. `ATTNSTORE_TEST_SEED` chooses other samples: the runs with the
+`python -m tests.support.corruption` prints one. `ATTNSTORE_TEST_SEED` chooses other samples: the runs with the
 seeds from 0 to `STRIDE - 1` together flip something in every byte of a block file's header.
 """
 
@@ -14,7 +14,6 @@ import random
 import shutil
 import sqlite3
 import struct
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -26,12 +25,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-sys.path.extend(str(Path(__file__).parents[1] / folder) for folder in ("store", "cache"))
-
-from store_blocks import FINGERPRINT, load, make_block, make_chain, same, save
-from tiny_models import BLOCK, make_model, tokens
-from turns import follow_up, turn
-
 from hf_attnstore import AttentionStore, AttentionStoreCache, AttentionStoreError, LoadError
 from hf_attnstore.store.blocks.block import Block
 from hf_attnstore.store.blocks.format import _with_check, encode_block
@@ -42,6 +35,10 @@ from hf_attnstore.store.records.manifest import Manifest, SpanRow
 from hf_attnstore.store.records.session_record import decode_record
 from hf_attnstore.store.store import repair_store
 from hf_attnstore.store.transfer.stages import Piece, Stage
+
+from .store_blocks import FINGERPRINT, load, make_block, make_chain, same, save
+from .tiny_models import BLOCK, make_model, tokens
+from .turns import follow_up, turn
 
 SEED = int(os.environ.get("ATTNSTORE_TEST_SEED", "0"))
 SIZE = 16

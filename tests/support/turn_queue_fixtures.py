@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from transformers.generation.streamers import BaseStreamer
-from turns import GREEDY
 
 from hf_attnstore import AttentionStore, Turn, TurnQueue
+
+from .turns import GREEDY
 
 LONG = {**GREEDY, "max_new_tokens": 400}
 PATIENCE = 60

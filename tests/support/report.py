@@ -1,6 +1,6 @@
 """The full run of the reliability tests' harnesses, as a table: fault, times tried, times wrong, times recomputed.
 
-`python tests/reliability/report.py --output docs/results/reliability.md`; about half an hour on two cores. `--quick` is
+`python -m tests.support.report --output docs/results/reliability.md`; about half an hour on two cores. `--quick` is
 for seeing that it works.
 """
 
@@ -14,14 +14,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parents[1]), str(HERE), str(HERE.parent / "store"), str(HERE.parent / "cache")]
+import torch
+from rich.console import Console
 
-import corruption  # noqa: E402
-import crashes  # noqa: E402
-import soak  # noqa: E402
-import torch  # noqa: E402
-from rich.console import Console  # noqa: E402
+from . import corruption, crashes, soak
 
 Row = tuple[str, int, int, int]
 
@@ -92,7 +88,7 @@ def main() -> int:
     lines = [
         "# Reliability",
         "",
-        f"`python tests/reliability/report.py`, {datetime.now(UTC).date()}, seed {given.seed}; "
+        f"`python -m tests.support.report`, {datetime.now(UTC).date()}, seed {given.seed}; "
         f"{(time.monotonic() - began) / 60:.0f} minutes.",
         "",
         "Each fault was tried on a store of several sessions. *Wrong*: a tensor, token, name or metadata other than",

@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from store_blocks import FINGERPRINT, LAYERS, load, make_block, make_chain, same, save
 
 from hf_attnstore import AttentionStore, LoadError, repair_store
 from hf_attnstore.store.blocks.block import Block
@@ -41,6 +40,8 @@ from hf_attnstore.store.disk.disk_store import DAMAGED
 from hf_attnstore.store.index.database import DamagedDatabaseError
 from hf_attnstore.store.records.manifest import Manifest, SpanRow
 from hf_attnstore.store.transfer.stages import Piece, Stage
+
+from .store_blocks import FINGERPRINT, LAYERS, load, make_block, make_chain, same, save
 
 SIZE = 16
 """Tokens of a block."""
@@ -111,7 +112,7 @@ def _run(what: str, path: Path, seed: int, count: int) -> Outcome:
     path.mkdir(parents=True, exist_ok=True)
     result = path / f"{what}.json"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, __file__, what, str(path), str(seed), str(count), str(result)]
+    command = [sys.executable, "-m", __name__, what, str(path), str(seed), str(count), str(result)]
     subprocess.run(command, env=environment, check=True)
     found = json.loads(result.read_text())
     return Outcome(**{**found, "parts": [Outcome(**part) for part in found["parts"]]})

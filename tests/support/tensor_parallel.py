@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import make_model, tokens
-from turns import Reference, assert_reused, assert_same, follow_up, turn
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, AttentionStoreError, SessionNotFoundError, attach, detach
+
+from .tiny_models import make_model, tokens
+from .turns import Reference, assert_reused, assert_same, follow_up, turn
 
 RANKS = 2
 SECONDS = 60

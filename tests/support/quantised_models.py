@@ -8,9 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from tiny_models import make_model
 from torch import nn
 from torch.nn import functional
+
+from .tiny_models import make_model
 
 CODES = torch.linspace(-1, 1, 16)
 
