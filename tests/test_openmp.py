@@ -13,7 +13,7 @@ from hf_attnstore.chat.openmp import leave_computing_to_others
 
 COUNT = """
 import os, threading, time, torch
-from hf_attnstore.openmp import leave_computing_to_others
+from hf_attnstore.chat.openmp import leave_computing_to_others
 torch.set_num_threads(3)
 
 def compute():
