@@ -1,11 +1,12 @@
-"""hf-attnstore: the KV cache of every conversation, kept and found again."""
+"""hf-attnstore: the KV cache of every conversation, kept and found again.
+
+What is named here is imported when it is first asked for: whoever only looks after a store need not wait for torch and
+transformers.
+"""
+
+from typing import TYPE_CHECKING
 
 from ._version import __version__
-from .cache.cache import AttentionStoreCache
-from .cache.hooks import attach, detach
-from .cache.inspection import describe
-from .cache.stats import TurnStats
-from .chat.session import ChatSession
 from .errors import (
     AttentionStoreError,
     CacheUseError,
@@ -24,10 +25,26 @@ from .errors import (
     TurnTimeoutError,
     UnsupportedModelError,
 )
-from .serving.queue import QueueStats, TurnQueue
-from .serving.turn import Turn
-from .store.records.manifest import SessionInfo
-from .store.store import AttentionStore, repair_store
+
+if TYPE_CHECKING:
+    from .cache import AttentionStoreCache, TurnStats, attach, detach
+    from .cache.inspection import describe
+    from .chat import ChatSession, leave_computing_to_others
+    from .serving import QueueStats, Turn, TurnQueue
+    from .store import AttentionStore, SessionInfo, repair_store
+else:
+    from .lazy import lazily
+
+    __getattr__, __dir__ = lazily(
+        __name__,
+        {
+            **dict.fromkeys(("AttentionStoreCache", "TurnStats", "attach", "detach"), ".cache"),
+            "describe": ".cache.inspection",
+            **dict.fromkeys(("ChatSession", "leave_computing_to_others"), ".chat"),
+            **dict.fromkeys(("QueueStats", "Turn", "TurnQueue"), ".serving"),
+            **dict.fromkeys(("AttentionStore", "SessionInfo", "repair_store"), ".store"),
+        },
+    )
 
 __all__ = [
     "AttentionStore",
@@ -58,5 +75,6 @@ __all__ = [
     "attach",
     "describe",
     "detach",
+    "leave_computing_to_others",
     "repair_store",
 ]

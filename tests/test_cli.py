@@ -205,7 +205,7 @@ def test_command_works_without_the_bench_extra_and_names_it(monkeypatch: pytest.
 
 def test_installed_command_starts() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "hf_attnstore.cli.app", "--help"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "hf_attnstore.cli", "--help"], capture_output=True, text=True, check=True
     )
     for command in ("demo", "chat", "ls", "verify", "repair", "bench"):
         assert command in done.stdout

@@ -1,8 +1,7 @@
-"""The `attnstore` command: demo, chat, models, the tools that look after a store, bench."""
+"""The `attnstore` command: chat, inspect, what looks after a store, and by their names the commands of ui and lab."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -10,10 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..errors import AttentionStoreError
-from ..lab.bench.cli import app as bench_app
-from ..lab.families.cli import models
-from ..lab.sim.cli import app as sim_app
-from ..ui.cli import CheckpointEvery, ui
+from .lazy import add_lazily
+from .options import CheckpointEvery, Device, Disk, Dtype, Memory, Model, OnDevice, Store
 from .store_commands import add_to
 
 
@@ -38,53 +35,15 @@ app = typer.Typer(
     add_completion=False,
 )
 
-Model = Annotated[
-    str | None,
-    typer.Option(
-        help="Hub name or folder of a chat model, or smollm2, by pip; without it, the small model of the repository.",
-        show_default=False,
-    ),
-]
-Store = Annotated[
-    Path | None,
-    typer.Option(help="The store's directory; without it, attnstore in the Hugging Face home.", show_default=False),
-]
-Device = Annotated[
-    str | None,
-    typer.Option(help="Such as cuda or cpu; without it, CUDA where there is one.", show_default=False),
-]
-Memory = Annotated[
-    str,
-    typer.Option(help="Host memory for KV, such as 8GiB; auto follows what is free."),
-]
-Disk = Annotated[str, typer.Option(help="Disk space for KV, such as 100GiB.")]
-OnDevice = Annotated[
-    str,
-    typer.Option(
-        help="KV that stays on the device between turns, such as 4GiB, for the conversations used last; "
-        "auto: some on a CPU, none on a GPU."
-    ),
-]
-Dtype = Annotated[str, typer.Option(help="Such as bfloat16 or float32; auto is what the checkpoint has.")]
+LAB = "hf_attnstore.lab"
+"""What measures the product: only its names are known here, and it is imported when one of its commands is invoked."""
 
-
-@app.command()
-def demo(
-    model: Model = None,
-    output: Annotated[Path, typer.Option(help="Folder for the picture and the numbers.")] = Path("attnstore-demo"),
-    repeats: Annotated[int, typer.Option(min=1, help="Measurements of each turn, with the store and without.")] = 3,
-    device: Device = None,
-    dtype: Dtype = "auto",
-) -> None:
-    """A scripted conversation, each turn in a new process, with the store and without.
-
-    Exits with 1 if any answer differs.
-    """
-    from ..lab.demo import run_demo
-
-    result = run_demo(model, output, repeats=repeats, device=device, dtype=dtype)
-    if not result.same_tokens:
-        raise typer.Exit(1)
+add_lazily(
+    app,
+    "demo",
+    f"{LAB}.demo.cli:demo",
+    "A scripted conversation, each turn in a new process, with the store and without.",
+)
 
 
 @app.command()
@@ -142,11 +101,23 @@ def inspect(model: Model = None, device: Device = None, dtype: Dtype = "auto") -
     console.print(escape(describe(loaded)))
 
 
-app.command()(models)
-app.command()(ui)
+add_lazily(
+    app,
+    "models",
+    f"{LAB}.families.cli:models",
+    "Build a tiny model of every family of transformers, and see what the store does for it.",
+)
+add_lazily(
+    app,
+    "ui",
+    "hf_attnstore.ui.cli:ui",
+    "Chat in the browser: conversations that go on where they were left, and what that saved.",
+)
 add_to(app)
-app.add_typer(bench_app, name="bench")
-app.add_typer(sim_app, name="sim")
-
-if __name__ == "__main__":
-    app()
+add_lazily(app, "bench", f"{LAB}.bench.cli:app", "Measure what the store gives a model on this machine.")
+add_lazily(
+    app,
+    "sim",
+    f"{LAB}.sim.cli:app",
+    "Simulate the store's tiers and policies: the paper's workload, traces, and the report on both.",
+)

@@ -17,21 +17,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ..errors import AttentionStoreError
 from ..sizes import format_bytes, parse_bytes
+from .options import Store
 
 if TYPE_CHECKING:
-    from ..store import AttentionStore
+    from ..store import AttentionStore, SessionInfo
     from ..store.disk.maintenance import Report
     from ..store.disk.rebuild import Progress as Told
 
-Store = Annotated[
-    Path | None,
-    typer.Option(help="The store's directory; without it, attnstore in the Hugging Face home.", show_default=False),
-]
 Namespace = Annotated[str, typer.Option(help="The namespace to look at.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")]
@@ -56,6 +52,8 @@ def opened(path: Path | None, namespace: str = "", disk: int = _UNLIMITED) -> It
 @contextmanager
 def _bar(title: str) -> Iterator[Told]:
     """A progress bar on standard error, for work whose end is known."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = (TextColumn(title + " {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -85,8 +83,6 @@ def ls(
     as_json: Json = False,
 ) -> None:
     """The conversations in a store, last used first."""
-    from .terminal import sessions_table
-
     with opened(store, namespace) as it:
         found, total = it.sessions(limit, offset), it.session_count()
         if as_json:
@@ -331,6 +327,18 @@ def import_(
     ):
         done = it.import_session(file, name)
     _console().print(f"{escape(done.session)}: {done.tokens:,} tokens in {done.blocks:,} blocks")
+
+
+def sessions_table(sessions: list[SessionInfo], current: str | None = None) -> Table:
+    """The sessions of a store, in the order given; `current` is marked."""
+    table = Table()
+    table.add_column("session", overflow="fold")
+    for column in ("tokens", "bytes", "created", "last used"):
+        table.add_column(column, justify="right")
+    for info in sessions:
+        name = escape(info.name) + (" [bold]←[/]" if info.name == current else "")
+        table.add_row(name, f"{info.tokens:,}", format_bytes(info.bytes), _when(info.created), _when(info.last_used))
+    return table
 
 
 def _when(seconds: float) -> str:

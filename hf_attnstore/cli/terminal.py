@@ -4,18 +4,16 @@ reused.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from ..chat.session import ChatSession, ChatTurn
 from ..errors import AttentionStoreError
-from ..sizes import format_bytes
-from ..store import AttentionStore, SessionInfo
+from ..store import AttentionStore
+from .store_commands import sessions_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -190,19 +188,3 @@ def turn_in_words(turn: ChatTurn) -> str:
     elif turn.finish == "length":
         parts.append("cut at the longest answer")
     return " · ".join(parts)
-
-
-def sessions_table(sessions: list[SessionInfo], current: str | None = None) -> Table:
-    """The sessions of a store, in the order given; `current` is marked."""
-    table = Table()
-    table.add_column("session", overflow="fold")
-    for column in ("tokens", "bytes", "created", "last used"):
-        table.add_column(column, justify="right")
-    for info in sessions:
-        name = escape(info.name) + (" [bold]←[/]" if info.name == current else "")
-        table.add_row(name, f"{info.tokens:,}", format_bytes(info.bytes), _when(info.created), _when(info.last_used))
-    return table
-
-
-def _when(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))

@@ -17,6 +17,8 @@ from typing import Any
 
 import uvicorn
 from PIL import Image
+from rich.console import Console
+from rich.markup import escape
 
 from ..errors import AttentionStoreError
 from ..store import AttentionStore
@@ -99,6 +101,16 @@ def _say(page: Any, text: str, turn: int) -> None:
 def _answered(page: Any, turns: int) -> None:
     page.wait_for_function("count => document.querySelectorAll('#chat .aside.turn').length === count", arg=turns)
     page.wait_for_selector("#message .submit-button")
+
+
+def look(console: Console, load: Callable[[], Loaded], screenshots: Path | None, *, measured: bool) -> None:
+    """Takes pictures into a folder, where one is given, and measures, where that is wanted; says what came of it."""
+    if screenshots is not None:
+        for file in take_screenshots(load, screenshots):
+            console.print(f"{escape(str(file))}, {file.stat().st_size:,} bytes")
+    if measured:
+        for what, value in measure(load).items():
+            console.print(f"{what}: {value:.3g}")
 
 
 def take_screenshots(load: Callable[[], Loaded], folder: Path) -> list[Path]:

@@ -1,23 +1,28 @@
 """Blocks by key, wherever they are: found, loaded, and saved behind the caller's back."""
 
+from __future__ import annotations
+
 import logging
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from ..errors import LoadError, NotFiniteError
 from ..sizes import format_bytes
 from ..timeline import Timeline
-from .blocks.block import TOKEN_IDS, Block, BlockMeta, Match, TensorSpec, host_memory
+from .blocks.block import TOKEN_IDS, Block, BlockMeta, Match, TensorSpec
 from .blocks.keys import Key, chain_root, common_prefix, decode_tokens, encode_tokens
+from .disk.block_files import BlockFile
 from .index.rows import BlockRow
 from .opened import OpenStore
-from .transfer.load import Load
-from .transfer.stages import Source, Stage
+
+if TYPE_CHECKING:
+    from .transfer.load import Load
+    from .transfer.stages import Source, Stage
 
 logger = logging.getLogger("hf_attnstore")
 
@@ -125,6 +130,8 @@ class BlockStore(OpenStore):
         Raises:
             LoadError: a block is missing or damaged.
         """
+        from .transfer.load import Load  # here, as who only looks after a store needs no torch
+
         self._check_open()
         sources: dict[Key, tuple[str, Source]] = {}
         keys = list(dict.fromkeys(key for stage in stages for key in stage.needs()))
@@ -272,22 +279,24 @@ class BlockStore(OpenStore):
         Returns:
             The bytes copied; None where there is no room.
         """
+        import torch
+
+        from .transfer.devices import host_tensors
+
         began = time.perf_counter()
         try:
             if self._memory.get(key) is not None or not self._disk.has([key]):
                 return 0
             with self._disk.open(key) as file:
                 meta = file.read_meta()
-                specs = [t for name, t in file.layout.tensors.items() if name != TOKEN_IDS]
-                size = sum(t.spec.nbytes for t in specs)
+                stored = {name: t for name, t in file.layout.tensors.items() if name != TOKEN_IDS}
+                size = sum(t.spec.nbytes for t in stored.values())
                 if self._automatic is not None:
                     self._automatic.before_reserving()
                 if not self._memory.reserve(size, job=job) and not self._reserve_once_written(size, job):
                     return None
                 try:
-                    tensors = host_memory([t.spec for t in specs], pinned=torch.cuda.is_available())
-                    file.read([(t, [tensors[t.spec.name].view(torch.uint8).reshape(-1).numpy()]) for t in specs])
-                    block = Block(meta, tensors)
+                    block = Block(meta, host_tensors(file, stored, BlockFile.read, pinned=torch.cuda.is_available()))
                     block.check_finite()
                 except BaseException:
                     self._memory.release(size)

@@ -1,23 +1,27 @@
 """AttentionStore: blocks by key in memory and on disk, and the sessions made of them."""
 
+from __future__ import annotations
+
 import json
 import os
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import AttentionStoreError
 from .blocks.keys import Key, decode_tokens
 from .blocks.vault import parse_key
 from .disk.folder import open_folder
 from .disk.maintenance import Garbage, Report, collect, repair, verify
-from .disk.portable import Exported, export_session, import_session
 from .disk.rebuild import Progress, no_progress
 from .opened import default_path
 from .processes.locks import SessionLock
 from .processes.parts import MOST, is_part, part_name
 from .records.manifest import Manifest, SessionInfo
 from .upcoming import UpcomingTurns
+
+if TYPE_CHECKING:
+    from .disk.portable import Exported
 
 
 def repair_store(
@@ -199,6 +203,8 @@ class AttentionStore(UpcomingTurns):
             SessionNotFoundError: there is no such session.
             AttentionStoreError: a block can't be read, or the file not be written.
         """
+        from .disk.portable import export_session
+
         self._settle()
         return export_session(self._disk, self.namespace, name, Path(path))
 
@@ -212,6 +218,8 @@ class AttentionStore(UpcomingTurns):
             AttentionStoreError: the file is damaged or does not fit, the session exists already, or there is no room.
             SessionNameError: a name that can't be one.
         """
+        from .disk.portable import import_session
+
         if name is not None:
             self.check_name(name)
         self._settle()

@@ -9,17 +9,12 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from ..cli.lazy import named
+from ..cli.options import CheckpointEvery, Store
 from ..errors import AttentionStoreError
 
-CheckpointEvery = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        help="For models with running states (Mamba, Qwen3-Next …): keep them at every so many tokens too, beside "
-        "where messages begin and end.",
-        show_default=False,
-    ),
-]
+TOUR = "hf_attnstore.lab.tour:look"
+"""What takes pictures of the page and measures it: imported when it is asked for, and only by its name."""
 
 
 def ui(
@@ -30,10 +25,7 @@ def ui(
             show_default=False,
         ),
     ] = None,
-    store: Annotated[
-        Path | None,
-        typer.Option(help="The store's directory; without it, attnstore in the Hugging Face home.", show_default=False),
-    ] = None,
+    store: Store = None,
     host: Annotated[
         str, typer.Option(help="Address to listen on; by default only this machine can ask.")
     ] = "127.0.0.1",
@@ -78,7 +70,7 @@ def ui(
         return load_chat_model(model, device=device, dtype=dtype)
 
     if screenshots is not None or measure:
-        _look(console, load, screenshots, measure=measure)
+        named(TOUR)(console, load, screenshots, measured=measure)
         return
     accounts = [_account(entry) for entry in auth or ()]
     if not serving.is_loopback(host) and not accounts:
@@ -101,17 +93,6 @@ def ui(
         checkpoint_every=checkpoint_every,
         **options,
     )
-
-
-def _look(console: Console, load: Any, screenshots: Path | None, *, measure: bool) -> None:
-    from ..lab import tour
-
-    if screenshots is not None:
-        for file in tour.take_screenshots(load, screenshots):
-            console.print(f"{escape(str(file))}, {file.stat().st_size:,} bytes")
-    if measure:
-        for what, value in tour.measure(load).items():
-            console.print(f"{what}: {value:.3g}")
 
 
 def _serving() -> Any:

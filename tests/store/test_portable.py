@@ -23,7 +23,7 @@ from hf_attnstore import (
     SessionNameError,
     SessionNotFoundError,
 )
-from hf_attnstore.store.blocks.block import as_bytes
+from hf_attnstore.store.blocks.tensors import as_bytes
 from hf_attnstore.store.blocks.vault import checksum
 
 KEY = bytes(range(32))

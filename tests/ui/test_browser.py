@@ -63,7 +63,7 @@ def come(browser: Any, site: tuple[str, Gate]) -> Iterator[Callable[..., User]]:
 @pytest.mark.timeout(600)  # three times, a process has to import all there is
 def test_five_turns_then_a_reload_then_a_new_process_and_the_conversation_goes_on(browser: Any, tmp_path: Path) -> None:
     model = save_tiny_chat_model(tmp_path / "model")
-    command = [sys.executable, "-m", "hf_attnstore.cli.app", "ui", "--port", "0", "--max-new-tokens", "12"]
+    command = [sys.executable, "-m", "hf_attnstore.cli", "ui", "--port", "0", "--max-new-tokens", "12"]
     command += ["--model", str(model), "--store", str(tmp_path / "store")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, cwd=tmp_path)

@@ -5,17 +5,21 @@ of each of them. Its tokens are those of the last, perhaps short, block of the t
 a name of its own (`state_root`), so that neither is ever found in the place of the other.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from ...errors import NotFiniteError
 from .keys import RAW, Key
-from .uninitialised import uninitialised
+
+if TYPE_CHECKING:
+    import torch
 
 TOKEN_IDS = "token_ids"
 """The tensor of a block's file that holds its ids."""
@@ -166,7 +170,7 @@ def is_finite(tensor: torch.Tensor) -> bool:
         return True
     for part in tensor.view(-1).split(_SMALL):
         if part.numel() and not all(
-            math.isfinite(bound.item()) for bound in torch.aminmax(part if part.itemsize > 1 else part.float())
+            math.isfinite(bound.item()) for bound in (part if part.itemsize > 1 else part.float()).aminmax()
         ):
             return False
     return True
@@ -179,19 +183,6 @@ _ALIGNMENT = 16
 def padded(nbytes: int) -> int:
     """The bytes that a tensor takes in memory where others of its block follow it."""
     return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
-
-
-def host_memory(specs: Sequence[TensorSpec], *, pinned: bool) -> dict[str, torch.Tensor]:
-    """Uninitialised tensors by name, one after the other in one piece of host memory: that is cheaper to get than many,
-    and is copied faster."""
-    sizes = [padded(spec.nbytes) for spec in specs]
-    parts = uninitialised(torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=pinned)).split(sizes)
-    return {s.name: part[: s.nbytes].view(s.dtype).view(s.shape) for s, part in zip(specs, parts, strict=True)}
-
-
-def as_bytes(tensor: torch.Tensor) -> np.ndarray:
-    """A uint8 view of a CPU tensor whose last dimension is contiguous; the last axis counts bytes."""
-    return tensor.view(torch.uint8).numpy()
 
 
 def identity(meta: BlockMeta, spec: TensorSpec) -> bytes:

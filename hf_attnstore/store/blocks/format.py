@@ -5,22 +5,26 @@ because the layout (layer order, one contiguous read per layer) and the byte off
 destination) are the point, and the library offers neither.
 """
 
+from __future__ import annotations
+
 import json
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
 import xxhash
 
 from ...errors import LoadError
-from .block import TOKEN_IDS, Block, BlockMeta, TensorSpec, as_bytes
+from .block import TOKEN_IDS, Block, BlockMeta, TensorSpec
 from .keys import decode_tokens
 from .vault import Vault
+
+if TYPE_CHECKING:
+    import torch
 
 FORMAT_VERSION = "2"
 MAX_HEADER_BYTES = 16 << 20
@@ -33,20 +37,33 @@ _REMEMBERED = 512
 _ALIGNMENT = 64
 """Bytes: where the data begin is a multiple of it. From anywhere else the kernel copies a quarter more slowly."""
 _DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
 }
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+"""Safetensors' names of dtypes, and torch's."""
+
+
+@cache
+def _dtypes() -> dict[str, torch.dtype]:
+    """torch's dtypes by safetensors' names; made for the first header, as the index is read without torch."""
+    import torch
+
+    return {name: getattr(torch, dtype) for name, dtype in _DTYPES.items()}
+
+
+@cache
+def _dtype_names() -> dict[torch.dtype, str]:
+    return {dtype: name for name, dtype in _dtypes().items()}
 
 
 class StoredTensor(NamedTuple):
@@ -81,6 +98,10 @@ def encode_block(block: Block, vault: Vault) -> tuple[bytes, list[np.ndarray]]:
     Tensors lie in the order of `block.tensors`, so a layer's tensors are one contiguous range; the token ids
     come last.
     """
+    import torch
+
+    from .tensors import as_bytes
+
     block.wait_ready()
     meta = block.meta
     salt = vault.new_salt()
@@ -94,7 +115,7 @@ def encode_block(block: Block, vault: Vault) -> tuple[bytes, list[np.ndarray]]:
         spec = TensorSpec(name, tensor.dtype, tuple(tensor.shape))
         data, proofs[name] = guard.close(meta, number, spec, as_bytes(tensor).reshape(-1))
         described[name] = {
-            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "dtype": _dtype_names()[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [offset, offset + data.nbytes],
         }
@@ -172,7 +193,7 @@ def _parse_described(described: str) -> _Described:
         shape = tuple(entry["shape"])
         if not all(type(size) is int and size >= 0 for size in (begin, stop, *shape)):
             raise LoadError(f"tensor {name!r} has sizes that are none")
-        spec = TensorSpec(name, _DTYPES[entry["dtype"]], shape)
+        spec = TensorSpec(name, _dtypes()[entry["dtype"]], shape)
         if begin != end or spec.nbytes != stop - begin:
             raise LoadError(f"tensor {name!r} has impossible offsets")
         tensors[name] = StoredTensor(spec, begin, number)
@@ -220,7 +241,7 @@ def _parse_header(encoded: bytes, file_bytes: int) -> Layout:
     if proofs.keys() != found.tensors.keys():
         raise LoadError("not every tensor has its checksum")
     count = int(metadata["token_count"])
-    if found.tensors[TOKEN_IDS].spec != TensorSpec(TOKEN_IDS, torch.int64, (count,)):
+    if found.tensors[TOKEN_IDS].spec != TensorSpec(TOKEN_IDS, _dtypes()["I64"], (count,)):
         raise LoadError("the token ids are not as the header says")
     state = metadata.get("state")
     if state is None and found.token_counts != {count}:

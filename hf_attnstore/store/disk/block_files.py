@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from ...errors import LoadError, NotFiniteError
 from ..blocks.block import TOKEN_IDS, Block, BlockMeta, Bytes, is_finite
@@ -174,6 +173,8 @@ class BlockFile:
             LoadError: something is not as it was written.
             NotFiniteError: it is, but should not have been: there is NaN or infinity in it.
         """
+        import torch
+
         for name, stored in self.layout.tensors.items():
             buffer = np.empty(stored.spec.nbytes, dtype=np.uint8)
             self.read([(stored, [buffer])])

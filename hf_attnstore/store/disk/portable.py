@@ -21,9 +21,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ...errors import AttentionStoreError, LoadError
-from ..blocks.block import TOKEN_IDS, Block, BlockMeta, as_bytes
+from ..blocks.block import TOKEN_IDS, Block, BlockMeta
 from ..blocks.format import FORMAT_VERSION
 from ..blocks.keys import Key, block_key, chain_root, cut_root, decode_tokens, encode_tokens, name_digest
+from ..blocks.tensors import as_bytes
 from ..blocks.vault import checksum
 from ..index.rows import BlockRow
 from ..records.manifest import Manifest, SpanRow

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 import torch
 
-from ..blocks.block import Block, as_bytes, host_memory
+from ..blocks.block import Block
+from ..blocks.tensors import as_bytes, host_memory
 from ..disk.block_files import BlockFile
 from ..memory.size import on_pressure
 
@@ -20,7 +21,7 @@ def _give_back_pinned_memory() -> None:
 
 
 def host_tensors(
-    source: Block | BlockFile, names: Iterable[str], read: Callable[..., None], *, pinned: bool
+    source: Block | BlockFile, names: Iterable[str], read: Callable[..., object], *, pinned: bool
 ) -> dict[str, torch.Tensor]:
     """Whole tensors of a block in host memory, `[heads, tokens, dim]` each."""
     if isinstance(source, Block):
@@ -71,7 +72,7 @@ class DeviceCopies:
         if stream is None:  # a device without streams of its own to copy on
             for name, target in targets.items():
                 if target.device.type == "cpu" and target.nbytes > _SMALL:
-                    # torch would copy with a team of threads for each I/O thread, which slows computing: see openmp.py
+                    # torch would copy with a team of threads for each I/O thread, which slows computing: see chat/openmp
                     np.copyto(as_bytes(target), as_bytes(sources[name]))
                 else:
                     target.copy_(sources[name])

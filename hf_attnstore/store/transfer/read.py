@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 
 from ...errors import LoadError
-from ..blocks.block import Bytes, TensorSpec, as_bytes
+from ..blocks.block import Bytes, TensorSpec
 from ..blocks.format import StoredTensor
+from ..blocks.tensors import as_bytes
 from ..disk.block_files import BlockFile
 
 

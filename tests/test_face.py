@@ -1,0 +1,95 @@
+"""What is imported when: a store is looked after, and commands are listed, without torch and transformers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.store_blocks import make_chain, save
+from typer.main import get_command
+
+import hf_attnstore
+from hf_attnstore import chat, serving
+from hf_attnstore.cli.app import app
+from hf_attnstore.cli.lazy import command_of
+from hf_attnstore.store import AttentionStore
+
+HEAVY = "torch transformers gradio matplotlib scipy safetensors hf_attnstore.cache hf_attnstore.chat.session"
+LAZY = "hf_attnstore.lab hf_attnstore.ui"
+
+
+def loaded_after(script: str, of: str) -> set[str]:
+    """Which of the modules named in `of` a new process has loaded at the end of a script."""
+    script += f"\nimport sys\nprint('loaded:', *(name for name in {of.split()} if name in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return set(done.stdout.rpartition("loaded:")[2].split())
+
+
+def test_importing_the_package_and_its_rooms_loads_no_library() -> None:
+    names = "import hf_attnstore, hf_attnstore.chat, hf_attnstore.serving, hf_attnstore.session, hf_attnstore.lab"
+    assert loaded_after(names, f"{HEAVY} numpy rich typer hf_attnstore.store") == set()
+
+
+def test_the_store_and_its_bookkeeping_load_without_torch() -> None:
+    assert loaded_after("import hf_attnstore.store", f"{HEAVY} rich typer") == set()
+    rooms = (Path(hf_attnstore.__file__).parent / "session").glob("*.py")
+    names = ", ".join(f"hf_attnstore.session.{path.stem}" for path in rooms)
+    assert loaded_after(f"import {names}", f"{HEAVY} rich typer") == set()
+
+
+def test_a_store_is_listed_shown_counted_and_changed_without_torch(tmp_path: Path) -> None:
+    root = tmp_path / "store"
+    with AttentionStore(root, block_size=16) as store:
+        for name in ("alice", "bob", "carol"):
+            save(store, make_chain([*range(40), len(name)], 16), name)
+    commands = [
+        "ls", "ls --json", "show alice", "stats", "rename alice dora", "fork dora eve", "rm bob --yes",
+        "gc --dry-run", "gc --unowned --older-than 1",
+    ]  # fmt: skip
+    script = f"""
+from typer.testing import CliRunner
+from hf_attnstore.cli.app import app
+for command in {commands!r}:
+    result = CliRunner().invoke(app, [*command.split(), "--store", {str(root)!r}])
+    assert result.exit_code == 0, (command, result.output)
+assert "dora" in CliRunner().invoke(app, ["ls", "--store", {str(root)!r}]).output
+"""
+    assert loaded_after(script, f"{HEAVY} {LAZY}") == set()
+    script = f"""
+from typer.testing import CliRunner
+from hf_attnstore.cli.app import app
+assert "all is well" in CliRunner().invoke(app, ["verify", "--store", {str(root)!r}]).output
+"""
+    assert loaded_after(script, f"{HEAVY} {LAZY}") == {"torch"}  # which looks through the tensors
+
+
+def test_help_loads_neither_the_store_nor_the_commands_that_are_called_by_name() -> None:
+    script = """
+from typer.testing import CliRunner
+from hf_attnstore.cli.app import app
+assert "bench" in CliRunner().invoke(app, ["--help"]).output
+assert CliRunner().invoke(app, ["ls", "--help"]).exit_code == 0
+"""
+    assert loaded_after(script, f"{HEAVY} {LAZY} numpy hf_attnstore.store") == set()
+    script += "assert '--screenshots' in CliRunner().invoke(app, ['ui', '--help']).output"
+    assert loaded_after(script, f"{HEAVY} {LAZY} numpy hf_attnstore.store") == {"hf_attnstore.ui"}
+
+
+@pytest.mark.parametrize("name", ["demo", "models", "ui", "bench", "sim"])
+def test_the_list_of_commands_says_of_each_what_it_says_of_itself(name: str) -> None:
+    listed = get_command(app).commands[name]  # type: ignore[attr-defined]
+    real = command_of(name, listed.target)
+    assert listed.get_short_help_str(1000).split("\n\n")[0] == real.help.split("\n\n")[0].replace("\n", " ")
+    assert real.name == name
+
+
+@pytest.mark.parametrize("face", [hf_attnstore, chat, serving], ids=lambda face: face.__name__)
+def test_what_a_face_names_is_there_and_listed(face: object) -> None:
+    names = face.__all__  # type: ignore[attr-defined]
+    assert sorted(names) == names
+    assert set(names) <= set(dir(face))
+    assert all(getattr(face, name) is not None for name in names)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        face.nothing  # type: ignore[attr-defined]  # noqa: B018
