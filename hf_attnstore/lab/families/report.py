@@ -147,7 +147,7 @@ def _cell(text: str) -> str:
 
 
 def write_verified(rows: Sequence[Row], path: Path) -> Path:
-    """Writes which families are known to continue their cache, token by token: `cache/probing/continuing.py` does not ask
+    """Writes which families are known to continue their cache, token by token: `probing/continuing.py` does not ask
     their models."""
     known = (row for row in rows if row.verdict == SAME and row.reuse == "token" and row.reference)
     classes = {row.family: row.model_class for row in known if family_of(row.family) is None}

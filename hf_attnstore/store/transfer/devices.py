@@ -72,7 +72,7 @@ class DeviceCopies:
         if stream is None:  # a device without streams of its own to copy on
             for name, target in targets.items():
                 if target.device.type == "cpu" and target.nbytes > _SMALL:
-                    # torch would copy with a team of threads for each I/O thread, which slows computing: see chat/openmp
+                    # torch would copy with a team of threads for each I/O thread, which slows computing: chat/openmp.py
                     np.copyto(as_bytes(target), as_bytes(sources[name]))
                 else:
                     target.copy_(sources[name])
