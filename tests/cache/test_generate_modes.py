@@ -238,11 +238,14 @@ def test_beams_save_the_prompt_and_not_what_they_generated(store: AttentionStore
     assert cache.layers[0].keys.shape[0] == 4
 
 
-def test_use_cache_false_runs_without_the_cache(store: AttentionStore, log: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("beams", [1, 3])
+def test_use_cache_false_runs_without_the_cache(
+    beams: int, store: AttentionStore, log: pytest.LogCaptureFixture
+) -> None:
     model = make_model()
-    cache = AttentionStoreCache(model, "alice", store)
-    ours = model.generate(tokens(30), past_key_values=cache, use_cache=False, max_new_tokens=6, do_sample=False)
-    assert torch.equal(ours, turn(model, tokens(30), None).sequences)
+    wanted = {"use_cache": False, "num_beams": beams, "max_new_tokens": 6, "do_sample": False}
+    ours = model.generate(tokens(30), past_key_values=AttentionStoreCache(model, "alice", store), **wanted)
+    assert torch.equal(ours, make_model().generate(tokens(30), **wanted))
     assert "use_cache" in log.text
     assert store.sessions() == []
 

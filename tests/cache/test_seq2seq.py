@@ -474,6 +474,15 @@ def test_what_an_attached_encoder_decoder_leaves_alone_is_said_once(
     detach(model)
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+def test_use_cache_false_runs_without_the_cache(beams: int, store: AttentionStore) -> None:
+    model, inputs, ids = make_seq2seq("bart"), encoder_input("bart"), prompt(20)
+    wanted = {"decoder_input_ids": ids, "use_cache": False, "num_beams": beams, "max_new_tokens": 4, "do_sample": False}
+    ours = model.generate(**inputs, past_key_values=AttentionStoreCache(model, "document", store), **wanted)
+    assert torch.equal(ours, make_seq2seq("bart").generate(**inputs, **wanted))
+    assert store.sessions() == []
+
+
 def test_one_object_serves_many_turns_and_loads_nothing(store: AttentionStore) -> None:
     model = make_seq2seq("t5gemma")
     documents = [encoder_input("t5gemma", seed=seed) for seed in (1, 2)]

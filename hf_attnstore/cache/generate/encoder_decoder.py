@@ -53,7 +53,8 @@ def generate_from_encoder(
         raise CacheUseError(f"the cache was made for another model than this {type(model).__name__}")
     if _setting(model, kwargs, "use_cache") is False:
         logger.warning("use_cache=False: this generate runs without its cache, nothing is reused or saved")
-        return original(*args, **{**kwargs, name: None})
+        take_cache(kwargs)  # see `generate_around`
+        return original(*args, **kwargs)
     if plan.problem:
         cache.begin_unidentified_turn(plan.problem)
         try:

@@ -116,7 +116,8 @@ def generate_around(
         return _without(cache, attachment.cacheless, original, args, kwargs)
     if _setting(model, kwargs, "use_cache") is False:
         logger.warning("use_cache=False: this generate runs without its cache, nothing is reused or saved")
-        return original(*args, **{**kwargs, attachment.generate_cache_name: None})
+        take_cache(kwargs)  # not even None in its place, which beam search takes for a cache that it can't reorder
+        return original(*args, **kwargs)
     if isinstance(cache, BatchCache):
         return generate_batch(model, cache, original, prompt, args, kwargs, partial(_setting, model, dict(kwargs)))
     go_on = partial(_generate_with, model, cache, original)
