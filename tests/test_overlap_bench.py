@@ -6,7 +6,6 @@ import json
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,15 +15,16 @@ from test_timeline import assert_is_a_trace
 from typer.testing import CliRunner
 
 from hf_attnstore import AttentionStore
-from hf_attnstore.lab.bench import slow_disk as slow_disk_module
 from hf_attnstore.lab.bench.cli import app
 from hf_attnstore.lab.bench.methods import SESSION
 from hf_attnstore.lab.bench.overlap import ARMS, MEASURED, TURNS, Bench, Disk, ways_of
 from hf_attnstore.lab.bench.overlap_cli import disks_of, parse_points
 from hf_attnstore.lab.bench.overlap_report import summary_table
 from hf_attnstore.lab.bench.shapes import BenchError, ModelSpec, load_model
-from hf_attnstore.lab.bench.slow_disk import slow_disk
-from hf_attnstore.store.disk.block_files import BlockFile, DiskTier
+from hf_attnstore.lab.bench.slow_disk import SlowDisk
+from hf_attnstore.store.blocks.block import Block
+from hf_attnstore.store.disk.block_files import BlockFile
+from hf_attnstore.store.surroundings import Surroundings
 from hf_attnstore.timeline import Event
 
 CPU = torch.device("cpu")
@@ -52,21 +52,24 @@ def read_keys(file: BlockFile, layer: int) -> np.ndarray:
     return found
 
 
-def test_a_slow_disk_gives_what_was_asked_for_ahead_without_further_waiting(
-    store: AttentionStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_slow_disk_gives_what_was_asked_for_ahead_without_further_waiting(tmp_path: Path) -> None:
+    clock = Clock()
+    disk = SlowDisk(None, clock.perf_counter, clock.sleep)
     block = make_chain(list(range(16)), 16)[0]
+    with AttentionStore(tmp_path, block_size=16, surroundings=Surroundings(disk=disk)) as store:
+        _check_slow_disk(store, block, disk, clock)
+
+
+def _check_slow_disk(store: AttentionStore, block: Block, disk: SlowDisk, clock: Clock) -> None:
     assert store.reserve(block.nbytes)
     store.put(block)
     store.flush()
     name = "layers.0.keys"
     size = block.tensors[name].nbytes
-    clock = Clock()
-    monkeypatch.setattr(slow_disk_module, "time", SimpleNamespace(perf_counter=clock.perf_counter, sleep=clock.sleep))
-    originals = (BlockFile.read, BlockFile.will_need, DiskTier.write)
+    assert clock.slept == []
     with store._disk.open(block.meta.key) as file:
         plain = read_keys(file, 0)
-        with slow_disk(size):  # a tensor takes a second
+        with disk.at(size):  # a tensor takes a second
             assert np.array_equal(read_keys(file, 0), plain)
             assert clock.slept == [1.0]
             file.will_need([name, name, "no such tensor"])
@@ -79,20 +82,17 @@ def test_a_slow_disk_gives_what_was_asked_for_ahead_without_further_waiting(
             assert clock.slept == [1.0, 0.25]
             read_keys(file, 0)  # asked for once, it came once
             assert clock.slept == [1.0, 0.25, 1.0]
-    assert (BlockFile.read, BlockFile.will_need, DiskTier.write) == originals
-    with slow_disk(None):
-        assert BlockFile.read is originals[0]
+        read_keys(file, 0)
+        assert clock.slept == [1.0, 0.25, 1.0]
 
 
 def test_the_command_measures_every_way_and_writes_json_pictures_and_markdown(tmp_path: Path) -> None:
-    originals = (BlockFile.read, DiskTier.write)
     arguments = [
         "overlap", "--shape", "tiny", "--points", "40/8", "--decode", "2", "--repeats", "1", "--block-size", "16",
         "--slow", "20MiB", "--device", "cpu", "--store", str(tmp_path / "disk"), "--output", str(tmp_path / "out"),
     ]  # fmt: skip
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
-    assert (BlockFile.read, DiskTier.write) == originals
     assert list((tmp_path / "disk").iterdir()) == []
     out = tmp_path / "out"
     record = json.loads((out / "overlap.json").read_text())
@@ -141,7 +141,7 @@ def test_what_is_fetched_for_the_next_job_is_in_the_timeline_of_this_one(tmp_pat
     with torch.inference_mode():
         bench = Bench(model, 40, tmp_path, decode=3, seed=0, block_size=16)
         try:
-            events, sample = bench.trace(8, Disk("warm", "warm"), MEASURED.overlap, upcoming=96)
+            events, sample = bench.trace(8, Disk("warm", "warm"), MEASURED.begin, upcoming=96)
         finally:
             bench.close()
     fetched = {event.name for event in events if event.track == "fetch"}

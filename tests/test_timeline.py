@@ -18,7 +18,7 @@ from support.turns import assert_reused, follow_up, turn
 
 from hf_attnstore import AttentionStore, AttentionStoreCache
 from hf_attnstore.cache.transfer import record as recording
-from hf_attnstore.cache.transfer.overlap import Overlap
+from hf_attnstore.lab.bench.overlap import loading, save_late
 from hf_attnstore.store.disk.block_files import BlockFile
 from hf_attnstore.store.transfer.load import Load
 from hf_attnstore.timeline import (
@@ -372,7 +372,7 @@ def test_io_threads_bring_a_layer_while_the_one_before_computes(
 
     monkeypatch.setattr(BlockFile, "read", read_slowly)
     cache = AttentionStoreCache(model, "alice", store, save=False, record=True)
-    cache.overlap = Overlap(io_threads=True)
+    cache.begin_load = loading(io_threads=True)
     ours = turn(model, prompt, cache, max_new_tokens=2)
     assert torch.equal(
         ours.sequences, turn(make_llama(num_hidden_layers=LAYERS), prompt, None, max_new_tokens=2).sequences
@@ -394,7 +394,7 @@ def test_without_overlap_everything_is_there_before_the_first_layer_computes(
 ) -> None:
     model, prompt = resumed
     cache = AttentionStoreCache(model, "alice", store, save=False, record=True)
-    cache.overlap = Overlap(load_first=True, io_threads=io_threads)
+    cache.begin_load = loading(first=True, io_threads=io_threads)
     ours = turn(model, prompt, cache, max_new_tokens=2)
     assert torch.equal(
         ours.sequences, turn(make_llama(num_hidden_layers=LAYERS), prompt, None, max_new_tokens=2).sequences
@@ -417,7 +417,7 @@ def test_the_depth_of_the_look_ahead_can_be_set(
     monkeypatch.setattr(Load, "request", lambda self, stage: (asked.append(stage), request(self, stage))[1])
     for depth in (1, 3):
         cache = AttentionStoreCache(model, "alice", store, save=False)
-        cache.overlap = Overlap(depth=depth)
+        cache.begin_load = loading(depth=depth)
         asked.clear()
         turn(model, prompt, cache, max_new_tokens=1)
         assert_reused(cache, prompt, HISTORY + 5)
@@ -428,8 +428,7 @@ def test_the_depth_of_the_look_ahead_can_be_set(
 
 def test_saving_can_wait_for_the_end_of_the_turn(resumed: tuple[Any, torch.Tensor], store: AttentionStore) -> None:
     model, prompt = resumed
-    cache = AttentionStoreCache(model, "alice", store, record=True)
-    cache.overlap = Overlap(save_late=True)
+    cache = save_late(AttentionStoreCache(model, "alice", store, record=True))
     ours = turn(model, prompt, cache, max_new_tokens=5).sequences
     save = named(cache.timeline, "save")
     assert list(save) == ["end of the turn"]

@@ -31,8 +31,7 @@ from .model.ranks import Ranks
 from .probing.continuing import Continues
 from .stats import TurnStats
 from .transfer.checkpoints import take_checkpoint
-from .transfer.load import Restore
-from .transfer.overlap import Overlap
+from .transfer.load import Restore, as_it_comes
 from .transfer.record import TurnRecorder
 from .transfer.save import BlockSaver
 
@@ -78,7 +77,7 @@ class CacheContent(OutsideGraphsCache):
     _gate: Gate
     record_timeline = False
     """Whether turns are recorded, from the next one on: see `timeline`."""
-    overlap = Overlap()
+    begin_load: Callable[[Restore], None] = staticmethod(as_it_comes)
     _recorder: TurnRecorder | None = None
 
     def _prepare_empty(self) -> None:

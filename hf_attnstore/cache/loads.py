@@ -74,9 +74,9 @@ class CacheLoads(CacheContent):
         return self._watched(restore)
 
     def _watched(self, restore: Restore | None) -> Restore | None:
-        """A load as the user wants to have it: recorded, or not as it is best."""
+        """A load as it is to be: recorded, begun in another way."""
         if restore is not None:
-            restore.recorder, restore.overlap = self._recorder, self.overlap
+            restore.recorder, restore.begin = self._recorder, self.begin_load
         return restore
 
     def _finish_restore(self) -> None:

@@ -132,9 +132,9 @@ class CacheTurns(ParkingCache):
             self._prompt = shown if checked else None
             self._prompt_tokens = len(shown)
             added = bool(self._attachment.fingerprint.computing.additions)
-            if self.overlap.save_late or added:
+            if added:
                 self.hold_back()
-            self._holds_for_additions = added and not self.overlap.save_late
+            self._holds_for_additions = added
             self._stops = self._choose_stops(reused, len(shown) - 1, shown) if checked else []
             stats = self._stats
             stats.prompt_tokens = len(ids)

@@ -218,7 +218,7 @@ class BlockStore(OpenStore):
         self._writer.submit(partial(self._guarded, partial(self._touch_on_disk, list(keys))))
 
     def _touch_on_disk(self, keys: Sequence[Key]) -> None:
-        policy, now = self._order.policy, time.time()
+        policy, now = self._order.policy, self._clock.time()
         rows = self._disk.rows(keys)
         self._disk.move({key: policy.place(row.place, row.group, now) for key, row in rows.items()})
 

@@ -29,6 +29,7 @@ from .processes.locks import SessionLocks
 from .processes.parts import is_part, whole_name
 from .processes.threads import IOThreads, RightOfWay
 from .records.manifest import Manifest
+from .surroundings import Surroundings
 
 logger = logging.getLogger("hf_attnstore")
 
@@ -90,6 +91,7 @@ class OpenStore:
         encryption_key: str | bytes | None = None,
         policy: str = DEFAULT,
         device: int | str = AUTO,
+        surroundings: Surroundings | None = None,
     ) -> None:
         if block_size is not None and block_size < 1:
             raise AttentionStoreError(f"block_size is a number of tokens, at least 1, not {block_size}")
@@ -100,7 +102,9 @@ class OpenStore:
         self.disk_capacity = parse_bytes(disk)
         self._order = Order(make_policy(policy))
         capacity = 0 if memory == AUTO else parse_bytes(memory)
-        self._memory = MemoryTier(capacity, self._order.policy, self._order.lookahead)
+        surroundings = surroundings or Surroundings()
+        self._clock = surroundings.clock
+        self._memory = MemoryTier(capacity, self._order.policy, self._order.lookahead, self._clock.time)
         left = None if device == AUTO else parse_bytes(device)
         self._accounts = Accounts()
         key = parse_key(encryption_key)
@@ -109,7 +113,7 @@ class OpenStore:
         self.secret = folder.vault.secret
         """Keys the names of blocks; empty without encryption."""
         self._disk, self._open_lock = open_disk_store(
-            folder, self.disk_capacity, self._accounts, self._order, sync=durability == "power"
+            folder, self.disk_capacity, self._accounts, self._order, surroundings, sync=durability == "power"
         )
         self._locks = SessionLocks(self._disk.locks_folder, self.secret)
         cores = os.cpu_count() or 1

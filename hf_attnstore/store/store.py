@@ -68,6 +68,7 @@ class AttentionStore(UpcomingTurns):
             while running), `lru` (what was used least recently), `fifo` or `hyperbolic`.
         encryption_key: 32 bytes, or a text of them in hex or base64, under which files are encrypted (AES-256-GCM).
             Default: the environment variable `ATTNSTORE_KEY`. A store is encrypted from its beginning or not at all.
+        surroundings: the clock and the disk to go by, where they are not to be the machine's own.
 
     Raises:
         AttentionStoreError: a size or another argument that is none.

@@ -1,7 +1,6 @@
 """What a store does for turns that have not begun, and what it takes notice of when one is over."""
 
 import threading
-import time
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,6 +11,7 @@ from .blocks.keys import Key
 from .eviction.lookahead import fetch_window, keep_window
 from .eviction.policies import Place, Use
 from .records.manifest import Manifest
+from .surroundings import Clock
 
 Session = tuple[str, str]
 """Namespace and name."""
@@ -21,11 +21,12 @@ Session = tuple[str, str]
 class _Plans:
     """What is to come, in all namespaces of a store: they share the memory that it is fetched into."""
 
+    clock: Clock
     lock: threading.Lock = field(default_factory=threading.Lock)
     scheduled: dict[str, list[str]] = field(default_factory=dict)
     """Names by namespace."""
     expected: dict[Session, float] = field(default_factory=dict)
-    """Until when, on the monotonic clock."""
+    """Until when, on the clock's monotonic time."""
     number: int = 0
     """Of the plan that holds; counts up."""
     blocks: dict[Session, dict[Key, int]] = field(default_factory=dict)
@@ -34,7 +35,7 @@ class _Plans:
     def in_order(self) -> list[Session]:
         """The sessions that are scheduled or expected, in the order in which they are thought to run. What is scheduled
         in several namespaces takes turns. Call it with the lock."""
-        now = time.monotonic()
+        now = self.clock.monotonic()
         self.expected = {session: until for session, until in self.expected.items() if until > now}
         rounds = zip_longest(*([(space, name) for name in names] for space, names in self.scheduled.items()))
         scheduled = [session for round_ in rounds for session in round_ if session is not None]
@@ -46,7 +47,7 @@ class UpcomingTurns(BlockStore):
     """The part of an `AttentionStore` that looks ahead, and back at what was used."""
 
     def _prepare_upcoming(self) -> None:
-        self._plans = _Plans()
+        self._plans = _Plans(self._clock)
 
     def schedule(self, upcoming: Sequence[str]) -> None:
         """Says which sessions run next, in order; a name may come more than once. Replaces what was said before.
@@ -82,7 +83,7 @@ class UpcomingTurns(BlockStore):
         place = self.namespace, session
         with self._plans.lock:
             if within > 0:
-                self._plans.expected[place] = time.monotonic() + within
+                self._plans.expected[place] = self._clock.monotonic() + within
             elif self._plans.expected.pop(place, None) is None:
                 return
         self._replan()
@@ -222,7 +223,7 @@ class UpcomingTurns(BlockStore):
     def _note_use(
         self, blocks: tuple[Key, ...], tokens: int, short: bool, went_on_from: Key | None, conversation: Session | None
     ) -> None:
-        policy, now = self._order.policy, time.time()
+        policy, now = self._order.policy, self._clock.time()
         chain, end = (blocks[:-1], blocks[-1]) if short else (blocks, None)
         matched = self._place_of_end(went_on_from) if went_on_from is not None else None
         known = (went_on_from,) if went_on_from is not None else ()

@@ -25,7 +25,8 @@ from hf_attnstore import AttentionStore, AttentionStoreCache
 from hf_attnstore.cache.costs import gate as gating
 from hf_attnstore.cache.costs.decide import LEAST_GAIN, MARGIN, Choice, Exploration, Option, choose
 from hf_attnstore.cache.costs.learn import Costs
-from hf_attnstore.store.disk.throttle import slow_disk
+from hf_attnstore.lab.bench.slow_disk import SlowDisk
+from hf_attnstore.store.surroundings import Surroundings
 from hf_attnstore.store.transfer.depth import lookahead_depth, read_buffer_bytes, read_buffer_layers
 
 # the choice, as plain numbers
@@ -436,9 +437,9 @@ def test_a_slow_disk_is_found_out_and_not_waited_for(tmp_path: Path, monkeypatch
     monkeypatch.setenv(gating.VARIABLE, "on")
     gating.forget()
     model = make_model()
-    with AttentionStore(tmp_path, block_size=BLOCK) as store:
-        with slow_disk(400_000):  # a conversation of 200 tokens takes 0.2 s
-            stats = some_turns(model, store, 6)
+    disk = SlowDisk(400_000)  # a conversation of 200 tokens takes 0.2 s
+    with AttentionStore(tmp_path, block_size=BLOCK, surroundings=Surroundings(disk=disk)) as store:
+        stats = some_turns(model, store, 6)
         assert [s.reused_tokens for s in stats[:3]] == [205] * 3  # before anything is known, reuse
         assert stats[-1].reused_tokens < 205
         assert stats[-1].missed == "computing is faster"

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, SessionBusyError, StoreClosedError, attach, detach
 from hf_attnstore.cache.hooks import Attachment
-from hf_attnstore.store.disk.block_files import BlockFile, DiskTier
+from hf_attnstore.lab.bench.slow_disk import SlowDisk
+from hf_attnstore.store.disk.block_files import BlockFile
+from hf_attnstore.store.surroundings import Surroundings
 
 
 class Holds(BaseStreamer):
@@ -207,20 +209,19 @@ def assert_files_equal(store: AttentionStore, session: str, reference: DynamicCa
     assert position == reference.get_seq_length()
 
 
+SLOWLY = Surroundings(disk=SlowDisk(300_000))
+"""A block takes about 0.03 s."""
+
+
 @pytest.fixture
-def slow_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    write = DiskTier.write
-
-    def slowly(self: DiskTier, block: Any) -> int:
-        time.sleep(0.03)
-        return write(self, block)
-
-    monkeypatch.setattr(DiskTier, "write", slowly)
+def slow_store(tmp_path: Path) -> Iterator[AttentionStore]:
+    with AttentionStore(tmp_path / "store", block_size=BLOCK, surroundings=SLOWLY) as store:
+        yield store
 
 
-@pytest.mark.usefixtures("slow_disk")
 @pytest.mark.parametrize("family", ["llama-gqa", "deepseek-v3"])
-def test_what_is_saved_during_a_long_decode_is_what_was_computed(family: str, store: AttentionStore) -> None:
+def test_what_is_saved_during_a_long_decode_is_what_was_computed(family: str, slow_store: AttentionStore) -> None:
+    store = slow_store
     model, other = make_model(family), make_model(family)
     cache, plain = AttentionStoreCache(model, "alice", store), DynamicCache(config=other.config)
     ours = turn(model, tokens(30), cache, max_new_tokens=200)
@@ -230,9 +231,9 @@ def test_what_is_saved_during_a_long_decode_is_what_was_computed(family: str, st
     assert_files_equal(store, "alice", plain)
 
 
-@pytest.mark.usefixtures("slow_disk")
 @pytest.mark.parametrize("seed", range(3))
-def test_growing_and_cropping_while_blocks_are_written_corrupts_nothing(seed: int, store: AttentionStore) -> None:
+def test_growing_and_cropping_while_blocks_are_written_corrupts_nothing(seed: int, slow_store: AttentionStore) -> None:
+    store = slow_store
     model = make_model()
     chooses = random.Random(seed)
     cache, plain = AttentionStoreCache(model, "alice", store), DynamicCache(config=model.config)
@@ -256,12 +257,11 @@ def test_growing_and_cropping_while_blocks_are_written_corrupts_nothing(seed: in
     assert_files_equal(store, "alice", plain)
 
 
-@pytest.mark.usefixtures("slow_disk")
 @pytest.mark.parametrize("family", ["llama-gqa", "gemma3"])
 def test_a_tiny_memory_cap_holds_and_everything_stays_right(family: str, tmp_path: Path) -> None:
     model, plain = make_model(family), make_model(family)
     cap = 40_000  # two or three blocks
-    with AttentionStore(tmp_path / "store", memory=cap, block_size=BLOCK) as store:
+    with AttentionStore(tmp_path / "store", memory=cap, block_size=BLOCK, surroundings=SLOWLY) as store:
         samples: list[float] = []
         stop = threading.Event()
 

@@ -24,6 +24,7 @@ from hf_attnstore import AttentionStore, AttentionStoreCache, AttentionStoreErro
 from hf_attnstore.chat.model import load_chat_model
 from hf_attnstore.store.index.database import Database
 from hf_attnstore.store.records.files import tree_bytes
+from hf_attnstore.store.surroundings import Clock, Surroundings
 
 _NOBODY = 65534
 
@@ -286,17 +287,23 @@ def test_an_error_when_reading_is_no_reason_to_throw_a_block_away(
         assert again.reused_tokens > 70
 
 
-def test_an_unreadable_block_is_tried_again_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class _SetClock(Clock):
+    now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+def test_an_unreadable_block_is_tried_again_after_a_while(tmp_path: Path) -> None:
     chain = make_chain(list(range(16)), 16)
     key = chain[0].meta.key
-    now = 1000.0
-    monkeypatch.setattr("hf_attnstore.store.disk.disk_store.time.monotonic", lambda: now)
-    with AttentionStore(tmp_path, block_size=16) as store:
+    clock = _SetClock()
+    with AttentionStore(tmp_path, block_size=16, surroundings=Surroundings(clock)) as store:
         save(store, chain)
         store.drop_memory()
         store._disk.failed(key, LoadError("the cable was out", transient=True))
         assert not store.has(key)
-        now += 60
+        clock.now += 60
         assert store.has(key)
         assert same(chain, load(store, chain))
 

@@ -14,10 +14,11 @@ from support.store_blocks import on_disk_only, stages_of
 
 from hf_attnstore import AttentionStore
 from hf_attnstore.errors import LoadError
+from hf_attnstore.lab.bench.slow_disk import SlowDisk
 from hf_attnstore.store.blocks.block import Block
 from hf_attnstore.store.disk.block_files import BlockFile
-from hf_attnstore.store.disk.throttle import slow_disk
 from hf_attnstore.store.processes.threads import IOThreads
+from hf_attnstore.store.surroundings import Surroundings
 from hf_attnstore.store.transfer import load as transfer
 from hf_attnstore.store.transfer.load import Load
 from hf_attnstore.store.transfer.stages import Stage
@@ -27,9 +28,15 @@ HELPERS = 2
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[AttentionStore]:
+def disk() -> SlowDisk:
+    return SlowDisk()
+
+
+@pytest.fixture
+def store(tmp_path: Path, disk: SlowDisk) -> Iterator[AttentionStore]:
     """With as many I/O threads as are to help, however few cores there are."""
-    with AttentionStore(tmp_path / "store", block_size=16, io_threads=HELPERS) as opened:
+    given = Surroundings(disk=disk)
+    with AttentionStore(tmp_path / "store", block_size=16, io_threads=HELPERS, surroundings=given) as opened:
         yield opened
 
 
@@ -188,12 +195,21 @@ def test_an_interrupt_leaves_nobody_reading(store: AttentionStore, chain: list[B
 
 @pytest.mark.parametrize("why", ["not in the page cache", "little", "a slow disk", "for I/O threads", "in memory"])
 def test_it_is_left_to_the_stages_where_it_brings_nothing(
-    why: str, store: AttentionStore, chain: list[Block], reading: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    why: str,
+    store: AttentionStore,
+    disk: SlowDisk,
+    chain: list[Block],
+    reading: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     stages = stages_of(chain)
     if why == "in memory":
         store.promote([block.meta.key for block in chain])
         store.flush()
+    elif why == "a slow disk":
+        monkeypatch.undo()
+        monkeypatch.setattr(transfer, "WORTH_SHARING", 1)
+        disk.bytes_per_second = 1e12
     reading["threads"].clear()
     running = store.load(stages)
     try:
@@ -205,13 +221,7 @@ def test_it_is_left_to_the_stages_where_it_brings_nothing(
             monkeypatch.setattr(transfer, "WORTH_SHARING", 1 << 20)
         elif why == "for I/O threads":
             running.use_threads()
-        elif why == "a slow disk":
-            monkeypatch.undo()
-            monkeypatch.setattr(transfer, "WORTH_SHARING", 1)
-            with slow_disk(1e12):
-                assert running.preload() == 0
-        if why != "a slow disk":
-            assert running.preload() == 0
+        assert running.preload() == 0
         assert not reading["threads"]
         assert not any(target.any() for stage in stages for target in stage.targets.values())
         for number in range(store_blocks.LAYERS):

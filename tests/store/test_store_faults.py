@@ -28,8 +28,10 @@ from hf_attnstore import (
     StoreClosedError,
     StoreFormatError,
 )
+from hf_attnstore.lab.bench.slow_disk import SlowDisk
 from hf_attnstore.store.blocks.vault import Vault
 from hf_attnstore.store.disk.block_files import DiskTier
+from hf_attnstore.store.surroundings import Surroundings
 from hf_attnstore.store.transfer.stages import Piece, Stage
 
 HERE = Path(__file__).parent
@@ -208,17 +210,11 @@ def test_what_does_not_fit_at_all_leaves_only_whole_beginnings(tmp_path: Path) -
         assert folder_bytes(tmp_path) <= 700_000
 
 
-def test_memory_cap_holds_while_the_disk_is_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = DiskTier.write
-
-    def slowly(self: DiskTier, block: object) -> int:
-        time.sleep(0.005)
-        return write(self, block)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(DiskTier, "write", slowly)
+def test_memory_cap_holds_while_the_disk_is_slow(tmp_path: Path) -> None:
     chain = make_chain(list(range(64 * 30)), 64)
     cap = 4 * chain[0].nbytes
-    with AttentionStore(tmp_path, block_size=64, memory=cap) as store:
+    slowly = Surroundings(disk=SlowDisk(2_000_000))  # a block takes 0.005 s
+    with AttentionStore(tmp_path, block_size=64, memory=cap, surroundings=slowly) as store:
         seen = []
         stop = threading.Event()
 

@@ -47,9 +47,9 @@ from hf_attnstore import (
     SessionNotFoundError,
 )
 from hf_attnstore.store.blocks.block import Block
-from hf_attnstore.store.disk.block_files import DiskTier
 from hf_attnstore.store.records.files import tree_bytes
 from hf_attnstore.store.records.manifest import Manifest, SpanRow
+from hf_attnstore.store.surroundings import Disk, Surroundings
 from hf_attnstore.store.transfer.load import Load
 from hf_attnstore.store.transfer.stages import Piece, Stage
 
@@ -524,15 +524,15 @@ def _converse_with(target: Callable[[Connection], object], connection: Connectio
         connection.send(_Failure(traceback.format_exc()))
 
 
-def _slowly(seconds: float) -> None:
-    """From now on a block's file takes some time to be written, in this process."""
-    write = DiskTier.write
+class _SlowWrites(Disk):
+    """Every file takes some time to be written."""
 
-    def slowly(self: DiskTier, block: Block) -> int:
-        time.sleep(seconds)
-        return write(self, block)
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
 
-    DiskTier.write = slowly  # type: ignore[method-assign]
+    def write(self, path: Path, chunks: Sequence[memoryview | bytes], folder: Path, *, sync: bool) -> int:
+        time.sleep(self._seconds)
+        return super().write(path, chunks, folder, sync=sync)
 
 
 class _Stops(BaseStreamer):
@@ -609,8 +609,7 @@ def killed_in_a_turn(folder: Path, world: World) -> list[str]:
             _run_turn(world, name, 1, store, streamer=_Stops(connection))
 
     def drained_victim(connection: Connection) -> None:
-        _slowly(0.5)
-        store = _store(folder)
+        store = _store(folder, surroundings=Surroundings(disk=_SlowWrites(0.5)))
         _run_turn(world, name, 1, store)
         connection.send("the turn is over")
         time.sleep(600)
@@ -689,8 +688,7 @@ def handed_to_and_fro(folder: Path, world: World) -> list[str]:
     for name in world.names[:2]:
 
         def talk(first: int, connection: Connection, name: str = name) -> None:
-            _slowly(0.05)
-            with _store(folder) as store:
+            with _store(folder, surroundings=Surroundings(disk=_SlowWrites(0.05))) as store:
                 for number in range(first, len(world.said[name].prompts), 2):
                     connection.recv()
                     connection.send(_run_turn(world, name, number, store))

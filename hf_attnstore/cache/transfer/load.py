@@ -20,7 +20,6 @@ from ..layers.by_token import FullLayer, KeptLayer, SlidingLayer
 from ..layers.states import RunningState, decode_numbers
 from ..positions.geometry import Geometry, Rotation
 from .coalesced import make_rooms
-from .overlap import Overlap
 from .record import TurnRecorder
 
 
@@ -67,11 +66,18 @@ def resident_from(layer: KeptLayer, length: int, whole_from: int) -> int:
     return need
 
 
+def as_it_comes(restore: "Restore") -> None:
+    """Begins a load: brings all layers at once where nothing of that could be hidden behind computing, else asks for
+    the first ones."""
+    restore.preload()
+    restore.ask()
+
+
 class Restore:
     """A load into the layers of a cache. Made with nothing moved yet; `start` and the layers' hooks drive it."""
 
     recorder: TurnRecorder | None = None
-    overlap = Overlap()
+    begin: Callable[["Restore"], None] = staticmethod(as_it_comes)
 
     def __init__(
         self, layers: Sequence[KeptLayer], load: Load, pace: Pace, rotated_tokens: int = 0, first_loaded: int = 0
@@ -102,22 +108,26 @@ class Restore:
         self._depth = layers
 
     def start(self) -> None:
-        """Asks for the first layers, or brings all of them where nothing of that could be hidden behind computing.
+        """Begins, as `begin` says.
 
         Raises:
             LoadError: a block could not be read, where all of them are brought.
         """
-        if self.overlap.io_threads:
-            self._load.use_threads()
-        if self.overlap.depth is not None:
-            self._depth = self.overlap.depth
         self._load.recorder = self.recorder
-        if self.overlap.as_it_comes:
-            self._timed(0, self._load.preload)
+        self.begin(self)
+
+    def preload(self) -> None:
+        """Brings all layers, where there is nothing to wait for: see `Load.preload`."""
+        self._timed(0, self._load.preload)
+
+    def ask(self) -> None:
+        """Asks for the first layers."""
         self._load.request(self._depth)
-        if self.overlap.load_first:
-            for layer in self._layers:
-                layer.settle()
+
+    def settle(self) -> None:
+        """Brings all layers, one after the other."""
+        for layer in self._layers:
+            layer.settle()
 
     def before_layer(self, number: int) -> None:
         """A decoder layer is about to compute: keeps the next ones on their way, and measures the pace."""
@@ -148,8 +158,7 @@ class Restore:
             LoadError: a block could not be read.
         """
         try:
-            for layer in self._layers:
-                layer.settle()
+            self.settle()
         finally:
             self._load.finish()
         if self._compute:

@@ -23,8 +23,9 @@ from hf_attnstore.cache.costs.decide import Choice, Exploration
 from hf_attnstore.cache.costs.learn import Costs
 from hf_attnstore.lab.bench.methods import check_tier
 from hf_attnstore.lab.bench.shapes import BenchError, is_exact, random_ids
+from hf_attnstore.lab.bench.slow_disk import SlowDisk
 from hf_attnstore.lab.bench.timing import Sample, timed_generate
-from hf_attnstore.store.disk.throttle import slow_disk
+from hf_attnstore.store.surroundings import Surroundings
 
 METHODS = ("load", "recompute", "gate", "plain")
 """Always loading, always computing what is known (both through the cache), the gate, and plain `generate`."""
@@ -129,11 +130,13 @@ def measure(
                     raise BenchError(f"Of {history} tokens {reused} were kept.")
             cells += _tier(model, store, Tier("memory"), prompts, new, repeats, seed, progress)
         # nothing that was read from disk stays in memory there
-        with AttentionStore(place, memory=0) as store:
+        disk = SlowDisk()
+        with AttentionStore(place, memory=0, surroundings=Surroundings(disk=disk)) as store:
             if not bandwidths:
                 bandwidths = [factor * _crossover(model, store, prompts, new, seed) for factor in AROUND]
             for tier in [Tier("disk"), *(Tier("disk", bandwidth) for bandwidth in sorted(bandwidths, reverse=True))]:
-                cells += _tier(model, store, tier, prompts, new, repeats, seed, progress)
+                with disk.at(tier.bandwidth):
+                    cells += _tier(model, store, tier, prompts, new, repeats, seed, progress)
     return cells
 
 
@@ -150,22 +153,6 @@ def _crossover(
 
 
 def _tier(
-    model: PreTrainedModel,
-    store: AttentionStore,
-    tier: Tier,
-    prompts: dict[int, torch.Tensor],
-    new: int,
-    repeats: int,
-    seed: int,
-    progress: Progress,
-) -> list[Cell]:
-    if tier.bandwidth is None:
-        return _all_histories(model, store, tier, prompts, new, repeats, seed, progress)
-    with slow_disk(tier.bandwidth):
-        return _all_histories(model, store, tier, prompts, new, repeats, seed, progress)
-
-
-def _all_histories(
     model: PreTrainedModel,
     store: AttentionStore,
     tier: Tier,

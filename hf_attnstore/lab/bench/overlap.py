@@ -1,6 +1,6 @@
 """What overlap of loading and saving with computing brings: resumed turns with it, with less of it, and without.
 
-All ways are the same code with other settings (`cache/overlap.py`), run in turns in shuffled order.
+All ways are the same code, begun in another way (`loading`), run in turns in shuffled order.
 """
 
 from __future__ import annotations
@@ -18,19 +18,55 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, detach
-from hf_attnstore.cache.transfer.overlap import Overlap
+from hf_attnstore.cache.transfer.load import Restore, as_it_comes
 from hf_attnstore.lab.bench import baselines
 from hf_attnstore.lab.bench.measure import memory_cap, same_tokens, step_order
 from hf_attnstore.lab.bench.methods import SESSION, Kept, Setting, StoreCold, StoreDisk, StoreMemory, check_reuse
 from hf_attnstore.lab.bench.shapes import BenchError, random_ids
-from hf_attnstore.lab.bench.slow_disk import slow_disk
+from hf_attnstore.lab.bench.slow_disk import SlowDisk
 from hf_attnstore.lab.bench.timing import Sample, timed_generate
+from hf_attnstore.store.surroundings import Surroundings
 from hf_attnstore.timeline import Event, Timeline, exposed_seconds, in_order
 
 JOB = "the job before"
 """The session whose turn runs while the next one's blocks are fetched."""
 _JOB_TOKENS = 256
 _FETCH_SECONDS = 10.0
+
+
+Begin = Callable[[Restore], None]
+
+
+def loading(*, depth: int | None = None, first: bool = False, io_threads: bool = False) -> Begin:
+    """A way to begin a load that is not the best one, for `cache.begin_load`.
+
+    Args:
+        depth: how many layers are asked for beyond the one that computes; None: by what was measured.
+        first: whether everything is in place before the first layer computes.
+        io_threads: whether I/O threads bring what is for host memory too, and not only what is for devices.
+    """
+
+    def begin(restore: Restore) -> None:
+        if io_threads:
+            restore.load.use_threads()
+        if depth is not None:
+            restore.look_ahead(depth)
+        restore.ask()
+        if first:
+            restore.settle()
+
+    return begin
+
+
+def save_late(cache: AttentionStoreCache) -> AttentionStoreCache:
+    """Has a cache hand nothing over to the store before its next turn ends."""
+
+    def hold(*_: object) -> None:
+        hook.remove()
+        cache.hold_back()
+
+    hook = cache.model.register_forward_pre_hook(hold)
+    return cache
 
 
 @dataclass(frozen=True)
@@ -40,19 +76,19 @@ class Way:
     key: str
     title: str
     words: str
-    overlap: Overlap = field(default=Overlap())
+    begin: Begin = as_it_comes
     tier: str = "disk"
     """Where the blocks are when the turn begins: "disk", "memory", or "fetched" into memory under the job before."""
 
 
 FIRST, ONE, MEASURED, ALL, THREADS, FETCHED, MEMORY = (
-    Way("first", "no overlap", "everything is loaded before the first layer computes", Overlap(load_first=True)),
-    Way("one", "one layer ahead", "layer by layer, without a pre-load buffer", Overlap(depth=1)),
+    Way("first", "no overlap", "everything is loaded before the first layer computes", loading(first=True)),
+    Way("one", "one layer ahead", "layer by layer, without a pre-load buffer", loading(depth=1)),
     Way("measured", "as it comes", "as far ahead as the measured pace asks for; all first where the page cache has it"),
-    Way("all", "all layers asked for", "layer by layer, all of them asked for at once", Overlap(depth=1 << 20)),
+    Way("all", "all layers asked for", "layer by layer, all of them asked for at once", loading(depth=1 << 20)),
     Way(
         "threads", "I/O threads", "the same, read by I/O threads as it is for a device",
-        Overlap(depth=1 << 20, io_threads=True),
+        loading(depth=1 << 20, io_threads=True),
     ),
     Way("fetched", "fetched before", "the session was scheduled when the job before began", tier="fetched"),
     Way("memory", "in memory", "all blocks are in memory already", tier="memory"),
@@ -162,9 +198,11 @@ class Bench:
         self.history = random_ids(model, history, (seed, history))
         kept = baselines.filled_cache(model, self.history)
         nbytes = baselines.kv_bytes(kept)
+        self.disk = SlowDisk()
         self.store = AttentionStore(
-            folder / "store", memory=memory_cap(2 * nbytes), disk="1TiB", device=0, block_size=block_size
-        )
+            folder / "store", memory=memory_cap(2 * nbytes), disk="1TiB", device=0, block_size=block_size,
+            surroundings=Surroundings(disk=self.disk),
+        )  # fmt: skip
         self.setting = Setting(
             model=model, ids=self.history, history=history, decode=decode, folder=folder, store=self.store, kept=kept,
             kv_bytes=nbytes, evictions=[],
@@ -223,11 +261,11 @@ class Bench:
             StoreMemory(setting).prepare()
         else:
             (StoreCold if disk.cold else StoreDisk)(setting).prepare()
-        with slow_disk(disk.bytes_per_second):
+        with self.disk.at(disk.bytes_per_second):
             if way.tier == "fetched":
                 self._run_job(setting)
             sample, cache = timed_generate(
-                self._model, setting.ids, setting.decode, lambda: self._cache(way.overlap, save=False)
+                self._model, setting.ids, setting.decode, lambda: self._cache(way.begin, save=False)
             )
             self.store.flush()
         if way.tier == "fetched":
@@ -246,10 +284,10 @@ class Bench:
         cache = AttentionStoreCache(self._model, JOB, self.store, save=False)
         timed_generate(self._model, self._job, setting.decode, lambda: cache)
 
-    def _cache(self, overlap: Overlap, *, save: bool, name: str = SESSION) -> AttentionStoreCache:
+    def _cache(self, begin: Begin, *, save: bool, name: str = SESSION) -> AttentionStoreCache:
         on_device = self._model.device.type == "cuda"  # only there does it take a recording to know what was exposed
         cache = AttentionStoreCache(self._model, name, self.store, save=save, record=on_device)
-        cache.overlap = overlap
+        cache.begin_load = begin
         return cache
 
     @staticmethod
@@ -291,9 +329,10 @@ class Bench:
         else:
             ids = random_ids(self._model, history, (self._seed, history, seed, 4))
             AttentionStoreCache(self._model, None, self.store, save=False)  # attaches
-        with slow_disk(disk.bytes_per_second):
-            make = partial(self._cache, Overlap(save_late=arm == "after"), save=arm != "none", name="saving")
-            sample, cache = timed_generate(self._model, ids, decode, make)
+        with self.disk.at(disk.bytes_per_second):
+            make = partial(self._cache, as_it_comes, save=arm != "none", name="saving")
+            late = (lambda: save_late(make())) if arm == "after" else make
+            sample, cache = timed_generate(self._model, ids, decode, late)
             began = time.perf_counter()
             self.store.flush()
             flush = time.perf_counter() - began
@@ -314,7 +353,7 @@ class Bench:
 
     # timelines
 
-    def trace(self, new: int, disk: Disk, overlap: Overlap, upcoming: int = 0) -> tuple[tuple[Event, ...], Sample]:
+    def trace(self, new: int, disk: Disk, begin: Begin, upcoming: int = 0) -> tuple[tuple[Event, ...], Sample]:
         """One recorded turn that loads from disk and saves.
 
         Args:
@@ -332,11 +371,11 @@ class Bench:
 
             def make(name: str = name) -> AttentionStoreCache:
                 cache = AttentionStoreCache(self._model, name, self.store, record=True)
-                cache.overlap = overlap
+                cache.begin_load = begin
                 return cache
 
             behind = Timeline()  # what is fetched may take longer than the turn
-            with slow_disk(disk.bytes_per_second), self._scheduled("upcoming" if upcoming else None):
+            with self.disk.at(disk.bytes_per_second), self._scheduled("upcoming" if upcoming else None):
                 self.store.recorders.include(behind)
                 sample, cache = timed_generate(self._model, ids, setting.decode, make)
                 self.store.flush()

@@ -147,7 +147,7 @@ def write_timeline(
     Raises:
         AttentionStoreError: the model can't be had, or the turn was not what it should be.
     """
-    from hf_attnstore.cache.transfer.overlap import Overlap
+    from hf_attnstore.cache.transfer.load import as_it_comes
     from hf_attnstore.lab.bench.overlap import Disk
     from hf_attnstore.lab.bench.overlap_report import draw_timelines, summary_table
     from hf_attnstore.timeline import trace_json
@@ -161,7 +161,7 @@ def write_timeline(
         console.status("recording a turn"),
         setting.bench(loaded, history, root / "timeline") as bench,
     ):
-        events, sample = bench.trace(new, cold, Overlap(), upcoming=history)
+        events, sample = bench.trace(new, cold, as_it_comes, upcoming=history)
     title = f"{setting.label}: a turn of {new} new tokens on {history:,} from disk, page cache dropped"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(trace_json(events, title) + "\n")
@@ -186,7 +186,7 @@ def _median_traces(
     for number in range(_TRACES):
         for way in shown[number % len(shown) :] + shown[: number % len(shown)]:
             progress(f"recording: {way.title}")
-            events, sample = bench.trace(new, disk, way.overlap)
+            events, sample = bench.trace(new, disk, way.begin)
             found[way.key].append((sample.ttft, events))
     middle = {key: sorted(traces, key=lambda trace: trace[0])[_TRACES // 2] for key, traces in found.items()}
     return [(f"{way.title} ({disk.title}), {middle[way.key][0] * 1000:,.0f} ms", middle[way.key][1]) for way in shown]

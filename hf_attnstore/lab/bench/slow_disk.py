@@ -1,83 +1,92 @@
-"""A disk that is slower than the one at hand, so that what overlap hides stands out of a busy machine's noise.
+"""A disk that is slower than the one at hand: what pays off on a slow disk can be made to happen there, and what
+overlap hides stands out of a busy machine's noise.
 
 It is a queue: everything that is read or written comes one after the other at a fixed rate. Asking the kernel to read
-ahead (`BlockFile.will_need`) puts bytes into the queue, and who reads them later waits only for what has not come yet.
-That is what a kernel does that has room for all that it was asked for.
-
-`store.throttle` has a simpler one, for the gate: it slows reading only, and knows nothing of reading ahead.
+ahead puts bytes into the queue, and who reads them later waits only for what has not come yet. That is what a kernel
+does that has room for all that it was asked for.
 """
 
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
 
-from hf_attnstore.store.blocks.block import Block, Bytes
-from hf_attnstore.store.blocks.format import StoredTensor
-from hf_attnstore.store.disk.block_files import BlockFile, DiskTier
+from hf_attnstore.store.blocks.block import Bytes
+from hf_attnstore.store.surroundings import Disk, OpenFile
 
 
-class Queue:
-    """When what is asked for will have come."""
+class SlowDisk(Disk):
+    """To be given to a store.
 
-    def __init__(self, bytes_per_second: float) -> None:
-        self._rate = bytes_per_second
+    Args:
+        bytes_per_second: None is as fast as the disk at hand.
+        now, sleep: a clock, in seconds.
+    """
+
+    def __init__(
+        self,
+        bytes_per_second: float | None = None,
+        now: Callable[[], float] = time.perf_counter,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.bytes_per_second = bytes_per_second
+        self._now, self._sleep = now, sleep
         self._free = 0.0
         self._asking = threading.Lock()
 
+    @contextmanager
+    def at(self, bytes_per_second: float | None) -> Iterator[None]:
+        """For the length of a `with` another speed. Not for two at a time."""
+        before, self.bytes_per_second = self.bytes_per_second, bytes_per_second
+        try:
+            yield
+        finally:
+            self.bytes_per_second = before
+
+    def open(self, path: str | Path) -> OpenFile:
+        return _SlowFile(path, self)
+
+    def write(self, path: Path, chunks: Sequence[memoryview | bytes], folder: Path, *, sync: bool) -> int:
+        self.wait_for(self.ask(sum(memoryview(chunk).nbytes for chunk in chunks)))
+        return super().write(path, chunks, folder, sync=sync)
+
     def ask(self, nbytes: int) -> float:
-        """Asks for bytes; returns when they are there, in seconds of `time.perf_counter`."""
+        """Asks for bytes; returns when they will be there."""
         with self._asking:
-            self._free = max(self._free, time.perf_counter()) + nbytes / self._rate
-            return self._free
+            if self.bytes_per_second is not None:
+                self._free = max(self._free, self._now()) + nbytes / self.bytes_per_second
+                return self._free
+            return 0.0
+
+    def wait_for(self, then: float) -> None:
+        """Returns at that time, or at once where it is past."""
+        left = then - self._now()
+        if left > 0:
+            self._sleep(left)
 
 
-@contextmanager
-def slow_disk(bytes_per_second: float | None) -> Iterator[None]:
-    """Until this ends, block files are read and written by this process at so many bytes per second; None changes
-    nothing. Not for two at a time."""
-    if bytes_per_second is None:
-        yield
-        return
-    queue = Queue(bytes_per_second)
-    read, write = BlockFile.read, DiskTier.write
+class _SlowFile(OpenFile):
+    def __init__(self, path: str | Path, disk: SlowDisk) -> None:
+        super().__init__(path)
+        self._disk = disk
+        self._coming: dict[int, tuple[int, float]] = {}
+        """Bytes and time of ranges that were asked for ahead, by where they begin."""
 
-    def ask_ahead(self: BlockFile, names: Iterable[str]) -> None:
-        coming = self.__dict__.setdefault("coming", {})
-        for name in names:
-            stored = self.layout.tensors.get(name)
-            if stored is not None and name not in coming:
-                coming[name] = queue.ask(stored.spec.nbytes)
+    def at_hand(self, size: int) -> bool:
+        return self._disk.bytes_per_second is None and super().at_hand(size)
 
-    def read_late(self: BlockFile, wanted: Sequence[tuple[StoredTensor, Sequence[Bytes]]]) -> int:
-        coming = self.__dict__.setdefault("coming", {})
-        _sleep_until(
-            max(coming.pop(s.spec.name) if s.spec.name in coming else queue.ask(s.spec.nbytes) for s, _ in wanted)
-        )
-        return read(self, wanted)
+    def will_need(self, offset: int, nbytes: int) -> None:
+        if self._disk.bytes_per_second is None:
+            super().will_need(offset, nbytes)
+        elif offset not in self._coming:
+            self._coming[offset] = nbytes, self._disk.ask(nbytes)
 
-    def write_late(self: DiskTier, block: Block) -> int:
-        _sleep_until(queue.ask(block.nbytes))
-        return write(self, block)
-
-    changed: dict[tuple[Any, str], Any] = {
-        (BlockFile, "read"): read_late,
-        (BlockFile, "will_need"): ask_ahead,
-        (DiskTier, "write"): write_late,
-        (BlockFile, "in_page_cache"): False,
-    }
-    originals = {(owner, name): vars(owner)[name] for owner, name in changed}
-    for (owner, name), other in changed.items():
-        setattr(owner, name, other)
-    try:
-        yield
-    finally:
-        for (owner, name), original in originals.items():
-            setattr(owner, name, original)
-
-
-def _sleep_until(then: float) -> None:
-    left = then - time.perf_counter()
-    if left > 0:
-        time.sleep(left)
+    def read(self, buffers: Sequence[Bytes], offset: int) -> int:
+        if self._disk.bytes_per_second is not None:
+            nbytes = sum(buffer.nbytes for buffer in buffers)
+            coming = [self._coming.pop(start) for start in list(self._coming) if offset <= start < offset + nbytes]
+            late = nbytes - sum(size for size, _ in coming)
+            times = [then for _, then in coming] + ([self._disk.ask(late)] if late > 0 else [])
+            self._disk.wait_for(max(times))
+        return super().read(buffers, offset)

@@ -10,21 +10,19 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from ...errors import AttentionStoreError
-from ...store import AttentionStore, block_store, upcoming
+from ...store import AttentionStore
 from ...store.blocks.block import Block, BlockMeta
 from ...store.blocks.keys import Key, block_key, chain_root, encode_tokens
-from ...store.disk import disk_store
+from ...store.surroundings import Clock, Surroundings
 from ...store.transfer.stages import Piece, Stage
 from .replay import Hits, Request, Requests, replay
 from .tiers import Tiers
@@ -135,19 +133,16 @@ def compare(
 
     replay(requests, memory, policy, disk=requests.unique + len(requests.rows), trace=True, after=watch)
     began = time.perf_counter()
-    clock = _Clock()
-    with (
-        _on(clock),
-        AttentionStore(
-            folder,
-            memory=memory * turns.block_bytes,
-            disk="64GiB",
-            device=0,
-            block_size=turns.block_size,
-            policy=policy,
-        ) as store,
-    ):
-        store._memory._clock = clock.time
+    clock = _WorkloadClock()
+    with AttentionStore(
+        folder,
+        memory=memory * turns.block_bytes,
+        disk="64GiB",
+        device=0,
+        block_size=turns.block_size,
+        policy=policy,
+        surroundings=Surroundings(clock),
+    ) as store:
         live = turns.on(store, names)
         for number, row in enumerate(requests.rows):
             clock.now = row.at
@@ -216,30 +211,13 @@ class Names:
         return Requests(requests.name, requests.block_tokens, rows)
 
 
-class _Clock:
-    """The module `time` with a time of its own for what it says the time is."""
+class _WorkloadClock(Clock):
+    """What the date is, is set."""
 
-    def __init__(self) -> None:
-        self.now = 0.0
+    now = 0.0
 
     def time(self) -> float:
         return self.now
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(time, name)
-
-
-@contextmanager
-def _on(clock: _Clock) -> Iterator[None]:
-    """The store's modules go by `clock` for the length of a `with`."""
-    modules: Sequence[ModuleType] = (block_store, disk_store, upcoming)
-    try:
-        for module in modules:
-            module.time = clock  # type: ignore[attr-defined]
-        yield
-    finally:
-        for module in modules:
-            module.time = time  # type: ignore[attr-defined]
 
 
 class LiveTurns(ABC):

@@ -16,8 +16,8 @@ from ..blocks.block import TOKEN_IDS, Block, BlockMeta, Bytes, is_finite
 from ..blocks.format import MAX_HEADER_BYTES, Layout, StoredTensor, encode_block, parse_header
 from ..blocks.keys import Key, block_key, encode_tokens
 from ..blocks.vault import Vault
-from ..records.files import MAX_IOVECS, make_private_directory, write_file
-from .throttle import is_slow, throttled
+from ..records.files import make_private_directory
+from ..surroundings import Disk
 
 SUFFIX = ".safetensors"
 
@@ -30,11 +30,11 @@ def _failed(path: str | Path, error: OSError) -> LoadError:
 class BlockFile:
     """A block file open for reading. Stays readable when the file is deleted meanwhile; close it after use."""
 
-    def __init__(self, path: str | Path, vault: Vault) -> None:
+    def __init__(self, path: str | Path, vault: Vault, disk: Disk) -> None:
         self.path = path
         self._secret = vault.secret
         try:
-            self._fd = os.open(path, os.O_RDONLY)
+            self._file = disk.open(path)
         except OSError as error:
             raise _failed(path, error) from error
         try:
@@ -46,8 +46,8 @@ class BlockFile:
 
     def _read_layout(self) -> Layout:
         try:
-            size = os.fstat(self._fd).st_size
-            head = os.pread(self._fd, 16384, 0)
+            size = self._file.size
+            head = self._file.head(16384)
             if len(head) < 8:
                 raise LoadError(f"{self.path}: the file is too short to be a block")
             (header_bytes,) = struct.unpack_from("<Q", head)
@@ -55,36 +55,26 @@ class BlockFile:
                 raise LoadError(f"{self.path}: the header declares {header_bytes} bytes")
             end = 8 + header_bytes
             while len(head) < end:
-                more = os.pread(self._fd, end - len(head), len(head))
+                more = self._file.head(end - len(head), len(head))
                 if not more:
                     raise LoadError(f"{self.path}: the file ends within its header")
                 head += more
         except OSError as error:
             raise _failed(self.path, error) from error
-        self._cached = self._seems_cached(size)
+        self._at_hand = self._file.at_hand(size)
         try:
             return parse_header(head[:end], size)
         except LoadError as error:
             raise LoadError(f"{self.path}: {error}") from error
 
-    def _seems_cached(self, size: int) -> bool:
-        """Whether the kernel has the middle and the end of the file in its page cache."""
-        if not hasattr(os, "RWF_NOWAIT"):
-            return False
-        place = bytearray(1)
-        try:
-            return all(os.preadv(self._fd, [place], at, os.RWF_NOWAIT) == 1 for at in (size // 2, size - 1))
-        except OSError:  # EAGAIN: it would have to be read; others: the file system can't tell
-            return False
-
     @property
     def in_page_cache(self) -> bool:
         """Whether the kernel had the file in its page cache when it was opened, as far as can be told from a few
         places: then asking for it ahead of use brings nothing."""
-        return self._cached and not is_slow()
+        return self._at_hand
 
     def close(self) -> None:
-        os.close(self._fd)
+        self._file.close()
 
     def __enter__(self) -> "BlockFile":
         return self
@@ -107,11 +97,7 @@ class BlockFile:
         """
         buffers = [buffer for _, parts in wanted for buffer in parts]
         layout = self.layout
-        offset = layout.begin + wanted[0][0].offset
-        total = 0
-        for first in range(0, len(buffers), MAX_IOVECS):
-            total += self._read_into(buffers[first : first + MAX_IOVECS], offset + total)
-        throttled(total)
+        total = self._read_into(buffers, layout.begin + wanted[0][0].offset)
         for tensor, parts in wanted:
             name = tensor.spec.name
             if not self._guard.open(layout.meta, tensor.number, tensor.spec, parts, layout.proofs[name]):
@@ -123,7 +109,7 @@ class BlockFile:
         done = 0
         while done < expected:
             try:
-                count = os.preadv(self._fd, buffers, offset + done)  # type: ignore[arg-type]
+                count = self._file.read(buffers, offset + done)
             except OSError as error:
                 raise _failed(self.path, error) from error
             if count == 0:
@@ -148,13 +134,12 @@ class BlockFile:
 
     def will_need(self, names: Iterable[str]) -> None:
         """Makes the kernel read tensors into its page cache, in the background; returns at once."""
-        if self.in_page_cache or not hasattr(os, "posix_fadvise"):
+        if self.in_page_cache:
             return
         for name in names:
             stored = self.layout.tensors.get(name)
             if stored is not None:
-                offset = self.layout.begin + stored.offset
-                os.posix_fadvise(self._fd, offset, stored.spec.nbytes, os.POSIX_FADV_WILLNEED)
+                self._file.will_need(self.layout.begin + stored.offset, stored.spec.nbytes)
 
     def read_meta(self) -> BlockMeta:
         """The block's identity with its token ids, checked against its key."""
@@ -186,8 +171,9 @@ class BlockFile:
 class DiskTier:
     """Block files below a store's folder. Which of them count is the index's business."""
 
-    def __init__(self, root: Path, vault: Vault, *, sync: bool = False) -> None:
+    def __init__(self, root: Path, vault: Vault, disk: Disk | None = None, *, sync: bool = False) -> None:
         self._vault = vault
+        self._disk = disk or Disk()
         self._sync = sync
         self.blocks = root / "blocks"
         self._partial = root / "partial"
@@ -224,7 +210,7 @@ class DiskTier:
         Raises:
             LoadError: the file is missing or damaged.
         """
-        return BlockFile(path, self._vault)
+        return BlockFile(path, self._vault, self._disk)
 
     def write(self, block: Block) -> int:
         """Writes a block's file: under a temporary name, then renamed. Returns its bytes.
@@ -234,7 +220,7 @@ class DiskTier:
         """
         header, chunks = encode_block(block, self._vault)
         path = self.path(block.meta.fingerprint, block.meta.key)
-        return write_file(path, [header, *(chunk.data for chunk in chunks)], self._partial, sync=self._sync)
+        return self._disk.write(path, [header, *(chunk.data for chunk in chunks)], self._partial, sync=self._sync)
 
     def delete(self, fingerprint: str, key: Key) -> None:
         self.path(fingerprint, key).unlink(missing_ok=True)

@@ -28,6 +28,7 @@ from ..processes.locks import WriteLock
 from ..records.files import make_private_directory
 from ..records.manifest import Manifest
 from ..records.session_record import RecordFiles, SessionRecord
+from ..surroundings import Surroundings
 from .block_files import BlockFile, DiskTier
 from .folder import FILE, Folder
 
@@ -56,7 +57,17 @@ class DiskStore:
     Looking things up never raises for want of a disk: what can't be read is not there, with one warning and a count.
     """
 
-    def __init__(self, folder: Folder, capacity: int, accounts: Accounts, order: Order, *, sync: bool) -> None:
+    def __init__(
+        self,
+        folder: Folder,
+        capacity: int,
+        accounts: Accounts,
+        order: Order,
+        surroundings: Surroundings | None = None,
+        *,
+        sync: bool = False,
+    ) -> None:
+        surroundings = surroundings or Surroundings()
         self.root = folder.path
         self.capacity = capacity
         self.vault = folder.vault
@@ -64,7 +75,8 @@ class DiskStore:
         self._folder = folder
         self._accounts = accounts
         self._order = order
-        self.files = DiskTier(self.root, self.vault, sync=sync)
+        self._clock = surroundings.clock
+        self.files = DiskTier(self.root, self.vault, surroundings.disk, sync=sync)
         self.records = RecordFiles(self.root, self.vault, sync=sync)
         self.locks_folder = self.root / "locks"
         self._make_folders()
@@ -208,7 +220,7 @@ class DiskStore:
         until = self._unreadable.get(key)
         if until is None:
             return False
-        if time.monotonic() > until:
+        if self._clock.monotonic() > until:
             self._unreadable.pop(key, None)
             return False
         return True
@@ -317,7 +329,7 @@ class DiskStore:
         """A block could not be read. One that failed a check is put aside, so that it is recomputed and never read
         again; where the disk failed it is left alone for a while."""
         if error.transient:
-            self._unreadable[key] = time.monotonic() + _UNREADABLE_SECONDS
+            self._unreadable[key] = self._clock.monotonic() + _UNREADABLE_SECONDS
             self._accounts.count("read_errors")
             self._accounts.warn_once("unreadable", f"a stored block can't be read now, it is recomputed: {error}")
             return
@@ -355,7 +367,7 @@ class DiskStore:
             if meta.start > 0 and self.index.block(meta.predecessor) is None:
                 return False  # its beginning did not make it to disk: alone it is worth nothing
             expected = encoded_size(block)
-            place = self._order.policy.place(None, self._order.policy.newcomers, time.time())
+            place = self._order.policy.place(None, self._order.policy.newcomers, self._clock.time())
             try:
                 found_room = self.make_room(expected, {meta.predecessor}, None if wanted else place)
             except _NotAdmittedError:
@@ -428,7 +440,7 @@ class DiskStore:
             # nothing is left, and for nothing
             if self.index.database.log_bytes() > _LONG_LOG and not self._empty_log():
                 return False
-            now = time.time()
+            now = self._clock.time()
             search = VictimSearch(self.index, self._order, now, keep, newcomer)
             chosen: list[BlockRow] = []
             while over > 0 and len(chosen) < _BATCH and (row := search.next()) is not None:

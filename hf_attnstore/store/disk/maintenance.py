@@ -157,11 +157,11 @@ def alone_with(folder: Folder) -> Iterator[tuple[DiskStore, bool]]:
                 )
             damaged = (folder.path / DAMAGED).exists()
             try:
-                disk = DiskStore(folder, 1 << 62, Accounts(), Order(), sync=False)
+                disk = DiskStore(folder, 1 << 62, Accounts(), Order())
                 damaged = damaged or bool(disk.index.problems())
             except DamagedDatabaseError:
                 set_index_aside(folder.path)
-                disk = DiskStore(folder, 1 << 62, Accounts(), Order(), sync=False)
+                disk = DiskStore(folder, 1 << 62, Accounts(), Order())
                 damaged = True
             try:
                 if damaged:
@@ -214,7 +214,7 @@ def _rebuild(disk: DiskStore, report: Report, progress: Progress) -> None:
 
 @contextmanager
 def _opened(folder: Folder) -> Iterator[DiskStore]:
-    disk = DiskStore(folder, 1 << 62, Accounts(), Order(), sync=False)
+    disk = DiskStore(folder, 1 << 62, Accounts(), Order())
     try:
         yield disk
     finally:

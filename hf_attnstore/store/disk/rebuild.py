@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from ...errors import LoadError, StoreFormatError, StoreIOError
@@ -17,6 +18,7 @@ from ..index.rows import BlockRow
 from ..processes.locks import StoreLock
 from ..records.files import make_private_directory
 from ..records.session_record import SessionRecord
+from ..surroundings import Surroundings
 from .disk_store import DAMAGED, DiskStore
 from .folder import Folder
 
@@ -42,7 +44,7 @@ class Rebuilt:
 
 
 def open_disk_store(
-    folder: Folder, capacity: int, accounts: Accounts, order: Order, *, sync: bool
+    folder: Folder, capacity: int, accounts: Accounts, order: Order, surroundings: Surroundings, *, sync: bool
 ) -> tuple[DiskStore, StoreLock]:
     """Opens what is on disk; an index that is damaged is rebuilt first, if nobody else has the store open.
 
@@ -50,6 +52,7 @@ def open_disk_store(
         StoreFormatError: it is damaged and others have it open, or another machine has.
         StoreIOError: the disk would not.
     """
+    opened = partial(_open, folder, capacity, accounts, order, surroundings, sync=sync)
     make_private_directory(folder.path / "locks")
     lock = StoreLock(folder.path / "locks" / "open.lock")
     try:
@@ -60,7 +63,7 @@ def open_disk_store(
                 reason = "it is missing"
             if not (alone and reason):
                 try:
-                    disk = _open(folder, capacity, accounts, order, sync=sync)
+                    disk = opened()
                     if alone:
                         with suppress(StoreIOError), disk.writing():  # whoever was killed may have left something
                             if _is_small(disk) and disk.index.wrong_accounts():
@@ -75,7 +78,7 @@ def open_disk_store(
                         ) from error
             logger.warning("the index of %s is rebuilt from its files: %s", folder.path, reason)
             set_index_aside(folder.path)
-            disk = _open(folder, capacity, accounts, order, sync=sync)
+            disk = opened()
             found = rebuild(disk)
             logger.warning("rebuilt: %d blocks, %d sessions", found.blocks, found.sessions)
             return disk, lock
@@ -89,8 +92,10 @@ def _has_files(root: Path) -> bool:
     return any(True for name in ("blocks", "sessions") for _ in (root / name).glob("*"))
 
 
-def _open(folder: Folder, capacity: int, accounts: Accounts, order: Order, *, sync: bool) -> DiskStore:
-    disk = DiskStore(folder, capacity, accounts, order, sync=sync)
+def _open(
+    folder: Folder, capacity: int, accounts: Accounts, order: Order, surroundings: Surroundings, *, sync: bool
+) -> DiskStore:
+    disk = DiskStore(folder, capacity, accounts, order, surroundings, sync=sync)
     try:
         disk.index.usage()
         disk.index.leaves(0, 1)
