@@ -444,7 +444,7 @@ def test_a_slow_disk_is_found_out_and_not_waited_for(tmp_path: Path, monkeypatch
         assert stats[-1].reused_tokens < 205
         assert stats[-1].missed == "computing is faster"
         load = float(re.search(r"of 205: load ([\d,]+) ms", stats[-1].gate)[1].replace(",", ""))  # type: ignore[index]
-        assert load >= 195  # 205 tokens of 384 bytes at 400 kB/s
+        assert load >= 150  # 205 tokens of 384 bytes at 400 kB/s take 197 ms, some of which the model computes
         assert stats[-1].recompute_seconds is not None
         assert 0 < stats[-1].recompute_seconds < 1
         # the next process begins with that

@@ -65,7 +65,7 @@ def save_late(cache: AttentionStoreCache) -> AttentionStoreCache:
         hook.remove()
         cache.hold_back()
 
-    hook = cache.model.register_forward_pre_hook(hold)
+    hook = cache.model.register_forward_pre_hook(hold, prepend=True)  # before the forward looks what is to be saved
     return cache
 
 
