@@ -24,7 +24,7 @@ from hf_attnstore.lab.bench.shapes import BenchError, ModelSpec, load_model
 from hf_attnstore.lab.bench.slow_disk import SlowDisk
 from hf_attnstore.store.blocks.block import Block
 from hf_attnstore.store.disk.block_files import BlockFile
-from hf_attnstore.store.surroundings import Surroundings
+from hf_attnstore.store.disk.surroundings import Surroundings
 from hf_attnstore.timeline import Event
 
 CPU = torch.device("cpu")

@@ -18,6 +18,7 @@ from ..timeline import Recorders
 from .blocks.vault import parse_key
 from .disk.folder import open_folder
 from .disk.rebuild import open_disk_store
+from .disk.surroundings import Surroundings
 from .eviction.policies import DEFAULT, make_policy
 from .eviction.victims import Order
 from .index.counts import MISSED, Accounts, readable
@@ -29,7 +30,6 @@ from .processes.locks import SessionLocks
 from .processes.parts import is_part, whole_name
 from .processes.threads import IOThreads, RightOfWay
 from .records.manifest import Manifest
-from .surroundings import Surroundings
 
 logger = logging.getLogger("hf_attnstore")
 

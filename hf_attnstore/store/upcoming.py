@@ -8,10 +8,10 @@ from itertools import zip_longest
 
 from .block_store import BlockStore
 from .blocks.keys import Key
+from .disk.surroundings import Clock
 from .eviction.lookahead import fetch_window, keep_window
 from .eviction.policies import Place, Use
 from .records.manifest import Manifest
-from .surroundings import Clock
 
 Session = tuple[str, str]
 """Namespace and name."""

@@ -26,7 +26,7 @@ from hf_attnstore.cache.costs import gate as gating
 from hf_attnstore.cache.costs.decide import LEAST_GAIN, MARGIN, Choice, Exploration, Option, choose
 from hf_attnstore.cache.costs.learn import Costs
 from hf_attnstore.lab.bench.slow_disk import SlowDisk
-from hf_attnstore.store.surroundings import Surroundings
+from hf_attnstore.store.disk.surroundings import Surroundings
 from hf_attnstore.store.transfer.depth import lookahead_depth, read_buffer_bytes, read_buffer_layers
 
 # the choice, as plain numbers

@@ -28,7 +28,7 @@ from hf_attnstore import AttentionStore, AttentionStoreCache, SessionBusyError, 
 from hf_attnstore.cache.hooks import Attachment
 from hf_attnstore.lab.bench.slow_disk import SlowDisk
 from hf_attnstore.store.disk.block_files import BlockFile
-from hf_attnstore.store.surroundings import Surroundings
+from hf_attnstore.store.disk.surroundings import Surroundings
 
 
 class Holds(BaseStreamer):

@@ -22,9 +22,9 @@ from support.turns import follow_up, tokens, turn
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, AttentionStoreError, ChatSession, LoadError
 from hf_attnstore.chat.model import load_chat_model
+from hf_attnstore.store.disk.surroundings import Clock, Surroundings
 from hf_attnstore.store.index.database import Database
 from hf_attnstore.store.records.files import tree_bytes
-from hf_attnstore.store.surroundings import Clock, Surroundings
 
 _NOBODY = 65534
 

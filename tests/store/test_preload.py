@@ -17,8 +17,8 @@ from hf_attnstore.errors import LoadError
 from hf_attnstore.lab.bench.slow_disk import SlowDisk
 from hf_attnstore.store.blocks.block import Block
 from hf_attnstore.store.disk.block_files import BlockFile
+from hf_attnstore.store.disk.surroundings import Surroundings
 from hf_attnstore.store.processes.threads import IOThreads
-from hf_attnstore.store.surroundings import Surroundings
 from hf_attnstore.store.transfer import load as transfer
 from hf_attnstore.store.transfer.load import Load
 from hf_attnstore.store.transfer.stages import Stage

@@ -31,7 +31,7 @@ from hf_attnstore import (
 from hf_attnstore.lab.bench.slow_disk import SlowDisk
 from hf_attnstore.store.blocks.vault import Vault
 from hf_attnstore.store.disk.block_files import DiskTier
-from hf_attnstore.store.surroundings import Surroundings
+from hf_attnstore.store.disk.surroundings import Surroundings
 from hf_attnstore.store.transfer.stages import Piece, Stage
 
 HERE = Path(__file__).parent

@@ -47,9 +47,9 @@ from hf_attnstore import (
     SessionNotFoundError,
 )
 from hf_attnstore.store.blocks.block import Block
+from hf_attnstore.store.disk.surroundings import Disk, Surroundings
 from hf_attnstore.store.records.files import tree_bytes
 from hf_attnstore.store.records.manifest import Manifest, SpanRow
-from hf_attnstore.store.surroundings import Disk, Surroundings
 from hf_attnstore.store.transfer.load import Load
 from hf_attnstore.store.transfer.stages import Piece, Stage
 

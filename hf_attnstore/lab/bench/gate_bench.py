@@ -25,7 +25,7 @@ from hf_attnstore.lab.bench.methods import check_tier
 from hf_attnstore.lab.bench.shapes import BenchError, is_exact, random_ids
 from hf_attnstore.lab.bench.slow_disk import SlowDisk
 from hf_attnstore.lab.bench.timing import Sample, timed_generate
-from hf_attnstore.store.surroundings import Surroundings
+from hf_attnstore.store.disk.surroundings import Surroundings
 
 METHODS = ("load", "recompute", "gate", "plain")
 """Always loading, always computing what is known (both through the cache), the gate, and plain `generate`."""

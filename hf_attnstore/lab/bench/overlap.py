@@ -25,7 +25,7 @@ from hf_attnstore.lab.bench.methods import SESSION, Kept, Setting, StoreCold, St
 from hf_attnstore.lab.bench.shapes import BenchError, random_ids
 from hf_attnstore.lab.bench.slow_disk import SlowDisk
 from hf_attnstore.lab.bench.timing import Sample, timed_generate
-from hf_attnstore.store.surroundings import Surroundings
+from hf_attnstore.store.disk.surroundings import Surroundings
 from hf_attnstore.timeline import Event, Timeline, exposed_seconds, in_order
 
 JOB = "the job before"

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hf_attnstore.store.blocks.block import Bytes
-from hf_attnstore.store.surroundings import Disk, OpenFile
+from hf_attnstore.store.disk.surroundings import Disk, OpenFile
 
 
 class SlowDisk(Disk):

@@ -22,7 +22,7 @@ from ...errors import AttentionStoreError
 from ...store import AttentionStore
 from ...store.blocks.block import Block, BlockMeta
 from ...store.blocks.keys import Key, block_key, chain_root, encode_tokens
-from ...store.surroundings import Clock, Surroundings
+from ...store.disk.surroundings import Clock, Surroundings
 from ...store.transfer.stages import Piece, Stage
 from .replay import Hits, Request, Requests, replay
 from .tiers import Tiers

@@ -17,7 +17,7 @@ from ..blocks.format import MAX_HEADER_BYTES, Layout, StoredTensor, encode_block
 from ..blocks.keys import Key, block_key, encode_tokens
 from ..blocks.vault import Vault
 from ..records.files import make_private_directory
-from ..surroundings import Disk
+from .surroundings import Disk
 
 SUFFIX = ".safetensors"
 

@@ -28,9 +28,9 @@ from ..processes.locks import WriteLock
 from ..records.files import make_private_directory
 from ..records.manifest import Manifest
 from ..records.session_record import RecordFiles, SessionRecord
-from ..surroundings import Surroundings
 from .block_files import BlockFile, DiskTier
 from .folder import FILE, Folder
+from .surroundings import Surroundings
 
 logger = logging.getLogger("hf_attnstore")
 

@@ -18,9 +18,9 @@ from ..index.rows import BlockRow
 from ..processes.locks import StoreLock
 from ..records.files import make_private_directory
 from ..records.session_record import SessionRecord
-from ..surroundings import Surroundings
 from .disk_store import DAMAGED, DiskStore
 from .folder import Folder
+from .surroundings import Surroundings
 
 logger = logging.getLogger("hf_attnstore")
 

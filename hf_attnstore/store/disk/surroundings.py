@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .blocks.block import Bytes
-from .records.files import MAX_IOVECS, write_file
+from ..blocks.block import Bytes
+from ..records.files import MAX_IOVECS, write_file
 
 
 class Clock:
