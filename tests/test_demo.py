@@ -141,7 +141,7 @@ def test_command_exits_with_1_when_tokens_differ(
     def one_turn(*args: Any, **kwargs: Any) -> DemoResult:
         return DemoResult("tiny", [result_of(same_tokens=same, first_difference=None if same else 3)])
 
-    monkeypatch.setattr("hf_attnstore.lab.demo.run_demo", one_turn)
+    monkeypatch.setattr("hf_attnstore.lab.demo.cli.run_demo", one_turn)
     assert CliRunner().invoke(cli.app, ["demo", "--output", str(tmp_path)]).exit_code == code
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ...cli.options import Device, Dtype, Model
-from . import run_demo
+from .runner import run_demo
 
 
 def demo(
