@@ -120,7 +120,7 @@ def test_stages_that_lie_together_are_put_in_place_once(
         running.wait(order[0])
         there = slice(0, None) if order[0] == 0 else slice(2 * heads, None)
         assert torch.equal(target[there], expected[there])
-        assert order[0] == 0 or not target[: 2 * heads].any()
+        assert bool(target[: 2 * heads].any()) == (order[0] == 0)
         target[2 * heads :] += 1  # what has been put in place is the consumer's
         running.wait(order[1])
         expected[2 * heads :] += 1
