@@ -9,9 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from support import fresh
 from typer.testing import CliRunner
 
-from hf_attnstore.lab.bench import baselines, cli, figures, pagecache
+from hf_attnstore.lab.bench import baselines, cli, figures, index_bench, pagecache
+from hf_attnstore.lab.bench import rss as rss_module
 from hf_attnstore.lab.bench.cli import app, parse_histories
 from hf_attnstore.lab.bench.machine import ForeignLoad
 from hf_attnstore.lab.bench.measure import PROBES, Measured, Workload, measure, same_tokens, step_order
@@ -94,7 +96,8 @@ def test_wrong_keys_and_values_stop_the_bench(model, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("mode", ["kept", "disk"])
-def test_memory_is_measured_in_a_process_of_its_own(measured, mode):
+def test_memory_is_measured_in_a_process_of_its_own(measured, mode, monkeypatch):
+    monkeypatch.setattr(rss_module.subprocess, "run", fresh.run)
     result, folder, _ = measured
     job = RssJob(
         model=SPEC,
@@ -394,7 +397,8 @@ def test_the_load_of_others_is_a_share():
     assert 0.0 <= others.share() <= 1.0
 
 
-def test_bench_index_reports_growth(tmp_path: Path) -> None:
+def test_bench_index_reports_growth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_bench.subprocess, "run", fresh.run)
     result = CliRunner().invoke(app, ["index", "--sizes", "700,1300", "--output", str(tmp_path)])
     assert result.exit_code == 0, result.output
     assert "longest prefix" in result.output

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from support import fresh
 from support.chat_fixtures import save_tiny_chat_model
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
@@ -26,9 +27,8 @@ SMALL_MODEL = Path(__file__).parent.parent / "examples" / "small-model"
 
 
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The processes compute next to nothing: they need not fight for cores."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def quick_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner.subprocess, "run", fresh.run)
 
 
 @pytest.fixture(scope="module")

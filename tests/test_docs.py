@@ -2,11 +2,11 @@
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from support import fresh
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -30,7 +30,7 @@ def test_the_examples_of_a_page_run(page: Path, tmp_path: Path) -> None:
     script.write_text("\n".join(python_blocks(page)))
     home = {"HOME": str(tmp_path), "HF_HOME": str(tmp_path / "home")}  # pages name folders below them
     environment = {**os.environ, **home, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = fresh.run([sys.executable, script], cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
 
 

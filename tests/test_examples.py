@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from support import fresh
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -40,14 +41,8 @@ class Turn(NamedTuple):
 
 
 def run(name: str, *arguments: str | Path, typed: str = "") -> str:
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / name), *map(str, arguments)],
-        input=typed,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, **ENVIRONMENT},
-    )
+    command = [sys.executable, EXAMPLES / name, *arguments]
+    done = fresh.run(command, input=typed, env={**os.environ, **ENVIRONMENT})
     assert done.returncode == 0, done.stderr
     return done.stdout
 

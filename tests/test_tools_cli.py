@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support import fresh
 from support.store_blocks import load, make_chain, same, save
 from typer.testing import CliRunner, Result
 
@@ -259,12 +258,7 @@ def test_tools_run_while_another_process_writes(folder: Path) -> None:
         "        save(store, make_chain([n * 1000 + i for i in range(40)], 16), f'writer {n % 5}')\n"
         "        store.flush()\n"
     )
-    helpers = str(Path(__file__).parent)
-    process = subprocess.Popen(
-        [sys.executable, "-c", writer, str(folder)],
-        stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": helpers, "OMP_NUM_THREADS": "1"},
-    )
+    process = fresh.Process([sys.executable, "-c", writer, folder])
     try:
         assert process.stdout is not None
         process.stdout.readline()
@@ -277,7 +271,4 @@ def test_tools_run_while_another_process_writes(folder: Path) -> None:
             run("rm", f"copy {number}", "--store", folder, "--yes")
     finally:
         process.kill()
-        process.wait()
-        assert process.stdout is not None
-        process.stdout.close()
     assert run_json("verify", "--store", folder)["problems"] == []

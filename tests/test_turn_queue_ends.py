@@ -8,7 +8,6 @@ import gc
 import os
 import random
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -19,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import fresh
 from support.tiny_models import BLOCK, make_model, tokens
 from support.turn_queue_fixtures import LONG, PATIENCE, Gate, Held, Recording, next_token, noting, until
 from support.turns import GREEDY, turn
@@ -285,11 +285,7 @@ waiting = queue.submit("bob", tokens(40), max_new_tokens=400, do_sample=False)
 waiting.add_done_callback(lambda turn: print(turn.state))
 print(next(running.stream(cancel=False)) > 0)
 """
-    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "store")],
-        check=True, timeout=120, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths},
-    )  # fmt: skip
+    done = fresh.run([sys.executable, "-c", script, tmp_path / "store"], check=True)
     assert done.stdout.split() == ["True", "cancelled"]
     with AttentionStore(tmp_path / "store", block_size=BLOCK) as store:
         assert [session.name for session in store.sessions()] == ["alice"]

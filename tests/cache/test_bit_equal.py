@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support import fresh
 from support.tiny_models import BLOCK, FAMILIES, SLIDING_FAMILIES, make_model, tokens
 from support.turns import CHUNKS_CONTINUE, Reference, assert_reused, assert_same, expected_load, follow_up, turn
 
@@ -157,12 +156,7 @@ def test_turns_in_new_processes_have_the_logits_of_a_kept_dynamic_cache(tmp_path
     for number, count in enumerate((50, 11)):
         prompts = {name: follow_up(sequences[name], count, seed=number) for name in names}
         save_file(prompts, tmp_path / "prompts.safetensors")
-        subprocess.run(
-            [sys.executable, __file__, str(tmp_path), str(number)],
-            check=True,
-            timeout=240,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        )
+        fresh.run([sys.executable, __file__, tmp_path, number], check=True)
         found = load_file(tmp_path / f"turn{number}.safetensors")
         for name in names:
             theirs = references[name].turn(prompts[name])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -15,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import fresh
 from support.architectures import make_architecture
 from support.tiny_models import BLOCK, make_model, tokens
 from support.truncating import TruncatingReference
@@ -456,7 +456,6 @@ def test_a_slow_disk_is_found_out_and_not_waited_for(tmp_path: Path, monkeypatch
 def _in_another_process(path: Path) -> int:
     """How much a new process reuses in its first turn on a slow disk."""
     script = (
-        "import sys; sys.path.insert(0, 'tests')\n"
         "import torch; torch.set_num_threads(1)\n"
         "from support.tiny_models import make_model, tokens, BLOCK\n"
         "from support.turns import turn, follow_up\n"
@@ -468,9 +467,7 @@ def _in_another_process(path: Path) -> int:
         "    turn(model, follow_up(known, 7, 9), cache)\n"
         "    print(cache.stats.matched_tokens, cache.stats.reused_tokens)\n"
     )
-    root = Path(__file__).parents[2]
-    out = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, timeout=120)
-    assert out.returncode == 0, out.stderr
+    out = fresh.run([sys.executable, "-c", script], check=True)
     matched, reused = map(int, out.stdout.split()[-2:])
     assert matched >= 205
     return reused

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support import fresh
 from transformers import DynamicCache, EncoderDecoderCache, set_seed
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import BaseModelOutput
@@ -264,12 +263,7 @@ def test_another_process_goes_on(tmp_path: Path) -> None:
     assert torch.equal(found["ids"], expected)
     ids = torch.cat([expected, prompt(3, seed=6)[:, 1:]], dim=1)
     save_file({"ids": ids}, tmp_path / "prompt.safetensors")
-    subprocess.run(
-        [sys.executable, __file__, str(tmp_path)],
-        check=True,
-        timeout=240,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
+    fresh.run([sys.executable, __file__, tmp_path], check=True)
     found = load_file(tmp_path / "turn.safetensors")
     known = 5 + NEW - 1
     expected, logits = reference.turn(ids, known)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import logging
-import os
 import random
-import subprocess
 import sys
 import threading
 import time
@@ -19,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from support import fresh
 from support.tiny_models import BLOCK, make_model, tokens
 from support.turns import assert_reused, follow_up, turn
 from transformers import DynamicCache
@@ -496,9 +495,6 @@ from hf_attnstore import AttentionStore, AttentionStoreCache
 model = make_model()
 turn(model, tokens(70), AttentionStoreCache(model, "alice", AttentionStore(sys.argv[1], block_size=16)))
 """
-    paths = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parents[2])])
-    subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "store")], check=True, env={**os.environ, "PYTHONPATH": paths}
-    )
+    fresh.run([sys.executable, "-c", script, tmp_path / "store"], check=True)
     with AttentionStore(tmp_path / "store", block_size=16) as store:
         assert len(store.tokens("alice")) == 75

@@ -2,13 +2,13 @@
 
 import logging
 import os
-import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
+from support import fresh
 from support.store_blocks import load, make_chain, same, save
 
 from hf_attnstore import AttentionStore, AttentionStoreError, SessionBusyError, StoreFormatError, repair_store
@@ -16,29 +16,13 @@ from hf_attnstore.store.disk.disk_store import DiskStore
 from hf_attnstore.store.processes.locks import StoreLock
 from hf_attnstore.store.records.files import network_filesystem, tree_bytes
 
-HERE = Path(__file__).parent
 
-
-def start(code: str, *arguments: object) -> subprocess.Popen[str]:
+def start(code: str, *arguments: object) -> fresh.Process:
     """A process that runs `code` and says "ready" first."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stdin=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"},
-    )
+    process = fresh.Process([sys.executable, "-c", code, *arguments])
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     return process
-
-
-def end(process: subprocess.Popen[str]) -> None:
-    process.kill()
-    process.wait()
-    for stream in (process.stdout, process.stdin):
-        assert stream is not None
-        stream.close()
 
 
 def test_a_store_open_on_another_machine_is_refused(tmp_path: Path) -> None:
@@ -168,7 +152,7 @@ def test_the_write_lock_ends_with_the_process_that_held_it(tmp_path: Path) -> No
         save(store, chain, "a")
         time.sleep(0.2)
         assert store.stats()["disk_blocks"] == 0, "the other process is in the middle of something"
-        end(process)
+        process.kill()
         store.drop_memory()
         assert same(chain, load(store, chain))
 
@@ -210,12 +194,12 @@ def test_several_processes_keep_one_cap_at_every_instant(tmp_path: Path) -> None
         while time.monotonic() < deadline or len(sizes) <= 100:  # a busy machine takes longer for as many
             sizes.append(tree_bytes(root))
             if len(sizes) % 400 == 0:
-                end(writers.pop(0))
+                writers.pop(0).kill()
                 killed += 1
                 writers.append(start(WRITER, root, 3 + killed, cap))
     finally:
         for process in writers:
-            end(process)
+            process.kill()
     assert len(sizes) > 100
     assert max(sizes) <= cap
     assert max(sizes) > 0.7 * cap, "the cap was never near"

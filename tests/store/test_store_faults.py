@@ -4,9 +4,7 @@ import errno
 import logging
 import os
 import random
-import signal
 import stat
-import subprocess
 import sys
 import threading
 import time
@@ -16,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors import safe_open
+from support import fresh
 from support.store_blocks import LAYERS, load, make_block, make_chain, same, save
 
 from hf_attnstore import (
@@ -286,7 +285,6 @@ def test_disk_zero_keeps_blocks_in_memory_only(tmp_path: Path) -> None:
 
 WRITER = """
 import sys
-sys.path.insert(0, sys.argv[2])
 from support.store_blocks import make_chain, save
 from hf_attnstore import AttentionStore
 store = AttentionStore(sys.argv[1], block_size=16)
@@ -302,15 +300,11 @@ def test_a_killed_writer_leaves_a_store_that_serves_every_committed_session(tmp_
     dice = random.Random(0)
     served = 0
     for _ in range(6):
-        process = subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(tmp_path), str(HERE.parent)], stdout=subprocess.PIPE
-        )
+        process = fresh.Process([sys.executable, "-c", WRITER, tmp_path])
         assert process.stdout is not None
         process.stdout.readline()
         time.sleep(dice.uniform(0.02, 0.3))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+        process.kill()
         with AttentionStore(tmp_path, block_size=16) as store:
             for info in store.sessions():
                 ids = store.tokens(info.name)
@@ -337,7 +331,7 @@ time.sleep(60)
 
 
 def test_a_session_held_by_another_process_is_busy_until_that_process_dies(tmp_path: Path) -> None:
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE)
+    process = fresh.Process([sys.executable, "-c", HOLDER, tmp_path])
     assert process.stdout is not None
     process.stdout.readline()
     with AttentionStore(tmp_path, block_size=16) as store:
@@ -345,8 +339,6 @@ def test_a_session_held_by_another_process_is_busy_until_that_process_dies(tmp_p
             store.lock_session("a", 0)
         store.lock_session("b", 0).release()
         process.kill()
-        process.wait()
-        process.stdout.close()
         store.lock_session("a", wait=5).release()
 
 

@@ -21,7 +21,6 @@ import shutil
 import signal
 import sqlite3
 import struct
-import subprocess
 import sys
 import threading
 import time
@@ -41,6 +40,7 @@ from hf_attnstore.store.index.database import DamagedDatabaseError
 from hf_attnstore.store.records.manifest import Manifest, SpanRow
 from hf_attnstore.store.transfer.stages import Piece, Stage
 
+from . import fresh
 from .store_blocks import FINGERPRINT, LAYERS, load, make_block, make_chain, same, save
 
 SIZE = 16
@@ -111,9 +111,7 @@ def run_power_losses(path: Path, seed: int, count: int) -> Outcome:
 def _run(what: str, path: Path, seed: int, count: int) -> Outcome:
     path.mkdir(parents=True, exist_ok=True)
     result = path / f"{what}.json"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", __name__, what, str(path), str(seed), str(count), str(result)]
-    subprocess.run(command, env=environment, check=True)
+    fresh.run([sys.executable, "-m", __name__, what, path, seed, count, result], check=True, timeout=7200)
     found = json.loads(result.read_text())
     return Outcome(**{**found, "parts": [Outcome(**part) for part in found["parts"]]})
 

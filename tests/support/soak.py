@@ -19,7 +19,6 @@ import multiprocessing
 import os
 import random
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -53,6 +52,7 @@ from hf_attnstore.store.records.manifest import Manifest, SpanRow
 from hf_attnstore.store.transfer.load import Load
 from hf_attnstore.store.transfer.stages import Piece, Stage
 
+from . import fresh
 from .store_blocks import FINGERPRINT, LAYERS, make_chain, same, save
 from .tiny_models import BLOCK, make_model, tokens
 from .turns import follow_up, turn
@@ -1040,19 +1040,8 @@ def run(plan: Plan, folder: Path, *, scenarios: bool = False, timeout: float = 6
     """
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in asdict(plan).items()]
     arguments += ["--scenarios"] if scenarios else []
-    done = subprocess.run(
-        [sys.executable, "-m", __name__, f"--folder={folder}", "--json", *arguments],
-        stdout=subprocess.PIPE,
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-            "PYTHONPATH": os.pathsep.join(sys.path),
-        },
-        timeout=timeout,
-        check=True,
-        text=True,
-    )
+    command = [sys.executable, "-m", __name__, f"--folder={folder}", "--json", *arguments]
+    done = fresh.run(command, check=True, timeout=timeout)
     result: dict[str, Any] = json.loads(done.stdout)
     return result
 
