@@ -15,7 +15,7 @@ from hf_attnstore.store.processes.locks import SessionLocks
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What comes of the scenarios and of a short soak."""
-    return run(Plan(), tmp_path_factory.mktemp("soak"), scenarios=True, timeout=200)
+    return run(Plan(), tmp_path_factory.mktemp("soak"), scenarios=True, timeout=270)
 
 
 def check(result: dict[str, Any], *, turns: int, kills: int) -> None:

@@ -163,10 +163,14 @@ class Plan:
     processes: int = 3
     sessions: int = 6
     turns: int = 6
-    seconds: float = 6.0
+    seconds: float = 2.0
+    """How long it goes on at least; then until there were `least` turns, and evictions, and some of all else."""
+    least: int = 60
+    patience: float = 120.0
+    """Seconds after which it ends in any case: a busy machine takes longer for as much."""
     cap: int = 700_000
     """Bytes on disk; about a third of what all sessions take."""
-    kill_seconds: float = 1.0
+    kill_seconds: float = 0.7
     """How often a process is killed, on average."""
     seed: int = 0
 
@@ -187,14 +191,14 @@ class Worker:
         memory = self._dice.choice(["200KB", "1MB", "50MB"])
         return AttentionStore(self._root, block_size=BLOCK, memory=memory, disk=self._plan.cap, io_threads=1)
 
-    def run(self, until: float) -> None:
-        """Goes on until the clock says `until`; then closes the store."""
+    def run(self, stop: Path) -> None:
+        """Goes on until there is a file `stop`; then closes the store."""
         doings = [
             (self.speak, 60), (self.look, 8), (self.delete, 6), (self.fork, 5), (self.rename, 2), (self.forget, 6),
             (self.reopen, 4), (self.annotate, 3), (self.verify, 1), (self.clean, 1),
         ]  # fmt: skip
         choices, weights = zip(*doings, strict=True)
-        while time.monotonic() < until:
+        while not stop.exists():
             (doing,) = self._dice.choices(choices, weights)
             try:
                 doing()
@@ -228,7 +232,7 @@ class Worker:
         stats = cache.stats
         self._diary.note(
             "turn", reused=stats.reused_tokens, prompt=stats.prompt_tokens, loaded=stats.loaded_bytes,
-            recomputed=stats.recomputed,
+            recomputed=stats.recomputed, evicted=int(self._store.totals().get("evicted_blocks", 0)),
         )  # fmt: skip
         if self._dice.random() < 0.2:
             self._caches[name] = cache
@@ -304,14 +308,14 @@ class Worker:
         self._diary.note("wrong", text=f"{what}: {found}, not {expected}")
 
 
-def _work(plan: Plan, world: World, root: Path, diaries: Path, who: str, until: float) -> None:
+def _work(plan: Plan, world: World, root: Path, diaries: Path, who: str, stop: Path) -> None:
     """What a forked process does."""
     diary = Diary(diaries / who)
     logger = logging.getLogger("hf_attnstore")
     logger.addHandler(_Told(diary))
     logger.propagate = False
     try:
-        Worker(plan, world, root, diary, who).run(until)
+        Worker(plan, world, root, diary, who).run(stop)
     except BaseException:
         diary.note("error", text=traceback.format_exc())
 
@@ -372,13 +376,13 @@ def soak(plan: Plan, folder: Path, world: World) -> Soaked:
     root, diaries = folder / "store", folder / "diaries"
     diaries.mkdir(parents=True)
     dice = random.Random(plan.seed)
+    stop = folder / "stop"
     began = time.monotonic()
-    until = began + plan.seconds
     result = Soaked(cap=plan.cap)
 
     def start(number: int, generation: int) -> BaseProcess:
         who = f"{number}-{generation}"
-        process = _fork.Process(target=_work, args=(plan, world, root, diaries, who, until), name=who)
+        process = _fork.Process(target=_work, args=(plan, world, root, diaries, who, stop), name=who)
         process.start()
         return process
 
@@ -387,7 +391,7 @@ def soak(plan: Plan, folder: Path, world: World) -> Soaked:
     running = [start(number, 0) for number in range(plan.processes)]
     generations = [0] * plan.processes
     next_kill = began + plan.kill_seconds
-    while time.monotonic() < until:
+    while not _is_enough(plan, time.monotonic() - began, result.kills, diaries):
         time.sleep(0.05)
         found = _measure(root)
         if sum(found.values()) > result.peak_bytes:
@@ -401,6 +405,7 @@ def soak(plan: Plan, folder: Path, world: World) -> Soaked:
             generations[number] += 1
             running[number] = start(number, generations[number])
             next_kill = time.monotonic() + dice.uniform(0.2, 1.8) * plan.kill_seconds
+    stop.touch()
     for process in running:
         process.join(60)
         if process.is_alive():
@@ -411,6 +416,16 @@ def soak(plan: Plan, folder: Path, world: World) -> Soaked:
     _check_end(result, plan, root, world)
     result.seconds = time.monotonic() - began
     return result
+
+
+def _is_enough(plan: Plan, seconds: float, kills: int, diaries: Path) -> bool:
+    """Whether enough has happened that something could have gone wrong."""
+    if not plan.seconds <= seconds < plan.patience:
+        return seconds >= plan.seconds
+    lines = list(read_diaries(diaries))
+    turns = [line for line in lines if line["kind"] == "turn"]
+    rest = {"delete", "fork"} <= {line["kind"] for line in lines}
+    return kills > 1 and rest and len(turns) >= plan.least and any(turn["evicted"] for turn in turns)
 
 
 def _sum_up(result: Soaked, diaries: Path) -> None:
