@@ -166,7 +166,7 @@ def test_checkpoints_within_a_prompt_keep_to_their_budget(
     chat.send(TEXT[0])
     assert chat.stats is not None
     assert chat.stats.cache.checkpoints == 3  # after the system prompt, after the message, at the end of the turn
-    monkeypatch.setattr("hf_attnstore.cache.turns.BUDGET", 100)
+    monkeypatch.setattr("hf_attnstore.cache.begin.BUDGET", 100)
     other = ChatSession(hybrid, tokenizer, store, "bob", "another one: " + SYSTEM, **GREEDY)
     other.send(TEXT[0])
     assert other.stats is not None

@@ -2,11 +2,11 @@
 
 import copy
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -14,29 +14,36 @@ from torch import nn
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from ..errors import CacheUseError, LoadError
+from ..errors import CacheUseError, ContextWindowError, GradientError, LoadError
+from ..session.chain import common_prefix
+from ..session.window import Cuts
 from ..store.store import AttentionStore
 from ..timeline import Event
+from . import begin, commit, forwards, loads
 from .costs.gate import Gate, wanted
-from .forwards import CacheForwards
-from .hooks import Attachment, checked_every, checked_tokenizer, ensure_hooks, feed, owner_of
+from .held import Held
+from .hooks import checked_every, checked_tokenizer, ensure_hooks, feed, owner_of
 from .inputs.content import TYPES, Content, NotIdentifiedError, read_content
 from .inputs.foreign import brings_features, foreign_input
-from .layers.by_token import KeptLayer, SlidingLayer, StoreLayer
+from .layers.kept import KeptLayer
 from .layers.kinds import make_layers
-from .layers.states import ConvolutionState
 from .model.cacheless import check_generator
 from .model.compiled import outside_graphs
-from .model.ranks import known_ranks
-from .model.structure import is_encoder_decoder, position_limit
+from .model.ranks import OtherRankError, known_ranks
+from .model.structure import device_of, is_encoder_decoder, position_limit
+from .parking import Parking
 from .positions.spatial import places_in_space, spatial_positions
 from .positions.truncation import window_of
+from .setup import Setup
 from .stats import TurnStats
+from .transfer.load import Restore
+from .turn import Phase, Turn
 
-_MAX_PLANS = 8
+_MAX_ATTEMPTS = 8
+"""Loads that may fail one after the other before everything is computed."""
 
 
-class AttentionStoreCache(CacheForwards):
+class AttentionStoreCache(Cache):
     """A cache for `generate` that takes up a conversation where it was left, and keeps it afterwards.
 
     Pass it as `past_key_values` together with the whole conversation so far. What the store knows of it, from
@@ -81,21 +88,27 @@ class AttentionStoreCache(CacheForwards):
 
     max_cache_len = -1
     """PEFT asks caches for it when it puts learned KV before a prompt; this is how it says that there is no limit."""
+    sees_forwards = True
+    """By this the hooks on a model know a cache of ours."""
+
+    _kinds: ClassVar[list[tuple[Callable[[nn.Module, Any], bool], type["AttentionStoreCache"]]]] = []
+    """Which class serves which models and sessions, where it is not this one."""
+
+    def __init_subclass__(cls, serves: Callable[[nn.Module, Any], bool] | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if serves is not None:
+            AttentionStoreCache._kinds.append((serves, cls))
 
     def __new__(cls, model: Any = None, session: Any = None, *args: Any, **kwargs: Any) -> "AttentionStoreCache":
         """An encoder-decoder model gets the cache that its `generate` needs, a list of sessions that of a batch."""
-        several = isinstance(session, (list, tuple))
-        if kwargs.get("resegment") and (several or (model is not None and is_encoder_decoder(owner_of(model)))):
+        if cls is not AttentionStoreCache or model is None:
+            return object.__new__(cls)
+        kind = next((kind for serves, kind in cls._kinds if serves(owner_of(model), session)), cls)
+        if kwargs.get("resegment") and kind is not cls:
             raise CacheUseError("resegment=True is for one prompt of a decoder-only model: leave it out")
-        if cls is AttentionStoreCache and model is not None and is_encoder_decoder(owner_of(model)):
-            from .seq2seq import SequenceToSequenceCache
+        return object.__new__(kind)
 
-            return object.__new__(SequenceToSequenceCache)
-        if cls is AttentionStoreCache and several:
-            from .batch import BatchCache
-
-            return object.__new__(BatchCache)
-        return object.__new__(cls)
+    layers: list[KeptLayer]  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -115,82 +128,151 @@ class AttentionStoreCache(CacheForwards):
         tokenizer: Any = None,
     ) -> None:
         self.resegments_with = checked_tokenizer(resegment, tokenizer)
-        self._model = owner_of(model)
-        self._given_model = model
-        config: Any = self._model.config
-        self._checkpoint_every = checked_every(checkpoint_every)
-        self.record_timeline = record
-        check_generator(self._model)
-        layers: list[Any] = list(make_layers(self._model))
-        Cache.__init__(self, layers=layers)
-        self._attachment: Attachment = ensure_hooks(self._model)
-        self._store: AttentionStore | None = store or self._attachment.store or _default_store()
-        self.session = self._store.check_name(session) if session is not None else None  # type: ignore[arg-type]
-        self._ranks = known_ranks(self._model)
-        self._saving = save
-        self._wait = wait
-        self._limit = position_limit(config.get_text_config(decoder=True))
-        self._window = window_of(config, window, keep_first, drop)
+        owner = owner_of(model)
+        checked_every(checkpoint_every)
+        check_generator(owner)
+        layers = make_layers(owner)
+        attachment = ensure_hooks(owner)
+        store = store or attachment.store or _default_store()
+        config: Any = owner.config
         # what an encoder takes can't be told by tokens
-        learns = not is_encoder_decoder(self._model)
-        self._gate = Gate(enabled=wanted(gate), devices=self._attachment.devices, learns=learns)
-        self._prepare_empty()
+        learns = not is_encoder_decoder(owner)
+        setup = Setup(
+            model=owner,
+            given_model=model,
+            attachment=attachment,
+            ranks=known_ranks(owner),
+            gate=Gate(enabled=wanted(gate), devices=attachment.devices, learns=learns),
+            store=store,
+            session=store.check_name(session) if session is not None else None,  # type: ignore[arg-type]
+            saves=save,
+            wait=wait,
+            limit=position_limit(config.get_text_config(decoder=True)),
+            window=window_of(config, window, keep_first, drop),
+            checkpoint_every=checkpoint_every,
+            records=record,
+        )
+        self._begin_with(setup, layers)
+        store.register(self)
+
+    def _begin_with(self, setup: Setup, layers: list[KeptLayer]) -> None:
+        """Sets up a cache that holds nothing yet."""
+        Cache.__init__(self, layers=layers)  # type: ignore[arg-type]
+        self._setup = setup
+        self._held = Held(setup, layers)
+        self._parking = Parking(self._held)
+        self._turn = Turn(setup, self._held)
+        """The turn that runs, or the last one."""
         self._inputs: dict[str, Any] = {}
-        self._store.register(self)
+        """What `match` was given beside ids, and is still to be fed."""
+        self.passed_on = False
+        """Whether a turn that runs has called a `generate`, which has not begun yet."""
+
+    # what it serves
 
     @property
     def store(self) -> AttentionStore | None:
         """Where the KV is kept; None for a copy made by `deepcopy`."""
-        return self._store
+        return self._setup.store
+
+    @property
+    def session(self) -> str | None:
+        """The name that the conversation is kept under; None where its blocks only are."""
+        return self._setup.session
 
     @property
     def model(self) -> nn.Module:
         """The model whose KV this is."""
-        return self._model
+        return self._setup.model
+
+    @property
+    def window(self) -> int | None:
+        """Tokens that the model is to see at once; None where nothing is ever dropped."""
+        return self._setup.window.size if self._setup.window is not None else None
+
+    @property
+    def granularity(self) -> str:
+        """What can be reused of a text: up to any `token`, up to a `checkpoint`, or nothing (`none`)."""
+        return self._held.granularity
 
     def model_fingerprint(self) -> str:
         """The identity of the model as it is now."""
-        return self._attachment.fingerprint.current()
+        return self._setup.attachment.fingerprint.current()
+
+    @property
+    def record_timeline(self) -> bool:
+        """Whether turns are recorded, from the next one on: see `timeline`."""
+        return self._setup.records
+
+    @record_timeline.setter
+    def record_timeline(self, wanted: bool) -> None:
+        self._setup.records = wanted
+
+    @property
+    def begin_load(self) -> Callable[[Restore], None]:
+        """How loads are begun."""
+        return self._setup.begin_load
+
+    @begin_load.setter
+    def begin_load(self, begin_load: Callable[[Restore], None]) -> None:
+        self._setup.begin_load = begin_load
+
+    def describe_prompt(
+        self,
+        cuts: Cuts | None = None,
+        boundaries: Sequence[int] | None = None,
+        decode: Callable[[Sequence[int]], str] | None = None,
+    ) -> None:
+        """Says of what the prompts to come consist, for who knows that.
+
+        Args:
+            cuts: where they may be cut when they outgrow the window; None: anywhere after what is kept first.
+            boundaries: where messages begin or end, in tokens of the conversation: there running states are kept.
+                None goes by the ids with which messages end.
+            decode: makes text of ids: `stats.diverged` then speaks in words.
+        """
+        self._setup.cuts, self._setup.boundaries, self._setup.decode = cuts, boundaries, decode
+
+    # what was done
 
     @property
     def stats(self) -> TurnStats:
         """The numbers of the last turn, or of the one that runs."""
-        return self._stats
+        return self._turn.stats
 
     @property
     def timeline(self) -> tuple[Event, ...]:
         """What happened when in the last turn, or in the one that runs, in the order of beginning; empty if that is not
         recorded. Files that are written behind a turn come in until all of them are."""
-        return self._recorder.events() if self._recorder is not None else ()
+        return self._turn.recorder.events() if self._turn.recorder is not None else ()
 
     @property
     def reused_tokens(self) -> int:
         """Tokens of the last prompt that were not computed again."""
-        return self._stats.reused_tokens
+        return self.stats.reused_tokens
 
     @property
     def prefilled_tokens(self) -> int:
         """Tokens of the last prompt that were computed."""
-        return self._stats.prefilled_tokens
+        return self.stats.prefilled_tokens
+
+    # what is held
 
     @property
     def token_ids(self) -> list[int]:
         """The ids of the tokens held, as far as they are identified. Stand-ins, from 2³¹ up, are in the places of
         pictures, sounds and embeddings."""
-        return self._chain.ids.tolist()
+        return self._held.chain.ids.tolist()
 
     @property
     def conversation_ids(self) -> list[int]:
         """The ids of the whole conversation up to the last token held, those dropped from the window included."""
-        return self._view.whole(self._chain.ids).tolist()
-
-    @property
-    def window(self) -> int | None:
-        """Tokens that the model is to see at once; None where nothing is ever dropped."""
-        return self._window.size if self._window is not None else None
+        return self._held.conversation.tolist()
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(session={self.session!r}, tokens={self._held}, layers={len(self.layers)})"
+        return f"{type(self).__name__}(session={self.session!r}, tokens={self._held.length}, layers={len(self.layers)})"
+
+    # a loop of one's own
 
     def match(self, input_ids: torch.Tensor, new_tokens: int = 0, **inputs: Any) -> int:
         """Loads what is known of a conversation, for a loop of one's own.
@@ -208,15 +290,15 @@ class AttentionStoreCache(CacheForwards):
             SessionBusyError: another turn is running on the session.
             ContextWindowError: what is new does not fit into the window.
         """
-        ids = _one_row(input_ids)
+        ids = one_row(input_ids)
         try:
-            content = read_content(self._model.config, input_ids, inputs)
+            content = read_content(self.model.config, input_ids, inputs)
             if content is None and not brings_features(inputs):
-                self.refuse_places(input_ids)
-                content = self.going_on(ids, inputs)
+                self._held.refuse_places(input_ids)
+                content = self._held.going_on(ids, inputs)
             foreign = foreign_input({n: v for n, v in inputs.items() if content is None or n not in content.understood})
-            if content is not None and content.positions is None and places_in_space(self._model):
-                content.positions = spatial_positions(self._model, input_ids, inputs, content)
+            if content is not None and content.positions is None and places_in_space(self.model):
+                content.positions = spatial_positions(self.model, input_ids, inputs, content)
             problem = f"{foreign} are not identified by token ids" if foreign else ""
         except NotIdentifiedError as reason:
             problem = f"{reason} are not identified"
@@ -249,26 +331,372 @@ class AttentionStoreCache(CacheForwards):
         Raises:
             SessionNotFoundError: there is no such session.
         """
-        if self._store is None or self.session is None:
+        setup = self._setup
+        if setup.store is None or setup.session is None:
             raise CacheUseError("resume() needs a cache with a session and a store")
-        known = self._ranks.attempt(partial(self._store.tokens, self._kept_as or "", dropped=True))
-        ids = np.asarray(known[: self._ranks.least(len(known))], dtype=np.int64)
+        known = setup.ranks.attempt(partial(setup.store.tokens, setup.kept_as or "", dropped=True))
+        ids = np.asarray(known[: setup.ranks.least(len(known))], dtype=np.int64)
         self._load_now(ids, len(ids), 0)
-        return torch.from_numpy(self._chain.ids.copy())[None]
+        return torch.from_numpy(self._held.chain.ids.copy())[None]
+
+    def save(self) -> None:
+        """Ends a turn of one's own loop: everything complete is handed to the store, the session updated.
+
+        `generate` does this by itself, and so do `store.flush()` and `store.close()`.
+        """
+        with self._held.guard:
+            if self._turn.is_open and not self._turn.checked and not forwards.runs_elsewhere(self._turn):
+                self.end_turn()
+
+    def _load_now(
+        self,
+        ids: np.ndarray,
+        limit: int,
+        new_tokens: int,
+        unreadable: str = "",
+        content: Content | None = None,
+        *,
+        encoder: bytes | None = None,
+        own: bool = True,
+    ) -> int:
+        """Begins a turn on the conversation `ids` and waits for all that is known of its first `limit` tokens.
+
+        Args:
+            encoder: the digest of what an encoder is given, of models that have one.
+            own: whether it is one of a loop of one's own, which `save` ends; else `end_turn` does.
+
+        Returns:
+            How many of the conversation's tokens are done with.
+        """
+        held = self._held
+        # `checked` until everything is there, so that a `flush` in another thread leaves the turn alone
+        again = partial(
+            self.begin_turn, ids, limit=limit, new_tokens=new_tokens, checked=True, unreadable=unreadable,
+            content=content, encoder=encoder,
+        )  # fmt: skip
+        reused = again()
+        try:
+            for _ in range(_MAX_ATTEMPTS):
+                try:
+                    loads.finish(self._turn)
+                    break
+                except LoadError as error:
+                    self.abandon(error)
+                    reused = again()
+            else:
+                held.clear()
+                reused = self.stats.reused_tokens = 0
+            if reused < held.view.settled:  # dropped tokens come after these: only together can they be left out
+                missing = held.view.in_view(ids)[None, reused : held.view.settled]
+                feed(self.model, self, torch.from_numpy(missing).to(device_of(self.model)))
+        except BaseException:
+            self.end_turn()
+            raise
+        self._turn.checked, self._turn.prompt = not own, None
+        return held.view.logical(held.length)
+
+    # turns
+
+    @property
+    def in_generate(self) -> bool:
+        """Whether a `generate` of this thread is running with this cache."""
+        turn = self._turn
+        return turn.is_open and turn.checked and turn.thread == threading.get_ident()
+
+    @property
+    def unidentified(self) -> str:
+        """Why token ids do not identify what the turn computes, so that nothing is kept; empty if they do."""
+        return self._turn.untracked
+
+    @property
+    def continues_in_parts(self) -> bool:
+        """Whether the model goes on correctly after what is held when it is fed several tokens at once."""
+        return self._turn.continues == "parts"
+
+    @property
+    def stops(self) -> Sequence[int]:
+        """Positions at which the prefill of this turn's prompt is to pause, by feeding it in parts."""
+        return self._turn.stops
+
+    def prompt_in_view(self, ids: np.ndarray) -> np.ndarray:
+        """Of the conversation `ids` that a turn was begun on, the tokens that the model is to see."""
+        return self._held.view.in_view(ids)
+
+    def going_on(self, ids: np.ndarray, named: Mapping[str, Any], *, alone: bool = False) -> Content | None:
+        """What of a prompt `[tokens]`, given without pictures, stands for those that are held: see `Held.going_on`."""
+        return self._held.going_on(ids, named, alone=alone)
+
+    def goes_on_unidentified(self, ids: torch.Tensor) -> bool:
+        """Whether the prompt `ids` `[rows, tokens]`, given without pictures, goes on after inputs that are held without
+        being identified.
+
+        Raises:
+            CacheUseError: it has places of such inputs, and does not go on there.
+        """
+        held = self._held
+        if not held.has_unknown_inputs:
+            return False
+        if held.is_begun_by(ids):
+            return True
+        held.refuse_places(ids)
+        return False
+
+    def begin_turn(
+        self,
+        ids: np.ndarray,
+        *,
+        limit: int,
+        new_tokens: int = 0,
+        checked: bool = False,
+        unreadable: str = "",
+        content: Content | None = None,
+        encoder: bytes | None = None,
+    ) -> int:
+        """Starts a turn on the conversation `ids` `[tokens]`: finds and begins to load what is known of it.
+
+        Args:
+            limit: reuse at most so many of its leading tokens.
+            new_tokens: how many tokens are expected on top: for the capacity of the layers, and for the window.
+            checked: the caller vouches for masks and positions, so that forwards need not look at them.
+            unreadable: why nothing is to be loaded, if so; nothing is saved then.
+            content: what of the conversation is not text; `ids` are its ids then.
+            encoder: the digest of what an encoder is given, of models that have one.
+
+        Returns:
+            The tokens reused; `get_seq_length()` says the same from now on, though the data may still be coming.
+            What is to be fed is `prompt_in_view(ids)`, without these.
+
+        Raises:
+            ContextWindowError: what is new, or `new_tokens`, does not fit into the window.
+        """
+        self._acquire()
+        with self._held.guard:
+            turn, held = self._turn, self._held
+            try:
+                self._setup.ranks.attempt(partial(begin.open_turn, turn, encoder))
+                turn.checked = checked
+                held.content, held.fed_beside = content, None
+                if unreadable:
+                    turn.untrack(unreadable)
+                if content is not None and turn.continues != "parts":
+                    turn.untrack("the model takes tokens one by one, and pictures or embeddings can't be fed so")
+                return begin.take_up_prompt(turn, self._parking, ids, limit=limit, new_tokens=new_tokens)
+            except ContextWindowError:
+                self._parking.park(turn)  # nothing has changed
+                begin.release(turn)
+                raise
+            except BaseException:
+                held.clear()  # half of what was planned may be in place
+                begin.release(turn)
+                raise
+
+    def begin_unidentified_turn(
+        self,
+        reason: str,
+        prompt_tokens: int = 0,
+        *,
+        expected: bool = False,
+        with_inputs: bool = False,
+        goes_on: bool = False,
+    ) -> None:
+        """Starts a turn whose content token ids do not identify: nothing is reused and nothing kept.
+
+        Args:
+            expected: it is not logged.
+            with_inputs: what ids do not identify are inputs beside them, which nobody can compute from the ids again.
+            goes_on: it goes on after the tokens held, of another such turn.
+
+        Raises:
+            CacheUseError: it is to go on, and what was held is of no use any more.
+        """
+        self._acquire()
+        with self._held.guard:
+            turn, held = self._turn, self._held
+            try:
+                self._setup.ranks.attempt(partial(begin.open_turn, turn))
+                turn.checked = True
+                held.content = None
+                if not goes_on:
+                    held.clear()
+                    held.see_through(held.view.as_plain())
+                    held.fed_beside = [] if with_inputs else None
+                elif not held.length:
+                    raise CacheUseError(
+                        "what the cache held is gone: pass the whole conversation with all of its inputs"
+                    )
+                turn.untrack(reason, expected=expected)
+            except BaseException:
+                begin.release(turn)
+                raise
+            turn.stats.prompt_tokens = turn.prompt_tokens = prompt_tokens
+
+    def _begin_own_turn(self) -> None:
+        """The first forward of a loop of one's own, or since its last `save`."""
+        held, before = self._held, self._held.length
+        self._acquire()
+        turn = self._turn
+        try:
+            begin.open_turn(turn)
+            if held.length < before:
+                raise CacheUseError(
+                    f"of the {before} tokens before these the cache holds {held.length} now "
+                    f"({turn.stats.recomputed}): call match() with the whole conversation, then feed the model what "
+                    "is new"
+                )
+        except BaseException:
+            begin.release(turn)
+            raise
+        if held.content is not None and common_prefix(held.content.ids, held.chain.ids) < min(
+            len(held.content), len(held.chain)
+        ):
+            held.content = None  # of another conversation
+        if len(held.chain) < before:
+            turn.untrack("what came before is not identified by token ids", expected=True)
+        if held.saver is not None:
+            held.saver.continue_turn()
+
+    def _acquire(self) -> None:
+        """Sets `_turn` to a new turn, which has the session to itself; to the same again where a load failed in it."""
+        if self._turn.phase is Phase.FAILED:
+            self._turn = self._turn.again()
+            return
+        self.save()
+        ranks = self._setup.ranks
+        if ranks.alone:
+            self._turn = begin.acquire(self._setup, self._held, self._parking)
+            return
+        acquired: list[Turn] = []
+        try:
+            ranks.attempt(lambda: acquired.append(begin.acquire(self._setup, self._held, self._parking)))
+        except OtherRankError:
+            for turn in acquired:
+                begin.release(turn)
+            raise
+        self._turn = acquired[0]
+
+    def note_first_token(self) -> None:
+        """`generate` has returned, or goes on with a new token: records the time to it, where that is the first."""
+        self._turn.note_first_token()
+
+    def end_of_generate(self) -> None:
+        """`generate` has returned: notes it if the model computed without the cache that it was given."""
+        turn, stats = self._turn, self.stats
+        turn.note_first_token()
+        if not stats.prefilled_tokens and not stats.generated_tokens:
+            if not turn.untracked:
+                turn.note("the model let go of its cache and computed all of the prompt", "cache not used")
+            stats.reused_tokens, stats.prefilled_tokens = 0, stats.prompt_tokens
+
+    def abandon(self, error: LoadError | None = None) -> None:
+        """A load failed in the middle of a turn: lets go of everything held. The turn, which still has the session
+        to itself, is to be begun again, or ended.
+
+        Args:
+            error: None where no load failed, and the turn has to be begun again all the same.
+        """
+        with self._held.guard:
+            turn = self._turn
+            if error is not None:
+                turn.note(f"a load failed, its tokens are computed again: {error}", "load failed")
+            turn.forward = None
+            self._held.clear()
+            if self._held.encoder is not None:
+                self._held.encoder.clear()
+            turn.phase = Phase.FAILED
+
+    def end_turn(self) -> None:
+        """Ends the turn: hands over what is complete and commits the session. Also after an exception."""
+        with self._held.guard:
+            turn = self._turn
+            if not turn.is_open:
+                return
+            try:
+                self._finish_turn(turn)
+            finally:
+                turn.stats.seconds = time.perf_counter() - turn.began
+                begin.release(turn)
+
+    def _finish_turn(self, turn: Turn) -> None:
+        commit.end_turn(turn, self._parking)
+
+    def hold_back(self) -> None:
+        """Until the turn ends, what it computes is not handed over."""
+        self._turn.holds_for_additions = False
+        self._held.hold_back()
+
+    def is_of_its_model(self) -> bool:
+        """Whether the model is still the one that the turn began with. Where nobody can tell, it is not."""
+        return self._turn.is_of_its_model()
+
+    def drop_turn(self, reason: str, *, expected: bool = False) -> None:
+        """Ends the turn and lets go of everything held: none of it is to be kept. What is `expected` is not logged."""
+        with self._held.guard:
+            self._turn.untrack(reason, expected=expected)
+            self._held.clear()
+            self.end_turn()
+
+    # forwards, through the hooks
+
+    def begin_forward(self, named: Mapping[str, Any]) -> dict[str, Any] | None:
+        """A forward of the model begins. Returns inputs to replace, if any."""
+        if torch.is_grad_enabled():
+            raise GradientError(
+                "an AttentionStoreCache can't be part of a backward pass: run the model under torch.no_grad() "
+                "or torch.inference_mode(), or train without a cache"
+            )
+        with self._held.guard:
+            return self._begin_forward(named)
+
+    def _begin_forward(self, named: Mapping[str, Any]) -> dict[str, Any] | None:
+        if not self._turn.is_open:
+            self._begin_own_turn()
+        return forwards.begin_forward(self._turn, named)
+
+    def before_layer(self, number: int) -> None:
+        """A decoder layer is about to compute."""
+        forwards.before_layer(self._turn, number)
+
+    def after_layer(self, number: int) -> None:
+        """A decoder layer has computed."""
+        forwards.after_layer(self._turn, number)
+
+    def end_forward(self) -> None:
+        """A forward of the model has ended well."""
+        with self._held.guard:
+            forwards.end_forward(self._turn)
+
+    @outside_graphs
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Adds the KV of new tokens, `[batch, heads, tokens, dim]`, to a layer; returns all that queries may see.
+
+        Raises:
+            CacheUseError: not within a forward of the model that this cache was made for.
+            LoadError: what was to be loaded can't be (`generate` catches it and recomputes).
+        """
+        forward = forwards.running_forward(self._turn)
+        layer: Any = self.layers[layer_idx]
+        if layer.by_token and key_states.shape[0] != forward.rows:
+            forwards.fit_rows(self._turn, layer_idx, key_states)
+        if self._held.load is not None and not self._setup.attachment.sees_layers:
+            self._held.load.before_layer(layer_idx)
+        keys, values = layer.update(key_states, value_states, *args, **kwargs)
+        return keys, values
 
     # what models ask of a cache with running states
 
     @outside_graphs
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        if not any(layer.by_token for layer in self.layers) and self.granularity != "none":
-            return self._held
+        if not any(layer.by_token for layer in self.layers) and self._held.granularity != "none":
+            return self._held.length
         length: int = super().get_seq_length(layer_idx)
         return length
 
     @outside_graphs
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         if not any(isinstance(layer, CacheLayerMixin) for layer in self.layers):
-            return self._held + query_length, 0
+            return self._held.length + query_length, 0
         sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
         return sizes
 
@@ -284,114 +712,17 @@ class AttentionStoreCache(CacheForwards):
 
     @outside_graphs
     def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        self._check_forward()
+        forwards.running_forward(self._turn)
         self.layers[layer_idx].settle()
         return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
 
     @outside_graphs
     def update_recurrent_state(self, recurrent_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        self._check_forward()
+        forwards.running_forward(self._turn)
         self.layers[layer_idx].settle()
         return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
 
-    # what a batch does with the caches of its rows
-
-    def load(self, ids: np.ndarray, limit: int, new_tokens: int) -> int:
-        """Begins a turn on the conversation `ids` and loads what is known of its first `limit` tokens, which ends
-        only with `end_turn`. Returns how many tokens are held."""
-        self._load_now(ids, limit, new_tokens, own=False)
-        return self._held
-
-    def parts(self, ids: np.ndarray, first: int) -> list[np.ndarray]:
-        """The tokens from `first` up to the last but one, in parts that the model may be fed."""
-        last = len(ids) - 1
-        bounds = sorted({first, *self._choose_stops(first, last, ids), last})
-        return [ids[a:b] for a, b in pairwise(bounds)]
-
-    def go_back(self, length: int) -> None:
-        """Lets go of what is held beyond `length` tokens."""
-        with self._guard:
-            self._crop_to(min(length, self._held))
-
-    def keep_states(self) -> None:
-        """Hands a checkpoint of what is held to the store."""
-        with self._guard:
-            self._take_checkpoint(wait=False)
-
-    def keep_tail(self) -> None:
-        """Lets go of all KV but that of the last block, which is needed to save what comes; of nothing that is still to
-        be saved when the turn ends."""
-        if self._saver is not None and self._saver.holds_back:
-            return
-        first = self._chain.bounds(self._chain.block_at(self._held))[0]
-        for layer in self.layers:
-            if isinstance(layer, StoreLayer):
-                layer.keep_from(first)
-
-    def absorb(
-        self, ids: np.ndarray, layers: Sequence[KeptLayer], place: int, start: int, stop: int, *, states: bool
-    ) -> None:
-        """Adds tokens that were computed in a row of a batch.
-
-        Args:
-            layers: the batch's.
-            place: the row.
-            start, stop: the columns of the tokens.
-            states: whether the running states of the batch's layers are those after the last of them.
-        """
-        with self._guard:
-            for own, theirs in zip(self.layers, layers, strict=True):
-                if isinstance(own, StoreLayer) and isinstance(theirs, StoreLayer):
-                    own.absorb(theirs.columns(place, start, stop))
-                if states and isinstance(own, ConvolutionState) and isinstance(theirs, ConvolutionState):
-                    own.take_row(theirs, place)
-                own.length = self._held + len(ids)
-            self._held += len(ids)
-            self._states_at = self._held if states or not self._states else None
-            if not self._untracked:
-                self._chain.append(ids)
-            self._changed = True
-
-    def _load_now(
-        self,
-        ids: np.ndarray,
-        limit: int,
-        new_tokens: int,
-        unreadable: str = "",
-        content: Content | None = None,
-        *,
-        own: bool = True,
-    ) -> int:
-        # `checked` until everything is there, so that a `flush` in another thread leaves the turn alone
-        begin = partial(
-            self.begin_turn,
-            ids,
-            limit=limit,
-            new_tokens=new_tokens,
-            checked=True,
-            unreadable=unreadable,
-            content=content,
-        )
-        reused = begin()
-        try:
-            for _ in range(_MAX_PLANS):
-                try:
-                    self._finish_restore()
-                    break
-                except LoadError as error:
-                    self.abandon(error)
-                    reused = begin()
-            else:
-                self._clear()
-                reused = self._stats.reused_tokens = 0
-            if reused < self._view.settled:  # dropped tokens come after these: only together can they be left out
-                missing = self._view.in_view(ids)[None, reused : self._view.settled]
-                feed(self._model, self, torch.from_numpy(missing).to(device_of(self._model)))
-        except BaseException:
-            self.end_turn()
-            raise
-        self._checked, self._prompt = not own, None
-        return self._view.logical(self._held)
+    # going back
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last `-tokens_to_remove` tokens from every layer.
@@ -404,36 +735,40 @@ class AttentionStoreCache(CacheForwards):
         tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 passes a tensor
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes the number of tokens to remove as a negative number, not {tokens_to_remove}")
-        with self._guard:
-            self._unpark()
-            self._finish_restore()
-            if self._uneven:
+        with self._held.guard:
+            turn, held = self._turn, self._held
+            self._parking.unpark()
+            loads.finish(turn)
+            length = max(0, held.length + tokens_to_remove)
+            if held.uneven:
                 super().crop(tokens_to_remove)
-                self._held = max(0, self._held + tokens_to_remove)
+                held.length = length
                 return
-            self._crop_to(max(0, self._held + tokens_to_remove))
-            self._known = 0
-            if self._states and self._states_at != self._held:
-                self._reload(self._held)
-            self._changed = True
-            self._confirmed = self._held
+            loads.crop_to(turn, length)
+            held.known = 0
+            if held.states and held.states_at != held.length:
+                loads.reload(turn, held.length)
+            turn.computed = True
+            turn.confirmed = held.length
 
     def reset(self) -> None:
         """Lets go of everything held; session and store stay. In a loop of one's own, `save` comes before that."""
-        with self._guard:
+        with self._held.guard:
             self.save()
-            self._forward = None
-            self._clear()
-            self._change_view(self._view.as_plain(), np.empty(0, dtype=np.int64))
+            self._turn.forward = None
+            self._held.clear()
+            self._held.change_view(self._held.view.as_plain(), np.empty(0, dtype=np.int64))
 
     def activate_past_recording(self) -> None:
         """From now on the cache can go back by `crop` however far: what comes may be drafts to be checked."""
-        self._speculating = self._checked
+        self._turn.speculating = self._turn.checked
         super().activate_past_recording()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._finish_restore()
+        loads.finish(self._turn)
         super().batch_repeat_interleave(repeats)
+
+    # copies
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise CacheUseError(
@@ -443,49 +778,28 @@ class AttentionStoreCache(CacheForwards):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "AttentionStoreCache":
         """An independent copy of what is held, without session and store: nothing of it is saved."""
-        self._finish_restore()
+        loads.finish(self._turn)
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         layers: list[Any] = [copy.deepcopy(layer, memo) for layer in self.layers]
-        Cache.__init__(twin, layers=layers)
-        for layer in twin.layers:
-            if isinstance(layer, SlidingLayer):
-                layer.saved_to = None
-        twin._model = self._model
-        twin._given_model = self._given_model
-        twin._attachment = self._attachment
-        twin._ranks = self._ranks
-        twin._store = None
-        twin.session = None
-        twin._saving = False
-        twin._wait = 0.0
-        twin._limit = self._limit
-        twin._window = self._window
-        twin._checkpoint_every = self._checkpoint_every
+        for layer in layers:
+            layer.keep_until_saved(None)
         twin.resegments_with = None
-        twin._gate = Gate(enabled=False, devices=self._attachment.devices, learns=False)
-        twin._prepare_empty()
-        twin._fingerprint = self._fingerprint
-        twin._change_view(self._view, self._chain.ids)
-        twin._held = self._held
-        twin._states_at = self._states_at
-        twin._content = self._content
-        twin._inputs = {}
-        twin._stats = replace(self._stats)
+        twin._begin_with(self._setup.without_store(), layers)
+        held, own = twin._held, self._held
+        held.fingerprint = own.fingerprint
+        held.change_view(own.view, own.chain.ids)
+        held.length, held.states_at, held.content = own.length, own.states_at, own.content
+        twin._turn.stats = replace(self.stats)
         return twin
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """Where a model wants its input."""
-    embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)()
-    weight = getattr(embeddings, "weight", None)
-    if weight is None or weight.device.type == "meta":
-        device: torch.device = getattr(model, "device", torch.device("cpu"))
-        return device
-    return torch.device(weight.device)
+def one_row(input_ids: torch.Tensor) -> np.ndarray:
+    """The ids `[tokens]` of one prompt `[1, tokens]`.
 
-
-def _one_row(input_ids: torch.Tensor) -> np.ndarray:
+    Raises:
+        CacheUseError: they are not those of one prompt.
+    """
     if input_ids.ndim != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] == 0:
         raise CacheUseError(f"input_ids must be [1, tokens], not {list(input_ids.shape)}")
     ids: np.ndarray = input_ids[0].detach().cpu().numpy()

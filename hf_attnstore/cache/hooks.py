@@ -6,7 +6,6 @@ import inspect
 import threading
 import types
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -16,25 +15,31 @@ from ..errors import CacheUseError
 from ..store.memory.device_tier import Owner
 from ..store.store import AttentionStore
 from .identity.computing import forget
-from .identity.fingerprint import fingerprint_of, remember
-from .model.argument import cache_in, cache_name, generate_cache_name, take_cache
+from .identity.fingerprint import fingerprint_of
+from .model.argument import CACHE_NAMES, cache_name, generate_cache_name, take_cache
 from .model.cacheless import cacheless, is_generator
-from .model.compiled import OutsideGraphsCache, outside_graphs, uncompiled
+from .model.compiled import outside_graphs, uncompiled
 from .model.ranks import Ranks
 from .model.structure import compute_device, decoder_layers, decoder_of, is_encoder_decoder
 from .paged import notice
 from .positions.geometry import Geometry
-from .probing.continuing import CONTINUING_VERSION, Continuing, is_verified, probe_continuing
-from .probing.positions import PROBE_VERSION, probe
+from .probing.continuing import CONTINUING, Continuing, is_verified, probe_continuing
+from .probing.positions import GEOMETRIES, probe
 from .transfer.load import Pace
 
 _ATTRIBUTE = "_attnstore_attachment"
 _attaching = threading.Lock()
-_probing = threading.Lock()
-_geometries: dict[str, Geometry] = {}
-"""By fingerprint: models that compute the same share it."""
-_continuing: dict[str, Continuing] = {}
-_WAYS = frozenset({"", "steps", "parts"})
+_wrapper: Callable[..., Any]
+"""What stands in for the `generate` of an attached model; set by who knows how to generate."""
+_wrapping: list[Callable[[], object]] = []
+"""What is done before a model is given that."""
+
+
+def wrap_generate_with(wrapper: Callable[..., Any], *prepare: Callable[[], object]) -> None:
+    """Sets what stands in for the `generate` of models that are attached from now on, and what is done before that."""
+    global _wrapper
+    _wrapper = wrapper
+    _wrapping[:] = prepare
 
 
 class Attachment:
@@ -87,12 +92,10 @@ class Attachment:
             layer.register_forward_pre_hook(functools.partial(_before_layer, number), with_kwargs=True)
             layer.register_forward_hook(functools.partial(_after_layer, number), with_kwargs=True)
         if is_generator(model):
-            from .generate.dispatch import install
-            from .generate.text import generate_with_store
-
-            install()
+            for prepare in _wrapping:
+                prepare()
             self.generate = model.__dict__.get("generate")
-            model.__dict__["generate"] = types.MethodType(generate_with_store, model)
+            model.__dict__["generate"] = types.MethodType(_wrapper, model)
 
     def geometry(
         self, model: nn.Module, fingerprint: str, store: AttentionStore | None, ranks: Ranks | None = None
@@ -103,18 +106,7 @@ class Attachment:
         Args:
             ranks: who all ask for it at this moment: if one does not know it, all find it out, together.
         """
-        with _probing:
-            found = _geometries.get(fingerprint) or _noted(store, fingerprint)
-            if ranks is not None and not ranks.all(found is not None):
-                found = None
-                _geometries.pop(fingerprint, None)
-            if fingerprint not in _geometries:
-                if found is None:
-                    found = probe(model)
-                    if store is not None:
-                        store.set_note(fingerprint, {"probe": PROBE_VERSION, **found.to_json()})
-                remember(_geometries, fingerprint, found)
-            return _geometries[fingerprint]
+        return GEOMETRIES.of(fingerprint, store, functools.partial(probe, model), ranks)
 
     def is_verified(self, model: nn.Module, fingerprint: str) -> bool:
         """Whether the model, as it is now, is known to continue its cache, and need not be asked."""
@@ -125,16 +117,7 @@ class Attachment:
 
     def continues(self, model: nn.Module, fingerprint: str, store: AttentionStore | None) -> Continuing:
         """How the model goes on after what its cache holds. Found out and remembered as the geometry is."""
-        with _probing:
-            if fingerprint not in _continuing:
-                name = f"{fingerprint}/continues"
-                found = _noted_continuing(store, name)
-                if found is None:
-                    found = probe_continuing(model, self.cache_name)
-                    if store is not None:
-                        store.set_note(name, {"version": CONTINUING_VERSION, **asdict(found)})
-                remember(_continuing, fingerprint, found)
-            return _continuing[fingerprint]
+        return CONTINUING.of(fingerprint, store, functools.partial(probe_continuing, model, self.cache_name))
 
     def remove(self, model: nn.Module) -> None:
         self.parked.drop()
@@ -167,23 +150,6 @@ class Attachment:
         twin.pace = Pace()
         twin.parked = Owner()
         return twin
-
-
-def _noted(store: AttentionStore | None, fingerprint: str) -> Geometry | None:
-    note = store.note(fingerprint) if store is not None else None
-    if note is None or note.get("probe") != PROBE_VERSION:
-        return None
-    try:
-        return Geometry.from_json(note)
-    except (KeyError, TypeError, ValueError):
-        return None
-
-
-def _noted_continuing(store: AttentionStore | None, name: str) -> Continuing | None:
-    note = store.note(name) if store is not None else None
-    if note is None or note.get("version") != CONTINUING_VERSION or note.get("how") not in _WAYS:
-        return None
-    return Continuing(note["how"], str(note.get("problem", "")))
 
 
 def _layer_count(model: nn.Module) -> int:
@@ -295,9 +261,7 @@ def detach(model: nn.Module) -> None:
 
 
 def _is_wrapper(generate: Any) -> bool:
-    from .generate.text import generate_with_store
-
-    return getattr(generate, "__func__", None) is generate_with_store
+    return getattr(generate, "__func__", None) is _wrapper
 
 
 def _remove_hooks(module: nn.Module) -> None:
@@ -314,8 +278,10 @@ def _remove_hooks(module: nn.Module) -> None:
 
 def _cache_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """The cache of ours that a call has."""
-    cache = cache_in(kwargs, OutsideGraphsCache)
-    return cache if cache is not None else next((v for v in args if isinstance(v, OutsideGraphsCache)), None)
+    for value in (*(kwargs.get(name) for name in CACHE_NAMES), *args):
+        if getattr(type(value), "sees_forwards", False):
+            return value
+    return None
 
 
 @outside_graphs

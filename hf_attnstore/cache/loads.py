@@ -1,4 +1,4 @@
-"""What a cache loads: finding its tokens in the store, bringing them into its layers, and back again after a crop."""
+"""What a turn loads: finding its tokens in the store, bringing them into the layers, and back again after a crop."""
 
 import time
 from collections.abc import Sequence
@@ -7,153 +7,169 @@ from itertools import takewhile
 import numpy as np
 
 from ..errors import CacheUseError, LoadError
-from ..session.matching import match_checkpoint, match_prefix
+from ..session.matching import Checkpoint, match_checkpoint, match_prefix
 from ..session.spans import Span, crop, total_tokens
 from ..session.view import View
-from .content import CacheContent
-from .layers.by_token import KeptLayer, SlidingLayer
-from .transfer.load import Checkpoint, Restore, plan_restore, resident_from
+from . import encoder_output as encoders
+from .transfer.load import Restore, plan_restore
+from .turn import Turn
 
 
-class CacheLoads(CacheContent):
-    """A cache that gets what it is to hold from the store."""
+def find(turn: Turn, view: View, ids: np.ndarray) -> list[Span]:
+    """Where the KV of the first tokens is, of those in `view`."""
+    store = turn.setup.store
+    if store is None or not len(ids):
+        return []
+    failures = store.failures
+    spans = crop(takewhile(lambda span: store.has(span.block), view.prefix), len(ids))
+    if total_tokens(spans) == view.base < len(ids):
+        spans += match_prefix(ids, view.root, turn.held.chain.block_size, store, view.base)
+    if store.failures != failures:  # the store has said what and why
+        turn.stats.recomputed = "a load failed, its tokens are computed again: a block could not be read"
+        turn.stats.missed = "load failed"
+    return spans
 
-    def _find(self, view: View, ids: np.ndarray) -> list[Span]:
-        """Where the KV of the first tokens is, of those in `view`."""
-        if self._store is None or not len(ids):
-            return []
-        failures = self._store.failures
-        there = takewhile(lambda span: self._store is not None and self._store.has(span.block), view.prefix)
-        spans = crop(there, len(ids))
-        if total_tokens(spans) == view.base < len(ids):
-            spans += match_prefix(ids, view.root, self._chain.block_size, self._store, view.base)
-        if self._store.failures != failures:  # the store has said what and why
-            self._stats.recomputed = "a load failed, its tokens are computed again: a block could not be read"
-            self._stats.missed = "load failed"
-        return spans
 
-    def _find_checkpoint(self, ids: np.ndarray) -> Checkpoint | None:
-        """The longest checkpoint of a text that is in the view's chain."""
-        if self._store is None or not len(ids):
-            return None
-        found = match_checkpoint(ids, self._view.root, self._chain.block_size, self._store, self._view.base)
-        return Checkpoint(*found) if found is not None else None
+def find_checkpoint(turn: Turn, ids: np.ndarray) -> Checkpoint | None:
+    """The longest checkpoint of a text that is in the view's chain."""
+    store, held = turn.setup.store, turn.held
+    if store is None or not len(ids):
+        return None
+    return match_checkpoint(ids, held.view.root, held.chain.block_size, store, held.view.base)
 
-    def _covers(self, length: int, spans: Sequence[Span]) -> bool:
-        """Whether the layers hold, or the spans have, all that is needed to go on at `length`."""
-        whole_from = self._whole_from(length)
-        return all(
-            resident_from(layer, length, whole_from) >= length or total_tokens(spans) >= length for layer in self.layers
-        )
 
-    def _plan(self, spans: Sequence[Span], length: int, checkpoint: Checkpoint | None = None) -> Restore | None:
-        if self._states and checkpoint is None and self._states_at != length:
-            raise AssertionError("nothing brings the running states")
-        if checkpoint is not None:
-            self._states_at = None  # until it is certain that the load begins
-        if self._store is None:
-            for layer in self.layers:
-                layer.crop_to(length)
-            return None
-        attachment = self._attachment
-        geometry = None
-        if any(span.shift for span in crop(spans, length)):
-            geometry = attachment.geometry(self._model, self._fingerprint, self._store)
-        whole_from = self._whole_from(length)
-        began = time.perf_counter()
-        restore = plan_restore(
-            self.layers, attachment.devices, spans, length, whole_from, self._store, attachment.pace, geometry,
-            checkpoint,
-        )  # fmt: skip
-        if restore is not None:
-            restore.planning_seconds = time.perf_counter() - began
-        self._states_at = length
-        if checkpoint is not None:
-            self._checkpoints[length] = checkpoint.key
-        self._stats.rotated_tokens = restore.rotated_tokens if restore is not None else 0
-        return self._watched(restore)
+def plan_load(turn: Turn, spans: Sequence[Span], length: int, checkpoint: Checkpoint | None = None) -> None:
+    """Sets `held.load` to what brings everything that the layers lack at `length` tokens; nothing is moved yet.
 
-    def _watched(self, restore: Restore | None) -> Restore | None:
-        """A load as it is to be: recorded, begun in another way."""
-        if restore is not None:
-            restore.recorder, restore.begin = self._recorder, self.begin_load
-        return restore
+    Raises:
+        LoadError: a block is missing or damaged.
+    """
+    setup, held = turn.setup, turn.held
+    if held.states and checkpoint is None and held.states_at != length:
+        raise AssertionError("nothing brings the running states")
+    if checkpoint is not None:
+        held.states_at = None  # until it is certain that the load begins
+    held.load = None
+    if setup.store is None:
+        for layer in held.layers:
+            layer.crop_to(length)
+        return
+    attachment = setup.attachment
+    geometry = None
+    if any(span.shift for span in crop(spans, length)):
+        geometry = attachment.geometry(setup.model, held.fingerprint, setup.store)
+    began = time.perf_counter()
+    load = plan_restore(
+        held.layers, attachment.devices, spans, length, held.whole_from(length), setup.store, attachment.pace, geometry,
+        checkpoint,
+    )  # fmt: skip
+    held.states_at = length
+    if checkpoint is not None:
+        held.checkpoints[length] = checkpoint.key
+    turn.stats.rotated_tokens = load.rotated_tokens if load is not None else 0
+    if load is not None:
+        load.planning_seconds = time.perf_counter() - began
+        held.load = as_wanted(turn, load)
 
-    def _finish_restore(self) -> None:
-        restore, self._restore = self._restore, None
-        if restore is None:
-            return
+
+def as_wanted(turn: Turn, load: Restore) -> Restore:
+    """A load as it is to be: recorded, begun in another way."""
+    load.recorder, load.begin = turn.recorder, turn.setup.begin_load
+    return load
+
+
+def finish(turn: Turn) -> None:
+    """Waits for all that is on its way.
+
+    Raises:
+        LoadError: some of it will not come. Nothing is held then.
+    """
+    held = turn.held
+    load, held.load = held.load, None
+    if load is not None:
         try:
-            restore.finish()
+            load.finish()
         except BaseException:
-            self._clear()
+            held.clear()
             raise
         else:
-            self._gate.loaded(restore)
+            turn.setup.gate.loaded(load)
         finally:
-            self._stats.add_load(restore.load.stats, restore.exposed_seconds)
-        self._from_disk = restore.load.from_disk
+            turn.stats.add_load(load.load.stats, load.exposed_seconds)
+        turn.from_disk = load.load.from_disk
+    if held.encoder is not None:
+        encoders.finish(turn, held.encoder)
 
-    def _settle(self, *, keep_load: bool = False) -> None:
-        """Puts the cache into a consistent state whatever happened: every layer holds the tokens of all complete
-        forwards and nothing else."""
-        self._forward = None
-        if self._restore is not None and not keep_load:
-            try:
-                self._finish_restore()
-            except LoadError as error:
-                self._note(f"a load failed, its tokens are computed again: {error}", "load failed")
-                self._clear()
-                return
-        if self._uneven:
-            return
-        if any(layer.length != self._held for layer in self.layers):
-            self._crop_to(min(self._held, *(layer.length for layer in self.layers)))
-        elif len(self._chain) > self._held:
-            self._chain.crop(self._held)
-            if self._saver is not None:
-                self._saver.crop(self._held)
 
-    def _crop_to(self, length: int) -> None:
-        if all(resident_from_window(layer, length) for layer in self.layers):
-            self._step_back(length)
-            for layer in self.layers:
-                layer.crop_to(length)
-        else:
-            self._reload(length)
-        self._held = length
-        if length < self._view.settled:
-            self._change_view(self._view.cropped(self._view.logical(length)), self._chain.ids[:length])
-        self._chain.crop(length)
-        if self._saver is not None:
-            self._saver.crop(length)
+def settle(turn: Turn, *, keep_load: bool = False) -> None:
+    """Puts what is held into a consistent state whatever happened: every layer holds the tokens of all complete
+    forwards and nothing else."""
+    held = turn.held
+    turn.forward = None
+    _settle_layers(turn, keep_load=keep_load)
+    if held.encoder is not None:
+        held.encoder.settle()
 
-    def _reload(self, length: int) -> None:
-        """What layers would need at `length`, a window or a running state, they have let go: gets it back from the
-        store.
 
-        Raises:
-            CacheUseError: the store does not have it.
-        """
-        ids = self._chain.ids[:length]
-        spans = crop(self._find(self._view, ids), length)
-        checkpoint = self._find_checkpoint(ids) if self._states and self._states_at != length else None
-        if checkpoint is not None and checkpoint.tokens != length:
-            checkpoint = None
-        if not self._covers(length, spans) or (self._states and self._states_at != length and checkpoint is None):
-            what = "a running state" if self._states else "the window before it"
-            raise CacheUseError(
-                f"can't go back to {length} tokens: a layer does not hold {what} any more and the store does not have "
-                "it; call activate_past_recording() before, or reset()"
-            )
+def _settle_layers(turn: Turn, *, keep_load: bool) -> None:
+    held = turn.held
+    if held.load is not None and not keep_load:
         try:
-            self._restore = self._plan(spans, length, checkpoint)
-            self._finish_restore()
-        except BaseException:
-            self._clear()
-            raise
+            finish(turn)
+        except LoadError as error:
+            turn.note(f"a load failed, its tokens are computed again: {error}", "load failed")
+            held.clear()
+            return
+    if held.uneven:
+        return
+    if any(layer.length != held.length for layer in held.layers):
+        crop_to(turn, min(held.length, *(layer.length for layer in held.layers)))
+    elif len(held.chain) > held.length:
+        held.crop_chain(held.length)
 
 
-def resident_from_window(layer: KeptLayer, length: int) -> bool:
-    """Whether a layer can be cropped to `length` with what it holds."""
-    return not isinstance(layer, SlidingLayer) or layer.has_window(length)
+def crop_to(turn: Turn, length: int) -> None:
+    """Goes back to `length` tokens.
+
+    Raises:
+        CacheUseError: what is needed there is neither held nor in the store.
+        LoadError: it was in the store, but can't be read any more; nothing is held then.
+    """
+    held = turn.held
+    if all(layer.may_crop_to(length) for layer in held.layers):
+        held.step_back(length)
+        for layer in held.layers:
+            layer.crop_to(length)
+    else:
+        reload(turn, length)
+    held.length = length
+    if length < held.view.settled:
+        held.change_view(held.view.cropped(held.view.logical(length)), held.chain.ids[:length])
+    held.crop_chain(length)
+
+
+def reload(turn: Turn, length: int) -> None:
+    """What layers would need at `length`, a window or a running state, they have let go: gets it back from the store.
+
+    Raises:
+        CacheUseError: the store does not have it.
+    """
+    held = turn.held
+    ids = held.chain.ids[:length]
+    spans = crop(find(turn, held.view, ids), length)
+    lacks_state = bool(held.states) and held.states_at != length
+    checkpoint = find_checkpoint(turn, ids) if lacks_state else None
+    if checkpoint is not None and checkpoint.tokens != length:
+        checkpoint = None
+    if not held.covers(length, spans) or (lacks_state and checkpoint is None):
+        what = "a running state" if held.states else "the window before it"
+        raise CacheUseError(
+            f"can't go back to {length} tokens: a layer does not hold {what} any more and the store does not have "
+            "it; call activate_past_recording() before, or reset()"
+        )
+    try:
+        plan_load(turn, spans, length, checkpoint)
+        finish(turn)
+    except BaseException:
+        held.clear()
+        raise

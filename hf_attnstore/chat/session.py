@@ -279,9 +279,9 @@ class ChatSession:
         if self._background is not None and not self._background.cache_is_whole:
             self._cache = None
         cache = self._cache or self._new_cache()
-        cache.cuts = cuts = self._cuts(before, prompt, text, role)
-        if cache.granularity == "checkpoint":
-            cache.boundaries = self._boundaries(before, prompt, text, role)
+        cuts = self._cuts(before, prompt, text, role)
+        boundaries = self._boundaries(before, prompt, text, role) if cache.granularity == "checkpoint" else None
+        cache.describe_prompt(cuts, boundaries, lambda ids: decode(self.tokenizer, tuple(ids)))
         # a template that cuts the reasoning out of earlier answers makes all that follows new
         known = common_prefix(np.asarray(before.ids), np.asarray(prompt.ids))
         kwargs["max_new_tokens"] = self._fitting_tokens(wanted, cache, prompt, known, cuts)
@@ -318,9 +318,7 @@ class ChatSession:
         options: dict[str, Any] = {"window": self.window, "drop": self.drop, "record": self.record}
         options["checkpoint_every"] = self.checkpoint_every
         if self.reuse:
-            cache = AttentionStoreCache(self.model, session=self.session, store=self.store, **options)
-            cache.decode = lambda ids: decode(self.tokenizer, tuple(ids))
-            return cache
+            return AttentionStoreCache(self.model, session=self.session, store=self.store, **options)
         # a namespace that is new has nothing to reuse, and all else is as with the store
         nothing = self.store.in_namespace(secrets.token_hex())
         return AttentionStoreCache(self.model, session=None, store=nothing, save=False, **options)

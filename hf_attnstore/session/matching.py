@@ -1,6 +1,7 @@
 """Finding what can be reused: the longest known beginning of a prompt, token by token."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -9,6 +10,14 @@ from ..store.blocks.block import Match
 from ..store.blocks.keys import Key
 from .chain import TokenChain
 from .spans import Span
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The running states of all layers after `tokens` tokens."""
+
+    tokens: int
+    key: Key
 
 
 class Directory(Protocol):
@@ -43,11 +52,11 @@ def match_prefix(ids: np.ndarray, root: Key, block_size: int, directory: Directo
 
 def match_checkpoint(
     ids: np.ndarray, root: Key, block_size: int, directory: Directory, base: int = 0
-) -> tuple[int, Key] | None:
-    """The checkpoint that sums up the longest beginning of `ids` `[tokens]`: how long that is, and its key."""
+) -> Checkpoint | None:
+    """The checkpoint that sums up the longest beginning of `ids` `[tokens]`."""
     chain = TokenChain(root, block_size, ids, base, directory.secret)
     numbers = range(chain.block_at(len(ids) - 1) + 1) if len(ids) > base else range(0)
     bounds = [chain.bounds(number) for number in numbers]
     parents = [chain.checkpoint(stop)[0] for _, stop in bounds]
     found = directory.latest_checkpoint(parents, [ids[start:stop] for start, stop in bounds])
-    return (bounds[found[0]][0] + found[2], found[1]) if found is not None else None
+    return Checkpoint(bounds[found[0]][0] + found[2], found[1]) if found is not None else None

@@ -329,8 +329,8 @@ def test_an_offloaded_model_reuses_and_is_right(
     sequence = tokens(0)
     computed = []
     cache = AttentionStoreCache(model, "alice", store)
-    compute = cache._attachment.fingerprint._compute
-    cache._attachment.fingerprint._compute = lambda: (computed.append(1), compute())[1]  # type: ignore[method-assign]
+    compute = cache._setup.attachment.fingerprint._compute
+    cache._setup.attachment.fingerprint._compute = lambda: (computed.append(1), compute())[1]  # type: ignore[method-assign]
     for number, count in enumerate((40, 5, 9)):
         prompt = follow_up(sequence, count, number)
         cache = AttentionStoreCache(model, "alice", store)

@@ -13,6 +13,7 @@ from support.tiny_models import BLOCK, make_llama, make_model, tokens
 from support.turns import assert_reused, follow_up, turn
 
 from hf_attnstore import AttentionStore, AttentionStoreCache
+from hf_attnstore.cache import begin
 from hf_attnstore.cache.identity.fingerprint import fingerprint_of
 from hf_attnstore.store.disk.block_files import BlockFile
 
@@ -126,8 +127,8 @@ def test_another_thread_can_not_take_the_session_between_a_failed_load_and_the_n
     flip(files_in_order(store, "alice")[1], 0.9)
     releases = []
     cache = AttentionStoreCache(model, "alice", store)
-    close = cache._close_turn
-    monkeypatch.setattr(cache, "_close_turn", lambda: (releases.append(1), close())[1])
+    release = begin.release
+    monkeypatch.setattr(begin, "release", lambda turn: (releases.append(1), release(turn))[1])
     turn(model, follow_up(sequence, 5, 2), cache)
     assert_reused(cache, follow_up(sequence, 5, 2), 16)
     assert len(releases) == 1

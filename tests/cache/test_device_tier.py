@@ -207,7 +207,7 @@ def test_none_does_on_an_accelerator(tmp_path: Path, monkeypatch: pytest.MonkeyP
     model = large_model()
     with AttentionStore(tmp_path / "store", block_size=BLOCK) as store:
         cache = AttentionStoreCache(model, "alice", store)
-        monkeypatch.setattr(cache._attachment, "computes_on_cpu", False)
+        monkeypatch.setattr(cache._setup.attachment, "computes_on_cpu", False)
         turn(model, tokens(LARGE), cache)
         assert sessions_on_device(store) == 0
 

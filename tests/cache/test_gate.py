@@ -332,7 +332,7 @@ def test_keys_that_were_moved_are_always_loaded(reuse: int | None, store: Attent
         assert out.sequences[0, prompt.shape[1] :].tolist() == expected.sequences[0, -6:].tolist()
         if cache.stats.truncation:
             assert cache.stats.truncation == "rotated"
-            assert cache.reused_tokens >= cache._view.base > 0
+            assert cache.reused_tokens >= cache._held.view.base > 0
         prompt = follow_up(out.sequences, 12, seed + 10)
     assert cache.stats.dropped_tokens
     assert store.tokens("alice", dropped=True) == out.sequences[0, :-1].tolist()

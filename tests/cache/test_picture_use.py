@@ -295,7 +295,7 @@ def test_a_damaged_block_has_its_picture_computed_again(family: str, store: Atte
     chat = begin(family, store)
     chat.ask(reused=0)
     store.flush()
-    name = chat.cache._chain.key(1).hex()  # which holds the picture's beginning
+    name = chat.cache._held.chain.key(1).hex()  # which holds the picture's beginning
     (path,) = store.path.glob(f"blocks/*/*/{name}.*")
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1

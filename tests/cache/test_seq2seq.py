@@ -291,7 +291,7 @@ def test_the_encoder_runs_again_where_a_block_of_its_output_can_not_be_read(
         assert_same(ours, *reference.turn(ids, 0))
         cross = AttentionStoreCache(model, "document", store)
         turn(model, inputs, ids, cross)
-        keys = [key.hex() for key in cross._encoder_blocks]
+        keys = [key.hex() for key in cross._encoder.blocks]
         assert len(keys) > 1
         store.flush()
         store.drop_memory()
@@ -322,7 +322,7 @@ def test_damaged_tokens_of_the_decoder_are_computed_again_without_the_encoder(st
     assert_same(turn(model, inputs, ids, cache), *reference.turn(ids, 0))
     store.flush()
     store.drop_memory()
-    keys = {key.hex() for key in cache._encoder_blocks}
+    keys = {key.hex() for key in cache._encoder.blocks}
     for path in files_of(store):
         if path.stem not in keys:
             content = bytearray(path.read_bytes())

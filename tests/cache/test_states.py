@@ -20,7 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 from hf_attnstore import AttentionStore, AttentionStoreCache, attach, detach
 from hf_attnstore.cache.layers import kinds
 from hf_attnstore.cache.pauses import NEAR
-from hf_attnstore.cache.probing.continuing import Continuing
+from hf_attnstore.cache.probing.continuing import CONTINUING, Continuing
 from hf_attnstore.errors import CacheUseError
 from hf_attnstore.lab.families.tiny import build, families
 from hf_attnstore.store.records.files import tree_bytes
@@ -429,7 +429,7 @@ def test_states_are_kept_where_a_hook_of_somebody_is_on_the_model(hybrid: Any, s
 def test_a_model_that_does_not_go_on_correctly_is_not_continued(
     hybrid: Any, store: AttentionStore, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(attaching, "_continuing", {})
+    monkeypatch.setattr(CONTINUING, "_found", {})
     monkeypatch.setattr(attaching, "probe_continuing", lambda model, name: Continuing("", "it forgets"))
     ids = prompt(30)
     for _ in range(2):

@@ -398,7 +398,7 @@ def test_a_store_closed_while_a_prefill_waits_for_its_layers_does_not_hang(
     monkeypatch.setattr(BlockFile, "read", held_up)
     prompt = follow_up(sequence, 20, 2)
     cache = AttentionStoreCache(model, "alice", store)
-    cache._attachment.pace.measured(1e-9, 1.0)  # read ahead as little as possible
+    cache._setup.attachment.pace.measured(1e-9, 1.0)  # read ahead as little as possible
     with ThreadPoolExecutor(2) as pool:
         running = pool.submit(turn, model, prompt, cache)
         assert reading.wait(60)

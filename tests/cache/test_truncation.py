@@ -14,7 +14,7 @@ from support.turns import follow_up, turn
 from transformers import DynamicCache
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, CacheUseError, ContextWindowError, attach
-from hf_attnstore.cache.probing.positions import probe
+from hf_attnstore.cache.probing.positions import GEOMETRIES, probe
 
 attachment_module: Any = importlib.import_module("hf_attnstore.cache.hooks")
 
@@ -499,11 +499,11 @@ def test_a_model_is_probed_once_and_never_again_for_the_same_store(
         return probe(model)
 
     monkeypatch.setattr(attachment_module, "probe", counted)
-    monkeypatch.setattr(attachment_module, "_geometries", {})
+    monkeypatch.setattr(GEOMETRIES, "_found", {})
     sequence = grown(make_model(seed=7), store, **WINDOW)
     assert probed == ["LlamaForCausalLM"]
     store.flush()
-    attachment_module._geometries.clear()  # as in another process
+    GEOMETRIES.forget()  # as in another process
     cache = AttentionStoreCache(make_model(seed=7), "alice", store, **WINDOW)
     turn(make_model(seed=7), sequence[:, :40], None)
     turn(cache.model, follow_up(sequence, 5, 3), cache)
@@ -511,7 +511,7 @@ def test_a_model_is_probed_once_and_never_again_for_the_same_store(
     assert probed == ["LlamaForCausalLM"]
     store.set_note(cache.model.__dict__["_attnstore_attachment"].fingerprint.current(), {"probe": "damaged"})
     store.flush()
-    attachment_module._geometries.clear()
+    GEOMETRIES.forget()
     again = AttentionStoreCache(make_model(seed=7), "alice", store, **WINDOW)
     turn(again.model, follow_up(sequence, 5, 3), again)
     assert probed == ["LlamaForCausalLM"] * 2

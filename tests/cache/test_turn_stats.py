@@ -43,8 +43,8 @@ def test_the_first_token_is_timed_when_there_is_one(model: Any, store: Attention
     model.generate(tokens(20, 1), past_key_values=cache, streamer=clock, **NEW)
     _, first, second, *_ = clock.times  # the prompt comes before them
     assert cache.stats.ttft_seconds is not None
-    assert first <= cache._began + cache.stats.ttft_seconds <= second
-    assert clock.times[-1] <= cache._began + cache.stats.seconds <= time.perf_counter()
+    assert first <= cache._turn.began + cache.stats.ttft_seconds <= second
+    assert clock.times[-1] <= cache._turn.began + cache.stats.seconds <= time.perf_counter()
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,7 @@ def test_an_encrypted_store_gives_the_same_tokens_and_shows_none(tmp_path: Path)
             ids = store.tokens("a-private-name")
             keys = [span.block for span in store.manifest("a-private-name").spans]
             assert store.verify().problems == []
-    model_keys = [chain_root(cache._fingerprint, "ann")]
+    model_keys = [chain_root(cache._held.fingerprint, "ann")]
     visible, secret = contents(plain), contents(hidden)
     probes = {
         "name": b"a-private-name",

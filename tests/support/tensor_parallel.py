@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, AttentionStoreError, SessionNotFoundError, attach, detach
+from hf_attnstore.cache import loads
 
 from .tiny_models import make_model, tokens
 from .turns import Reference, assert_reused, assert_same, follow_up, turn
@@ -165,11 +166,11 @@ def one_rank_can_not_identify_its_weights(number: int, model: Any, folder: str) 
         turn(model, tokens(30, 5), AttentionStoreCache(model, "carol", store))
         cache = AttentionStoreCache(model, "carol", store)
         if number == 1:
-            cache._attachment.fingerprint._watch.look = lambda *_: 1 / 0  # type: ignore[method-assign]
+            cache._setup.attachment.fingerprint._watch.look = lambda *_: 1 / 0  # type: ignore[method-assign]
         ours = turn(model, tokens(30, 5), cache)
         assert_reused(cache, tokens(30), 0)
         assert torch.equal(ours.sequences, turn(model, tokens(30, 5), None).sequences)
-        cache._attachment.fingerprint._watch.__dict__.pop("look", None)
+        cache._setup.attachment.fingerprint._watch.__dict__.pop("look", None)
 
 
 def out_of_the_window(number: int, model: Any, folder: str) -> None:
@@ -178,7 +179,7 @@ def out_of_the_window(number: int, model: Any, folder: str) -> None:
         for step in range(4):
             cache = AttentionStoreCache(model, "dave", store, window=64)
             if step == 3 and number == 1:  # what one rank knows of the conversation, the other does not
-                cache._find = lambda view, ids: []  # type: ignore[method-assign]
+                loads.find = lambda turn, view, ids: []
                 store.latest_manifest = lambda name: None  # type: ignore[method-assign]
             ids = follow_up(turn(model, ids, cache).sequences, 10, step)
             told = torch.tensor([cache.reused_tokens, cache.stats.dropped_tokens, *ids[0].tolist()])

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from ...session.spans import Span, overlapping
+from ...session.spans import Span
 from ...store.store import AttentionStore
 from ...store.transfer.depth import lookahead_depth, read_buffer_layers
 from ..identity.fingerprint import remember
-from ..layers.by_token import KeptLayer, SlidingLayer, StoreLayer
-from ..transfer.load import Restore, resident_from
+from ..layers.kept import KeptLayer
+from ..transfer.load import Restore
 from .decide import Choice, Exploration, Option, choose
 from .learn import Costs
 
@@ -23,8 +23,6 @@ logger = logging.getLogger("hf_attnstore")
 
 VARIABLE = "ATTNSTORE_GATE"
 """The environment variable that switches the gate off (`off`, `0` or `no`) for caches that do not say."""
-
-_MOST_OPTIONS = 64
 
 
 @dataclass
@@ -149,7 +147,7 @@ class Gate:
         for length in lengths:
             load: dict[str, int] = {}
             for layer, nbytes in groups:
-                start = resident_from(layer, length, whole_from(length))
+                start = layer.missing_from(length, whole_from(length))
                 for tier, tokens in tiers.tokens(start, length).items():
                     load[tier] = load.get(tier, 0) + tokens * nbytes
             if length in checkpoints:
@@ -266,26 +264,18 @@ class _Tiers:
         return found
 
 
-def lengths_between(floor: int, length: int, spans: Sequence[Span]) -> list[int]:
-    """Where reuse may end: at `floor`, at the end of a block, or at `length`; not at too many places."""
-    ends = [span.last for span in overlapping(spans, floor, length) if floor < span.last < length]
-    step = -(-len(ends) // _MOST_OPTIONS) or 1
-    return [floor, *ends[::step], length]
-
-
 def _alike(layers: Sequence[KeptLayer], sizes: Sequence[int]) -> list[tuple[KeptLayer, int]]:
     """One of each set of layers that need the same positions, with the bytes of a token in all of them."""
     found: dict[tuple[Any, ...], tuple[KeptLayer, int]] = {}
     for layer, size in zip(layers, sizes, strict=True):
         if size:
-            window = layer.window if isinstance(layer, SlidingLayer) else None
-            kind = (window, layer.rows > 0, layer.first, layer.length)
+            kind = (layer.window, layer.rows > 0, layer.first, layer.length)
             found[kind] = (layer, size + (found[kind][1] if kind in found else 0))
     return list(found.values())
 
 
 def _token_bytes(layer: KeptLayer) -> int:
     """Bytes of one token's KV in a layer that holds some; 0 where nothing is kept by token."""
-    if not isinstance(layer, StoreLayer) or not layer.rows or layer.length <= layer.first:
+    if not layer.by_token or not layer.rows or layer.length <= layer.first:
         return 0
     return sum(tensor.nbytes for tensor in layer.piece(layer.length - 1, layer.length).values())

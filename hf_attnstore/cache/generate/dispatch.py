@@ -18,7 +18,7 @@ from transformers import GenerationMixin
 from ..cache import AttentionStoreCache
 from ..hooks import attachment_of
 from ..model.argument import cache_in
-from .text import generate_around, pass_on
+from .wrapper import generate_around, pass_on
 
 _DISPATCHED = "_attnstore_dispatched"
 _installed = itertools.count()

@@ -13,15 +13,16 @@ from transformers import GenerationMixin
 
 from ...errors import CacheUseError, LoadError
 from ..cache import AttentionStoreCache
+from ..encoder_decoder import Awaited, GenerateRunsAgainError, SequenceToSequenceCache
 from ..hooks import Attachment
 from ..inputs.encoder import EncoderInput, encoder_input, encoder_inputs, is_for_decoder
 from ..inputs.foreign import asks_for_all, foreign_input, mask_problem
 from ..model.argument import generate_cache_name, take_cache
 from ..probing.decoder_facts import stand_in
-from ..seq2seq import GenerateRunsAgainError, SequenceToSequenceCache
-from ..seq2seq_forwards import Awaited
 from .attached import say_left_alone, settings_problem
-from .text import _MAX_RETRIES, _setting, _Stream
+from .settings import setting as _setting
+from .streamer import WholePromptStreamer
+from .text import MAX_RETRIES
 
 logger = logging.getLogger("hf_attnstore")
 
@@ -74,10 +75,10 @@ def _run(
     known = cache.begin_generation(plan.given, plan.awaited)
     may_leave_out = plan.may_leave_out_encoder
     try:
-        for attempt in range(_MAX_RETRIES + 2):
+        for attempt in range(MAX_RETRIES + 2):
             changed = dict(kwargs)
             if attempt and changed.get("streamer") is not None:
-                changed["streamer"] = _Stream(changed["streamer"], None)
+                changed["streamer"] = WholePromptStreamer(changed["streamer"], None)
             if known and may_leave_out:
                 outputs = stand_in(cache.facts, known, cache.encoder_sample)
                 if outputs is not None:
@@ -91,10 +92,10 @@ def _run(
             except LoadError as error:
                 # the load belongs to the first forward: no token has been made yet, only the prompt was streamed
                 cache.abandon(error)
-                if attempt + 1 >= _MAX_RETRIES:
-                    unreadable = f"{_MAX_RETRIES} loads failed one after the other"
+                if attempt + 1 >= MAX_RETRIES:
+                    unreadable = f"{MAX_RETRIES} loads failed one after the other"
             except GenerateRunsAgainError:
-                cache.abandon_run()
+                cache.abandon()
                 may_leave_out = False
             known = cache.begin_generation(plan.given, plan.awaited, unreadable)
         raise AssertionError("a turn without loading can't fail to load")

@@ -6,8 +6,9 @@ import numpy as np
 import torch
 
 from ...errors import LoadError
-from ..cache import AttentionStoreCache, device_of
+from ..cache import AttentionStoreCache
 from ..hooks import feed
+from ..model.structure import device_of
 
 CHUNK = 256
 """Tokens fed at once: after so many at most, a prefill that is to stop does."""

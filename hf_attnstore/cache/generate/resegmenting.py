@@ -21,6 +21,7 @@ from ...store.blocks.keys import Key
 from ...store.store import AttentionStore
 from ..cache import AttentionStoreCache
 from .settings import setting
+from .streamer import WholePromptStreamer
 
 
 def known_ids(cache: AttentionStoreCache, ids: np.ndarray) -> np.ndarray:
@@ -76,13 +77,11 @@ def generate_resegmented(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     run: Callable[[torch.Tensor, tuple[Any, ...], dict[str, Any]], Any],
-    streamed: Callable[[Any, torch.Tensor], Any],
 ) -> Any:
     """`generate` with the ids that are known for the text of `prompt` `[1, tokens]`. The result begins with `prompt`.
 
     Args:
         run: goes on with another prompt.
-        streamed: a streamer that is given a prompt in place of the one that is fed.
     """
     known = known_ids(cache, prompt[0].detach().cpu().numpy())
     fed = torch.from_numpy(known[None]).to(prompt)
@@ -97,7 +96,7 @@ def generate_resegmented(
         if length and setting(model, kwargs, instead) is None:  # a limit on the whole conversation
             changed[name] = max(int(length) + fed.shape[1] - prompt.shape[1], 0)
     if changed.get("streamer") is not None:
-        changed["streamer"] = streamed(changed["streamer"], prompt.cpu())
+        changed["streamer"] = WholePromptStreamer(changed["streamer"], prompt.cpu())
     output = run(fed, (), changed)
     cache.stats.resegmented_tokens = int(prompt.shape[1]) - _same_end(prompt, fed)
     sequences = output if isinstance(output, torch.Tensor) else output["sequences"]

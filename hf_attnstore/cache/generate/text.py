@@ -1,6 +1,5 @@
-"""The wrapper around `generate`: matches the prompt, runs the model's own `generate`, keeps the result."""
+"""`generate` of one prompt: matches it, runs the model's own `generate`, keeps the result."""
 
-import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import pairwise
@@ -11,122 +10,24 @@ import torch
 from torch import nn
 
 from ...errors import CacheUseError, LoadError
-from ...store.store import AttentionStore
-from ..batch import BatchCache
 from ..cache import AttentionStoreCache
-from ..hooks import attachment_of, feed
+from ..hooks import feed
 from ..identity.adapters import adapter_problem
 from ..inputs.content import TYPES, Content, Items, NotIdentifiedError, has_stand_ins, read_content
 from ..inputs.foreign import asks_for_all, brings_features, foreign_input, mask_problem, position_problem
 from ..inputs.held import HeldContent
-from ..model.argument import cache_in, take_cache
 from ..model.cacheless import needs_all_states
-from ..model.structure import is_encoder_decoder
 from ..positions.spatial import places_in_space, spatial_positions
-from .attached import is_batch, kind_of, say_left_alone, settings_problem
-from .batch import generate_batch
-from .resegmenting import generate_resegmented
 from .settings import setting as _setting
+from .streamer import WholePromptStreamer
 
-logger = logging.getLogger("hf_attnstore")
-
-_MAX_RETRIES = 8
-_TEXT = (None, None)
-"""What `_identify` says of a prompt that is text alone."""
-_PLACED = frozenset({"position_ids", "cache_position"})
-"""Inputs that say of each token of the prompt where it is."""
+MAX_RETRIES = 8
+"""Loads that may fail one after the other before everything is computed."""
+TEXT = (None, None)
+"""What `identify` says of a prompt that is text alone."""
 
 
-class _Stream:
-    """A streamer that is given the whole prompt, or none where it had it already, instead of what the model is fed."""
-
-    def __init__(self, streamer: Any, prompt: torch.Tensor | None) -> None:
-        self._streamer = streamer
-        self._prompt = prompt
-        self._begun = False
-
-    def put(self, value: Any) -> None:
-        if self._begun:
-            self._streamer.put(value)
-        elif self._prompt is not None:
-            self._streamer.put(self._prompt)
-        self._begun = True
-
-    def end(self) -> None:
-        self._streamer.end()
-
-
-def generate_with_store(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Stands in for `model.generate`, with the same arguments and the same result."""
-    attachment = attachment_of(model)
-    assert attachment is not None
-    return generate_around(model, partial(pass_on, attachment.original_generate(model)), args, kwargs)
-
-
-def pass_on(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Runs `original`, which may come by `dispatch.py`, and in another thread: there it is to go straight through."""
-    cache = cache_in(kwargs, AttentionStoreCache)
-    if cache is None:
-        return original(*args, **kwargs)
-    cache.passed_on = True
-    try:
-        return original(*args, **kwargs)
-    finally:
-        cache.passed_on = False
-
-
-def generate_around(
-    model: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """Runs `original`, a `generate` of the model, with what the store has."""
-    attachment = attachment_of(model)
-    assert attachment is not None
-    if is_encoder_decoder(model):
-        from .encoder_decoder import generate_from_encoder
-
-        return generate_from_encoder(model, original, attachment, args, kwargs)
-    cache = take_cache(kwargs)
-    if cache is not None:
-        kwargs[attachment.generate_cache_name] = cache
-    prompt = _prompt(args, kwargs)
-    if cache is None:
-        if attachment.store is None:
-            return original(*args, **kwargs)
-        found = ("model", attachment.cacheless) if attachment.cacheless else settings_problem(model, kwargs)
-        problem = _identify(model, prompt, kwargs)[1] if found is None else None
-        batch = problem is not None and is_batch(model, prompt, kwargs)
-        if problem is not None and not batch:
-            found = kind_of(problem), problem
-        if found is not None:
-            say_left_alone(attachment, *found, prompt)
-            return original(*args, **kwargs)
-        # nobody asked for a window, so nothing is dropped: the result is that of plain `generate`
-        every = attachment.checkpoint_every
-        if batch:
-            return _generate_rows(model, attachment.store, original, prompt, args, kwargs)
-        cache = AttentionStoreCache(model, store=attachment.store, drop=0, checkpoint_every=every)
-        cache.resegments_with = attachment.resegments_with
-        kwargs[attachment.generate_cache_name] = cache
-    elif not isinstance(cache, AttentionStoreCache):
-        say_left_alone(attachment, "another cache", f"it was given a {type(cache).__name__}", prompt)
-        return original(*args, **kwargs)
-    if cache.model is not model:
-        raise CacheUseError(f"the cache was made for another model than this {type(model).__name__}")
-    if attachment.cacheless:
-        return _without(cache, attachment.cacheless, original, args, kwargs)
-    if _setting(model, kwargs, "use_cache") is False:
-        logger.warning("use_cache=False: this generate runs without its cache, nothing is reused or saved")
-        take_cache(kwargs)  # not even None in its place, which beam search takes for a cache that it can't reorder
-        return original(*args, **kwargs)
-    if isinstance(cache, BatchCache):
-        return generate_batch(model, cache, original, prompt, args, kwargs, partial(_setting, model, dict(kwargs)))
-    go_on = partial(_generate_with, model, cache, original)
-    if cache.resegments_with is not None and not kwargs.keys() & _PLACED and _identify(model, prompt, kwargs) == _TEXT:
-        return generate_resegmented(cache, model, prompt, args, kwargs, go_on, _Stream)
-    return go_on(prompt, args, kwargs)
-
-
-def _generate_with(
+def generate_prompt(
     model: nn.Module,
     cache: AttentionStoreCache,
     original: Callable[..., Any],
@@ -139,7 +40,7 @@ def _generate_with(
     parts = turn.begin()
     streamed = False
     try:
-        for attempt in range(_MAX_RETRIES + 1):
+        for attempt in range(MAX_RETRIES + 1):
             try:
                 for part in parts:
                     feed(model, cache, part)
@@ -150,56 +51,20 @@ def _generate_with(
             except LoadError as error:
                 # the load belongs to the first forward: no token has been made yet; at most the prompt was streamed
                 cache.abandon(error)
-                parts = turn.begin(load=attempt + 1 < _MAX_RETRIES)
+                parts = turn.begin(load=attempt + 1 < MAX_RETRIES)
         raise AssertionError("a turn without loading can't fail to load")
     finally:
         cache.end_turn()
 
 
-generate_with_store.__name__ = "generate"  # the name under which a pickled model finds what it had without us
-
-
-def _without(
-    cache: AttentionStoreCache,
-    reason: str,
-    original: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
-    """A `generate` of a model that can't be given the cache: runs as if there were none."""
-    take_cache(kwargs)
-    cache.begin_unidentified_turn(reason, _length(_prompt(args, kwargs), kwargs))
-    try:
-        output = original(*args, **kwargs)
-        cache.end_of_generate()
-        return output
-    finally:
-        cache.end_turn()
-
-
-def _prompt(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def prompt_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The prompt among the arguments of a `generate`; None if there is none."""
     if kwargs.get("input_ids") is not None:
         return kwargs["input_ids"]
     return args[0] if args else kwargs.get("inputs")
 
 
-def _generate_rows(
-    model: nn.Module, store: AttentionStore, original: Callable[..., Any], prompt: Any, args: Any, kwargs: Any
-) -> Any:
-    """A batch of an attached model: every row is found and kept by its content. Never an error of ours."""
-    attachment = attachment_of(model)
-    assert attachment is not None
-    cache = AttentionStoreCache(model, [None] * len(prompt), store, checkpoint_every=attachment.checkpoint_every)
-    assert isinstance(cache, BatchCache)
-    given = {**kwargs, attachment.generate_cache_name: cache}
-    try:
-        return generate_batch(model, cache, original, prompt, args, given, partial(_setting, model, dict(kwargs)))
-    except CacheUseError as error:  # before anything was computed: the first forward is not as it has to be
-        say_left_alone(attachment, "batch", str(error), prompt)
-        return original(*args, **kwargs)
-
-
-def _identify(
+def identify(
     model: nn.Module,
     prompt: Any,
     kwargs: Mapping[str, Any],
@@ -296,7 +161,7 @@ def _would_be_masked(model: nn.Module, prompt: torch.Tensor, kwargs: Mapping[str
     return int(pad) not in ends
 
 
-def _length(prompt: Any, kwargs: Mapping[str, Any]) -> int:
+def length_of(prompt: Any, kwargs: Mapping[str, Any]) -> int:
     """Tokens of a prompt, however it is given."""
     if isinstance(prompt, torch.Tensor) and prompt.ndim == 2 and prompt.shape[1]:
         return prompt.shape[1]
@@ -308,18 +173,20 @@ class _Turn:
     """One `generate` on a cache: what it is about, and how to begin it, perhaps more than once.
 
     Raises:
-        CacheUseError: the prompt is of new tokens alone, and what came before is not what the cache holds.
+        CacheUseError: the prompt is of new tokens alone, and what came before is not what the cache holds; or it has
+            places of pictures that the cache does not hold.
     """
 
     def __init__(self, cache: AttentionStoreCache, model: nn.Module, prompt: Any, kwargs: Mapping[str, Any]) -> None:
         self._cache = cache
         self._kwargs = kwargs
         self._history = _history(cache, prompt, kwargs) if kwargs.get("inputs_embeds") is None else 0
-        self._content, self._problem = _identify(model, prompt, kwargs, self._history, cache)
+        self._content, self._problem = identify(model, prompt, kwargs, self._history, cache)
         self._model = model
-        self._length = _length(prompt, kwargs)
+        self._length = length_of(prompt, kwargs)
         self._with_inputs = brings_features(kwargs)
-        self._goes_on = self._goes_on_unidentified(prompt)
+        ids = _ids(prompt)
+        self._goes_on = ids is not None and not self._with_inputs and cache.goes_on_unidentified(ids)
         if self._goes_on:
             self._problem, self._content = self._problem or "it goes on after inputs that are not identified", None
         setting = partial(_setting, model, kwargs)
@@ -340,7 +207,6 @@ class _Turn:
                 self._content.all_or_none = rows > 1
         else:
             self._ids = prompt[0].detach().cpu().numpy()
-        ids = _ids(prompt)
         self._prompt: torch.Tensor = ids if ids is not None else torch.empty((1, 0), dtype=torch.long)
         if self._history and self._content is None:
             self._ids = np.concatenate([np.asarray(cache.conversation_ids), self._ids])
@@ -357,20 +223,6 @@ class _Turn:
             new_tokens = max(0, longest - len(self._ids)) if longest else 0
         self._new_tokens = int(new_tokens)
 
-    def _goes_on_unidentified(self, prompt: Any) -> bool:
-        """Whether the prompt goes on after inputs that the cache holds without knowing what they are.
-
-        Raises:
-            CacheUseError: it has places of such inputs, and does not go on there.
-        """
-        ids, cache = _ids(prompt), self._cache
-        if ids is None or self._with_inputs or not cache.holds_inputs:
-            return False
-        if cache.is_begun_by(ids):
-            return True
-        cache.refuse_places(ids)
-        return False
-
     def begin(self, *, load: bool = True) -> list[torch.Tensor]:
         """Begins the turn. Returns what the model must be fed first, in parts `[1, tokens]`: what could not be reused
         of the tokens before a prompt of new tokens alone, and what comes before places at which the cache wants to
@@ -384,7 +236,7 @@ class _Turn:
             limit = self._reusable
             unreadable = ""
         else:
-            limit, unreadable = 0, f"{_MAX_RETRIES} loads failed one after the other"
+            limit, unreadable = 0, f"{MAX_RETRIES} loads failed one after the other"
         reused = self._cache.begin_turn(
             self._ids,
             limit=limit,
@@ -461,7 +313,7 @@ class _Turn:
         unused = [name for name, value in inputs.items() if value is None]
         changed = {name: value for name, value in {**kwargs, **inputs}.items() if name not in unused}
         if changed.get("streamer") is not None and (streamed or self._dropped):
-            changed["streamer"] = _Stream(changed["streamer"], None if streamed else self._prompt.cpu())
+            changed["streamer"] = WholePromptStreamer(changed["streamer"], None if streamed else self._prompt.cpu())
         if not self._dropped:
             return original(*args, **changed)
         shown = self._prompt

@@ -17,6 +17,7 @@ from transformers.cache_utils import CacheLayerMixin
 from ...errors import CacheUseError
 from ...store.blocks.block import TensorSpec
 from .buffers import GROWTH, none_of, with_capacity
+from .kept import KeptLayer
 from .shared_memory import is_watched
 
 _CPU = torch.device("cpu")
@@ -27,77 +28,6 @@ _NOT_REPLACED = (
 )
 
 
-class KeptLayer:
-    """What a cache asks of each of its layers. As it stands here, a layer of which nothing is kept by token."""
-
-    by_token = False
-    """Whether it keeps something of every token, so that it can go back to any of them."""
-    has_state = False
-    """Whether it keeps a running state, which is right for one number of tokens only."""
-    reusable = True
-    """Whether what it keeps can be put back into it. False for kinds of layers that nobody knows."""
-    kind = ""
-    """The name of its kind, as transformers' configurations have it."""
-    first = 0
-    """Position of the first token held."""
-    length = 0
-    """One past the position of the last token: what the layer counts as its sequence length."""
-    expected = 0
-    """Tokens that the layer will need to hold, as far as known: no growing before that."""
-    pending: Callable[[], None] | None = None
-    """Waits until what was to be loaded is in place."""
-
-    @property
-    def rows(self) -> int:
-        """The batch size; 0 before the first token."""
-        return 0
-
-    def settle(self) -> None:
-        """Waits for what is still on its way.
-
-        Raises:
-            LoadError: it will not come.
-        """
-        if self.pending is not None:
-            self.pending()
-            self.pending = None  # not before: what an interrupt leaves half done is not to be taken for complete
-
-    def reset(self) -> None:
-        """Lets go of everything."""
-        self.pending = None
-        self.length = 0
-
-    def end_forward(self, count: int) -> None:
-        """A forward of so many tokens has ended: for layers that do not see every token."""
-        self.length += count
-
-    def piece(self, start: int, stop: int) -> dict[str, torch.Tensor]:
-        """The first row's KV of positions `[start, stop)`, each tensor `[heads, tokens, dim]`. Views."""
-        return {}
-
-    def holds(self, start: int, stop: int) -> bool:
-        """Whether all that `piece` would give is there."""
-        return True
-
-    def crop_to(self, length: int) -> None:
-        """Keeps the first `length` tokens."""
-        self.length = min(self.length, length)
-
-    def restore(
-        self, first: int, start: int, stop: int, specs: Mapping[str, TensorSpec], device: torch.device | None
-    ) -> dict[str, torch.Tensor]:
-        """Makes the layer hold positions `[first, stop)` in one row, of which `[start, stop)` are about to arrive.
-
-        Args:
-            specs: by name, what there is to arrive.
-
-        Returns:
-            Where they go, by name, each `[heads, stop - start, dim]`.
-        """
-        self.length = stop
-        return {}
-
-
 class StoreLayer(KeptLayer, CacheLayerMixin):
     """What the kinds that keep something of every token share: the buffers."""
 
@@ -105,7 +35,6 @@ class StoreLayer(KeptLayer, CacheLayerMixin):
     is_compileable = False
     is_croppable = True
     is_sliding = False
-    window: int | None = None
     _writable_from = 0
     """Position from which the buffers may be written to: what comes before may be read by others."""
     _readers: tuple[tuple[int, weakref.ref[Any]], ...] = ()
@@ -209,13 +138,11 @@ class StoreLayer(KeptLayer, CacheLayerMixin):
     # buffers that others may read
 
     def share(self, tokens: int, reader: weakref.ref[Any]) -> None:
-        """The buffers were another's, who may go on reading the first `tokens` tokens while there is a `reader`, and
-        as long as somebody has views of them: these are not overwritten."""
         self._readers = (*self._readers, (tokens, reader))
         self._writable_from = max(self._writable_from, tokens)
 
     def lend(self) -> None:
-        """The buffers are another's now: they may be read, and are copied before anything is written."""
+        super().lend()
         self._writable_from = sys.maxsize
         self._readers = ()
 
@@ -231,6 +158,9 @@ class StoreLayer(KeptLayer, CacheLayerMixin):
         self._readers = tuple((tokens, reader) for tokens, reader in self._readers if reader() is not None)
         self._writable_from = max((tokens for tokens, _ in self._readers), default=0)
         return self.length >= self._writable_from
+
+    def needed_from(self, length: int, whole_from: int) -> int:
+        return min(self._window_from(length), whole_from)
 
     def _window_from(self, length: int) -> int:
         """Position of the first token that queries see which come after `length` tokens."""
@@ -272,9 +202,7 @@ class StoreLayer(KeptLayer, CacheLayerMixin):
 
     # rows of a batch
 
-    def assemble(self, rows: Sequence["StoreLayer"], pads: Sequence[int], end: int) -> None:
-        """Holds what layers of one row each hold, as its own rows, each behind so many columns of padding, up to
-        column `end`."""
+    def put_together(self, rows: Sequence[Any], pads: Sequence[int], end: int) -> None:
         low = self._window_from(end)
         self.reset()
         for number, (row, pad) in enumerate(zip(rows, pads, strict=True)):
@@ -300,13 +228,15 @@ class StoreLayer(KeptLayer, CacheLayerMixin):
         low, high = start - self.first, stop - self.first
         return {name: buffer[place : place + 1, ..., low:high, :] for name, buffer in self._buffers.items()}
 
-    def absorb(self, states: Mapping[str, torch.Tensor]) -> None:
+    def take_row(self, batch: Any, place: int, start: int, stop: int, *, states: bool) -> None:
+        self._absorb(batch.columns(place, start, stop))
+
+    def _absorb(self, states: Mapping[str, torch.Tensor]) -> None:
         """Adds what was computed elsewhere for new tokens, as from `columns`."""
         self.settle()
         self._append(states["keys"], states["values"])
 
     def keep_from(self, position: int) -> None:
-        """Lets go of what comes before a position."""
         if self.first < position < self.length:
             kept = {name: buffer[..., position - self.first :, :].clone() for name, buffer in self._buffers.items()}
             self._buffers, self.first = kept, position
@@ -368,6 +298,12 @@ class StoreLayer(KeptLayer, CacheLayerMixin):
 class FullLayer(StoreLayer):
     """Full attention: every token stays."""
 
+    def expect(self, tokens: int) -> None:
+        self.expected = tokens
+
+    def is_whole(self, length: int) -> bool:
+        return super().is_whole(length) and self.first == 0
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -423,13 +359,21 @@ class SlidingLayer(StoreLayer):
         offset = self._window_from(self.length)
         return self.length - offset + query_length, offset
 
+    def keep_until_saved(self, position: int | None) -> None:
+        self.saved_to = position
+
+    def is_whole(self, length: int) -> bool:
+        return super().is_whole(length) and self.may_crop_to(length)
+
+    def forget_past(self) -> None:
+        self.record_past = False
+
     def activate_past_recording(self) -> None:
         """From now on every token stays until the next `crop`, so that it can go back."""
         self.record_past = True
         self._recorded_from = max(self._window_from(self.length), self.first)
 
-    def has_window(self, length: int) -> bool:
-        """Whether the layer still holds what it would show if it were cropped to `length`."""
+    def may_crop_to(self, length: int) -> bool:
         return length == 0 or (
             self.first <= self._window_from(length) and length <= self.length and self.is_initialized
         )

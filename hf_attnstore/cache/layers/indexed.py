@@ -1,6 +1,6 @@
 """Layers that keep further tensors by token beside keys and values: those of an indexer that chooses what to attend."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,7 +8,8 @@ import torch
 from ...errors import CacheUseError
 from ...store.blocks.block import TensorSpec
 from .buffers import grown, none_of
-from .by_token import FullLayer, StoreLayer
+from .by_token import FullLayer
+from .shared_memory import is_watched
 
 
 class Track:
@@ -33,6 +34,18 @@ class Track:
     def twin(self) -> "Track":
         """A track with the same buffer."""
         return Track(self._buffer, self.length)
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """The buffer, if there is one."""
+        if self._buffer is not None:
+            yield self._buffer
+
+    def owned(self, watched_only: bool) -> "Track":
+        """A track with a buffer of its own, unless nobody else has a view of it and that is enough."""
+        if self._buffer is None or (watched_only and not is_watched(self._buffer)):
+            return self
+        with torch.inference_mode(False):
+            return Track(self._buffer.clone(), self.length)
 
     @property
     def states(self) -> torch.Tensor:
@@ -92,8 +105,8 @@ class TrackLayer(FullLayer):
         super().restore(first, start, stop, own, device)
         return self.piece(start, stop)
 
-    def assemble(self, rows: Sequence[StoreLayer], pads: Sequence[int], end: int) -> None:
-        super().assemble(rows, pads, end)
+    def put_together(self, rows: Sequence[Any], pads: Sequence[int], end: int) -> None:
+        super().put_together(rows, pads, end)
         # what the rows had of tracks is in buffers now
         tracks = {name: buffer for name, buffer in self._buffers.items() if name not in ("keys", "values")}
         self._buffers = {name: buffer for name, buffer in self._buffers.items() if name not in tracks}
@@ -103,8 +116,8 @@ class TrackLayer(FullLayer):
         tracks = {name: track.states[place : place + 1, ..., start:stop, :] for name, track in self._tracks.items()}
         return {**super().columns(place, start, stop), **tracks}
 
-    def absorb(self, states: Mapping[str, torch.Tensor]) -> None:
-        super().absorb(states)
+    def _absorb(self, states: Mapping[str, torch.Tensor]) -> None:
+        super()._absorb(states)
         for name in states.keys() - {"keys", "values"}:
             self._add(name, states[name])
 

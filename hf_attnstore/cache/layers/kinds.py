@@ -11,8 +11,9 @@ from transformers import DynamicCache
 
 from ...errors import UnsupportedModelError
 from ..model.structure import decoder_config, decoder_layers, decoder_of, is_encoder_decoder
-from .by_token import FullLayer, KeptLayer, SlidingLayer
+from .by_token import FullLayer, SlidingLayer
 from .indexed import IndexedLayer, SparseIndexLayer
+from .kept import KeptLayer
 from .states import HybridLayer, HybridSlidingLayer, SharedLayer, StateLayer, snapshot_of
 
 logger = logging.getLogger("hf_attnstore")

@@ -16,7 +16,8 @@ from transformers.cache_utils import LinearAttentionAndFullAttentionLayer, Linea
 
 from ...store.blocks.block import TensorSpec
 from .buffers import empty
-from .by_token import FullLayer, KeptLayer, SlidingLayer
+from .by_token import FullLayer, SlidingLayer
+from .kept import KeptLayer
 
 _CONVOLUTION = (
     "conv_states", "recurrent_states", "is_conv_states_initialized", "is_recurrent_states_initialized",
@@ -30,6 +31,7 @@ class RunningState(KeptLayer):
     """The part of a layer that is a running state. To be mixed into a class of transformers."""
 
     has_state = True
+    fits_batches = False
     is_compileable = False
     state_names: tuple[str, ...] = ()
     """The attributes that make up the state; empty for all there are."""
@@ -96,12 +98,16 @@ class RunningState(KeptLayer):
         for name, value in copy.deepcopy(self._fresh).items():
             setattr(self, name, value)
 
-    def step_back(self, count: int) -> bool:
-        """Undoes the last `count` tokens, where that can be done. 0 lets go of what was kept for going back."""
-        return count == 0
+    def forget_past(self) -> None:
+        if getattr(self, "record_past", False):
+            self.step_back(0)
+            self.record_past = False
+
+    def take_over(self, other: KeptLayer) -> None:
+        super().take_over(other)
+        self.thaw()
 
     def thaw(self) -> None:
-        """Makes tensors that were made in inference mode usable outside of it."""
         if not torch.is_inference_mode_enabled():
             self._replace(lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
 
@@ -139,6 +145,7 @@ class RunningState(KeptLayer):
 class ConvolutionState(RunningState):
     """What layers with transformers' linear-attention state share."""
 
+    fits_batches = True
     state_names = _CONVOLUTION
     record_past: bool
     conv_states: Any
@@ -151,9 +158,10 @@ class ConvolutionState(RunningState):
                 tensors[name] = tensors[name][..., -size:] if size else tensors[name]
         return tensors, numbers
 
-    def assemble_states(self, rows: Sequence["ConvolutionState"]) -> None:
-        """Takes on the states of several layers of one row each, as its rows: zeros for those that have seen no token,
-        while others have. That is what the model begins with."""
+    def put_together(self, rows: Sequence[Any], pads: Sequence[int], end: int) -> None:
+        """As of all layers; the state of a row that has seen no token, while others have, is zeros: that is what the
+        model begins with."""
+        super().put_together(rows, pads, end)
         captured = [row.capture() for row in rows]
         seen = next((found for found in captured if found[0]), captured[0])
         self.forget()
@@ -168,13 +176,15 @@ class ConvolutionState(RunningState):
             self._set(name, tensor)
         self._place(tensors)
 
-    def take_row(self, other: "ConvolutionState", place: int) -> None:
-        """Takes on the state of one row of another layer."""
-        _, numbers = other.capture()
+    def take_row(self, batch: Any, place: int, start: int, stop: int, *, states: bool) -> None:
+        super().take_row(batch, place, start, stop, states=states)
+        if not states:
+            return
+        _, numbers = batch.capture()
         self.forget()
         for name, number in numbers.items():
             self._set(name, number)
-        tensors = {n: t[place : place + 1].clone() for n, t in other._leaves() if isinstance(t, torch.Tensor)}
+        tensors = {n: t[place : place + 1].clone() for n, t in batch._leaves() if isinstance(t, torch.Tensor)}
         for name, tensor in tensors.items():
             self._set(name, tensor)
         self._place(tensors)

@@ -5,7 +5,6 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
-from transformers import Cache
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -20,11 +19,3 @@ def uncompiled(model: nn.Module) -> nn.Module:
     """The module inside what `torch.compile(model)` returns; any other module as it is."""
     inner = model.__dict__.get("_modules", {}).get("_orig_mod")
     return inner if isinstance(inner, nn.Module) else model
-
-
-class OutsideGraphsCache(Cache):
-    """A cache whose lengths are asked for from compiled code: graphs get them as numbers that change, and are not
-    made anew for every length."""
-
-    get_seq_length = outside_graphs(Cache.get_seq_length)
-    get_mask_sizes = outside_graphs(Cache.get_mask_sizes)

@@ -94,3 +94,13 @@ def positions_of(config: Any) -> int | None:
     kinds = [rope for rope in _ropes(config) if rope.get("rope_type", rope.get("type")) == "dynamic"]
     # dynamic NTK reaches beyond
     return int(stated * max((float(rope.get("factor") or 1) for rope in kinds), default=1.0))
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model wants its input."""
+    embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)()
+    weight = getattr(embeddings, "weight", None)
+    if weight is None or weight.device.type == "meta":
+        device: torch.device = getattr(model, "device", torch.device("cpu"))
+        return device
+    return torch.device(weight.device)

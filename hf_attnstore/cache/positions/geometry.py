@@ -6,6 +6,7 @@ tensors a model turns, and how fast.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -161,7 +162,7 @@ class Geometry:
         return {"layers": layers, "refused": self.refused}
 
     @classmethod
-    def from_json(cls, saved: dict[str, Any]) -> "Geometry":
+    def from_json(cls, saved: Mapping[str, Any]) -> "Geometry":
         layers = [
             LayerGeometry(*(layer[name] and Rotation.from_json(layer[name]) for name in ("keys", "values")))
             for layer in saved["layers"]

@@ -10,7 +10,7 @@ import inspect
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.resources import files
 from typing import Any, Literal
@@ -21,15 +21,13 @@ from transformers import DynamicCache
 
 from ..model.cacheless import cacheless
 from ..model.structure import decoder_layers
+from .known import Known
 from .positions import ordinary_ids
 
 logger = logging.getLogger("hf_attnstore")
 
 Continues = Literal["", "parts", "steps"]
 """How a model goes on after what its cache holds: in `parts` of any length, in `steps` of one token, or not at all."""
-
-CONTINUING_VERSION = 2
-"""To be raised when verdicts may change: those of other versions are not believed."""
 
 _HISTORY, _NEW = 21, 6
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
@@ -50,6 +48,16 @@ class Continuing:
     how: Continues
     problem: str = ""
     """Why it does not go on; empty if it does."""
+
+
+def _decoded(note: Mapping[str, Any]) -> Continuing:
+    if note["how"] not in ("", "steps", "parts"):
+        raise ValueError("another way to go on")
+    return Continuing(note["how"], str(note.get("problem", "")))
+
+
+CONTINUING: Known[Continuing] = Known("/continues", "version", 2, asdict, _decoded)
+"""The version is to be raised when verdicts may change."""
 
 
 def is_verified(model: nn.Module, layers: int) -> bool:

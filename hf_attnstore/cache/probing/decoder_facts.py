@@ -8,9 +8,9 @@
 
 import copy
 import logging
-import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,14 +19,11 @@ from transformers import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from ...store.store import AttentionStore
-from ..identity.fingerprint import remember
 from ..model.argument import as_forward_takes
 from ..model.structure import decoder_config, encoder_of
+from .known import Known
 
 logger = logging.getLogger("hf_attnstore")
-
-FACTS_VERSION = 1
-"""To be raised when facts may change: those of other versions are not believed."""
 
 _POSITIONS = 6
 _TOKENS = (5, 7, 6, 9)
@@ -63,11 +60,6 @@ class _MaskedOutput(_Output):
     attention_mask: torch.Tensor | None = None
 
 
-_asking = threading.Lock()
-_facts: dict[str, DecoderFacts] = {}
-"""By fingerprint: models that compute the same share them."""
-
-
 def decoder_facts(model: nn.Module, fingerprint: str, like: torch.Tensor, store: AttentionStore | None) -> DecoderFacts:
     """What a model's decoder is like. Found out once for each fingerprint, by a few short forwards; the store remembers
     it beyond the process.
@@ -75,15 +67,7 @@ def decoder_facts(model: nn.Module, fingerprint: str, like: torch.Tensor, store:
     Args:
         like: a tensor on the device, and of the dtype, that the encoder's output has.
     """
-    with _asking:
-        if fingerprint not in _facts:
-            found = _noted(store, fingerprint)
-            if found is None:
-                found = _ask(model, like)
-                if store is not None:
-                    store.set_note(fingerprint, {"decoder": FACTS_VERSION, **asdict(found)})
-            remember(_facts, fingerprint, found)
-        return _facts[fingerprint]
+    return _KNOWN.of(fingerprint, store, partial(_ask, model, like))
 
 
 def stand_in(facts: DecoderFacts, positions: int, like: torch.Tensor) -> BaseModelOutput | None:
@@ -99,14 +83,12 @@ def stand_in(facts: DecoderFacts, positions: int, like: torch.Tensor) -> BaseMod
     return _unreadable(positions, facts.width, like) if facts.width else None
 
 
-def _noted(store: AttentionStore | None, fingerprint: str) -> DecoderFacts | None:
-    note = store.note(fingerprint) if store is not None else None
-    if note is None or note.get("decoder") != FACTS_VERSION:
-        return None
-    try:
-        return DecoderFacts(str(note["problem"]), bool(note["counts_padding"]), int(note["width"]))
-    except (KeyError, TypeError, ValueError):
-        return None
+def _decoded(note: Mapping[str, Any]) -> DecoderFacts:
+    return DecoderFacts(str(note["problem"]), bool(note["counts_padding"]), int(note["width"]))
+
+
+_KNOWN: Known[DecoderFacts] = Known("", "decoder", 1, asdict, _decoded)
+"""The version is to be raised when facts may change."""
 
 
 @torch.no_grad()

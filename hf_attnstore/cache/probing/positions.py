@@ -19,11 +19,12 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from ..model.argument import as_forward_takes, cache_name
 from ..model.structure import has_length_dependent_rope
 from ..positions.geometry import Geometry, LayerGeometry, Rotation
+from .known import Known
 
 logger = logging.getLogger("hf_attnstore")
 
-PROBE_VERSION = 3
-"""To be raised when verdicts may change: those of other versions are not believed."""
+GEOMETRIES: Known[Geometry] = Known("", "probe", 3, Geometry.to_json, Geometry.from_json)
+"""The version is to be raised when verdicts may change."""
 
 _TOKENS = 4
 _FARTHEST = 2048

@@ -10,10 +10,10 @@ from ...store.blocks.block import Block, BlockMeta
 from ...store.blocks.keys import Key, encode_tokens
 from ...store.store import AttentionStore
 from ..layers.buffers import empty
-from ..layers.by_token import KeptLayer
+from ..layers.kept import KeptLayer
 from ..layers.states import RunningState, encode_numbers
-from .load import tensor_name
-from .save import copy_to_host
+from .names import tensor_name
+from .streams import copy_to_host
 
 logger = logging.getLogger("hf_attnstore")
 

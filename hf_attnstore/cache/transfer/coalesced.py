@@ -11,7 +11,8 @@ import torch
 from ...store.blocks.block import TensorSpec
 from ...store.transfer.stages import Joint
 from ..layers.buffers import none_of, with_capacity
-from ..layers.by_token import FullLayer, KeptLayer
+from ..layers.by_token import FullLayer
+from ..layers.kept import KeptLayer
 
 _ENOUGH = 1 << 20
 """Bytes of a block that lie together; more of them are copied no faster."""

@@ -8,24 +8,19 @@ from functools import partial
 import torch
 
 from ...errors import LoadError
+from ...session.matching import Checkpoint
 from ...session.spans import Span, overlapping
-from ...store.blocks.block import TensorSpec
-from ...store.blocks.keys import Key
 from ...store.store import AttentionStore
 from ...store.transfer.depth import lookahead_depth
 from ...store.transfer.load import Load
 from ...store.transfer.stages import Piece, Stage
 from ..layers.buffers import outliving_inference_mode
-from ..layers.by_token import FullLayer, KeptLayer, SlidingLayer
-from ..layers.states import RunningState, decode_numbers
+from ..layers.kept import KeptLayer
+from ..layers.states import decode_numbers
 from ..positions.geometry import Geometry, Rotation
 from .coalesced import make_rooms
+from .names import by_layer_of, specs_of, tensor_name
 from .record import TurnRecorder
-
-
-def tensor_name(layer: int, name: str) -> str:
-    """The name of a layer's tensor in a block."""
-    return f"layers.{layer}.{name}"
 
 
 @dataclass
@@ -39,31 +34,6 @@ class Pace:
         """Mixes in a new measurement, seconds per layer."""
         self.load = load if not self.load else (self.load + load) / 2
         self.compute = compute if not self.compute else (self.compute + compute) / 2
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """The running states of all layers after `tokens` tokens."""
-
-    tokens: int
-    key: Key
-
-
-def first_needed(layer: KeptLayer, length: int, whole_from: int) -> int:
-    """Position from which a layer needs KV to go on at `length`, and to save the block that begins at `whole_from`."""
-    if not layer.by_token:
-        return length
-    if not isinstance(layer, SlidingLayer):
-        return 0
-    return min(layer._window_from(length), whole_from)
-
-
-def resident_from(layer: KeptLayer, length: int, whole_from: int) -> int:
-    """Position from which KV must be loaded for the layer to go on at `length`; `length` if nothing must be."""
-    need = first_needed(layer, length, whole_from)
-    if layer.rows and layer.first <= need < layer.length:
-        return min(layer.length, length)
-    return need
 
 
 def as_it_comes(restore: "Restore") -> None:
@@ -197,7 +167,7 @@ def plan_restore(
         LoadError: a block is missing or damaged, or its tensors are not what the layers need.
     """
     missing = [
-        (number, resident_from(layer, length, whole_from), first_needed(layer, length, whole_from))
+        (number, layer.missing_from(length, whole_from), layer.needed_from(length, whole_from))
         for number, layer in enumerate(layers)
     ]
     if checkpoint is None and all(start >= length for _, start, _ in missing):
@@ -213,8 +183,8 @@ def plan_restore(
     rotated = sum(span.last - span.first for span in parts[earliest] if span.shift)
     if rotated and (geometry is None or not geometry.movable):
         raise LoadError("the stored keys belong to other positions, and this model's can't be moved")
-    by_layer = _by_layer(described)
-    specs = {number: _specs(by_layer, number) for number, start, _ in missing if start < length}
+    by_layer = by_layer_of(described)
+    specs = {number: specs_of(by_layer, number) for number, start, _ in missing if start < length}
     stages: list[Stage] = []
     with outliving_inference_mode():
         fresh = {
@@ -232,8 +202,7 @@ def plan_restore(
                 continue
             room = rooms.get(number)
             if room is not None:
-                assert isinstance(layer, FullLayer)
-                targets = layer.restore_into(room.buffers, length)
+                targets = layer.restore_into(room.buffers, length)  # type: ignore[attr-defined]
             else:
                 low = first if start == first else layer.first
                 targets = layer.restore(low, start, length, specs[number], devices[number])
@@ -259,16 +228,18 @@ def _install(
 ) -> None:
     """Makes the layers take on the states of a checkpoint, which come with the stages."""
     described, encoded = store.describe_checkpoint(checkpoint.key)
-    by_layer = _by_layer(described)
+    by_layer = by_layer_of(described)
     try:
         numbers = decode_numbers(encoded or "")
     except ValueError as error:
         raise LoadError(f"a stored checkpoint is none ({error})") from None
     for number, layer in enumerate(layers):
-        if isinstance(layer, RunningState):
+        if layer.has_state:
             if number not in numbers:
                 raise LoadError(f"a stored checkpoint has no state of layer {number}")
-            targets = layer.install(_specs(by_layer, number), numbers[number], devices[number])
+            targets = layer.install(  # type: ignore[attr-defined]
+                specs_of(by_layer, number), numbers[number], devices[number]
+            )
             stages[number].whole = {tensor_name(number, name): target for name, target in targets.items()}
             stages[number].checkpoint = checkpoint.key
 
@@ -281,21 +252,3 @@ def _rotate(rotations: Mapping[str, Rotation], shift: int, tensors: Mapping[str,
     """Turns keys, each `[heads, tokens, dim]`, that have arrived as they were made, to where they are now."""
     for name, rotation in rotations.items():
         rotation.rotate_(tensors[name], shift)
-
-
-def _by_layer(described: Mapping[str, TensorSpec]) -> dict[str, dict[str, TensorSpec]]:
-    """What a block has, by what `tensor_name` begins with for a layer, then by the layer's own names."""
-    found: dict[str, dict[str, TensorSpec]] = {}
-    for name, spec in described.items():
-        parts = name.split(".", 2)
-        if len(parts) == 3:
-            found.setdefault(f"{parts[0]}.{parts[1]}.", {})[parts[2]] = spec
-    return found
-
-
-def _specs(by_layer: Mapping[str, dict[str, TensorSpec]], number: int) -> dict[str, TensorSpec]:
-    """What a block has of a layer, by the layer's own names."""
-    specs = by_layer.get(tensor_name(number, ""))
-    if not specs:
-        raise LoadError(f"a stored block has nothing of layer {number}")
-    return specs

@@ -8,6 +8,7 @@ import torch
 from ...store.store import AttentionStore
 from ...store.transfer.device_times import DeviceTimes
 from ...timeline import Event, Time, Timeline, in_order, seconds
+from .streams import save_stream
 
 MOST_STEPS = 2_000
 """Decoding steps that are recorded one by one; what comes after them is one event."""
@@ -105,8 +106,6 @@ class TurnRecorder:
         end = self.now(what)
         device = self._devices[what]
         if self.times and device is not None and device.type == "cuda":
-            from .save import save_stream
-
             end = self.times.mark(device, save_stream(device))
         self.timeline.add("save", layer_name(what), began, end)
 

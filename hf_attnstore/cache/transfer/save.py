@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -10,11 +10,11 @@ from ...errors import NotFiniteError
 from ...session.chain import TokenChain
 from ...store.blocks.block import Block, BlockMeta, padded
 from ...store.blocks.keys import Key
-from ...store.blocks.uninitialised import uninitialised
 from ...store.store import AttentionStore
 from ..layers.buffers import empty
-from ..layers.by_token import KeptLayer, SlidingLayer, StoreLayer
-from .load import tensor_name
+from ..layers.kept import KeptLayer
+from .names import tensor_name
+from .streams import copy_to_host, save_stream
 
 logger = logging.getLogger("hf_attnstore")
 
@@ -117,11 +117,9 @@ class BlockSaver:
         for number in [number for number in self._open if number >= block]:
             self._store.release(self._open.pop(number).reserved)
         self._known = {number: known for number, known in self._known.items() if number < block}
-        for device in {layer.device for layer in self._layers if isinstance(layer, StoreLayer) and layer.rows}:
-            if (
-                device is not None and device.type == "cuda"
-            ):  # what is on its way to the host must not be overwritten before it is there
-                torch.cuda.current_stream(device).wait_stream(save_stream(device))
+        for device in {tensor.device for layer in self._layers for tensor in layer.tensors() if tensor.is_cuda}:
+            # what is on its way to the host must not be overwritten before it is there
+            torch.cuda.current_stream(device).wait_stream(save_stream(device))
         self._mark_saved()
 
     @property
@@ -131,15 +129,13 @@ class BlockSaver:
 
     def _mark_saved(self) -> None:
         for layer in self._layers:
-            if isinstance(layer, SlidingLayer):
-                layer.saved_to = self._chain.bounds(self._next)[0]
+            layer.keep_until_saved(self._chain.bounds(self._next)[0])
 
     def release(self) -> None:
         """Saving has ended: layers need not keep tokens for it."""
         self._drop_open()
         for layer in self._layers:
-            if isinstance(layer, SlidingLayer):
-                layer.saved_to = None
+            layer.keep_until_saved(None)
 
     def _drop_open(self) -> None:
         for piecewise in self._open.values():
@@ -291,39 +287,3 @@ class BlockSaver:
         self._mark_saved()
         self.seconds += time.perf_counter() - began
         return min(self._chain.bounds(self._next)[0], tokens)
-
-
-def copy_to_host(
-    tensor: torch.Tensor,
-    arriving: list[torch.cuda.Event],
-    take: Callable[[torch.Tensor], torch.Tensor],
-) -> torch.Tensor:
-    """A contiguous copy in host memory. One that comes from an accelerator is there when the event is done that this
-    adds to `arriving`.
-
-    Args:
-        take: memory of the shape of a tensor in host memory.
-    """
-    with torch.inference_mode(False):
-        if tensor.device.type != "cuda":
-            return take(tensor).copy_(tensor)
-        copy = uninitialised(torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True))
-    stream = save_stream(tensor.device)
-    stream.wait_stream(torch.cuda.current_stream(tensor.device))
-    with torch.cuda.stream(stream):
-        copy.copy_(tensor, non_blocking=True)
-        tensor.record_stream(stream)
-        event = torch.cuda.Event()
-        event.record(stream)
-    arriving.append(event)
-    return copy
-
-
-_streams: dict[torch.device, torch.cuda.Stream] = {}
-
-
-def save_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream, one for each device, on which KV leaves it."""
-    if device not in _streams:
-        _streams[device] = torch.cuda.Stream(device)
-    return _streams[device]

@@ -200,7 +200,7 @@ def _know_nothing(model: PreTrainedModel, store: AttentionStore) -> None:
     probe = AttentionStoreCache(model, store=store, drop=0, save=False)
     ids = random_ids(model, 2, (7,))
     timed_generate(model, ids, 0, lambda: probe)
-    learned = probe._gate.learned
+    learned = probe._setup.gate.learned
     assert learned is not None
     learned.costs, learned.exploration = Costs(), Exploration()
 
@@ -215,8 +215,8 @@ def _turn(
             return None
         cache = AttentionStoreCache(model, store=store, drop=0, save=False, gate=method != "load")
         if method == "recompute":
-            cache._gate = _AlwaysCompute(enabled=True, devices=cache._gate.devices)
-        cache._gate.learns = method == "gate"
+            cache._setup.gate = _AlwaysCompute(enabled=True, devices=cache._setup.gate.devices)
+        cache._setup.gate.learns = method == "gate"
         return cache
 
     return timed_generate(model, ids, 0, make)
