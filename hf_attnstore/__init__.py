@@ -33,9 +33,23 @@ if TYPE_CHECKING:
     from .serving import QueueStats, Turn, TurnQueue
     from .store import AttentionStore, SessionInfo, repair_store
 else:
+    import sys
+    from importlib import import_module
+
     from .lazy import lazily
 
-    __getattr__, __dir__ = lazily(
+    def _meet_transformers() -> None:
+        """Where transformers is there, the side that knows it is imported before anybody looks up `model.generate`: a
+        call may spell `hf_attnstore.AttentionStoreCache(…)` among its arguments."""
+        if "transformers" in sys.modules:
+            import_module(".cache", __name__)
+
+    def __getattr__(name: str) -> object:
+        value = _named(name)
+        _meet_transformers()
+        return value
+
+    _named, __dir__ = lazily(
         __name__,
         {
             **dict.fromkeys(("AttentionStoreCache", "TurnStats", "attach", "detach"), ".cache"),
@@ -45,6 +59,7 @@ else:
             **dict.fromkeys(("AttentionStore", "SessionInfo", "repair_store"), ".store"),
         },
     )
+    _meet_transformers()
 
 __all__ = [
     "AttentionStore",

@@ -65,6 +65,26 @@ assert "all is well" in CliRunner().invoke(app, ["verify", "--store", {str(root)
     assert loaded_after(script, f"{HEAVY} {LAZY}") == {"torch"}  # which looks through the tensors
 
 
+@pytest.mark.parametrize("first", ["transformers", "hf_attnstore"])
+def test_a_cache_that_is_made_within_the_first_call_of_generate_is_kept(first: str, tmp_path: Path) -> None:
+    second = {"transformers": "hf_attnstore", "hf_attnstore": "transformers"}[first]
+    script = f"""
+import {first}
+import {second}
+import torch
+config = transformers.LlamaConfig(
+    vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, eos_token_id=None
+)
+model = transformers.LlamaForCausalLM(config).eval()
+ids = torch.arange(3, 43)[None]
+with hf_attnstore.AttentionStore({str(tmp_path / "store")!r}) as store:
+    model.generate(ids, past_key_values=hf_attnstore.AttentionStoreCache(model, "alice", store), max_new_tokens=2)
+    print("kept", len(store.tokens("alice")))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-2:] == ["kept", "41"]
+
+
 def test_help_loads_neither_the_store_nor_the_commands_that_are_called_by_name() -> None:
     script = """
 from typer.testing import CliRunner
