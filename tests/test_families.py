@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
 from pathlib import Path
@@ -159,7 +160,11 @@ def test_a_store_that_is_wrong_gives_another_verdict(
     assert re.search(rf"\b{complaint}", row.reason), row.reason
 
 
-def test_a_family_can_neither_hang_nor_end_the_sweep() -> None:
+def test_a_family_can_neither_hang_nor_end_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    # workers are forked from one process that has imported what they need
+    multiprocessing.set_forkserver_preload(["hf_attnstore.lab.families.sweep", "transformers.generation"])
+    forking = multiprocessing.get_context("forkserver")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: forking)
     rows = sweep(["bloom", "gpt2", "llama"], workers=2, work=crash)
     assert [row.family for row in rows] == ["bloom", "gpt2", "llama"]
     assert [row.verdict for row in rows] == [SAME, FAILED, SAME]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from support import fresh
 
 from hf_attnstore.chat.openmp import leave_computing_to_others
 
@@ -31,11 +31,7 @@ def teams():
 
 
 def run(code: str, tests: Path) -> list[str]:
-    done = subprocess.run(
-        [sys.executable, "-c", COUNT + code], capture_output=True, text=True, timeout=120, cwd=tests, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.split()
+    return fresh.run([sys.executable, "-c", COUNT + code], cwd=tests, check=True).stdout.split()
 
 
 @pytest.fixture

@@ -233,20 +233,21 @@ def test_the_same_addition_is_the_same_computation_and_another_number_is_another
 
 
 def test_additions_are_identified_alike_in_another_process(tmp_path: Path) -> None:
-    code = (
-        "import sys; sys.path[:0] = sys.argv[1:]\n"
-        "import pytest\n"
-        "from test_computing import CHANGES, make_model, print_of\n"
-        "for what in ('hook with a vector', 'forward of a class, wrapped', 'attention of a name', 'parametrization'):\n"
-        "    model = make_model()\n"
-        "    with pytest.MonkeyPatch.context() as patch:\n"
-        "        CHANGES[what](model, patch)\n"
-        "        print(print_of(model))\n"
-    )
+    code = "import sys; sys.path[:0] = sys.argv[1:]\nfrom test_computing import prints\nprint(*prints(), sep='\\n')\n"
     command = [sys.executable, "-c", code, *sys.path]
-    runs = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(2)]
-    assert len(set(runs[0].split())) == 4
-    assert runs[0] == runs[1]
+    there = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert len(set(there)) == 4
+    assert there == prints()
+
+
+def prints() -> list[str]:
+    found = []
+    for what in ("hook with a vector", "forward of a class, wrapped", "attention of a name", "parametrization"):
+        model = make_model()
+        with pytest.MonkeyPatch.context() as patch:
+            CHANGES[what](model, patch)
+            found.append(print_of(model))
+    return found
 
 
 class Slotted:

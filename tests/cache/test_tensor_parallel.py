@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import socket
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from support import fresh
 from support import tensor_parallel as ranks
 from support.tiny_models import make_model
 
@@ -22,16 +24,23 @@ def alive(stages: list[Callable[..., None]], folder: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = torch.multiprocessing.start_processes(
-        ranks.run, (stages, str(folder), port), nprocs=ranks.RANKS, join=False, start_method="spawn"
+    names = ", ".join(f"ranks.{stage.__name__}" for stage in stages)
+    script = (
+        "import sys\nfrom support import tensor_parallel as ranks\n"
+        f"ranks.run(int(sys.argv[1]), [{names}], sys.argv[2], {port})\n"
     )
+    processes = [
+        fresh.Process([sys.executable, "-c", script, number, folder], stdout=2) for number in range(ranks.RANKS)
+    ]
     deadline = time.monotonic() + 3 * ranks.SECONDS
     try:
-        while not context.join(timeout=5):
+        while None in (codes := [process.poll() for process in processes]) and not any(codes):
             assert time.monotonic() < deadline, "the ranks wait for each other"
+            time.sleep(0.02)
+        assert codes == [0] * ranks.RANKS
     finally:
-        for process in context.processes:
-            process.kill() if process.is_alive() else None
+        for process in processes:
+            process.kill()
 
 
 @pytest.fixture

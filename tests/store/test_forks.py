@@ -8,7 +8,6 @@ import inspect
 import multiprocessing
 import os
 import pickle
-import subprocess
 import sys
 import threading
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import fresh
 from support.store_blocks import load, make_chain, on_disk_only, same, save
 
 from hf_attnstore import AttentionStore, AttentionStoreError, SessionBusyError, StoreClosedError, repair_store
@@ -236,7 +236,7 @@ def test_a_child_that_ends_as_usual_writes_nothing_and_does_not_hang(tmp_path: P
         "print([s.name for s in store.sessions()] if pid else 'child')\n"
     )
     run = [sys.executable, "-W", "ignore", "-c", script, str(tmp_path / "store")]
-    done = subprocess.run(run, capture_output=True, text=True, timeout=FORK_SECONDS, check=True)
+    done = fresh.run(run, timeout=FORK_SECONDS, check=True)
     assert done.stdout.split("\n")[:2] == ["child", "['bob', 'alice']"]
     assert "could not be closed" not in done.stderr
 

@@ -1,4 +1,4 @@
-"""What each of two ranks does in the tests of tensor parallelism. Run by `torch.multiprocessing`, on the CPU."""
+"""What each of two ranks does in the tests of tensor parallelism. On the CPU."""
 
 from __future__ import annotations
 

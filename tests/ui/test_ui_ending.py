@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
+from support import fresh
 
 from hf_attnstore import AttentionStoreError
 from hf_attnstore.ui.model import Loaded, ModelLoader
@@ -34,12 +34,15 @@ print("ended in order")
 def test_an_interruption_ends_the_process_while_native_code_loads_the_model(tmp_path: Path) -> None:
     command = [sys.executable, "-u", "-c", LOADS_FOR_EVER, str(tmp_path / "store")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+    process = fresh.Process(command, env=environment)
+    try:
         assert process.stdout is not None
         assert process.stdout.readline().startswith("http://")
         process.send_signal(signal.SIGINT)
         assert process.stdout.read() == "ended in order\n"
-    assert process.returncode == 0
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
 
 
 def test_who_waits_for_a_model_that_is_not_loaded_any_more_is_told() -> None:
