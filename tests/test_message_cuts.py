@@ -137,7 +137,7 @@ def test_a_chat_past_its_window_is_its_system_part_and_its_last_turns(
 ) -> None:
     tokenizer, model, plain = dressed(style)
     gone = cuts = reused = 0
-    for number in range(24):
+    for number in range(15):
         chat = ChatSession(model, tokenizer, store, "alice", system, **GREEDY)
         chat.send(TEXTS[number % 4])
         assert chat.stats is not None
@@ -160,8 +160,8 @@ def test_a_chat_past_its_window_is_its_system_part_and_its_last_turns(
             assert system is None or system in text
         if number and stats.reused_tokens > 1 and stats.truncation != "recomputed":
             reused += stats.reused_tokens
-    assert cuts > 3
-    assert gone < 24
+    assert cuts > 1
+    assert gone < 15
     assert reused > 200 or "last" in style.name  # where the system text moves, what follows its old place is new
     if style.name.startswith("default") and system is None:
         assert "named SmolLM" in tokenizer.decode(store.tokens("alice"))

@@ -75,7 +75,7 @@ def test_without_a_fault_all_is_there(tmp_path: Path, kind: str, request: pytest
 
 def test_a_flipped_bit_of_a_block_is_noticed_put_aside_and_saved_again(tmp_path: Path, closed: Sample) -> None:
     name = closed.block_files()[SEED % len(closed.block_files())]
-    check(block_flips(tmp_path / "store", closed, name, sampled_bits(closed.files[name], 150)), 150)
+    check(block_flips(tmp_path / "store", closed, name, sampled_bits(closed.files[name], 100)), 100)
 
 
 @pytest.mark.slow
@@ -89,7 +89,7 @@ def test_every_flipped_bit_of_a_block_is_noticed_put_aside_and_saved_again(
 
 
 def test_a_damaged_block_file_is_noticed_put_aside_and_saved_again(tmp_path: Path, closed: Sample) -> None:
-    check(block_faults(tmp_path / "store", closed, closed.block_files()[SEED % 3 :: 3]), 50)
+    check(block_faults(tmp_path / "store", closed, closed.block_files()[SEED % 6 :: 6]), 25)
 
 
 @pytest.mark.slow
@@ -116,8 +116,8 @@ def test_no_flipped_bit_of_a_record_is_believed(tmp_path: Path, closed: Sample) 
 
 def test_a_damaged_record_is_written_anew_by_repair(tmp_path: Path, closed: Sample) -> None:
     for name in closed.record_files():
-        bits = range(SEED % 400, 8 * len(closed.files[name]), 400)
-        check(record_flips(tmp_path / "store", closed, name, bits), 5)
+        bits = range(SEED % 800, 8 * len(closed.files[name]), 800)
+        check(record_flips(tmp_path / "store", closed, name, bits), 3)
 
 
 def test_a_damaged_record_without_an_index_costs_that_session_only(tmp_path: Path, closed: Sample) -> None:
@@ -128,7 +128,7 @@ def test_a_damaged_record_without_an_index_costs_that_session_only(tmp_path: Pat
 
 
 def test_a_flipped_bit_of_the_index_never_misleads_and_loses_nothing(tmp_path: Path, closed: Sample) -> None:
-    check(index_flips(tmp_path / "store", closed, index_bits(closed.files[INDEX], 100)), 100)
+    check(index_flips(tmp_path / "store", closed, index_bits(closed.files[INDEX], 40)), 40)
 
 
 @pytest.mark.slow
@@ -141,7 +141,7 @@ def test_no_flipped_bit_of_the_index_misleads_or_loses_anything(tmp_path: Path, 
 
 
 def test_a_flipped_bit_of_an_index_with_a_log_loses_nothing(tmp_path: Path, killed: Sample) -> None:
-    check(index_flips(tmp_path / "store", killed, index_bits(killed.files[INDEX], 30)), 30)
+    check(index_flips(tmp_path / "store", killed, index_bits(killed.files[INDEX], 12)), 12)
 
 
 def test_a_flipped_bit_of_the_log_of_the_index_loses_nothing(tmp_path: Path, killed: Sample) -> None:
@@ -156,7 +156,7 @@ def test_an_index_that_is_gone_cut_or_noise_loses_nothing(
 
 
 def test_an_index_that_is_damaged_while_it_is_in_use_loses_nothing(tmp_path: Path, closed: Sample) -> None:
-    check(damaged_while_open(tmp_path / "store", closed, 20), 20)
+    check(damaged_while_open(tmp_path / "store", closed, 10), 10)
 
 
 def test_damages_are_of_many_kinds(closed: Sample, killed: Sample, other: Sample) -> None:
