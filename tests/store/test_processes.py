@@ -189,18 +189,19 @@ def test_several_processes_keep_one_cap_at_every_instant(tmp_path: Path) -> None
     writers = [start(WRITER, root, seed, cap) for seed in (1, 2, 3)]
     sizes = []
     try:
-        deadline = time.monotonic() + 6
+        deadline = time.monotonic() + 120
         killed = 0
-        while time.monotonic() < deadline or len(sizes) <= 100:  # a busy machine takes longer for as many
+        # a busy machine takes longer for as much
+        while (len(sizes) < 800 or killed < 3 or max(sizes) <= 0.7 * cap) and time.monotonic() < deadline:
             sizes.append(tree_bytes(root))
-            if len(sizes) % 400 == 0:
+            if len(sizes) % 200 == 0:
                 writers.pop(0).kill()
                 killed += 1
                 writers.append(start(WRITER, root, 3 + killed, cap))
     finally:
         for process in writers:
             process.kill()
-    assert len(sizes) > 100
+    assert killed > 2
     assert max(sizes) <= cap
     assert max(sizes) > 0.7 * cap, "the cap was never near"
     with AttentionStore(root, disk=cap) as store:
