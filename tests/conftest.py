@@ -15,7 +15,7 @@ from hypothesis import settings
 from hf_attnstore import AttentionStore, detach
 from hf_attnstore.chat.pretrained import ModelNotFoundError, real_model_path
 from hf_attnstore.store.blocks import uninitialised
-from hf_attnstore.store.disk.block_files import BlockFile
+from hf_attnstore.store.blocks.stored import StoredBlock
 from hf_attnstore.store.transfer import load as transfer
 
 # what is reused must not depend on how fast the machine is just now; tests of that choice switch it on
@@ -82,7 +82,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loads of any size are read at once by several threads, as large ones are; whatever the file system can tell of
     the page cache."""
     monkeypatch.setattr(transfer, "WORTH_SHARING", 1)
-    monkeypatch.setattr(BlockFile, "in_page_cache", True)
+    monkeypatch.setattr(StoredBlock, "in_page_cache", True)
     monkeypatch.setattr(transfer, "cores_to_spare", lambda: 2)
 
 

@@ -19,7 +19,7 @@ from support.turns import assert_reused, follow_up, turn
 from hf_attnstore import AttentionStore, AttentionStoreCache
 from hf_attnstore.cache.transfer import record as recording
 from hf_attnstore.lab.bench.overlap import loading, save_late
-from hf_attnstore.store.disk.block_files import BlockFile
+from hf_attnstore.store.blocks.stored import StoredBlock
 from hf_attnstore.store.transfer.load import Load
 from hf_attnstore.timeline import (
     TRACKS,
@@ -361,16 +361,16 @@ def test_io_threads_bring_a_layer_while_the_one_before_computes(
     compute_slowly.__module__ = "hf_attnstore.testing"  # a hook of the package's own is no part of what computes
     for number, layer in enumerate(model.model.layers):
         layer.register_forward_pre_hook(functools.partial(compute_slowly, number))
-    read = BlockFile.read
+    read = StoredBlock.read
 
-    def read_slowly(self: BlockFile, wanted: Any) -> int:
+    def read_slowly(self: StoredBlock, wanted: Any) -> int:
         name = wanted[0][0].spec.name  # layers.1.keys, or the ids, which are not for a layer
         layer = int(name.split(".")[1]) if name.startswith("layers.") else 0
         asked_for[layer].set()
         assert layer == 0 or computing[layer - 1].wait(20)
         return read(self, wanted)
 
-    monkeypatch.setattr(BlockFile, "read", read_slowly)
+    monkeypatch.setattr(StoredBlock, "read", read_slowly)
     cache = AttentionStoreCache(model, "alice", store, save=False, record=True)
     cache.begin_load = loading(io_threads=True)
     ours = turn(model, prompt, cache, max_new_tokens=2)

@@ -14,15 +14,15 @@ import numpy as np
 from ..errors import LoadError, NotFiniteError
 from ..sizes import format_bytes
 from ..timeline import Timeline
-from .blocks.block import TOKEN_IDS, Block, BlockMeta, Match, TensorSpec
-from .blocks.keys import Key, chain_root, common_prefix, decode_tokens, encode_tokens
-from .disk.block_files import BlockFile
-from .index.rows import BlockRow
+from .blocks.block import Block, BlockMeta, Match, TensorSpec
+from .blocks.keys import Key, chain_root, decode_tokens, encode_tokens
+from .blocks.stored import StoredBlock
+from .blocks.tier import Source, Tier
 from .opened import OpenStore
 
 if TYPE_CHECKING:
     from .transfer.load import Load
-    from .transfer.stages import Source, Stage
+    from .transfer.stages import Stage
 
 logger = logging.getLogger("hf_attnstore")
 
@@ -33,8 +33,8 @@ class BlockStore(OpenStore):
     # finding blocks
 
     def root(self, fingerprint: str) -> Key:
-        """The parent of every first block of a model, in this namespace."""
-        return chain_root(fingerprint, self.namespace, secret=self.secret)
+        """The parent of every first block of a model, in this namespace and codec."""
+        return chain_root(fingerprint, self.namespace, self.codec, self.secret)
 
     def has(self, key: Key) -> bool:
         """Whether a block is in some tier."""
@@ -43,30 +43,32 @@ class BlockStore(OpenStore):
     def known(self, keys: Sequence[Key]) -> int:
         """How many of these blocks, from the first on, are in some tier."""
         self._check_open()
-        elsewhere = [key for key in keys if self._memory.get(key) is None]
-        missing = set(elsewhere) - self._disk.has(elsewhere)
-        return next((place for place, key in enumerate(keys) if key in missing), len(keys))
+        missing = list(keys)
+        for tier in self._tiers:
+            there = tier.find(missing)
+            missing = [key for key in missing if key not in there]
+            if not missing:
+                return len(keys)
+        return list(keys).index(missing[0])
 
     def tier_of(self, key: Key) -> str:
         """The tier that a block, which is somewhere, would be loaded from."""
-        return "memory" if self._memory.get(key) is not None else "disk"
+        *others, last = self._tiers
+        return next((tier.name for tier in others if tier.find([key])), last.name)
 
     def nearest(self, parent: Key, ids: Sequence[int]) -> Match | None:
         """The block after `parent` that shares the longest beginning with `ids`; None if none shares a token."""
         self._check_open()
         tokens = encode_tokens(ids)
         best: Match | None = None
-        for block in self._memory.followers(parent):
-            common = common_prefix(block.meta.tokens, tokens)
-            if common > (best.common if best else 0):
-                best = Match(block.meta.key, common, block.meta.token_count)
-        found = self._disk.nearest(parent, tokens, best.common if best else 0)
-        return Match(*found) if found is not None else best
+        for tier in self._tiers:
+            best = tier.nearest(parent, tokens, best.common if best else 0) or best
+        return best
 
     def follower(self, parent: Key) -> Key | None:
         """A block after `parent`, whichever; None if there is none."""
-        block = next(self._memory.followers(parent), None)
-        return block.meta.key if block is not None else self._disk.follower(parent, self.block_size)
+        found = (tier.follower(parent, self.block_size) for tier in self._tiers)
+        return next((key for key in found if key is not None), None)
 
     def describe(self, key: Key) -> Mapping[str, TensorSpec]:
         """Name, dtype and shape of a block's tensors. Raises what `describe_checkpoint` does."""
@@ -78,12 +80,11 @@ class BlockStore(OpenStore):
         Raises:
             LoadError: it is not there, or damaged (it is then in quarantine).
         """
-        _, source = self._open(key)
+        _, source = self._open([key])[key]
         if isinstance(source, Block):
             return source.specs(), source.meta.state
         with source:
-            specs = {name: t.spec for name, t in source.layout.tensors.items() if name != TOKEN_IDS}
-            return specs, source.layout.meta.state
+            return source.specs(), source.layout.meta.state
 
     def latest_checkpoint(self, parents: Sequence[Key], ids: Sequence[np.ndarray]) -> tuple[int, Key, int] | None:
         """The checkpoint that sums up most of a text.
@@ -96,32 +97,55 @@ class BlockStore(OpenStore):
             The number of its block, its key, and how many of that block's tokens it includes.
         """
         self._check_open()
-        there = self._disk.followed(parents)
+        there = [(tier, tier.followed(parents)) for tier in self._tiers]
         for number in range(len(parents) - 1, -1, -1):
-            parent = parents[number]
-            tokens = encode_tokens(ids[number])
-            best: tuple[Key, int] | None = None
-            for block in self._memory.followers(parent):
-                count = block.meta.token_count
-                if tokens.startswith(block.meta.tokens) and count > (best[1] if best else 0):
-                    best = block.meta.key, count
-            if parent in there:
-                found = self._disk.longest_beginning(parent, tokens)
-                if found is not None and found[1] > (best[1] if best else 0):
-                    best = found
+            parent, tokens = parents[number], encode_tokens(ids[number])
+            found = [tier.longest_beginning(parent, tokens) for tier, followed in there if parent in followed]
+            best = max((one for one in found if one is not None), key=lambda one: one[1], default=None)
             if best is not None:
                 return number, *best
         return None
 
-    def _open(self, key: Key, row: BlockRow | None = None) -> tuple[str, Source]:
+    def describe_block(self, key: Key, fingerprint: str = "") -> tuple[int, np.ndarray] | None:
+        """The position for which a block's first keys were made, and its ids `[tokens]`.
+
+        Returns:
+            None if it is in no tier, can't be read, or is of another model than that of `fingerprint`.
+        """
         self._check_open()
-        block = self._memory.get(key)
-        if block is not None:
-            return "memory", block
+        for tier in self._tiers:
+            found = tier.describe(key, fingerprint)
+            if found is not None:
+                return found[0], decode_tokens(found[1])
+        return None
+
+    # loading blocks
+
+    def _open(self, keys: Sequence[Key]) -> dict[Key, tuple[str, Source]]:
+        """Opens blocks, each in the first tier that has it.
+
+        Raises:
+            LoadError: one is missing or damaged; none is left open.
+        """
+        self._check_open()
+        found: dict[Key, tuple[str, Source]] = {}
+        left = list(keys)
         try:
-            return "disk", self._disk.open(key, row)
-        except LoadError as error:
-            self._reject(key, error)
+            for tier in self._tiers:
+                for key, opens in tier.sources(left).items():
+                    try:
+                        found[key] = tier.name, opens()
+                    except LoadError as error:
+                        self._reject(key, error, tier.name)
+                        raise
+                left = [key for key in left if key not in found]
+                if not left:
+                    return found
+            raise LoadError(f"block {left[0].hex()} is not in the store any more")
+        except BaseException:
+            for _, source in found.values():
+                if not isinstance(source, Block):
+                    source.close()
             raise
 
     def load(self, stages: Sequence[Stage]) -> Load:
@@ -132,26 +156,24 @@ class BlockStore(OpenStore):
         """
         from .transfer.load import Load  # here, as who only looks after a store needs no torch
 
-        self._check_open()
-        sources: dict[Key, tuple[str, Source]] = {}
         keys = list(dict.fromkeys(key for stage in stages for key in stage.needs()))
-        rows = self._disk.rows([key for key in keys if self._memory.get(key) is None])
-        try:
-            for key in keys:
-                sources[key] = self._open(key, rows.get(key))
-        except BaseException:
-            for _, source in sources.values():
-                if not isinstance(source, Block):
-                    source.close()
-            raise
-        self._memory.touch(list(sources))
-        return Load(self._readers, stages, sources, self._reject)
+        found = self._open(keys)
+        self._memory.touch(keys)
+        names = {key: name for key, (name, _) in found.items()}
+        further = {tier.name for tier in self._lower[1:]}
+        self.promote([key for key in keys if names[key] in further])  # before what follows them is written
+        return Load(
+            self._readers,
+            stages,
+            {key: found[key] for key in keys},
+            lambda key, error: self._reject(key, error, names[key]),
+        )
 
-    def _reject(self, key: Key, error: LoadError) -> None:
-        """A block on disk could not be used."""
-        if not error.transient:
-            self._memory.discard(key)
-        self._disk.failed(key, error)
+    def _reject(self, key: Key, error: LoadError, name: str) -> None:
+        """A block from the tier `name` could not be used, nor then what is above it, or a copy of it on disk."""
+        last = max(1, [tier.name for tier in self._tiers].index(name))
+        for tier in self._tiers[: last + 1]:
+            tier.failed(key, error)
 
     # saving blocks
 
@@ -179,7 +201,7 @@ class BlockStore(OpenStore):
         if self._memory.reserve(nbytes, wait=True):
             return True
         self._accounts.count("not_saved_blocks")
-        if self._memory.capacity or self.disk_capacity:  # else nobody asked for blocks to be kept
+        if any(tier.capacity for tier in self._tiers):  # else nobody asked for blocks to be kept
             self._accounts.warn_once(
                 "room",
                 f"the memory of the store {self.path} (cap {format_bytes(self._memory.capacity)}) has no room for a "
@@ -198,7 +220,7 @@ class BlockStore(OpenStore):
             supersedes: a short block whose tokens this one begins with; it is dropped when this one is on disk.
         """
         self._check_open()
-        if not self._memory.insert(block, dirty=True):
+        if not self._memory.put(block):
             held = self._memory.get(block.meta.key)
             if held is not None:  # what is about to be written may take its place: then it is to be written again
                 self._writer.submit(partial(self._write, held, supersedes))
@@ -209,22 +231,18 @@ class BlockStore(OpenStore):
 
     def keep_in_memory(self, block: Block) -> None:
         """Takes over a complete block, whose bytes were reserved, that is on disk already."""
-        self._memory.insert(block, dirty=False)
+        self._memory.put(block, dirty=False)
 
     def touch(self, keys: Sequence[Key]) -> None:
         """Marks blocks as just used."""
         self._check_open()
         self._memory.touch(list(keys))
-        self._writer.submit(partial(self._guarded, partial(self._touch_on_disk, list(keys))))
-
-    def _touch_on_disk(self, keys: Sequence[Key]) -> None:
-        policy, now = self._order.policy, self._clock.time()
-        rows = self._disk.rows(keys)
-        self._disk.move({key: policy.place(row.place, row.group, now) for key, row in rows.items()})
+        for tier in self._lower:
+            self._writer.submit(partial(self._guarded, partial(tier.touch, list(keys))))
 
     def promote(self, keys: Sequence[Key]) -> None:
-        """Copies blocks from disk into free or reclaimable memory, in the background and in order. What upcoming turns
-        need is not evicted for them."""
+        """Copies blocks from lower tiers into free or reclaimable memory, in the background and in order. What upcoming
+        turns need is not evicted for them."""
         self._check_open()
         for key in keys:
             self._writer.submit(partial(self._promote_one, key))
@@ -238,73 +256,93 @@ class BlockStore(OpenStore):
 
     def _write(self, block: Block, supersedes: Key | None) -> None:
         began = time.perf_counter()
+        key = block.meta.key
         try:
-            written = self._write_after_its_beginning(block, supersedes)
+            written = [self._write_to(tier, block, supersedes) for tier in self._lower]
+            if not any(written):
+                self._accounts.count("not_saved_blocks", int(None not in written))
+            elif supersedes is not None and not self._disk.find([supersedes]):
+                self._memory.delete([supersedes])
         except NotFiniteError as error:  # it came from an accelerator: nobody could look at it before
-            self._memory.discard(block.meta.key)
+            self._memory.delete([key])
             self._accounts.count("not_saved_blocks")
             self._accounts.warn_once("not finite", f"not kept: {error}")
-        except Exception as error:
-            self._accounts.count("write_errors")
-            self._accounts.warn_once(
-                "write", f"saving to {self.path} failed, conversations are not kept for now: {error}"
-            )
-        else:
-            if written:
-                self._accounts.over("write")
-                if supersedes is not None and not self._disk.has([supersedes]):
-                    self._memory.discard(supersedes)
-            else:
-                self._accounts.count("not_saved_blocks")
         finally:
             self.recorders.add("write", _described(block.meta), began)
-            self._memory.mark_clean(block.meta.key)
+            self._memory.mark_clean(key)
 
-    def _write_after_its_beginning(self, block: Block, supersedes: Key | None) -> bool:
-        """Writes a block, and before it those that it follows, where these did not get to the disk when they should
-        have and are still in memory."""
-        beginning: list[Block] = []
-        before = self._memory.get(block.meta.predecessor) if self.disk_capacity else None
-        while before is not None and not self._disk.has([before.meta.key]):
-            beginning.append(before)
-            before = self._memory.get(before.meta.predecessor)
-        for missing in reversed(beginning):
-            if not self._disk.write(missing, None):
+    def _write_to(self, tier: Tier, block: Block, supersedes: Key | None = None) -> bool | None:
+        """Writes a block, and before it those that it follows, where these did not get there when they should have and
+        are still in memory. False where the tier does not want it, None where it failed.
+
+        Raises:
+            NotFiniteError: there is NaN or infinity in it.
+        """
+        blocks = [block]
+        before = self._memory.get(block.meta.predecessor) if tier.capacity else None
+        try:
+            while before is not None and not tier.find([before.meta.key]):
+                blocks.append(before)
+                before = self._memory.get(before.meta.predecessor)
+            while len(blocks) > 1:
+                if not tier.put(blocks.pop()):
+                    return False
+            if not tier.put(block, supersedes):
                 return False
-        return self._disk.write(block, supersedes)
+        except NotFiniteError:
+            raise
+        except Exception as error:
+            self._accounts.count("write_errors")
+            where = f"{self.path}" if tier is self._disk else f"the {tier.name} tier"
+            self._accounts.warn_once(
+                f"write to {tier.name}", f"saving to {where} failed, conversations are not kept for now: {error}"
+            )
+            return None
+        self._accounts.over(f"write to {tier.name}")
+        return True
 
     def _promote(self, key: Key, job: int | None = None) -> int | None:
-        """Copies a block from disk into memory, if that makes room for it, for the upcoming turn `job` if any.
+        """Copies a block from a lower tier into memory, if that makes room for it, for the upcoming turn `job` if any;
+        and into the tiers between.
 
         Returns:
             The bytes copied; None where there is no room.
         """
         import torch
 
-        from .transfer.devices import host_tensors
-
         began = time.perf_counter()
+        if self._memory.get(key) is not None:
+            return 0
+        tier: Tier | None = None
         try:
-            if self._memory.get(key) is not None or not self._disk.has([key]):
+            tier = next((tier for tier in self._lower if tier.find([key])), None)
+            opens = tier.sources([key]).get(key) if tier is not None else None
+            if tier is None or opens is None:
                 return 0
-            with self._disk.open(key) as file:
-                meta = file.read_meta()
-                stored = {name: t for name, t in file.layout.tensors.items() if name != TOKEN_IDS}
-                size = sum(t.spec.nbytes for t in stored.values())
+            source = opens()
+            assert isinstance(source, StoredBlock)
+            with source:
+                meta = source.read_meta()
+                size = sum(spec.nbytes for spec in source.specs().values())
                 if self._automatic is not None:
                     self._automatic.before_reserving()
                 if not self._memory.reserve(size, job=job) and not self._reserve_once_written(size, job):
                     return None
                 try:
-                    block = Block(meta, host_tensors(file, stored, BlockFile.read, pinned=torch.cuda.is_available()))
+                    block = Block(meta, source.fetch(source.specs(), pinned=torch.cuda.is_available()))
                     block.check_finite()
                 except BaseException:
                     self._memory.release(size)
                     raise
             self.recorders.add("fetch", _described(meta), began)
-            return size if self._memory.insert(block, dirty=False) else 0
+            if not self._memory.put(block, dirty=False):
+                return 0
+            for above in self._lower[: self._lower.index(tier)]:
+                self._write_to(above, block)
+            return size
         except LoadError as error:
-            self._reject(key, error)
+            if tier is not None:
+                self._reject(key, error, tier.name)
         except Exception as error:
             logger.debug("promoting block %s failed: %r", key.hex(), error)
         return 0
@@ -316,20 +354,6 @@ class BlockStore(OpenStore):
             return False
         self._writer.drain()
         return self._memory.reserve(nbytes, job=job)
-
-    def describe_block(self, key: Key, fingerprint: str = "") -> tuple[int, np.ndarray] | None:
-        """The position for which a block's first keys were made, and its ids `[tokens]`.
-
-        Returns:
-            None if it is in no tier, can't be read, or is of another model than that of `fingerprint`.
-        """
-        self._check_open()
-        held = self._memory.get(key)
-        if held is None:
-            found = self._disk.describe(key, fingerprint)
-        else:
-            found = (held.meta.start, held.meta.tokens) if fingerprint in ("", held.meta.fingerprint) else None
-        return (found[0], decode_tokens(found[1])) if found is not None else None
 
 
 def _described(meta: BlockMeta) -> str:

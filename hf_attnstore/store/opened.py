@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,9 @@ from typing import Any, Literal, Protocol, Self, cast
 from ..errors import AttentionStoreError, SessionNameError, StoreClosedError
 from ..sizes import parse_bytes
 from ..timeline import Recorders
+from .blocks.codecs import codec_named
+from .blocks.keys import RAW
+from .blocks.tier import Tier
 from .blocks.vault import parse_key
 from .disk.folder import open_folder
 from .disk.rebuild import open_disk_store
@@ -92,6 +95,8 @@ class OpenStore:
         policy: str = DEFAULT,
         device: int | str = AUTO,
         surroundings: Surroundings | None = None,
+        codec: str = RAW,
+        below: Sequence[Tier] = (),
     ) -> None:
         if block_size is not None and block_size < 1:
             raise AttentionStoreError(f"block_size is a number of tokens, at least 1, not {block_size}")
@@ -99,7 +104,8 @@ class OpenStore:
             raise AttentionStoreError(f'durability is "process" or "power", not {durability!r}')
         self.path = Path(path).expanduser() if path is not None else default_path()
         self.namespace = self.check_namespace(namespace)
-        self.disk_capacity = parse_bytes(disk)
+        self.codec = codec_named(codec).name
+        """How new blocks are written; others are not found."""
         self._order = Order(make_policy(policy))
         capacity = 0 if memory == AUTO else parse_bytes(memory)
         surroundings = surroundings or Surroundings()
@@ -113,8 +119,13 @@ class OpenStore:
         self.secret = folder.vault.secret
         """Keys the names of blocks; empty without encryption."""
         self._disk, self._open_lock = open_disk_store(
-            folder, self.disk_capacity, self._accounts, self._order, surroundings, sync=durability == "power"
+            folder, parse_bytes(disk), self._accounts, self._order, surroundings, sync=durability == "power"
         )
+        self._lower = (self._disk, *below)
+        self._tiers: tuple[Tier, ...] = (self._memory, *self._lower)
+        """In the order in which they are asked."""
+        for tier in self._tiers:
+            tier.vault = folder.vault
         self._locks = SessionLocks(self._disk.locks_folder, self.secret)
         cores = os.cpu_count() or 1
         self._readers = IOThreads(io_threads or min(4, cores), "read")
@@ -203,7 +214,8 @@ class OpenStore:
                 self._keep_totals()
                 self._keep_learned()
             finally:
-                self._disk.close()
+                for tier in self._tiers:
+                    tier.close()
                 self._open_lock.release()
 
     def _end_threads(self) -> None:
@@ -339,7 +351,7 @@ class OpenStore:
             change()
         except Exception as error:
             self._accounts.count("write_errors")
-            self._accounts.warn_once("write", f"the index of {self.path} could not be changed: {error}")
+            self._accounts.warn_once("write to disk", f"the index of {self.path} could not be changed: {error}")
 
     # accounts
 
@@ -384,12 +396,13 @@ class OpenStore:
             "memory_bytes": self._memory.used,
             "memory_capacity": self._memory.capacity,
             "memory_blocks": len(self._memory),
-            "disk_bytes": self._disk.used_bytes(),
-            "disk_capacity": self.disk_capacity,
+            "disk_bytes": self._disk.used,
+            "disk_capacity": self._disk.capacity,
             "disk_blocks": usage.blocks,
             "sessions": usage.sessions,
             "index_bytes": self._disk.index.database.file_bytes(),
             "quarantine_bytes": self._disk.files.quarantine_bytes(),
+            **{f"{tier.name}_{what}": getattr(tier, what) for tier in self._lower[1:] for what in ("used", "capacity")},
             "evicted_from_device": self.device_tier.evicted,
             "evicted_from_memory": self._memory.evicted,
             **readable(self._accounts.counts()),

@@ -69,6 +69,8 @@ class AttentionStore(UpcomingTurns):
         encryption_key: 32 bytes, or a text of them in hex or base64, under which files are encrypted (AES-256-GCM).
             Default: the environment variable `ATTNSTORE_KEY`. A store is encrypted from its beginning or not at all.
         surroundings: the clock and the disk to go by, where they are not to be the machine's own.
+        codec: how blocks are written, of those that are registered.
+        below: tiers below the disk, in the order in which they are asked.
 
     Raises:
         AttentionStoreError: a size or another argument that is none.
@@ -134,7 +136,7 @@ class AttentionStore(UpcomingTurns):
             parts = [part_name(name, number) for number in self._parts(name)]
             locks += [self.lock_session(part, wait=0) for part in parts if part != name]
             for part in reversed(parts):
-                self._disk.delete_session(self.namespace, part, self._memory.discard, secure=secure)
+                self._disk.delete_session(self.namespace, part, self._forget, secure=secure)
         finally:
             self.device_tier.forget(name, self.namespace)
             for lock in locks:
@@ -228,6 +230,12 @@ class AttentionStore(UpcomingTurns):
 
     # looking after the store
 
+    def _forget(self, key: Key) -> None:
+        """The disk has let go of a block for good."""
+        for tier in self._tiers:
+            if tier is not self._disk:
+                tier.delete([key])
+
     def verify(self, progress: Progress = no_progress) -> Report:
         """Reads everything on disk and says what is not as it was written. Changes nothing; see `repair_store`.
 
@@ -258,7 +266,7 @@ class AttentionStore(UpcomingTurns):
             self._open_lock,
             unowned=unowned,
             dry_run=dry_run,
-            forget=self._memory.discard,
+            forget=self._forget,
             progress=progress,
         )
 

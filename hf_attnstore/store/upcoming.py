@@ -95,7 +95,7 @@ class UpcomingTurns(BlockStore):
             return [name for namespace, name in self._plans.in_order() if namespace == self.namespace]
 
     def residence(self, session: str) -> dict[str, int]:
-        """Bytes of a session's blocks by tier, `memory` and `disk`; a block may be in both.
+        """Bytes of a session's blocks by tier, such as `memory` and `disk`; a block may be in several.
 
         Raises:
             SessionNotFoundError: there is no such session.
@@ -103,8 +103,7 @@ class UpcomingTurns(BlockStore):
         self._settle()
         manifest = self._disk.index.sessions.manifest(self.namespace, session)
         keys = list(dict.fromkeys(span.block for span in manifest.spans if span.block))
-        held = [block.nbytes for block in map(self._memory.get, keys) if block is not None]
-        return {"memory": sum(held), "disk": sum(self._disk.sizes(keys).values())}
+        return {tier.name: sum(tier.sizes(keys).values()) for tier in self._tiers}
 
     def latest_manifest(self, session: str) -> Manifest | None:
         """What a session consists of, or will when what was handed over is on disk; None if there is none."""
@@ -147,7 +146,7 @@ class UpcomingTurns(BlockStore):
             if found:
                 sizes.append(sum(found.values()))
                 mean = sum(sizes) / len(sizes)
-                window = keep_window(self._memory.capacity, self.disk_capacity, mean)
+                window = keep_window(self._memory.capacity, self._disk.capacity, mean)
             if place + 1 >= window:
                 break
         mean = sum(sizes) / len(sizes) if sizes else 0.0
@@ -166,19 +165,15 @@ class UpcomingTurns(BlockStore):
         manifest = self._manifest_of(session)
         keys = [span.block for span in manifest.spans if span.block] if manifest is not None else []
         keys += [key for key in manifest.beside if key not in keys] if manifest is not None else []
-        on_disk = self._disk.sizes(keys)
-        found = {}
-        for key in keys:
-            held = self._memory.get(key)
-            found[key] = held.nbytes if held is not None else on_disk.get(key, 0)
+        found = dict.fromkeys(keys, 0)
+        for tier in reversed(self._tiers):
+            found |= tier.sizes(keys)
         with self._plans.lock:
             self._plans.blocks[session] = found
         return found
 
     def _fetch(self, key: Key, job: int) -> bool:
         """Brings a block into memory for an upcoming turn. False where what is there is needed sooner."""
-        if self._memory.get(key) is not None or not self._disk.has([key]):
-            return True
         nbytes = self._promote(key, job)
         if nbytes is None:
             return False

@@ -15,7 +15,7 @@ from support.turns import assert_reused, follow_up, turn
 from hf_attnstore import AttentionStore, AttentionStoreCache
 from hf_attnstore.cache import begin
 from hf_attnstore.cache.identity.fingerprint import fingerprint_of
-from hf_attnstore.store.disk.block_files import BlockFile
+from hf_attnstore.store.blocks.stored import StoredBlock
 
 
 def flip(path: Path, where: float) -> None:
@@ -87,15 +87,15 @@ def test_damage_found_in_the_middle_of_a_prefill_is_recomputed(
     sequence = turn(model, tokens(70), AttentionStoreCache(model, "alice", store)).sequences
     store.drop_memory()
     flip(files_in_order(store, "alice")[3], 0.9)
-    read = BlockFile.read
+    read = StoredBlock.read
     reads = []
 
-    def slowly(self: BlockFile, wanted: Any) -> int:
+    def slowly(self: StoredBlock, wanted: Any) -> int:
         reads.append(1)
         time.sleep(0.02 if len(reads) < 8 else 0)
         return read(self, wanted)
 
-    monkeypatch.setattr(BlockFile, "read", slowly)
+    monkeypatch.setattr(StoredBlock, "read", slowly)
     heard: list[list[int]] = []
 
     class Streamer:
@@ -143,7 +143,7 @@ def test_an_interrupt_while_kv_is_put_in_place_leaves_nothing_half_done(
 ) -> None:
     model, other = (make_model(family) if family == "gemma3" else make_llama(num_hidden_layers=8) for _ in range(2))
     sequence = turn(model, tokens(70), AttentionStoreCache(model, "alice", store)).sequences
-    owner: Any = torch if tier == "memory" else BlockFile
+    owner: Any = torch if tier == "memory" else StoredBlock
     name = "cat" if tier == "memory" else "read"
     if tier == "disk":
         store.drop_memory()
@@ -195,10 +195,10 @@ def test_reads_that_always_fail_end_in_a_plain_prefill(store: AttentionStore, mo
     sequence = turn(model, tokens(15 * BLOCK), AttentionStoreCache(model, "alice", store)).sequences
     store.drop_memory()
 
-    def fails(self: BlockFile, wanted: Any) -> int:
+    def fails(self: StoredBlock, wanted: Any) -> int:
         raise RuntimeError("a driver that gives up")
 
-    monkeypatch.setattr(BlockFile, "read", fails)
+    monkeypatch.setattr(StoredBlock, "read", fails)
     prompt = follow_up(sequence, 5, 2)
     cache = AttentionStoreCache(model, "alice", store)
     assert torch.equal(turn(model, prompt, cache).sequences, turn(other, prompt, None).sequences)

@@ -26,7 +26,7 @@ from transformers.generation.streamers import BaseStreamer
 from hf_attnstore import AttentionStore, AttentionStoreCache, SessionBusyError, StoreClosedError, attach, detach
 from hf_attnstore.cache.hooks import Attachment
 from hf_attnstore.lab.bench.slow_disk import SlowDisk
-from hf_attnstore.store.disk.block_files import BlockFile
+from hf_attnstore.store.blocks.stored import StoredBlock
 from hf_attnstore.store.disk.surroundings import Surroundings
 
 
@@ -388,14 +388,14 @@ def test_a_store_closed_while_a_prefill_waits_for_its_layers_does_not_hang(
     sequence = turn(model, tokens(60), AttentionStoreCache(model, "alice", store)).sequences
     store.drop_memory()
     reading, go_on = threading.Event(), threading.Event()
-    read = BlockFile.read
+    read = StoredBlock.read
 
-    def held_up(self: BlockFile, wanted: Any) -> int:
+    def held_up(self: StoredBlock, wanted: Any) -> int:
         reading.set()
         assert go_on.wait(60)
         return read(self, wanted)
 
-    monkeypatch.setattr(BlockFile, "read", held_up)
+    monkeypatch.setattr(StoredBlock, "read", held_up)
     prompt = follow_up(sequence, 20, 2)
     cache = AttentionStoreCache(model, "alice", store)
     cache._setup.attachment.pace.measured(1e-9, 1.0)  # read ahead as little as possible

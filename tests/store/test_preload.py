@@ -16,7 +16,7 @@ from hf_attnstore import AttentionStore
 from hf_attnstore.errors import LoadError
 from hf_attnstore.lab.bench.slow_disk import SlowDisk
 from hf_attnstore.store.blocks.block import Block
-from hf_attnstore.store.disk.block_files import BlockFile
+from hf_attnstore.store.blocks.stored import StoredBlock
 from hf_attnstore.store.disk.surroundings import Surroundings
 from hf_attnstore.store.processes.threads import IOThreads
 from hf_attnstore.store.transfer import load as transfer
@@ -57,17 +57,17 @@ def in_place(stages: list[Stage], chain: list[Block]) -> bool:
 @pytest.fixture
 def reading(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Who reads what, and what is to happen before: "here" in the thread of the test, "there" in one that helps."""
-    here, read = threading.current_thread(), BlockFile.read
+    here, read = threading.current_thread(), StoredBlock.read
     happening: dict[str, Any] = {"threads": [], "here": lambda: None, "there": lambda: None}
 
-    def watched(self: BlockFile, wanted: Any) -> int:
+    def watched(self: StoredBlock, wanted: Any) -> int:
         where = "here" if threading.current_thread() is here else "there"
         happening["threads"].append(where)
         before: Callable[[], object] = happening[where]
         before()
         return read(self, wanted)
 
-    monkeypatch.setattr(BlockFile, "read", watched)
+    monkeypatch.setattr(StoredBlock, "read", watched)
     return happening
 
 
@@ -152,7 +152,7 @@ def test_a_damaged_block_ends_it_whoever_finds_it(
         path.write_bytes(bytes(data))
     found = threading.Event()
     reject = store._reject
-    monkeypatch.setattr(store, "_reject", lambda key, error: (reject(key, error), found.set()))
+    monkeypatch.setattr(store, "_reject", lambda *failed: (reject(*failed), found.set()))
     reading["there" if where == "here" else "here"] = lambda: found.wait(LONG)  # the other one is not the first
     running = store.load(stages_of(chain))
     try:
@@ -215,7 +215,7 @@ def test_it_is_left_to_the_stages_where_it_brings_nothing(
     try:
         if why == "not in the page cache":
             monkeypatch.setattr(
-                BlockFile, "in_page_cache", property(lambda self: chain[1].meta.key.hex() not in self.path)
+                StoredBlock, "in_page_cache", property(lambda self: chain[1].meta.key.hex() not in self.path)
             )
         elif why == "little":
             monkeypatch.setattr(transfer, "WORTH_SHARING", 1 << 20)

@@ -10,7 +10,7 @@ from support.store_blocks import make_chain, on_disk_only
 from hf_attnstore import AttentionStore
 from hf_attnstore.errors import LoadError
 from hf_attnstore.store.blocks.block import Block, BlockMeta
-from hf_attnstore.store.disk.block_files import BlockFile
+from hf_attnstore.store.blocks.stored import StoredBlock
 from hf_attnstore.store.transfer.stages import Joint, Piece, Stage, Ways
 
 HEADS, DIM = 2, 4
@@ -137,7 +137,7 @@ def test_stages_that_lie_together_are_put_in_place_once(
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """What the kernel is asked to read ahead, file by file."""
     found: list[list[str]] = []
-    monkeypatch.setattr(BlockFile, "will_need", lambda self, names: found.append(list(names)))
+    monkeypatch.setattr(StoredBlock, "will_need", lambda self, names: found.append(list(names)))
     return found
 
 

@@ -29,7 +29,7 @@ from hf_attnstore import (
 )
 from hf_attnstore.lab.bench.slow_disk import SlowDisk
 from hf_attnstore.store.blocks.vault import Vault
-from hf_attnstore.store.disk.block_files import DiskTier
+from hf_attnstore.store.disk.block_files import BlockFiles
 from hf_attnstore.store.disk.surroundings import Surroundings
 from hf_attnstore.store.transfer.stages import Piece, Stage
 
@@ -76,7 +76,7 @@ def test_a_block_file_opens_with_the_safetensors_library(tmp_path: Path) -> None
 
 def test_a_layer_of_a_block_is_one_contiguous_range(tmp_path: Path) -> None:
     (block,) = make_chain([1, 2, 3], 16)
-    tier = DiskTier(tmp_path, Vault())
+    tier = BlockFiles(tmp_path, Vault())
     tier.make_folders()
     tier.write(block)
     with tier.open(block.meta.fingerprint, block.meta.key) as file:
@@ -139,7 +139,7 @@ def test_a_damaged_file_is_refused_set_aside_and_forgotten(
 def test_every_single_bit_flip_is_noticed_or_harmless(tmp_path: Path) -> None:
     """Sampled evenly over the whole file, each byte of the header included."""
     (block,) = make_chain([5, 6, 7, 8], 16)
-    tier = DiskTier(tmp_path, Vault())
+    tier = BlockFiles(tmp_path, Vault())
     tier.make_folders()
     tier.write(block)
     path = tier.path(block.meta.fingerprint, block.meta.key)

@@ -30,7 +30,7 @@ from hf_attnstore.store.blocks.block import Block
 from hf_attnstore.store.blocks.format import _with_check, encode_block
 from hf_attnstore.store.blocks.keys import Key, chain_root, cut_root, decode_tokens
 from hf_attnstore.store.blocks.vault import Vault
-from hf_attnstore.store.disk.block_files import DiskTier
+from hf_attnstore.store.disk.block_files import BlockFiles
 from hf_attnstore.store.records.manifest import Manifest, SpanRow
 from hf_attnstore.store.records.session_record import decode_record
 from hf_attnstore.store.store import repair_store
@@ -414,7 +414,7 @@ def _use_damaged_block(
     wrong: list[str] = []
     if noticed_whole:
         try:
-            with DiskTier(root, Vault()).open(FINGERPRINT, key) as file:
+            with BlockFiles(root, Vault()).open(FINGERPRINT, key) as file:
                 file.verify()
             wrong.append("verify() finds nothing")
         except LoadError as error:

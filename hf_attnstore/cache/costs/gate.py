@@ -211,7 +211,7 @@ class Gate:
         tiers = {tier: nbytes for tier, nbytes in restore.load.stats.bytes_from.items() if nbytes}
         if not tiers:
             return
-        opening = max(tiers, key=lambda tier: (tier == "disk", tiers[tier]))  # files are opened, blocks are there
+        opening = max(tiers, key=lambda tier: (tier != "memory", tiers[tier]))  # files are opened, blocks are there
         taken = restore.load.needed_from()
         for tier, nbytes in tiers.items():
             seconds = taken.get(tier, 0.0) + (restore.planning_seconds if tier == opening else 0.0)

@@ -53,6 +53,7 @@ def take_checkpoint(
             start=start,
             tokens=encode_tokens(chain.ids[start:tokens]),
             continues=before,
+            codec=store.codec,
             state=encode_numbers({number: numbers for number, (_, numbers) in captured.items()}),
         )
         made = Block(meta, tensors, arriving)

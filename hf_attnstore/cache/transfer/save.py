@@ -183,7 +183,7 @@ class BlockSaver:
             key = self._chain.key(block)
             known = key not in self._superseded and self._store.has(key)
             if known and block in self._refill:
-                known = self._store.tier_of(key) != "disk"
+                known = self._store.tier_of(key) == "memory"
             self._known[block] = known
         return self._known[block]
 
@@ -226,6 +226,7 @@ class BlockSaver:
             start=self._chain.bounds(block)[0],
             tokens=self._chain.tokens(block),
             continues=self._continues if block == 0 else b"",
+            codec=self._store.codec,
         )
         made = Block(meta, tensors, piecewise.arriving)
         try:

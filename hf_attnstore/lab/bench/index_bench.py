@@ -122,7 +122,7 @@ def _add_probed(store: AttentionStore, number: int, seed: int) -> None:
         start, stop = chain.bounds(block)
         meta = BlockMeta(chain.key(block), chain.parent(block), _FINGERPRINT, start, chain.tokens(block))
         if block == LONG - 1:
-            disk.write(Block(meta, {"layers.0.keys": torch.zeros(1, stop - start, 8)}), None)
+            disk.put(Block(meta, {"layers.0.keys": torch.zeros(1, stop - start, 8)}))
         else:
             disk.index.add_block(meta, prefix_codes(meta.tokens), 3 << 20, Place(0, time.time()))
         spans.append(SpanRow(meta.key, 0, stop - start))
@@ -230,7 +230,7 @@ def _turns(store: AttentionStore, seed: int, probed: int) -> Iterator[tuple[str,
             start, stop = chain.bounds(last)
             meta = BlockMeta(chain.key(last), chain.parent(last), _FINGERPRINT, start, chain.tokens(last))
             block = Block(meta, {"layers.0.keys": torch.zeros(1, stop - start, 8)})
-            store._disk.write(block, manifest.spans[-1].block)
+            store._disk.put(block, manifest.spans[-1].block)
             spans = (*manifest.spans[:last], SpanRow(meta.key, 0, stop - start))
             yield name, Manifest(spans, length=len(chain))
 

@@ -61,7 +61,7 @@ def _measure(root: Path, setting: str, key: bytes, layers: int, blocks: int, see
         size = sum(block.nbytes for block in chain)
         began = time.perf_counter()
         for block in chain:
-            store._disk.write(block, None)
+            store._disk.put(block)
         speeds.write.append(size / (time.perf_counter() - began))
         for count in range(1, blocks + 1):
             spans = tuple(SpanRow(block.meta.key, 0, _TOKENS) for block in chain[:count])

@@ -20,7 +20,8 @@ import xxhash
 
 from ...errors import LoadError
 from .block import TOKEN_IDS, Block, BlockMeta, TensorSpec
-from .keys import decode_tokens
+from .codecs import codec_named
+from .keys import RAW, decode_tokens
 from .vault import Vault
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ _REMEMBERED = 512
 """Headers whose layout is kept: 131,072 tokens in blocks of 256, about 10 KiB each."""
 _ALIGNMENT = 64
 """Bytes: where the data begin is a multiple of it. From anywhere else the kernel copies a quarter more slowly."""
+_MOST_PARTS = 4
+"""Of a coded tensor, for an upper bound of a header's bytes."""
 _DTYPES = {
     "F64": "float64",
     "F32": "float32",
@@ -76,13 +79,26 @@ class StoredTensor(NamedTuple):
     """Its place in the file."""
 
 
+class Coded(NamedTuple):
+    """A tensor that a codec wrote in parts."""
+
+    spec: TensorSpec
+    """What it is decoded to."""
+    parts: Mapping[str, StoredTensor]
+    """By the codec's own names."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """A parsed and checked header of a block file."""
 
     meta: BlockMeta
     tensors: Mapping[str, StoredTensor]
-    """By name, in file order."""
+    """By name, in file order: what is written, of coded tensors the parts."""
+    coded: Mapping[str, Coded]
+    """By name; empty in most files."""
+    specs: dict[str, TensorSpec]
+    """The tensors that were handed over, in file order, without the ids."""
     begin: int
     """Where the header ends, in bytes."""
     proofs: Mapping[str, str]
@@ -90,6 +106,12 @@ class Layout:
     file_bytes: int
     salt: bytes = b""
     """Of the file's encryption; empty where it is not encrypted."""
+
+    def written(self, name: str) -> Mapping[str, StoredTensor]:
+        """What is written of a tensor, by the codec's names of its parts; nothing where there is no such tensor."""
+        if name in self.coded:
+            return self.coded[name].parts
+        return {"": self.tensors[name]} if name in self.tensors else {}
 
 
 def encode_block(block: Block, vault: Vault) -> tuple[bytes, list[np.ndarray]]:
@@ -107,11 +129,12 @@ def encode_block(block: Block, vault: Vault) -> tuple[bytes, list[np.ndarray]]:
     salt = vault.new_salt()
     guard = vault.guard(salt)
     ids = torch.from_numpy(decode_tokens(meta.tokens))
+    written, coded = _coded(block)
     described: dict[str, object] = {}
     proofs: dict[str, str] = {}
     chunks: list[np.ndarray] = []
     offset = 0
-    for number, (name, tensor) in enumerate({**block.tensors, TOKEN_IDS: ids}.items()):
+    for number, (name, tensor) in enumerate({**written, TOKEN_IDS: ids}.items()):
         spec = TensorSpec(name, tensor.dtype, tuple(tensor.shape))
         data, proofs[name] = guard.close(meta, number, spec, as_bytes(tensor).reshape(-1))
         described[name] = {
@@ -135,11 +158,28 @@ def encode_block(block: Block, vault: Vault) -> tuple[bytes, list[np.ndarray]]:
         metadata["continues"] = meta.continues.hex()
     if meta.state is not None:
         metadata["state"] = meta.state
+    if coded:
+        metadata["coded"] = json.dumps(coded, separators=(",", ":"))
     if salt:
         metadata["salt"] = salt.hex()
     # metadata first: the rest is the same in every block of a model, which makes it cheap to parse
     fields = json.dumps({"__metadata__": metadata, **described}, separators=(",", ":"))
     return _with_check(fields.removeprefix('{"__metadata__":{')), chunks
+
+
+def _coded(block: Block) -> tuple[dict[str, torch.Tensor], dict[str, list[object]]]:
+    """The tensors to write, and dtype and shape of those of which they are the parts."""
+    codec = codec_named(block.meta.codec)
+    written: dict[str, torch.Tensor] = {}
+    coded: dict[str, list[object]] = {}
+    for name, tensor in block.tensors.items():
+        parts = codec.encode(tensor, block.meta)
+        if parts is None:
+            written[name] = tensor
+        else:
+            coded[name] = [_dtype_names()[tensor.dtype], list(tensor.shape)]
+            written.update({f"{name}.{part}": made for part, made in parts.items()})
+    return written, coded
 
 
 def _with_check(fields: str) -> bytes:
@@ -156,7 +196,8 @@ def _check(length: bytes, rest: bytes) -> bytes:
 
 def encoded_size(block: Block) -> int:
     """An upper bound, in bytes, for the file that `encode_block` makes, without computing checksums."""
-    header = 1024 + len(block.meta.fingerprint) + 2 * len(block.meta.state or "") + 256 * (len(block.tensors) + 1)
+    tensors = len(block.tensors) * (1 if block.meta.codec == RAW else _MOST_PARTS) + 1
+    header = 1024 + len(block.meta.fingerprint) + 2 * len(block.meta.state or "") + 256 * tensors
     return header + block.nbytes + 2 * len(block.meta.tokens)
 
 
@@ -179,13 +220,16 @@ class _Described(NamedTuple):
 
     tensors: Mapping[str, StoredTensor]
     nbytes: int
+    coded: Mapping[str, Coded]
+    specs: dict[str, TensorSpec]
     token_counts: frozenset[int]
-    """Tokens of the tensors; one number, if all is well."""
+    """Tokens of the tensors that were handed over; one number, if all is well."""
 
 
 @lru_cache(maxsize=256)
-def _parse_described(described: str) -> _Described:
-    """The tensors of a block, from their JSON; they lie one after the other without gaps."""
+def _parse_described(described: str, coded: str) -> _Described:
+    """The tensors of a block, from their JSON and that of those that are coded; they lie one after the other without
+    gaps."""
     tensors: dict[str, StoredTensor] = {}
     end = 0
     for number, (name, entry) in enumerate(json.loads(described).items()):
@@ -198,8 +242,17 @@ def _parse_described(described: str) -> _Described:
             raise LoadError(f"tensor {name!r} has impossible offsets")
         tensors[name] = StoredTensor(spec, begin, number)
         end = stop
-    counts = frozenset(_tokens_of(stored.spec) for stored in tensors.values())
-    return _Described(MappingProxyType(tensors), end, counts)
+    wholes: dict[str, Coded] = {}
+    for name, (dtype, shape) in json.loads(coded).items():
+        parts = {n.removeprefix(f"{name}."): t for n, t in tensors.items() if n.startswith(f"{name}.")}
+        if not parts:
+            raise LoadError(f"nothing is written of {name!r}")
+        wholes[name] = Coded(TensorSpec(name, _dtypes()[dtype], tuple(map(int, shape))), parts)
+    owners = {t.spec.name: whole.spec for whole in wholes.values() for t in whole.parts.values()}
+    handed_over = [owners.get(name, t.spec) for name, t in tensors.items()]
+    specs = {spec.name: spec for spec in handed_over if spec.name != TOKEN_IDS}
+    counts = frozenset(map(_tokens_of, handed_over))
+    return _Described(MappingProxyType(tensors), end, MappingProxyType(wholes), specs, counts)
 
 
 def _tokens_of(spec: TensorSpec) -> int:
@@ -234,7 +287,7 @@ def _parse_header(encoded: bytes, file_bytes: int) -> Layout:
     if metadata["format"] != FORMAT_VERSION:
         raise LoadError(f"block format {metadata['format']!r} is not {FORMAT_VERSION!r}")
     proofs = json.loads(metadata["proofs"])
-    found = _parse_described(described)
+    found = _parse_described(described, metadata.get("coded", "{}"))
     begin = 8 + header_bytes
     if file_bytes != begin + found.nbytes:
         raise LoadError(f"the file has {file_bytes} bytes, its header needs {begin + found.nbytes}")
@@ -259,4 +312,4 @@ def _parse_header(encoded: bytes, file_bytes: int) -> Layout:
     if meta.start < 0 or len(meta.key) != 32 or len(meta.parent) != 32:
         raise LoadError("the header's metadata are none")
     salt = bytes.fromhex(metadata.get("salt", ""))
-    return Layout(meta, found.tensors, begin, MappingProxyType(proofs), file_bytes, salt)
+    return Layout(meta, found.tensors, found.coded, found.specs, begin, MappingProxyType(proofs), file_bytes, salt)

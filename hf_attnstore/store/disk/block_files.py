@@ -1,20 +1,17 @@
-"""The disk tier: block files, written whole or not at all, read straight into their destination.
+"""Block files, written whole or not at all.
 
 Files are private to the user (0600 in 0700 folders): they contain conversations.
 """
 
 import os
-import struct
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
-from ...errors import LoadError, NotFiniteError
-from ..blocks.block import TOKEN_IDS, Block, BlockMeta, Bytes, is_finite
-from ..blocks.format import MAX_HEADER_BYTES, Layout, StoredTensor, encode_block, parse_header
-from ..blocks.keys import Key, block_key, encode_tokens
+from ...errors import LoadError
+from ..blocks.block import Block
+from ..blocks.format import encode_block
+from ..blocks.keys import Key
+from ..blocks.stored import StoredBlock, failed
 from ..blocks.vault import Vault
 from ..records.files import make_private_directory
 from .surroundings import Disk
@@ -22,153 +19,7 @@ from .surroundings import Disk
 SUFFIX = ".safetensors"
 
 
-def _failed(path: str | Path, error: OSError) -> LoadError:
-    """A file that is gone is gone; whatever else the system says may be otherwise the next time."""
-    return LoadError(f"{path}: {error.strerror}", transient=not isinstance(error, FileNotFoundError))
-
-
-class BlockFile:
-    """A block file open for reading. Stays readable when the file is deleted meanwhile; close it after use."""
-
-    def __init__(self, path: str | Path, vault: Vault, disk: Disk) -> None:
-        self.path = path
-        self._secret = vault.secret
-        try:
-            self._file = disk.open(path)
-        except OSError as error:
-            raise _failed(path, error) from error
-        try:
-            self.layout = self._read_layout()
-            self._guard = vault.guard(self.layout.salt)
-        except BaseException:
-            self.close()
-            raise
-
-    def _read_layout(self) -> Layout:
-        try:
-            size = self._file.size
-            head = self._file.head(16384)
-            if len(head) < 8:
-                raise LoadError(f"{self.path}: the file is too short to be a block")
-            (header_bytes,) = struct.unpack_from("<Q", head)
-            if header_bytes > min(MAX_HEADER_BYTES, size - 8):
-                raise LoadError(f"{self.path}: the header declares {header_bytes} bytes")
-            end = 8 + header_bytes
-            while len(head) < end:
-                more = self._file.head(end - len(head), len(head))
-                if not more:
-                    raise LoadError(f"{self.path}: the file ends within its header")
-                head += more
-        except OSError as error:
-            raise _failed(self.path, error) from error
-        self._at_hand = self._file.at_hand(size)
-        try:
-            return parse_header(head[:end], size)
-        except LoadError as error:
-            raise LoadError(f"{self.path}: {error}") from error
-
-    @property
-    def in_page_cache(self) -> bool:
-        """Whether the kernel had the file in its page cache when it was opened, as far as can be told from a few
-        places: then asking for it ahead of use brings nothing."""
-        return self._at_hand
-
-    def close(self) -> None:
-        self._file.close()
-
-    def __enter__(self) -> "BlockFile":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def read(self, wanted: Sequence[tuple[StoredTensor, Sequence[Bytes]]]) -> int:
-        """Reads whole tensors that lie one after the other into buffers, decrypts and checks them.
-
-        Args:
-            wanted: in file order, each tensor with the contiguous buffers that together take its bytes.
-
-        Returns:
-            The bytes read.
-
-        Raises:
-            LoadError: an I/O error, the end of the file, or a checksum that is not right. The buffers then hold
-                anything.
-        """
-        buffers = [buffer for _, parts in wanted for buffer in parts]
-        layout = self.layout
-        total = self._read_into(buffers, layout.begin + wanted[0][0].offset)
-        for tensor, parts in wanted:
-            name = tensor.spec.name
-            if not self._guard.open(layout.meta, tensor.number, tensor.spec, parts, layout.proofs[name]):
-                raise LoadError(f"{self.path}: the checksum of {name} is wrong")
-        return total
-
-    def _read_into(self, buffers: list[Bytes], offset: int) -> int:
-        expected = sum(buffer.nbytes for buffer in buffers)
-        done = 0
-        while done < expected:
-            try:
-                count = self._file.read(buffers, offset + done)
-            except OSError as error:
-                raise _failed(self.path, error) from error
-            if count == 0:
-                raise LoadError(f"{self.path}: the file ends {expected - done} bytes early")
-            done += count
-            if done < expected:  # seldom: a read comes in parts
-                while count >= buffers[0].nbytes:
-                    count -= buffers.pop(0).nbytes
-                buffers[0] = buffers[0][count:]
-        return done
-
-    def tensor(self, name: str) -> StoredTensor:
-        """Where a tensor lies.
-
-        Raises:
-            LoadError: there is none of that name.
-        """
-        try:
-            return self.layout.tensors[name]
-        except KeyError:
-            raise LoadError(f"{self.path}: there is no tensor {name}") from None
-
-    def will_need(self, names: Iterable[str]) -> None:
-        """Makes the kernel read tensors into its page cache, in the background; returns at once."""
-        if self.in_page_cache:
-            return
-        for name in names:
-            stored = self.layout.tensors.get(name)
-            if stored is not None:
-                self._file.will_need(self.layout.begin + stored.offset, stored.spec.nbytes)
-
-    def read_meta(self) -> BlockMeta:
-        """The block's identity with its token ids, checked against its key."""
-        stored = self.layout.tensors[TOKEN_IDS]
-        ids = np.empty(stored.spec.nbytes, dtype=np.uint8)
-        self.read([(stored, [ids])])
-        meta = replace(self.layout.meta, tokens=encode_tokens(ids.view(np.int64)))
-        if block_key(meta.parent, meta.tokens, self._secret) != meta.key:
-            raise LoadError(f"{self.path}: the token ids are not those of the key")
-        return meta
-
-    def verify(self) -> BlockMeta:
-        """Reads all of the file and checks it. Returns the block's identity, with its token ids.
-
-        Raises:
-            LoadError: something is not as it was written.
-            NotFiniteError: it is, but should not have been: there is NaN or infinity in it.
-        """
-        import torch
-
-        for name, stored in self.layout.tensors.items():
-            buffer = np.empty(stored.spec.nbytes, dtype=np.uint8)
-            self.read([(stored, [buffer])])
-            if not is_finite(torch.from_numpy(buffer).view(stored.spec.dtype)):
-                raise NotFiniteError(f"{self.path}: {name} has NaN or infinity in it")
-        return self.read_meta()
-
-
-class DiskTier:
+class BlockFiles:
     """Block files below a store's folder. Which of them count is the index's business."""
 
     def __init__(self, root: Path, vault: Vault, disk: Disk | None = None, *, sync: bool = False) -> None:
@@ -191,26 +42,29 @@ class DiskTier:
         name = key.hex()
         return f"{self.blocks}/{fingerprint}/{name[:2]}/{name}{SUFFIX}"
 
-    def open(self, fingerprint: str, key: Key) -> BlockFile:
+    def open(self, fingerprint: str, key: Key) -> StoredBlock:
         """Opens a block for reading; checks that the file is the block it should be.
 
         Raises:
             LoadError: the file is missing, damaged, or another block's.
         """
-        file = self.open_path(self._path(fingerprint, key))
-        meta = file.layout.meta
-        if meta.key != key or meta.fingerprint != fingerprint:
+        file = self.open_path(self._path(fingerprint, key), key)
+        if file.layout.meta.fingerprint != fingerprint:
             file.close()
-            raise LoadError(f"{file.path}: the file holds another block ({meta.key.hex()})")
+            raise LoadError(f"{file.path}: this is a block of another model")
         return file
 
-    def open_path(self, path: str | Path) -> BlockFile:
-        """Opens whatever block a file says it is.
+    def open_path(self, path: str | Path, key: Key | None = None) -> StoredBlock:
+        """Opens the block `key`, or whatever block a file says it is.
 
         Raises:
             LoadError: the file is missing or damaged.
         """
-        return BlockFile(path, self._vault, self._disk)
+        try:
+            ranges = self._disk.open(path)
+        except OSError as error:
+            raise failed(path, error) from error
+        return StoredBlock(path, ranges, self._vault, key)
 
     def write(self, block: Block) -> int:
         """Writes a block's file: under a temporary name, then renamed. Returns its bytes.

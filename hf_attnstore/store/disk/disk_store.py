@@ -15,9 +15,11 @@ from pathlib import Path
 
 from ...errors import AttentionStoreError, LoadError, SessionNotFoundError, StoreIOError
 from ...sizes import format_bytes
-from ..blocks.block import Block, BlockMeta
+from ..blocks.block import Block, BlockMeta, Match
 from ..blocks.format import encoded_size
 from ..blocks.keys import Key, block_key, common_codes, common_prefix, prefix_codes
+from ..blocks.stored import StoredBlock
+from ..blocks.tier import Tier
 from ..eviction.policies import Place
 from ..eviction.victims import Order, VictimSearch
 from ..index.blocks import Index
@@ -28,7 +30,7 @@ from ..processes.locks import WriteLock
 from ..records.files import make_private_directory
 from ..records.manifest import Manifest
 from ..records.session_record import RecordFiles, SessionRecord
-from .block_files import BlockFile, DiskTier
+from .block_files import BlockFiles
 from .folder import FILE, Folder
 from .surroundings import Surroundings
 
@@ -51,11 +53,13 @@ class _NotAdmittedError(Exception):
     """A new block is worth less than those that would have to go for it."""
 
 
-class DiskStore:
+class DiskStore(Tier):
     """The part of a store that outlives the process. Safe to use from several threads and processes.
 
     Looking things up never raises for want of a disk: what can't be read is not there, with one warning and a count.
     """
+
+    name = "disk"
 
     def __init__(
         self,
@@ -69,14 +73,14 @@ class DiskStore:
     ) -> None:
         surroundings = surroundings or Surroundings()
         self.root = folder.path
-        self.capacity = capacity
+        self._capacity = capacity
         self.vault = folder.vault
         self.sync = sync
         self._folder = folder
         self._accounts = accounts
         self._order = order
         self._clock = surroundings.clock
-        self.files = DiskTier(self.root, self.vault, surroundings.disk, sync=sync)
+        self.files = BlockFiles(self.root, self.vault, surroundings.disk, sync=sync)
         self.records = RecordFiles(self.root, self.vault, sync=sync)
         self.locks_folder = self.root / "locks"
         self._make_folders()
@@ -84,6 +88,10 @@ class DiskStore:
         self._depth = 0
         self._unreadable: dict[Key, float] = {}
         self.reopen_index()
+
+    @property
+    def capacity(self) -> int:
+        return self._capacity
 
     @property
     def index_path(self) -> Path:
@@ -206,8 +214,7 @@ class DiskStore:
         with suppress(OSError):
             (self.root / DAMAGED).touch(mode=0o600)
 
-    def has(self, keys: Sequence[Key]) -> set[Key]:
-        """Which of these blocks can be read, as far as is known."""
+    def find(self, keys: Sequence[Key]) -> set[Key]:
         if not keys:  # that this succeeds says nothing of whether the index can be read
             return set()
         found = self._attempt(lambda: self.index.has(keys), set())
@@ -232,7 +239,7 @@ class DiskStore:
 
     def rows(self, keys: Sequence[Key]) -> dict[Key, BlockRow]:
         """The rows of those of these blocks that are there."""
-        if not keys:  # as in `has`
+        if not keys:  # as in `find`
             return {}
         found = self._attempt(lambda: self.index.rows(keys), [])
         assert isinstance(found, list)
@@ -242,12 +249,7 @@ class DiskStore:
         """Bytes of the files of those of these blocks that are there."""
         return {key: row.bytes for key, row in self.rows(keys).items()}
 
-    def nearest(self, parent: Key, tokens: bytes, beyond: int) -> tuple[Key, int, int] | None:
-        """The block after `parent` that shares the longest beginning with `tokens`, of more than `beyond` tokens.
-
-        Returns:
-            Its key, the number of tokens shared, and the number of those it has.
-        """
+    def nearest(self, parent: Key, tokens: bytes, beyond: int) -> Match | None:
         codes = prefix_codes(tokens, self.vault.secret)
         found = self._attempt(lambda: self.index.neighbours(parent, codes), [])
         assert isinstance(found, list)
@@ -259,23 +261,20 @@ class DiskStore:
             if described is not None:
                 common = common_prefix(described[1], tokens)
                 if common > beyond:
-                    best, beyond = (row.key, common, row.count), common
+                    best, beyond = Match(row.key, common, row.count), common
         return best
 
     def follower(self, parent: Key, block_size: int) -> Key | None:
-        """A block after `parent`, whichever; None if there is none."""
         found = self._attempt(partial(self.index.before, parent, b"\xff" * (block_size + 1)), (None, b""))
         assert isinstance(found, tuple)
         return found[0].key if found[0] is not None else None
 
     def followed(self, parents: Sequence[Key]) -> set[Key]:
-        """Which of these have a block after them."""
         found = self._attempt(lambda: self.index.followed(parents), set())
         assert isinstance(found, set)
         return found
 
     def longest_beginning(self, parent: Key, tokens: bytes) -> tuple[Key, int] | None:
-        """The longest block after `parent` with all of which `tokens` begins, and how many tokens it has."""
         codes = prefix_codes(tokens, self.vault.secret)
         limit = codes
         while limit:
@@ -292,8 +291,6 @@ class DiskStore:
         return None
 
     def describe(self, key: Key, fingerprint: str = "") -> tuple[int, bytes] | None:
-        """The position for which a block's first keys were made, and its ids, from its file; None if it is not there,
-        or of another model than that of `fingerprint`."""
         row = self.row(key)
         if row is None or fingerprint not in ("", row.fingerprint):
             return None
@@ -311,19 +308,8 @@ class DiskStore:
             return None
         return meta.start, meta.tokens
 
-    def open(self, key: Key, row: BlockRow | None = None) -> BlockFile:
-        """Opens a block.
-
-        Args:
-            row: the block's, where it is known already.
-
-        Raises:
-            LoadError: it is not there, or can't be read; `failed` wants to know of it.
-        """
-        row = row or self.row(key)
-        if row is None:
-            raise LoadError(f"block {key.hex()} is not in the store any more")
-        return self.files.open(row.fingerprint, key)
+    def sources(self, keys: Sequence[Key]) -> Mapping[Key, Callable[[], StoredBlock]]:
+        return {key: partial(self.files.open, row.fingerprint, key) for key, row in self.rows(keys).items()}
 
     def failed(self, key: Key, error: LoadError) -> None:
         """A block could not be read. One that failed a check is put aside, so that it is recomputed and never read
@@ -351,7 +337,7 @@ class DiskStore:
 
     # blocks
 
-    def write(self, block: Block, supersedes: Key | None, *, wanted: bool = False) -> bool:
+    def put(self, block: Block, supersedes: Key | None = None, *, wanted: bool = False) -> bool:
         """Writes a block, unless it is there. False where the cap, the policy, or a missing beginning keeps it out.
 
         Args:
@@ -410,7 +396,14 @@ class DiskStore:
             forget(row.key)
         self._remove_files(rows)
 
-    def used_bytes(self) -> int:
+    def delete(self, keys: Sequence[Key]) -> None:
+        with self.writing():
+            rows = list(self.rows(keys).values())
+            self.index.remove_blocks(rows)
+            self._remove_files(rows)
+
+    @property
+    def used(self) -> int:
         """Bytes of everything in the folder."""
         return self.index.usage().total + self.index.database.file_bytes() + self.files.quarantine_bytes()
 
@@ -430,7 +423,7 @@ class DiskStore:
             return False
 
         def excess() -> int:
-            return self.used_bytes() + nbytes + margin - self.capacity
+            return self.used + nbytes + margin - self.capacity
 
         if excess() > 0:
             self._empty_log()
@@ -597,6 +590,10 @@ class DiskStore:
         """The model fingerprint that a session was last saved with; None if it is not known."""
         found = self._attempt(partial(self.index.sessions.fingerprint, namespace, session), None)
         return found if isinstance(found, str) else None
+
+    def touch(self, keys: Sequence[Key]) -> None:
+        policy, now = self._order.policy, self._clock.time()
+        self.move({key: policy.place(row.place, row.group, now) for key, row in self.rows(keys).items()})
 
     def move(self, places: Mapping[Key, Place]) -> None:
         """Sets where blocks stand in the order of eviction.

@@ -23,13 +23,12 @@ from safetensors.torch import save_file
 from ...errors import AttentionStoreError, LoadError
 from ..blocks.block import TOKEN_IDS, Block, BlockMeta
 from ..blocks.format import FORMAT_VERSION
-from ..blocks.keys import Key, block_key, chain_root, cut_root, decode_tokens, encode_tokens, name_digest
+from ..blocks.keys import RAW, Key, block_key, chain_root, cut_root, decode_tokens, encode_tokens, name_digest
 from ..blocks.tensors import as_bytes
 from ..blocks.vault import checksum
 from ..index.rows import BlockRow
 from ..records.manifest import Manifest, SpanRow
 from ..records.session_record import SessionRecord
-from .block_files import BlockFile
 from .disk_store import DiskStore
 
 FORMAT = "hf-attnstore session 1"
@@ -59,19 +58,21 @@ def export_session(disk: DiskStore, namespace: str, session: str, path: Path) ->
     record = disk.index.sessions.record(namespace, session)
     tensors: dict[str, torch.Tensor] = {}
     metas: list[BlockMeta] = []
-    for key in _blocks_of(disk, record):
+    for row in _blocks_of(disk, record):
         try:
-            with disk.open(key) as file:
+            with disk.files.open(row.fingerprint, row.key) as file:
                 meta = file.read_meta()
-                for name, tensor in _read(file).items():
+                for name, tensor in file.fetch([*file.specs(), TOKEN_IDS]).items():
                     tensors[f"{len(metas)}.{name}"] = tensor
         except LoadError as error:
-            disk.failed(key, error)
+            disk.failed(row.key, error)
             raise AttentionStoreError(f"session {session!r} can't be exported as a whole: {error}") from error
         metas.append(meta)
     numbers = {meta.key: number for number, meta in enumerate(metas)}
-    root = chain_root(record.fingerprint, namespace, secret=disk.vault.secret)
+    codec = metas[0].codec if metas else RAW
+    root = chain_root(record.fingerprint, namespace, codec, disk.vault.secret)
     content = {
+        **({"codec": codec} if codec != RAW else {}),
         "format": FORMAT,
         "layout": FORMAT_VERSION,
         "session": session,
@@ -117,7 +118,7 @@ def _parent_kind(parent: Key, root: Key, cut: Key) -> str:
     return _ROOT if parent == root else _CUT if cut and parent == cut else _ELSEWHERE
 
 
-def _blocks_of(disk: DiskStore, record: SessionRecord) -> list[Key]:
+def _blocks_of(disk: DiskStore, record: SessionRecord) -> list[BlockRow]:
     """The blocks that a session uses, each after what it follows."""
     keys = list(dict.fromkeys(span.block for span in record.manifest.spans if span.block))
     chosen = set(keys)
@@ -133,7 +134,7 @@ def _blocks_of(disk: DiskStore, record: SessionRecord) -> list[Key]:
             chosen.add(row.continues)
             queue.append(row.continues)
     depths = _depths(rows)
-    return sorted(rows, key=lambda key: (depths[key], rows[key].start))
+    return sorted(rows.values(), key=lambda row: (depths[row.key], row.start))
 
 
 def _depths(rows: Mapping[Key, BlockRow]) -> dict[Key, int]:
@@ -147,15 +148,6 @@ def _depths(rows: Mapping[Key, BlockRow]) -> dict[Key, int]:
         for later in reversed(way):
             depths[later] = depths.get(rows[later].continues, 0) + 1
     return depths
-
-
-def _read(file: BlockFile) -> dict[str, torch.Tensor]:
-    tensors = {}
-    for name, stored in file.layout.tensors.items():
-        tensor = torch.empty(stored.spec.shape, dtype=stored.spec.dtype)
-        file.read([(stored, [as_bytes(tensor).reshape(-1)])])
-        tensors[name] = tensor
-    return tensors
 
 
 @contextmanager
@@ -213,7 +205,7 @@ def import_session(
         parts = _parts(names)
         for number, meta in enumerate(metas):
             tensors = {tensor: file.get_tensor(f"{number}.{tensor}").contiguous() for tensor in parts[number]}
-            if not disk.write(Block(meta, tensors), None, wanted=True):
+            if not disk.put(Block(meta, tensors), wanted=True):
                 raise AttentionStoreError(f"there is no room for {path} under the store's cap")
         manifest = _manifest(content, metas, namespace, disk.vault.secret)
         counts = {meta.key: meta.token_count for meta in metas}
@@ -280,7 +272,8 @@ def _renamed(
     content: Mapping[str, Any], file: Any, namespace: str, block_size: int, secret: bytes, path: Path
 ) -> list[BlockMeta]:
     """The blocks of a file, under the names that they have in this store."""
-    root = chain_root(content["fingerprint"], namespace, secret=secret)
+    codec = content.get("codec", RAW)
+    root = chain_root(content["fingerprint"], namespace, codec, secret)
     metas: list[BlockMeta] = []
     for number, block in enumerate(content["blocks"]):
         ids = file.get_tensor(f"{number}.{TOKEN_IDS}").numpy()
@@ -301,7 +294,7 @@ def _renamed(
             before = name_digest("elsewhere", content["session"], str(number), str(block["start"]), secret=secret)
         continues = metas[block["continues"]].key if block["continues"] >= 0 else b""
         key = block_key(before, tokens, secret)
-        metas.append(BlockMeta(key, before, block["fingerprint"], block["start"], tokens, continues=continues))
+        metas.append(BlockMeta(key, before, block["fingerprint"], block["start"], tokens, codec, continues))
     return metas
 
 
@@ -333,6 +326,6 @@ def _cut(content: Mapping[str, Any], metas: list[BlockMeta], root: Key, secret: 
 
 def _manifest(content: Mapping[str, Any], metas: list[BlockMeta], namespace: str, secret: bytes) -> Manifest:
     base = content["base"]
-    root = chain_root(content["fingerprint"], namespace, secret=secret)
+    root = chain_root(content["fingerprint"], namespace, content.get("codec", RAW), secret)
     manifest = Manifest(tuple(_spans(content, metas)), b"", base, content["length"])
     return replace(manifest, root=_cut(content, metas, root, secret)) if base else manifest

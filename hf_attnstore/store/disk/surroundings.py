@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..blocks.block import Bytes
+from ..blocks.stored import Ranges
 from ..records.files import MAX_IOVECS, write_file
 
 
@@ -22,8 +23,8 @@ class Clock:
         return time.monotonic()
 
 
-class OpenFile:
-    """A file open for reading. Stays readable when it is deleted meanwhile; close it after use."""
+class OpenFile(Ranges):
+    """A file open for reading. Stays readable when it is deleted meanwhile."""
 
     def __init__(self, path: str | Path) -> None:
         self._fd = os.open(path, os.O_RDONLY)
@@ -33,20 +34,18 @@ class OpenFile:
         return os.fstat(self._fd).st_size
 
     def head(self, nbytes: int, offset: int = 0) -> bytes:
-        """At most so many bytes from `offset` on; fewer where the file ends or a read comes in parts."""
         return os.pread(self._fd, nbytes, offset)
 
     def read(self, buffers: Sequence[Bytes], offset: int) -> int:
-        """Reads from `offset` on into buffers, one after the other. Returns the bytes read, which may be fewer."""
         return os.preadv(self._fd, buffers[:MAX_IOVECS], offset)  # type: ignore[arg-type]
 
     def will_need(self, offset: int, nbytes: int) -> None:
-        """Makes the kernel read a range into its page cache, in the background; returns at once."""
+        """Makes the kernel read a range into its page cache."""
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._fd, offset, nbytes, os.POSIX_FADV_WILLNEED)
 
     def at_hand(self, size: int) -> bool:
-        """Whether the kernel has the middle and the end of a file of `size` bytes in its page cache."""
+        """Whether the kernel has the middle and the end of the file in its page cache."""
         if not hasattr(os, "RWF_NOWAIT"):
             return False
         place = bytearray(1)

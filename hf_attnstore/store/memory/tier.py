@@ -6,21 +6,29 @@ Room is reserved before bytes are allocated, so blocks that are being filled or 
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 
-from ..blocks.block import Block
-from ..blocks.keys import Key
+from ..blocks.block import Block, Match
+from ..blocks.keys import Key, common_prefix
+from ..blocks.tier import Tier
 from ..eviction.accounts import TierBook
 from ..eviction.lookahead import Lookahead
 from ..eviction.policies import Place, Policy
 from ..processes.forking import watch
 
 
-class MemoryTier:
+def _itself(block: Block) -> Block:
+    return block
+
+
+class MemoryTier(Tier):
     """Blocks by key. A block that is not on disk yet is `dirty` and stays; the policy says which of the others go.
 
     Safe to use from several threads. Times are those of `clock`, in seconds.
     """
+
+    name = "memory"
 
     def __init__(
         self,
@@ -100,10 +108,13 @@ class MemoryTier:
         if not siblings:
             del self._by_parent[block.meta.parent]
 
-    def insert(self, block: Block, *, dirty: bool, place: Place | None = None) -> bool:
+    def put(
+        self, block: Block, supersedes: Key | None = None, *, dirty: bool = True, place: Place | None = None
+    ) -> bool:
         """Takes over a block whose bytes were reserved; gives them back if it is here already (then False).
 
         Args:
+            supersedes: stays until what takes its place is on disk.
             place: where it stands; default: that of a new one.
         """
         meta = block.meta
@@ -129,6 +140,16 @@ class MemoryTier:
     def get(self, key: Key) -> Block | None:
         return self._blocks.get(key)
 
+    def find(self, keys: Sequence[Key]) -> set[Key]:
+        return {key for key in keys if key in self._blocks}
+
+    def sources(self, keys: Sequence[Key]) -> Mapping[Key, Callable[[], Block]]:
+        held = ((key, self._blocks.get(key)) for key in keys)
+        return {key: partial(_itself, block) for key, block in held if block is not None}
+
+    def sizes(self, keys: Sequence[Key]) -> dict[Key, int]:
+        return {key: opens().nbytes for key, opens in self.sources(keys).items()}
+
     def place(self, key: Key) -> Place | None:
         """Where a block stands; None if it is not here."""
         return self._book.order.place(key)
@@ -138,8 +159,7 @@ class MemoryTier:
         with self._changed:
             self._book.order.used(chain, group, now, short=short)
 
-    def touch(self, keys: Iterable[Key]) -> None:
-        """Marks blocks as used now."""
+    def touch(self, keys: Sequence[Key]) -> None:
         with self._changed:
             self._book.order.touch(keys, self._clock())
 
@@ -152,9 +172,10 @@ class MemoryTier:
         with self._changed:
             self._book.order.rescheduled(schedule())
 
-    def discard(self, key: Key) -> None:
+    def delete(self, keys: Sequence[Key]) -> None:
         with self._changed:
-            self._remove(key)
+            for key in keys:
+                self._remove(key)
             self._changed.notify_all()
 
     def _remove(self, key: Key) -> None:
@@ -175,3 +196,23 @@ class MemoryTier:
         with self._changed:
             found = [self._blocks[key] for key in self._by_parent.get(parent, ())]
         return iter(found)
+
+    def nearest(self, parent: Key, tokens: bytes, beyond: int) -> Match | None:
+        best: Match | None = None
+        for block in self.followers(parent):
+            common = common_prefix(block.meta.tokens, tokens)
+            if common > (best.common if best else beyond):
+                best = Match(block.meta.key, common, block.meta.token_count)
+        return best
+
+    def follower(self, parent: Key, block_size: int) -> Key | None:
+        block = next(self.followers(parent), None)
+        return block.meta.key if block is not None else None
+
+    def followed(self, parents: Sequence[Key]) -> set[Key]:
+        return {parent for parent in parents if parent in self._by_parent}
+
+    def longest_beginning(self, parent: Key, tokens: bytes) -> tuple[Key, int] | None:
+        metas = [b.meta for b in self.followers(parent) if tokens.startswith(b.meta.tokens) and b.meta.tokens]
+        longest = max(metas, key=lambda meta: meta.token_count, default=None)
+        return (longest.key, longest.token_count) if longest is not None else None

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from ..blocks.block import Block
-from ..blocks.tensors import as_bytes, host_memory
-from ..disk.block_files import BlockFile
+from ..blocks.stored import StoredBlock
+from ..blocks.tensors import as_bytes
 from ..memory.size import on_pressure
 
 
@@ -20,17 +20,12 @@ def _give_back_pinned_memory() -> None:
         empty()
 
 
-def host_tensors(
-    source: Block | BlockFile, names: Iterable[str], read: Callable[..., object], *, pinned: bool
-) -> dict[str, torch.Tensor]:
+def host_tensors(source: Block | StoredBlock, names: Iterable[str], *, pinned: bool) -> dict[str, torch.Tensor]:
     """Whole tensors of a block in host memory, `[heads, tokens, dim]` each."""
     if isinstance(source, Block):
         source.wait_ready()
         return {name: source.tensors[name] for name in names}
-    stored = [source.tensor(name) for name in names]
-    whole = host_memory([s.spec for s in stored], pinned=pinned)
-    read(source, [(s, [as_bytes(whole[s.spec.name]).reshape(-1)]) for s in stored])
-    return whole
+    return source.fetch(names, pinned=pinned)
 
 
 _SMALL = 32_768

@@ -25,14 +25,14 @@ import torch
 from ...errors import LoadError
 from ...timeline import Time
 from ..blocks.keys import Key
-from ..disk.block_files import BlockFile
+from ..blocks.stored import StoredBlock
+from ..blocks.tier import Source
 from ..processes.threads import IOThreads
 from .device_times import DeviceTimes
 from .devices import DeviceCopies, host_tensors
 from .groups import Group
 from .load_stats import LoadStats
-from .read import read_adjacent
-from .stages import FilePiece, Source, Stage, Ways
+from .stages import FilePiece, Stage, Ways
 
 WORTH_SHARING = 4 << 20
 """Bytes of files from which on it pays to have them read by several threads."""
@@ -68,7 +68,7 @@ class Load:
         self._threads = threads
         self._stages = list(stages)
         self._sources = sources
-        self._files = {key: source for key, (_, source) in sources.items() if isinstance(source, BlockFile)}
+        self._files = {key: source for key, (_, source) in sources.items() if isinstance(source, StoredBlock)}
         self._from_disk = list(self._files)
         self._on_failure = on_failure
         self._lock = threading.Lock()
@@ -302,7 +302,7 @@ class Load:
     def _whole_tensors(self, stage: Stage) -> dict[str, torch.Tensor]:
         """The tensors of a stage's checkpoint, in host memory."""
         source = self._sources[stage.checkpoint][1]
-        found = host_tensors(source, stage.whole, read_adjacent, pinned=self._devices.pinned)
+        found = host_tensors(source, stage.whole, pinned=self._devices.pinned)
         for name, target in stage.whole.items():
             if (found[name].shape, found[name].dtype) != (target.shape, target.dtype):
                 raise LoadError(f"the {name} of a checkpoint is {tuple(found[name].shape)} {found[name].dtype}")
@@ -329,7 +329,7 @@ class Load:
         """Brings one piece of a stage to a device."""
         stage = self._stages[number]
         piece = stage.pieces[place]
-        whole = host_tensors(self._sources[piece.key][1], targets, read_adjacent, pinned=self._devices.pinned)
+        whole = host_tensors(self._sources[piece.key][1], targets, pinned=self._devices.pinned)
         sources = {name: whole[name][:, piece.start : piece.stop] for name in targets}
         arrived = partial(stage.arrived, piece.shift) if stage.arrived is not None and piece.shift else None
         self._copy(number, sources, targets, arrived)

@@ -7,13 +7,14 @@ system call: what every piece of a stage has in common is looked at once.
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from ...errors import LoadError
 from ..blocks.block import Bytes, TensorSpec
 from ..blocks.format import StoredTensor
+from ..blocks.stored import StoredBlock
 from ..blocks.tensors import as_bytes
-from ..disk.block_files import BlockFile
 
 
 class _Target(NamedTuple):
@@ -31,6 +32,7 @@ class Rows:
     """The targets of a stage, `[heads, tokens, dim]` each and contiguous within a head, to be read into."""
 
     def __init__(self, targets: Mapping[str, torch.Tensor]) -> None:
+        self._tensors = targets
         self._targets = []
         for name, target in targets.items():
             heads, _, dim = target.shape
@@ -38,17 +40,20 @@ class Rows:
             self._targets.append(_Target(name, heads, dim, target.dtype, dim * target.dtype.itemsize, rows))
         self._fitting: dict[str, TensorSpec] = {}
 
-    def read(self, file: BlockFile, start: int, stop: int, first: int) -> None:
+    def read(self, file: StoredBlock, start: int, stop: int, first: int) -> None:
         """Reads tokens `[start, stop)` of a block, to go behind `first` tokens of others.
 
         Raises:
             LoadError: they can't be read, fail their checksum, or are not what the targets take.
         """
+        if file.layout.coded:
+            self._decode(file, start, stop, first)
+            return
         wanted: list[tuple[StoredTensor, Sequence[Bytes]]] = []
         for target in self._targets:
             stored = file.tensor(target.name)
             if stored.spec is not self._fitting.get(target.name):  # blocks alike share their descriptions
-                self._check(file, stored, target)
+                self._check(file, stored.spec, target)
             tokens = stored.spec.shape[1]
             if not 0 <= start <= stop <= tokens:
                 raise LoadError(f"{file.path}: {target.name} has no tokens {start} to {stop}")
@@ -64,30 +69,30 @@ class Rows:
                 aside = memoryview(bytearray(before + after))
                 buffers += [aside[:before], row[low:high], aside[before:]]
             wanted.append((stored, [buffer for buffer in buffers if buffer.nbytes]))
-        read_adjacent(file, wanted)
+        file.read_adjacent(wanted)
 
-    def _check(self, file: BlockFile, stored: StoredTensor, target: _Target) -> None:
-        spec = stored.spec
+    def _decode(self, file: StoredBlock, start: int, stop: int, first: int) -> None:
+        """The same of a block that is coded: straight into place where all of it is wanted."""
+        aside: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        targets: dict[str, torch.Tensor] = {}
+        for target in self._targets:
+            spec = file.spec(target.name)
+            self._check(file, spec, target)
+            place = self._tensors[target.name][:, first : first + stop - start]
+            if not 0 <= start <= stop <= spec.shape[1]:
+                raise LoadError(f"{file.path}: {target.name} has no tokens {start} to {stop}")
+            targets[target.name] = place
+            if stop - start < spec.shape[1] or target.name not in file.layout.coded:
+                whole = targets[target.name] = torch.empty(spec.shape, dtype=spec.dtype)
+                aside[target.name] = place, whole[:, start:stop]
+        file.read_into(targets)
+        for place, found in aside.values():
+            np.copyto(as_bytes(place), as_bytes(found))
+
+    def _check(self, file: StoredBlock, spec: TensorSpec, target: _Target) -> None:
         if len(spec.shape) != 3 or (spec.shape[0], spec.shape[2], spec.dtype) != target[1:4]:
             raise LoadError(
                 f"{file.path}: {target.name} is {spec}, which does not fit {target.heads} heads of {target.dim} "
                 f"{target.dtype}"
             )
         self._fitting[target.name] = spec
-
-
-def read_adjacent(file: BlockFile, wanted: list[tuple[StoredTensor, Sequence[Bytes]]]) -> None:
-    """Reads whole tensors into buffers, those that lie one after the other in one call.
-
-    Raises:
-        LoadError: see `BlockFile.read`.
-    """
-    wanted.sort(key=lambda item: item[0].offset)
-    run: list[tuple[StoredTensor, Sequence[Bytes]]] = []
-    for item in wanted:
-        if run and run[-1][0].offset + run[-1][0].spec.nbytes != item[0].offset:
-            file.read(run)
-            run = []
-        run.append(item)
-    if run:
-        file.read(run)

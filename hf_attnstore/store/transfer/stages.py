@@ -11,9 +11,8 @@ import torch
 from ...errors import LoadError
 from ..blocks.block import Block
 from ..blocks.keys import Key
-from ..disk.block_files import BlockFile
-
-Source = Block | BlockFile
+from ..blocks.stored import StoredBlock
+from ..blocks.tier import Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +143,7 @@ class FilePiece(NamedTuple):
 
     piece: Piece
     tier: str
-    file: BlockFile
+    file: StoredBlock
     first: int
     """Tokens of the stage before it."""
 
@@ -166,7 +165,7 @@ class Ways:
         for piece in pieces:
             tier, source = sources[piece.key]
             self.tokens_from[tier] += piece.tokens
-            if isinstance(source, BlockFile):
+            if isinstance(source, StoredBlock):
                 self.files.append(FilePiece(piece, tier, source, first))
             else:
                 source.wait_ready()
