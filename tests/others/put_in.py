@@ -28,7 +28,7 @@ from transformers import GenerationMixin
 from transformers.cache_utils import LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, attach
-from hf_attnstore.cache.generate.text import generate_with_store
+from hf_attnstore.cache.generate.wrapper import generate_with_store
 from hf_attnstore.cache.hooks import attachment_of
 from hf_attnstore.cache.inputs import content
 from hf_attnstore.cache.layers.states import HybridLayer, StateLayer
@@ -43,13 +43,12 @@ MODES = (
     "plain once asis",
     "attach again asis",
 )
-RESULTS = Path(os.environ["ATTNSTORE_RESULTS"])
+RESULTS = Path(os.environ.get("ATTNSTORE_RESULTS", "results.jsonl"))
 ABOUT = "generat cache past_key_values assisted prompt_lookup beam".split()
 """Words in the names of tests that are about generating or about caches."""
 ELSEWHERE = "compil static fa2 fa3 fa4 flash parallel padding_free quant export onnx tp_ pipeline".split()
 """Words in the names of those that need another device, the network, other packages, or minutes."""
 
-content.FEWEST = 1  # pictures of the tests are of a token or two, too few to be identified beyond doubt
 _NAMES = ("past_key_values", "cache", "cache_params")
 _STAND_FOR = {StateLayer: LinearAttentionLayer, HybridLayer: LinearAttentionAndFullAttentionLayer}
 """Whose layers' tensors a test is to look at: it asks `type(layer) is …`, which is no subclass's."""
@@ -83,6 +82,10 @@ class _Run:
 
 
 _run: _Run | None = None
+
+
+def pytest_configure() -> None:
+    content.FEWEST = 1  # pictures of the tests are of a token or two, too few to be identified beyond doubt
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -46,8 +46,15 @@ MODES = {
 }
 """Those in which the product is put in, in words."""
 COUNTS = ("plain", "passed", "calls", "served", "compared", "differing")
-EXEMPT: dict[str, str] = {}
-"""By the end of a test's name: what can't hold with a cache of ours, and why."""
+_PADDING = (
+    "a batch of a model that takes no positions is computed again where it goes on; what its layers hold in places of "
+    "padding, which no token attends to, depends on how many are computed at once, and the test compares that too"
+)
+EXEMPT = {
+    "attach again left: BloomModelTest::test_generate_continue_from_past_key_values": _PADDING,
+    "attach again asis: BloomModelTest::test_generate_continue_from_past_key_values": _PADDING,
+}
+"""By mode and test: what can't hold with a cache of ours, and why."""
 
 Tested = Mapping[str, Any]
 """A test: its name, and by mode what was said and counted. See `put_in.py`."""
@@ -86,15 +93,16 @@ def run(family: str) -> list[Tested]:
 
 
 def losses(tests: Iterable[Tested]) -> dict[str, str]:
-    """What passes plain and not in a mode, or says other tokens there, and isn't exempt: by mode and test, why."""
+    """What passes plain and not in a mode, if it isn't exempt, or has other tokens there: by mode and test, why."""
     found = {}
     for test in tests:
         name = test["test"].split("::", 1)[1]
         for mode, said in with_the_product(test).items():
-            if said["words"] != "passed" and not name.endswith(tuple(EXEMPT)):
-                found[f"{mode}: {name}"] = said["words"]
+            which = f"{mode}: {name}"
+            if said["words"] != "passed" and which not in EXEMPT:
+                found[which] = said["words"]
             elif said.get("differing"):
-                found[f"{mode}: {name}"] = f"{said['differing']} of {said['compared']} outputs differ"
+                found[which] = f"{said['differing']} of {said['compared']} outputs differ"
     return found
 
 
@@ -132,6 +140,7 @@ def markdown(tried: Mapping[str, Sequence[Tested]]) -> str:
         header=" | ".join(str(number) for number in range(1, len(MODES) + 1)),
         ruler=" | ".join("---:" for _ in MODES),
         by_family="\n".join(families),
+        exempt="\n".join(f"- {test}: {why}." for test, why in EXEMPT.items()),
         transformers=_version(),
         torch=version("torch"),
     )
@@ -172,6 +181,9 @@ second result.
 {by_family}
 
 Of each family: tests that pass with the package, of those that pass without; in brackets the calls that were served.
+What does not pass, and why:
+
+{exempt}
 
 The tests are neither in transformers' package nor in its source distribution: they take a checkout of its repository,
 whose `src` is used then, and the package `parameterized`. Left out are tests that need another device, the network or
