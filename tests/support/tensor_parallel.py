@@ -175,13 +175,14 @@ def one_rank_can_not_identify_its_weights(number: int, model: Any, folder: str) 
 
 def out_of_the_window(number: int, model: Any, folder: str) -> None:
     with opened(folder) as store:
-        ids = tokens(40, 9)
+        ids, find = tokens(40, 9), loads.find
         for step in range(4):
             cache = AttentionStoreCache(model, "dave", store, window=64)
             if step == 3 and number == 1:  # what one rank knows of the conversation, the other does not
-                loads.find = lambda turn, view, ids: []
+                loads.find = lambda turn, view, ids: []  # in this process only
                 store.latest_manifest = lambda name: None  # type: ignore[method-assign]
             ids = follow_up(turn(model, ids, cache).sequences, 10, step)
+            loads.find = find
             told = torch.tensor([cache.reused_tokens, cache.stats.dropped_tokens, *ids[0].tolist()])
             both = [torch.zeros_like(told) for _ in range(RANKS)]
             torch.distributed.all_gather(both, told)
