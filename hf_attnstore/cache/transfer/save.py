@@ -117,9 +117,10 @@ class BlockSaver:
         for number in [number for number in self._open if number >= block]:
             self._store.release(self._open.pop(number).reserved)
         self._known = {number: known for number, known in self._known.items() if number < block}
-        for device in {tensor.device for layer in self._layers for tensor in layer.tensors() if tensor.is_cuda}:
-            # what is on its way to the host must not be overwritten before it is there
-            torch.cuda.current_stream(device).wait_stream(save_stream(device))
+        if torch.cuda.is_initialized():
+            for device in {tensor.device for layer in self._layers for tensor in layer.tensors() if tensor.is_cuda}:
+                # what is on its way to the host must not be overwritten before it is there
+                torch.cuda.current_stream(device).wait_stream(save_stream(device))
         self._mark_saved()
 
     @property
