@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from support.tiny_models import make_model, tokens
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
+from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.generation.continuous_batching.cache import PagedAttentionCache as Theirs
 
 from hf_attnstore import AttentionStore, attach
 
 
 class PagedAttentionCache(DynamicCache):
-    """Stands for the manager's cache, whose forwards need a thread of their own: an attached model knows it by name."""
+    """Stands for the manager's cache: an attached model knows it by name."""
 
 
 def test_weights_that_change_between_its_forwards_lead_to_a_word(
@@ -32,3 +33,33 @@ def test_weights_that_change_between_its_forwards_lead_to_a_word(
         model(input_ids=tokens(4), past_key_values=PagedAttentionCache(config=model.config))
     assert words == [0, 0, 1, 1]
     assert log.text.count("continuous batching runs") == 1, "another manager has blocks of its own"
+
+
+@pytest.mark.skipif(
+    not hasattr(ContinuousBatchingManager, "pause"), reason="the manager of this transformers can't be paused"
+)
+def test_the_manager_itself_leads_to_a_word_too(store: AttentionStore, log: pytest.LogCaptureFixture) -> None:
+    from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+    model = make_model()
+    attach(model, store)
+    manager = model.init_continuous_batching(
+        generation_config=GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0),
+        continuous_batching_config=ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=64),
+    )
+    manager.start()
+    try:
+
+        def ask() -> int:
+            request = manager.add_request(tokens(40)[0].tolist(), max_new_tokens=4)
+            answer = manager.get_result(request, timeout=120)
+            assert answer is not None
+            assert len(answer.generated_tokens) == 4
+            return log.text.count("continuous batching runs")
+
+        assert (ask(), ask()) == (0, 0)
+        with manager.pause(), torch.no_grad():
+            model.model.layers[0].self_attn.k_proj.weight.mul_(0.5)
+        assert ask() == 1
+    finally:
+        manager.stop(block=True, timeout=60)
