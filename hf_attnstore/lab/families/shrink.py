@@ -135,7 +135,7 @@ def small_arguments(config: PreTrainedConfig, changes: Mapping[str, Any]) -> dic
             arguments[name] = small_arguments(value, nested if isinstance(nested, Mapping) else {})
         elif isinstance(value, bool) or value is None:
             continue
-        elif name in ("vocab_size", "n_vocab") and isinstance(value, int):
+        elif name in ("vocab_size", "n_vocab", "unpadded_vocab_size") and isinstance(value, int):
             arguments[name] = min(value, VOCABULARY)
         elif name in ("initializer_range", "init_std"):
             arguments[name] = _SPREAD
