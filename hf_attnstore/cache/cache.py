@@ -469,7 +469,7 @@ class AttentionStoreCache(Cache):
         Raises:
             ContextWindowError: what is new, or `new_tokens`, does not fit into the window.
         """
-        self._acquire()
+        self._acquire_with_others()
         with self._held.guard:
             turn, held = self._turn, self._held
             try:
@@ -509,7 +509,7 @@ class AttentionStoreCache(Cache):
         Raises:
             CacheUseError: it is to go on, and what was held is of no use any more.
         """
-        self._acquire()
+        self._acquire_with_others()
         with self._held.guard:
             turn, held = self._turn, self._held
             try:
@@ -559,20 +559,17 @@ class AttentionStoreCache(Cache):
         """Sets `_turn` to a new turn, which has the session to itself; to the same again where a load failed in it."""
         if self._turn.phase is Phase.FAILED:
             self._turn = self._turn.again()
-            return
-        self.save()
-        ranks = self._setup.ranks
-        if ranks.alone:
+        else:
+            self.save()
             self._turn = begin.acquire(self._setup, self._held, self._parking)
-            return
-        acquired: list[Turn] = []
+
+    def _acquire_with_others(self) -> None:
+        """As `_acquire`, on all ranks or none."""
         try:
-            ranks.attempt(lambda: acquired.append(begin.acquire(self._setup, self._held, self._parking)))
+            self._setup.ranks.attempt(self._acquire)
         except OtherRankError:
-            for turn in acquired:
-                begin.release(turn)
+            begin.release(self._turn)
             raise
-        self._turn = acquired[0]
 
     def note_first_token(self) -> None:
         """`generate` has returned, or goes on with a new token: records the time to it, where that is the first."""

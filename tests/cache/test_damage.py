@@ -12,9 +12,10 @@ import torch
 from support.tiny_models import BLOCK, make_llama, make_model, tokens
 from support.turns import assert_reused, follow_up, turn
 
-from hf_attnstore import AttentionStore, AttentionStoreCache
+from hf_attnstore import AttentionStore, AttentionStoreCache, LoadError
 from hf_attnstore.cache import begin
 from hf_attnstore.cache.identity.fingerprint import fingerprint_of
+from hf_attnstore.cache.model.ranks import Ranks
 from hf_attnstore.store.blocks.stored import StoredBlock
 
 
@@ -263,3 +264,32 @@ def test_a_short_block_that_is_superseded_between_look_up_and_opening_is_no_fail
     assert cache.reused_tokens >= 41
     assert cache.stats.loaded_bytes > 0
     assert (cache.stats.missed, cache.stats.recomputed, log.messages) == ("", "", [])
+
+
+def test_ranks_agree_on_every_beginning_of_a_turn_on_the_save_before_it_and_on_one_begun_again(
+    store: AttentionStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Told(Ranks):
+        def __init__(self) -> None:
+            self.said: list[int] = []
+
+        def least(self, value: int) -> int:
+            self.said.append(value)
+            return value
+
+    cache = AttentionStoreCache(make_model(), "alice", store)
+    told = cache._setup.ranks = Told()
+    ids = tokens(40)[0].numpy()
+    beginnings = []
+    for _ in range(2):
+        cache.begin_turn(ids, limit=39, checked=True)
+        beginnings.append(told.said[:2])
+        told.said.clear()
+        cache.abandon(LoadError("it is gone"))
+    cache.end_turn()
+    assert beginnings == [[1, 1], [1, 1]]
+    told.said.clear()
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(cache, "save", lambda: 1 / 0)
+        cache.begin_turn(ids, limit=39)
+    assert told.said == [0], "the others wait for a rank that is gone"
