@@ -43,23 +43,12 @@ from transformers import (
     VipLlavaForConditionalGeneration,
 )
 
-VOCABULARY = 101
+from .tiny_models import TINY
+
 PICTURE = 98
 """The placeholder's id."""
 VIDEO = 97
 
-_TEXT: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
 _NO_SPECIAL: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 _CLIP: dict[str, Any] = {
     "hidden_size": 32,
@@ -74,7 +63,7 @@ _CLIP: dict[str, Any] = {
 def _llava() -> PreTrainedModel:
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**_CLIP, projection_dim=32),
-        text_config=LlamaConfig(**_TEXT),
+        text_config=LlamaConfig(**TINY),
         image_token_id=PICTURE,
         vision_feature_layer=-1,
     )
@@ -87,7 +76,7 @@ def _pixtral() -> PreTrainedModel:
     )
     config = LlavaConfig(
         vision_config=vision,
-        text_config=LlamaConfig(**_TEXT),
+        text_config=LlamaConfig(**TINY),
         image_token_id=PICTURE,
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
@@ -98,7 +87,7 @@ def _pixtral() -> PreTrainedModel:
 def _vipllava() -> PreTrainedModel:
     config = VipLlavaConfig(
         vision_config=CLIPVisionConfig(**_CLIP, projection_dim=32),
-        text_config=LlamaConfig(**_TEXT),
+        text_config=LlamaConfig(**TINY),
         image_token_index=PICTURE,
         vision_feature_layers=[-1, -2],
     )
@@ -108,7 +97,7 @@ def _vipllava() -> PreTrainedModel:
 def _llava_next() -> PreTrainedModel:
     config = LlavaNextConfig(
         vision_config=CLIPVisionConfig(**_CLIP, projection_dim=32),
-        text_config=LlamaConfig(**_TEXT),
+        text_config=LlamaConfig(**TINY),
         image_token_index=PICTURE,
         vision_feature_layer=-1,
         image_grid_pinpoints=[[16, 32], [32, 16], [32, 32]],
@@ -122,7 +111,7 @@ def _mistral3() -> PreTrainedModel:
     )
     config = Mistral3Config(
         vision_config=vision,
-        text_config=MistralConfig(**_TEXT, sliding_window=None),
+        text_config=MistralConfig(**TINY, sliding_window=None),
         image_token_index=PICTURE,
         vision_feature_layer=-1,
         spatial_merge_size=2,
@@ -139,14 +128,14 @@ def _internvl() -> PreTrainedModel:
         image_size=[16, 16],
         patch_size=[4, 4],
     )
-    config = InternVLConfig(vision_config=vision, text_config=Qwen2Config(**_TEXT), image_token_id=PICTURE)
+    config = InternVLConfig(vision_config=vision, text_config=Qwen2Config(**TINY), image_token_id=PICTURE)
     return InternVLForConditionalGeneration(config)
 
 
 def _aya_vision() -> PreTrainedModel:
     config = AyaVisionConfig(
         vision_config=SiglipVisionConfig(**_CLIP, vision_use_head=False),
-        text_config=Cohere2Config(**_TEXT, sliding_window=24),
+        text_config=Cohere2Config(**TINY, sliding_window=24),
         image_token_index=PICTURE,
     )
     return AyaVisionForConditionalGeneration(config)
@@ -154,7 +143,7 @@ def _aya_vision() -> PreTrainedModel:
 
 def _gemma3() -> PreTrainedModel:
     text = {
-        **_TEXT,
+        **TINY,
         "num_hidden_layers": 3,
         "head_dim": 12,
         "sliding_window": 24,
@@ -172,7 +161,7 @@ _VIDEO_IDS: dict[str, Any] = {"image_token_id": PICTURE, "video_token_id": VIDEO
 
 def _qwen2_vl() -> PreTrainedModel:
     vision = {"depth": 2, "embed_dim": 32, "hidden_size": 48, "num_heads": 2, "patch_size": 4, "mlp_ratio": 2}
-    config = Qwen2VLConfig(text_config={**_TEXT, "rope_parameters": _ROPE}, vision_config=vision, **_VIDEO_IDS)
+    config = Qwen2VLConfig(text_config={**TINY, "rope_parameters": _ROPE}, vision_config=vision, **_VIDEO_IDS)
     return Qwen2VLForConditionalGeneration(config)
 
 
@@ -187,7 +176,7 @@ def _qwen2_5_vl() -> PreTrainedModel:
         "window_size": 16,
         "fullatt_block_indexes": [1],
     }
-    config = Qwen2_5_VLConfig(text_config={**_TEXT, "rope_parameters": _ROPE}, vision_config=vision, **_VIDEO_IDS)
+    config = Qwen2_5_VLConfig(text_config={**TINY, "rope_parameters": _ROPE}, vision_config=vision, **_VIDEO_IDS)
     return Qwen2_5_VLForConditionalGeneration(config)
 
 
@@ -202,7 +191,7 @@ def _qwen3_vl() -> PreTrainedModel:
         "num_position_embeddings": 64,
         "deepstack_visual_indexes": [0, 1],
     }
-    text = {**_TEXT, "head_dim": 12, "rope_parameters": {**_ROPE, "mrope_interleaved": True}}
+    text = {**TINY, "head_dim": 12, "rope_parameters": {**_ROPE, "mrope_interleaved": True}}
     return Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **_VIDEO_IDS))
 
 
@@ -218,7 +207,7 @@ def _qwen3_vl_moe() -> PreTrainedModel:
         "deepstack_visual_indexes": [0, 1],
     }
     text = {
-        **_TEXT,
+        **TINY,
         "head_dim": 12,
         "rope_parameters": {**_ROPE, "mrope_interleaved": True},
         "num_experts": 4,
@@ -241,7 +230,7 @@ def _qwen2_audio() -> PreTrainedModel:
         "max_source_positions": 20,
     }
     config = Qwen2AudioConfig(
-        audio_config=audio, text_config={**_TEXT, "model_type": "qwen2"}, audio_token_id=PICTURE, **_NO_SPECIAL
+        audio_config=audio, text_config={**TINY, "model_type": "qwen2"}, audio_token_id=PICTURE, **_NO_SPECIAL
     )
     return Qwen2AudioForConditionalGeneration(config)
 

@@ -29,7 +29,7 @@ VOCABULARY = 101
 WINDOW = 24
 BLOCK = 16
 
-_COMMON: dict[str, Any] = {
+TINY: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 48,
     "intermediate_size": 64,
@@ -44,30 +44,30 @@ _COMMON: dict[str, Any] = {
 
 
 def _llama(**changes: Any) -> LlamaConfig:
-    return LlamaConfig(**{**_COMMON, **changes})
+    return LlamaConfig(**{**TINY, **changes})
 
 
 _BUILDERS: dict[str, Any] = {
     "llama-mha": lambda: LlamaForCausalLM(_llama(num_key_value_heads=4)),
     "llama-gqa": lambda: LlamaForCausalLM(_llama()),
     "llama-mqa": lambda: LlamaForCausalLM(_llama(num_key_value_heads=1)),
-    "mistral": lambda: MistralForCausalLM(MistralConfig(**_COMMON, sliding_window=WINDOW)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**TINY, sliding_window=WINDOW)),
     "gemma2": lambda: Gemma2ForCausalLM(
-        Gemma2Config(**{**_COMMON, "num_hidden_layers": 2}, head_dim=12, sliding_window=WINDOW)
+        Gemma2Config(**{**TINY, "num_hidden_layers": 2}, head_dim=12, sliding_window=WINDOW)
     ),
     "gemma3": lambda: Gemma3ForCausalLM(
         Gemma3TextConfig(
-            **{**_COMMON, "num_hidden_layers": 3},
+            **{**TINY, "num_hidden_layers": 3},
             head_dim=12,
             sliding_window=WINDOW,
             layer_types=["sliding_attention", "full_attention", "sliding_attention"],
         )
     ),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_COMMON)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_COMMON, head_dim=12)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**TINY)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**TINY, head_dim=12)),
     "deepseek-v3": lambda: DeepseekV3ForCausalLM(
         DeepseekV3Config(
-            **{**_COMMON, "num_key_value_heads": 4},
+            **{**TINY, "num_key_value_heads": 4},
             moe_intermediate_size=32,
             n_routed_experts=4,
             num_experts_per_tok=2,
