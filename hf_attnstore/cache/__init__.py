@@ -1,6 +1,6 @@
 """The transformers side: a `Cache` whose layers come from a store and go back to it."""
 
-from . import batch, encoder_decoder
+from . import batch, encoder_decoder  # noqa: F401 each says which models and sessions it serves
 from .cache import AttentionStoreCache
 from .generate.dispatch import install
 from .generate.wrapper import generate_with_store
@@ -12,4 +12,4 @@ wrap_generate_with(generate_with_store, install)
 install()
 warn_if_untested()
 
-__all__ = ["AttentionStoreCache", "TurnStats", "attach", "batch", "detach", "encoder_decoder"]
+__all__ = ["AttentionStoreCache", "TurnStats", "attach", "detach"]

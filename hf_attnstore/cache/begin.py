@@ -11,7 +11,6 @@ import numpy as np
 from ..errors import ContextWindowError, SessionBusyError, StoreClosedError
 from ..session.spans import Span, total_tokens
 from ..session.view import View
-from ..store.blocks.keys import chain_root
 from . import encoder_output as encoders
 from . import loads, reuse
 from .divergence import WORTH, find_divergence
@@ -134,15 +133,7 @@ def identify(turn: Turn) -> None:
         turn.note("the model's weights or settings changed: what the cache held is computed again", "other model")
     held.clear()
     held.fingerprint = fingerprint
-    held.change_view(plain_view(held), np.empty(0, dtype=np.int64))
-
-
-def plain_view(held: Held) -> View:
-    """The view of a whole conversation with the model."""
-    store = held.setup.store
-    if store is None:
-        return View.plain(chain_root(held.fingerprint, ""))
-    return View.plain(store.root(held.fingerprint), store.secret)
+    held.change_view(View.plain(held.model_root, held.secret), np.empty(0, dtype=np.int64))
 
 
 def take_up_prompt(turn: Turn, parking: Parking, ids: np.ndarray, *, limit: int, new_tokens: int) -> int:

@@ -39,9 +39,6 @@ from .stats import TurnStats
 from .transfer.load import Restore
 from .turn import Phase, Turn
 
-_MAX_ATTEMPTS = 8
-"""Loads that may fail one after the other before everything is computed."""
-
 
 class AttentionStoreCache(Cache):
     """A cache for `generate` that takes up a conversation where it was left, and keeps it afterwards.
@@ -376,7 +373,7 @@ class AttentionStoreCache(Cache):
         )  # fmt: skip
         reused = again()
         try:
-            for _ in range(_MAX_ATTEMPTS):
+            for _ in range(loads.MAX_ATTEMPTS):
                 try:
                     loads.finish(self._turn)
                     break
@@ -594,7 +591,7 @@ class AttentionStoreCache(Cache):
         with self._held.guard:
             turn = self._turn
             if error is not None:
-                turn.note(f"a load failed, its tokens are computed again: {error}", "load failed")
+                turn.note_failed_load(error)
             turn.forward = None
             self._held.clear()
             if self._held.encoder is not None:

@@ -137,7 +137,7 @@ def _commit(turn: Turn, tokens: int) -> None:
     if spans:
         short = spans[-1].block_tokens < chain.block_size
         blocks = [span.block for span in spans]
-        store.used(blocks, tokens, short=short, went_on_from=turn.went_on_from, session=name)
+        store.used(blocks, tokens, short=short, went_on_from=held.went_on_from, session=name)
     if held.checkpoints:
         store.touch(list(held.checkpoints.values()))
     if held.encoder is not None and held.encoder.blocks:

@@ -16,8 +16,7 @@ from ..session.chain import TokenChain
 from ..session.spans import total_tokens
 from ..session.units import find_unit, unit_ids
 from ..session.view import View
-from ..store.blocks.keys import Key, chain_root, input_root
-from ..store.store import AttentionStore
+from ..store.blocks.keys import Key, input_root
 from .layers.by_token import FullLayer
 from .model.structure import device_of
 from .probing.decoder_facts import DecoderFacts, decoder_facts
@@ -117,21 +116,14 @@ class EncoderOutput:
 
 def attend_to(held: "Held", encoder: EncoderOutput, digest: bytes) -> None:
     """From now on what is held, and kept, is that of this encoder's input."""
-    store = held.setup.store
-    secret = store.secret if store is not None else b""
-    held.see_through(View.plain(input_root(_model_root(held), "decoder", digest, secret), secret))
+    held.see_through(View.plain(input_root(held.model_root, "decoder", digest, held.secret), held.secret))
     if digest != encoder.digest:
         encoder.forget()
         encoder.digest = digest
 
 
-def _model_root(held: "Held") -> Key:
-    store = held.setup.store
-    return store.root(held.fingerprint) if store is not None else chain_root(held.fingerprint, "")
-
-
-def _root(held: "Held", encoder: EncoderOutput, store: AttentionStore) -> Key:
-    return input_root(_model_root(held), "encoder", encoder.digest, store.secret)
+def _root(held: "Held", encoder: EncoderOutput) -> Key:
+    return input_root(held.model_root, "encoder", encoder.digest, held.secret)
 
 
 def facts_of(model: nn.Module, held: "Held") -> DecoderFacts:
@@ -174,7 +166,7 @@ def take_up(turn: "Turn", encoder: EncoderOutput) -> int:
     if store is None:
         return 0
     failures = store.failures
-    spans = find_unit(_root(held, encoder, store), held.chain.block_size, store)
+    spans = find_unit(_root(held, encoder), held.chain.block_size, store)
     positions = total_tokens(spans)
     if store.failures != failures:
         turn.note("a load failed, the encoder runs again: a block could not be read", "load failed")
@@ -187,8 +179,7 @@ def take_up(turn: "Turn", encoder: EncoderOutput) -> int:
         encoder.clear()
         return 0
     if load is not None:
-        load.recorder, load.begin = turn.recorder, setup.begin_load
-        encoder.load = load
+        encoder.load = turn.as_wanted(load)
         load.start()
     for number in encoder.is_updated:
         encoder.is_updated[number] = True
@@ -231,7 +222,7 @@ def hand_over(turn: "Turn", encoder: EncoderOutput) -> None:
     if store is None or held.saver is None or not encoder.digest or not encoder.is_held:
         return
     size = held.chain.block_size
-    chain = TokenChain(_root(held, encoder, store), size, unit_ids(positions, size), secret=store.secret)
+    chain = TokenChain(_root(held, encoder), size, unit_ids(positions, size), secret=store.secret)
     keys = tuple(chain.key(number) for number in range(-(-positions // size)))
     if store.known(keys) == len(keys):
         encoder.blocks = keys

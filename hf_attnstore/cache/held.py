@@ -51,6 +51,8 @@ class Held:
         """How many leading tokens of the turn's prompt the store has; fewer are reused where computing is faster."""
         self.in_store = 0
         """How many of the tokens held when the turn began the store had."""
+        self.went_on_from: Key | None = None
+        """The last block that was reused when the prompt was taken up."""
         self.granularity = granularity(layers)
         """What can be reused of a text: up to any `token`, up to a `checkpoint`, or nothing (`none`)."""
         self.states: list[Any] = [layer for layer in layers if layer.has_state]
@@ -78,6 +80,17 @@ class Held:
     def rows(self) -> int:
         """The batch size of what is held; 0 if nothing is."""
         return max((layer.rows for layer in self.layers), default=0)
+
+    @property
+    def model_root(self) -> Key:
+        """What the chains of the model begin with."""
+        store = self.setup.store
+        return store.root(self.fingerprint) if store is not None else chain_root(self.fingerprint, "")
+
+    @property
+    def secret(self) -> bytes:
+        """What keys are made with beside content; empty where the store has none."""
+        return self.setup.store.secret if self.setup.store is not None else b""
 
     @property
     def conversation(self) -> np.ndarray:

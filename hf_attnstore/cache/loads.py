@@ -11,8 +11,11 @@ from ..session.matching import Checkpoint, match_checkpoint, match_prefix
 from ..session.spans import Span, crop, total_tokens
 from ..session.view import View
 from . import encoder_output as encoders
-from .transfer.load import Restore, plan_restore
+from .transfer.load import plan_restore
 from .turn import Turn
+
+MAX_ATTEMPTS = 8
+"""Loads that may fail one after the other before everything is computed."""
 
 
 def find(turn: Turn, view: View, ids: np.ndarray) -> list[Span]:
@@ -25,8 +28,7 @@ def find(turn: Turn, view: View, ids: np.ndarray) -> list[Span]:
     if total_tokens(spans) == view.base < len(ids):
         spans += match_prefix(ids, view.root, turn.held.chain.block_size, store, view.base)
     if store.failures != failures:  # the store has said what and why
-        turn.stats.recomputed = "a load failed, its tokens are computed again: a block could not be read"
-        turn.stats.missed = "load failed"
+        turn.note_failed_load("a block could not be read", log=False)
     return spans
 
 
@@ -69,13 +71,7 @@ def plan_load(turn: Turn, spans: Sequence[Span], length: int, checkpoint: Checkp
     turn.stats.rotated_tokens = load.rotated_tokens if load is not None else 0
     if load is not None:
         load.planning_seconds = time.perf_counter() - began
-        held.load = as_wanted(turn, load)
-
-
-def as_wanted(turn: Turn, load: Restore) -> Restore:
-    """A load as it is to be: recorded, begun in another way."""
-    load.recorder, load.begin = turn.recorder, turn.setup.begin_load
-    return load
+        held.load = turn.as_wanted(load)
 
 
 def finish(turn: Turn) -> None:
@@ -117,7 +113,7 @@ def _settle_layers(turn: Turn, *, keep_load: bool) -> None:
         try:
             finish(turn)
         except LoadError as error:
-            turn.note(f"a load failed, its tokens are computed again: {error}", "load failed")
+            turn.note_failed_load(error)
             held.clear()
             return
     if held.uneven:

@@ -36,7 +36,7 @@ class Resident:
 
 
 @dataclass(frozen=True)
-class Costs:
+class CostModel:
     """What a choice between loading and computing goes by."""
 
     floor: Callable[[int], int]
@@ -74,7 +74,7 @@ def plan_reuse(
     resident: Resident,
     whole: Callable[[int], int],
     find_checkpoint: Callable[[np.ndarray], Checkpoint | None],
-    costs: Costs | None,
+    costs: CostModel | None,
 ) -> Plan:
     """Plans what to reuse of the first `limit` tokens of `ids`.
 
@@ -121,7 +121,7 @@ def _load_or_compute(
     resident: Resident,
     whole: Callable[[int], int],
     find_checkpoint: Callable[[np.ndarray], Checkpoint | None],
-    costs: Costs,
+    costs: CostModel,
 ) -> Plan:
     """Reuses as much as is faster to load than to compute. What the layers hold is free."""
     length, spans = plan.known, plan.spans

@@ -16,12 +16,9 @@ from ..store.records.manifest import Manifest
 from . import loads
 from .costs.decide import Choice
 from .inputs.content import last_stand_in
-from .plan import Costs, Plan, Resident, plan_reuse
+from .plan import CostModel, Plan, Resident, plan_reuse
 from .positions.truncation import choose_view
 from .turn import Turn
-
-_MAX_ATTEMPTS = 8
-"""Loads that may fail one after the other before everything is computed."""
 
 
 def view_of(turn: Turn, ids: np.ndarray, limit: int, new_tokens: int) -> View:
@@ -93,21 +90,21 @@ def take_up(turn: Turn, ids: np.ndarray, limit: int) -> list[Span]:
         held.select_rows(torch.tensor([0]))
     own = held.whole(min(common_prefix(held.chain.ids, ids), limit))
     held.drop_from(own)
-    lost, failure = 0, ""
-    for _ in range(_MAX_ATTEMPTS):
+    lost, failure = 0, LoadError("")
+    for _ in range(loads.MAX_ATTEMPTS):
         plan = _plan(turn, ids, limit, own)
         try:
             _carry_out(turn, plan)
             if plan.known < lost:
-                turn.note(failure, "load failed")
+                turn.note_failed_load(failure)
             return list(plan.spans)
         except LoadError as error:
             # a short block may just have been superseded by a longer one: it is said if a second look finds less
-            lost, failure = max(lost, plan.known), f"a load failed, its tokens are computed again: {error}"
+            lost, failure = max(lost, plan.known), error
             held.clear()
             own = 0
     held.clear()
-    turn.note(failure, "load failed")
+    turn.note_failed_load(failure)
     return []
 
 
@@ -115,7 +112,9 @@ def _plan(turn: Turn, ids: np.ndarray, limit: int, own: int) -> Plan:
     held = turn.held
     spans = crop(loads.find(turn, held.view, ids[:limit]), limit)
     resident = Resident(own, held.covers, bool(held.states), held.states_at)
-    plan = plan_reuse(ids, limit, spans, resident, held.whole, partial(loads.find_checkpoint, turn), _costs(turn, ids))
+    plan = plan_reuse(
+        ids, limit, spans, resident, held.whole, partial(loads.find_checkpoint, turn), _cost_model(turn, ids)
+    )
     stats, choice = turn.stats, plan.choice
     stats.matched_tokens = plan.matched
     turn.computes_known = plan.computes_known
@@ -126,7 +125,7 @@ def _plan(turn: Turn, ids: np.ndarray, limit: int, own: int) -> Plan:
     return plan
 
 
-def _costs(turn: Turn, ids: np.ndarray) -> Costs | None:
+def _cost_model(turn: Turn, ids: np.ndarray) -> CostModel | None:
     """Keys that were moved are always loaded, since computing them again would not give the same, and so is all up to
     the last picture, whose encoder takes nobody knows how long."""
     setup, held = turn.setup, turn.held
@@ -137,7 +136,7 @@ def _costs(turn: Turn, ids: np.ndarray) -> Costs | None:
     def choose(lengths: Sequence[int], spans: Sequence[Span], prompt: int, checkpoints: dict[int, bytes]) -> Choice:
         return gate.choose(held.layers, lengths, spans, prompt, held.whole_from, store.tier_of, checkpoints)
 
-    return Costs(lambda length: max(held.view.base, last_stand_in(ids[:length])), gate.can_choose, choose)
+    return CostModel(lambda length: max(held.view.base, last_stand_in(ids[:length])), gate.can_choose, choose)
 
 
 def _carry_out(turn: Turn, plan: Plan) -> None:
@@ -167,7 +166,7 @@ def adopt(turn: Turn, ids: np.ndarray, spans: Sequence[Span]) -> None:
     held.chain.crop(agreed)
     held.chain.append(ids[agreed:])
     held.length = len(ids)
-    turn.went_on_from = spans[-1].block if spans else None
+    held.went_on_from = spans[-1].block if spans else None
     held.known = total_tokens(spans)
     held.in_store = min(held.known, len(ids))
     if held.saver is None:
@@ -187,7 +186,7 @@ def take_up_together(turn: Turn, ids: np.ndarray, limit: int) -> None:
     others waiting there.
     """
     ranks = turn.setup.ranks
-    for _ in range(_MAX_ATTEMPTS):
+    for _ in range(loads.MAX_ATTEMPTS):
         reused = ranks.attempt(partial(_take_up_whole, turn, ids, limit))
         limit = ranks.least(reused)
         if ranks.same(reused):
@@ -197,13 +196,13 @@ def take_up_together(turn: Turn, ids: np.ndarray, limit: int) -> None:
 
 
 def _take_up_whole(turn: Turn, ids: np.ndarray, limit: int) -> int:
-    for _ in range(_MAX_ATTEMPTS):
+    for _ in range(loads.MAX_ATTEMPTS):
         spans = take_up(turn, ids, limit)
         reused = turn.held.length
         try:
             loads.finish(turn)
         except LoadError as error:
-            turn.note(f"a load failed, its tokens are computed again: {error}", "load failed")
+            turn.note_failed_load(error)
             continue
         adopt(turn, ids[:reused], spans)
         return reused

@@ -18,6 +18,7 @@ from .held import Held
 from .probing.continuing import Continues
 from .setup import Setup
 from .stats import TurnStats
+from .transfer.load import Restore
 from .transfer.record import TurnRecorder
 
 logger = logging.getLogger("hf_attnstore")
@@ -82,8 +83,6 @@ class Turn:
     States can't wait: they are asked for before that each time."""
     from_disk: list[Key] = field(default_factory=list)
     """Blocks that came from disk."""
-    went_on_from: Key | None = None
-    """The last block that was reused."""
     taken: int = 0
     """How many leading tokens of the prompt came with what was taken over from the device tier."""
     forward: Forward | None = None
@@ -109,6 +108,23 @@ class Turn:
         """Says, here and in the log, why something that could have been reused is not."""
         self.stats.recomputed, self.stats.missed = reason, missed
         logger.warning(reason)
+
+    def note_failed_load(self, error: object, *, log: bool = True) -> None:
+        """Says why tokens whose KV was to be loaded are computed again.
+
+        Args:
+            log: False where the store has said it.
+        """
+        reason, missed = f"a load failed, its tokens are computed again: {error}", "load failed"
+        if log:
+            self.note(reason, missed)
+        else:
+            self.stats.recomputed, self.stats.missed = reason, missed
+
+    def as_wanted(self, load: Restore) -> Restore:
+        """A load of this turn as it is to be: recorded, begun in another way."""
+        load.recorder, load.begin = self.recorder, self.setup.begin_load
+        return load
 
     def untrack(self, reason: str, *, expected: bool = False, once: bool = False) -> None:
         """From here on the cache holds tokens that ids do not identify: they serve this turn and are not kept.

@@ -17,12 +17,12 @@ from ..encoder_decoder import Awaited, GenerateRunsAgainError, SequenceToSequenc
 from ..hooks import Attachment
 from ..inputs.encoder import EncoderInput, encoder_input, encoder_inputs, is_for_decoder
 from ..inputs.foreign import asks_for_all, foreign_input, mask_problem
+from ..loads import MAX_ATTEMPTS
 from ..model.argument import generate_cache_name, take_cache
 from ..probing.decoder_facts import stand_in
 from .attached import say_left_alone, settings_problem
 from .settings import setting as _setting
 from .streamer import WholePromptStreamer
-from .text import MAX_RETRIES
 
 logger = logging.getLogger("hf_attnstore")
 
@@ -75,7 +75,7 @@ def _run(
     known = cache.begin_generation(plan.given, plan.awaited)
     may_leave_out = plan.may_leave_out_encoder
     try:
-        for attempt in range(MAX_RETRIES + 2):
+        for attempt in range(MAX_ATTEMPTS + 2):
             changed = dict(kwargs)
             if attempt and changed.get("streamer") is not None:
                 changed["streamer"] = WholePromptStreamer(changed["streamer"], None)
@@ -92,8 +92,8 @@ def _run(
             except LoadError as error:
                 # the load belongs to the first forward: no token has been made yet, only the prompt was streamed
                 cache.abandon(error)
-                if attempt + 1 >= MAX_RETRIES:
-                    unreadable = f"{MAX_RETRIES} loads failed one after the other"
+                if attempt + 1 >= MAX_ATTEMPTS:
+                    unreadable = f"{MAX_ATTEMPTS} loads failed one after the other"
             except GenerateRunsAgainError:
                 cache.abandon()
                 may_leave_out = False

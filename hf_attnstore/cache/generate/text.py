@@ -16,13 +16,12 @@ from ..identity.adapters import adapter_problem
 from ..inputs.content import TYPES, Content, Items, NotIdentifiedError, has_stand_ins, read_content
 from ..inputs.foreign import asks_for_all, brings_features, foreign_input, mask_problem, position_problem
 from ..inputs.held import HeldContent
+from ..loads import MAX_ATTEMPTS
 from ..model.cacheless import needs_all_states
 from ..positions.spatial import places_in_space, spatial_positions
 from .settings import setting as _setting
 from .streamer import WholePromptStreamer
 
-MAX_RETRIES = 8
-"""Loads that may fail one after the other before everything is computed."""
 TEXT = (None, None)
 """What `identify` says of a prompt that is text alone."""
 
@@ -40,7 +39,7 @@ def generate_prompt(
     parts = turn.begin()
     streamed = False
     try:
-        for attempt in range(MAX_RETRIES + 1):
+        for attempt in range(MAX_ATTEMPTS + 1):
             try:
                 for part in parts:
                     feed(model, cache, part)
@@ -51,7 +50,7 @@ def generate_prompt(
             except LoadError as error:
                 # the load belongs to the first forward: no token has been made yet; at most the prompt was streamed
                 cache.abandon(error)
-                parts = turn.begin(load=attempt + 1 < MAX_RETRIES)
+                parts = turn.begin(load=attempt + 1 < MAX_ATTEMPTS)
         raise AssertionError("a turn without loading can't fail to load")
     finally:
         cache.end_turn()
@@ -236,7 +235,7 @@ class _Turn:
             limit = self._reusable
             unreadable = ""
         else:
-            limit, unreadable = 0, f"{MAX_RETRIES} loads failed one after the other"
+            limit, unreadable = 0, f"{MAX_ATTEMPTS} loads failed one after the other"
         reused = self._cache.begin_turn(
             self._ids,
             limit=limit,

@@ -88,16 +88,8 @@ class KeptLayer:
         """Keeps the first `length` tokens."""
         self.length = min(self.length, length)
 
-    def step_back(self, count: int) -> bool:
-        """Undoes the last `count` tokens of a running state, where that can be done. 0 lets go of what was kept for
-        going back."""
-        return count == 0
-
     def forget_past(self) -> None:
         """Lets go of what was kept for going back."""
-
-    def thaw(self) -> None:
-        """Makes a running state that was made in inference mode usable outside of it."""
 
     def restore(
         self, first: int, start: int, stop: int, specs: Mapping[str, TensorSpec], device: torch.device | None

@@ -98,6 +98,10 @@ class RunningState(KeptLayer):
         for name, value in copy.deepcopy(self._fresh).items():
             setattr(self, name, value)
 
+    def step_back(self, count: int) -> bool:
+        """Undoes the last `count` tokens, where that can be done. 0 lets go of what was kept for going back."""
+        return count == 0
+
     def forget_past(self) -> None:
         if getattr(self, "record_past", False):
             self.step_back(0)
@@ -108,6 +112,7 @@ class RunningState(KeptLayer):
         self.thaw()
 
     def thaw(self) -> None:
+        """Makes tensors that were made in inference mode usable outside of it."""
         if not torch.is_inference_mode_enabled():
             self._replace(lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
 
