@@ -100,7 +100,8 @@ class AttentionStoreCache(Cache):
         """An encoder-decoder model gets the cache that its `generate` needs, a list of sessions that of a batch."""
         if cls is not AttentionStoreCache or model is None:
             return object.__new__(cls)
-        kind = next((kind for serves, kind in cls._kinds if serves(owner_of(model), session)), cls)
+        owner = owner_of(model)
+        kind = next((kind for serves, kind in cls._kinds if serves(owner, session)), cls)
         if kwargs.get("resegment") and kind is not cls:
             raise CacheUseError("resegment=True is for one prompt of a decoder-only model: leave it out")
         return object.__new__(kind)

@@ -278,10 +278,15 @@ def _remove_hooks(module: nn.Module) -> None:
 
 def _cache_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """The cache of ours that a call has."""
-    for value in (*(kwargs.get(name) for name in CACHE_NAMES), *args):
-        if getattr(type(value), "sees_forwards", False):
+    for name in CACHE_NAMES:
+        value = kwargs.get(name)
+        if value is not None and _is_ours(value):
             return value
-    return None
+    return next(filter(_is_ours, args), None)
+
+
+def _is_ours(value: Any) -> bool:
+    return getattr(type(value), "sees_forwards", False)
 
 
 @outside_graphs

@@ -289,7 +289,8 @@ def test_ranks_agree_on_every_beginning_of_a_turn_on_the_save_before_it_and_on_o
     cache.end_turn()
     assert beginnings == [[1, 1], [1, 1]]
     told.said.clear()
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+    with monkeypatch.context() as patch:
         patch.setattr(cache, "save", lambda: 1 / 0)
-        cache.begin_turn(ids, limit=39)
+        with pytest.raises(ZeroDivisionError):
+            cache.begin_turn(ids, limit=39)
     assert told.said == [0], "the others wait for a rank that is gone"
