@@ -34,6 +34,10 @@ class StoreIOError(AttentionStoreError):
     """The disk would not read or write: full, failing, forbidden, or gone."""
 
 
+class SharedTierError(AttentionStoreError):
+    """The URL of a shared tier is none, or its engine is not known here or would not do what somebody waits for."""
+
+
 class EncryptionKeyError(AttentionStoreError):
     """The key of an encrypted store is missing, wrong, or none."""
 

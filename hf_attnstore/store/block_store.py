@@ -158,16 +158,60 @@ class BlockStore(OpenStore):
 
         keys = list(dict.fromkeys(key for stage in stages for key in stage.needs()))
         found = self._open(keys)
-        self._memory.touch(keys)
         names = {key: name for key, (name, _) in found.items()}
+        if all(stage.device is None or stage.device.type == "cpu" for stage in stages):
+            self._bring_whole(found)
+        self._memory.touch(keys)
         further = {tier.name for tier in self._lower[1:]}
-        self.promote([key for key in keys if names[key] in further])  # before what follows them is written
+        # before what follows them is written
+        self.promote([key for key in keys if names[key] in further and isinstance(found[key][1], StoredBlock)])
         return Load(
             self._readers,
             stages,
             {key: found[key] for key in keys},
             lambda key, error: self._reject(key, error, names[key]),
         )
+
+    def _bring_whole(self, found: dict[Key, tuple[str, Source]]) -> None:
+        """Brings blocks whole into memory, and from there to disk, as far as memory has room for them.
+
+        Args:
+            found: blocks that were opened, with their tiers; those that are in memory then take their places.
+
+        Raises:
+            LoadError: one can't be read, or is damaged; all are closed.
+        """
+        eager = {tier.name for tier in self._lower if tier.whole}
+        bring = [(key, name, s) for key, (name, s) in found.items() if name in eager and isinstance(s, StoredBlock)]
+        for _, _, source in bring:
+            source.will_need(source.specs())
+        for key, name, source in bring:
+            size = sum(spec.nbytes for spec in source.specs().values())
+            if not self.reserve(size):
+                return  # the rest comes layer by layer
+            try:
+                block = Block(source.read_meta(), source.fetch(source.specs()))
+                block.check_finite()
+            except BaseException as error:
+                self._memory.release(size)
+                for _, other in found.values():
+                    if isinstance(other, StoredBlock):
+                        other.close()
+                if isinstance(error, LoadError):
+                    self._reject(key, error, name)
+                raise
+            source.close()
+            found[key] = name, block
+            if self._memory.put(block):
+                self._writer.submit(partial(self._write, block, None))
+
+    def _local_source(self, key: Key) -> Source | None:
+        """Where a block is in memory or on disk; None if it is in neither."""
+        for tier in (self._memory, self._disk):
+            opens = tier.sources([key]).get(key)
+            if opens is not None:
+                return opens()
+        return None
 
     def _reject(self, key: Key, error: LoadError, name: str) -> None:
         """A block from the tier `name` could not be used, nor then what is above it, or a copy of it on disk."""
@@ -281,7 +325,7 @@ class BlockStore(OpenStore):
         blocks = [block]
         before = self._memory.get(block.meta.predecessor) if tier.capacity else None
         try:
-            while before is not None and not tier.find([before.meta.key]):
+            while before is not None and tier.lacks(before.meta.key):
                 blocks.append(before)
                 before = self._memory.get(before.meta.predecessor)
             while len(blocks) > 1:

@@ -16,8 +16,8 @@ from ..errors import AttentionStoreError, SessionNameError, StoreClosedError
 from ..sizes import parse_bytes
 from ..timeline import Recorders
 from .blocks.codecs import codec_named
-from .blocks.keys import RAW
-from .blocks.tier import Tier
+from .blocks.keys import RAW, Key
+from .blocks.tier import Source, Tier
 from .blocks.vault import parse_key
 from .disk.folder import open_folder
 from .disk.rebuild import open_disk_store
@@ -33,6 +33,9 @@ from .processes.locks import SessionLocks
 from .processes.parts import is_part, whole_name
 from .processes.threads import IOThreads, RightOfWay
 from .records.manifest import Manifest
+from .shared.tier import SharedTier
+from .shared.url import VARIABLE as SHARED_VARIABLE
+from .shared.url import SharedURL
 
 logger = logging.getLogger("hf_attnstore")
 
@@ -97,6 +100,7 @@ class OpenStore:
         surroundings: Surroundings | None = None,
         codec: str = RAW,
         below: Sequence[Tier] = (),
+        shared: str | None = None,
     ) -> None:
         if block_size is not None and block_size < 1:
             raise AttentionStoreError(f"block_size is a number of tokens, at least 1, not {block_size}")
@@ -114,14 +118,18 @@ class OpenStore:
         left = None if device == AUTO else parse_bytes(device)
         self._accounts = Accounts()
         key = parse_key(encryption_key)
-        folder = open_folder(self.path, block_size, key)
+        url = os.environ.get(SHARED_VARIABLE, "") if shared is None else shared
+        where = SharedURL(url) if url else None
+        folder = open_folder(self.path, block_size, key, common=where is not None)
         self.block_size = folder.block_size
         self.secret = folder.vault.secret
         """Keys the names of blocks; empty without encryption."""
+        self._right_of_way = RightOfWay()
+        self._shared = self._open_shared(where)
         self._disk, self._open_lock = open_disk_store(
             folder, parse_bytes(disk), self._accounts, self._order, surroundings, sync=durability == "power"
         )
-        self._lower = (self._disk, *below)
+        self._lower = (self._disk, *below, *([self._shared] if self._shared is not None else []))
         self._tiers: tuple[Tier, ...] = (self._memory, *self._lower)
         """In the order in which they are asked."""
         for tier in self._tiers:
@@ -130,7 +138,6 @@ class OpenStore:
         cores = os.cpu_count() or 1
         self._readers = IOThreads(io_threads or min(4, cores), "read")
         self._fetcher = IOThreads(1, "fetch")
-        self._right_of_way = RightOfWay()
         self._writer = IOThreads(1, "write", self._right_of_way)
         self._savers: weakref.WeakSet[Saver] = weakref.WeakSet()
         self._saver_lock = threading.Lock()
@@ -156,6 +163,16 @@ class OpenStore:
 
     def _prepare_upcoming(self) -> None:
         """For who looks ahead."""
+
+    def _open_shared(self, url: SharedURL | None) -> SharedTier | None:
+        """The tier that a URL names. It is not asked for anything yet."""
+        if url is None:
+            return None
+        clock, way = self._clock.monotonic, self._right_of_way
+        return SharedTier(url, self._accounts, way, clock, self.block_size, self._local_source)
+
+    def _local_source(self, key: Key) -> Source | None:
+        raise NotImplementedError
 
     # life
 
@@ -188,13 +205,16 @@ class OpenStore:
         return self._end.is_set()
 
     def flush(self) -> None:
-        """Returns when everything handed over is on disk, that of caches between two turns included."""
+        """Returns when everything handed over is on disk, that of caches between two turns included, and in a shared
+        tier, as long as that answers."""
         self._check_open()
         with self._saver_lock:
             savers = list(self._savers)
         for saver in savers:
             saver.save()
         self._writer.drain()
+        for tier in self._tiers:
+            tier.flush()
 
     def close(self) -> None:
         """Flushes and closes. Idempotent: whoever calls it, it is closed when it returns, unless the caller is one of

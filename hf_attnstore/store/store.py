@@ -71,9 +71,13 @@ class AttentionStore(UpcomingTurns):
         surroundings: the clock and the disk to go by, where they are not to be the machine's own.
         codec: how blocks are written, of those that are registered.
         below: tiers below the disk, in the order in which they are asked.
+        shared: the URL of an engine below all of them that other machines use too, such as
+            "valkey://host:6379/0?prefix=team"; see docs/shared.md. Default: the environment variable
+            `ATTNSTORE_SHARED`; "" for none.
 
     Raises:
         AttentionStoreError: a size or another argument that is none.
+        SharedTierError: the URL of a shared tier can't be read. Whether its engine answers is found out later.
         StoreFormatError: the folder holds something else, or a store of another format or block size.
         EncryptionKeyError: the store's key is missing or wrong.
 
@@ -118,16 +122,19 @@ class AttentionStore(UpcomingTurns):
         return self._disk.index.sessions.number(self.namespace)
 
     def delete(self, name: str, *, secure: bool = False) -> None:
-        """Deletes a session and every block that no other session uses.
+        """Deletes a session and every block that no other session uses. In a shared tier blocks stay: sessions of
+        other machines may use them.
 
         Args:
             secure: return only when nothing of it is in any file of the store: not in the index's free pages or its
-                log, and not in quarantine, which is emptied for that. Blocks that other sessions use too stay.
+                log, and not in quarantine, which is emptied for that. Blocks that other sessions use too stay; what
+                goes here is removed from a shared tier, too, where another machine may have to compute it again.
 
         Raises:
             SessionNotFoundError: there is no such session.
             SessionBusyError: a turn is running on it.
             StoreIOError: the disk would not.
+            SharedTierError: it is deleted here, but a shared tier did not say that it is there.
         """
         self._check_open()
         locks = [self.lock_session(name, wait=0)]
@@ -135,8 +142,13 @@ class AttentionStore(UpcomingTurns):
             self._writer.drain()
             parts = [part_name(name, number) for number in self._parts(name)]
             locks += [self.lock_session(part, wait=0) for part in parts if part != name]
-            for part in reversed(parts):
-                self._disk.delete_session(self.namespace, part, self._forget, secure=secure)
+            gone = [
+                (row.parent, row.key)
+                for part in reversed(parts)
+                for row in self._disk.delete_session(self.namespace, part, self._forget, secure=secure)
+            ]
+            if secure and self._shared is not None:
+                self._shared.delete_now(gone)
         finally:
             self.device_tier.forget(name, self.namespace)
             for lock in locks:
@@ -231,9 +243,9 @@ class AttentionStore(UpcomingTurns):
     # looking after the store
 
     def _forget(self, key: Key) -> None:
-        """The disk has let go of a block for good."""
+        """The disk has let go of a block for good. What is shared stays: others may use it."""
         for tier in self._tiers:
-            if tier is not self._disk:
+            if tier is not self._disk and not tier.shared:
                 tier.delete([key])
 
     def verify(self, progress: Progress = no_progress) -> Report:

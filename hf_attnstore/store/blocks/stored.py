@@ -160,6 +160,16 @@ class StoredBlock:
                 buffers[0] = buffers[0][count:]
         return done
 
+    def raw(self) -> np.ndarray:
+        """All of its bytes, as they are written and unchecked.
+
+        Raises:
+            LoadError: an I/O error, or the end of the file.
+        """
+        whole = np.empty(self.layout.file_bytes, dtype=np.uint8)
+        self._read_into([whole], 0)
+        return whole
+
     def read_adjacent(self, wanted: list[tuple[StoredTensor, Sequence[Bytes]]]) -> None:
         """Reads whole tensors into buffers, those that lie one after the other in one call.
 

@@ -24,6 +24,11 @@ class Tier(ABC):
     """In accounts, and in what is learned of its speed."""
     vault: Vault
     """What blocks are written with, set by the store."""
+    shared = False
+    """Whether others than this store use what is in it: then what a session here lets go of stays."""
+    whole = False
+    """Whether loads for host memory bring its blocks whole into the memory tier before anything is computed, rather
+    than layer by layer: where a load hides little and bringing them there afterwards would take another transfer."""
 
     @abstractmethod
     def find(self, keys: Sequence[Key]) -> set[Key]:
@@ -58,6 +63,13 @@ class Tier(ABC):
     @abstractmethod
     def used(self) -> int:
         """Bytes of them that are taken."""
+
+    def lacks(self, key: Key) -> bool:
+        """Whether a block that something was put in after is not here, as it should be."""
+        return not self.find([key])
+
+    def flush(self) -> None:  # noqa: B027 most have it when `put` returns
+        """Waits until what was put in is there, as long as there is hope."""
 
     def touch(self, keys: Sequence[Key]) -> None:  # noqa: B027 who evicts nothing need not know
         """Marks blocks as used now."""

@@ -187,11 +187,20 @@ def parse_key(key: str | bytes | None) -> bytes | None:
     return key
 
 
-def new_settings(key: bytes | None) -> dict[str, str] | None:
-    """What a new store keeps about its encryption; None without a key."""
+def common_salt(key: bytes) -> bytes:
+    """The salt of stores that share blocks with others under the same key: names made with it are the same in all."""
+    return _derive(key, b"common", b"")[:16]
+
+
+def new_settings(key: bytes | None, *, common: bool = False) -> dict[str, str] | None:
+    """What a new store keeps about its encryption; None without a key.
+
+    Args:
+        common: names are to be those of all stores of that key, and not its own.
+    """
     if key is None:
         return None
-    salt = os.urandom(16)
+    salt = common_salt(key) if common else os.urandom(16)
     return {"scheme": _SCHEME, "salt": salt.hex(), "check": _derive(key, b"check", salt).hex()}
 
 

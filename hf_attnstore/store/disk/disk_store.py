@@ -539,8 +539,13 @@ class DiskStore(Tier):
             return self.records.path(namespace, session).stat().st_size
         return 0
 
-    def delete_session(self, namespace: str, session: str, forget: Callable[[Key], None], *, secure: bool) -> None:
+    def delete_session(
+        self, namespace: str, session: str, forget: Callable[[Key], None], *, secure: bool
+    ) -> Sequence[BlockRow]:
         """Deletes a session and the blocks that only it used; `forget` is called with their keys.
+
+        Returns:
+            These blocks.
 
         Raises:
             SessionNotFoundError: there is no such session.
@@ -558,6 +563,7 @@ class DiskStore(Tier):
             if secure:
                 self.files.drop_quarantine()
                 self._truncate_log()
+            return gone
 
     def _truncate_log(self) -> None:
         deadline = time.monotonic() + _SECURE_SECONDS

