@@ -9,6 +9,10 @@ class StoreFormatError(AttentionStoreError):
     """The directory is not a store, or one that this version (or these settings) can't read."""
 
 
+class SettingsError(AttentionStoreError):
+    """The file with settings can't be read, or a setting is none; see `attnstore config`."""
+
+
 class StoreClosedError(AttentionStoreError):
     """The store was used after `close()`."""
 

@@ -1,4 +1,4 @@
-"""Byte sizes as people write them."""
+"""Sizes and times as people write them."""
 
 import re
 
@@ -39,3 +39,10 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     raise AssertionError("unreachable")
+
+
+def format_seconds(seconds: float) -> str:
+    """A time for people: 0.8 ms, 23 ms, 1.24 s, 26.3 s."""
+    if seconds >= 1:
+        return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:,.1f} s"
+    return f"{seconds * 1e3:.0f} ms" if seconds >= 0.01 else f"{seconds * 1e3:.1f} ms"

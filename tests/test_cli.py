@@ -41,7 +41,9 @@ def chat(model: Path, folder: Path, typed: str, *more: str, session: str = "alic
 
 def numbers(output: str) -> list[tuple[int, int]]:
     """(reused, prefilled) of each answer that `output` shows."""
-    found = re.findall(r"first token after \d+ ms · reused (\d+), prefilled (\d+) tokens · [\d.]+ tokens/s", output)
+    found = re.findall(
+        r"first token after [\d.]+ m?s · reused (\d+), prefilled (\d+) tokens · .*?[\d.]+ tokens/s", output
+    )
     return [(int(reused), int(prefilled)) for reused, prefilled in found]
 
 

@@ -215,6 +215,10 @@ class AttentionStoreCache(Cache):
     def begin_load(self, begin_load: Callable[[Restore], None]) -> None:
         self._setup.begin_load = begin_load
 
+    def tell(self, listener: Callable[[TurnStats], None]) -> None:
+        """Has `listener` called with the numbers of every turn that ends."""
+        self._setup.tell = listener
+
     def describe_prompt(
         self,
         cuts: Cuts | None = None,
@@ -610,6 +614,8 @@ class AttentionStoreCache(Cache):
             finally:
                 turn.stats.seconds = time.perf_counter() - turn.began
                 begin.release(turn)
+                if self._setup.tell is not None:
+                    self._setup.tell(turn.stats)
 
     def _finish_turn(self, turn: Turn) -> None:
         commit.end_turn(turn, self._parking)

@@ -104,7 +104,7 @@ def hand_over(turn: Turn) -> None:
         stats.saved_bytes += held.saver.saved_bytes
         stats.save_seconds += held.saver.seconds
     setup.gate.end_turn(held.layers, store)
-    stats.recompute_seconds = setup.gate.estimate(turn.prompt_tokens)
+    stats.recompute_seconds = setup.gate.estimate(turn.prompt_tokens) if stats.reused_tokens else stats.ttft_seconds
     store.count_turn(
         stats.reused_tokens,
         stats.prompt_tokens,

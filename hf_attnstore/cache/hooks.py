@@ -3,9 +3,11 @@
 import copy
 import functools
 import inspect
+import logging
 import threading
 import types
 from collections.abc import Callable, Mapping
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -25,7 +27,10 @@ from .paged import notice
 from .positions.geometry import Geometry
 from .probing.continuing import CONTINUING, Continuing, is_verified, probe_continuing
 from .probing.positions import GEOMETRIES, probe
+from .stats import TurnStats, TurnTotals
 from .transfer.load import Pace
+
+logger = logging.getLogger("hf_attnstore")
 
 _ATTRIBUTE = "_attnstore_attachment"
 _attaching = threading.Lock()
@@ -55,6 +60,8 @@ class Attachment:
         """The tokenizer by whose text plain `generate` finds what is known in other tokens; None: it does not."""
         self.state_bytes = 0
         """Bytes of a checkpoint, as far as one was taken."""
+        self.last: TurnStats | None = None
+        self.totals = TurnTotals()
         self.fingerprint = fingerprint_of(model)
         self.pace = Pace()
         self.parked = Owner()
@@ -119,6 +126,12 @@ class Attachment:
         """How the model goes on after what its cache holds. Found out and remembered as the geometry is."""
         return CONTINUING.of(fingerprint, store, functools.partial(probe_continuing, model, self.cache_name))
 
+    def turn_is_over(self, stats: TurnStats) -> None:
+        """A turn of plain `generate` has ended."""
+        with _attaching:
+            self.last, self.totals = stats, self.totals.plus(stats)
+        logger.info("generate: %s", stats)
+
     def remove(self, model: nn.Module) -> None:
         self.parked.drop()
         # by what they are, not by handle: in a deep copy of a model, the handles are still those of the original
@@ -149,7 +162,42 @@ class Attachment:
         twin.fingerprint = fingerprint_of(memo.get(id(original), original))
         twin.pace = Pace()
         twin.parked = Owner()
+        twin.last, twin.totals = None, TurnTotals()
         return twin
+
+
+class Attached:
+    """What `attach` returns: what plain `generate` has reused since then. As a context manager, detaches at its end."""
+
+    def __init__(self, model: nn.Module, attachment: Attachment) -> None:
+        self._model = model
+        self._attachment = attachment
+
+    @property
+    def last(self) -> TurnStats | None:
+        """What the last `generate` was, one that could not be served included; None before the first."""
+        return self._attachment.last
+
+    @property
+    def totals(self) -> TurnTotals:
+        """All of them together."""
+        return self._attachment.totals
+
+    def detach(self) -> None:
+        """Leaves the model as it was before `attach`, unless it was detached and attached anew meanwhile."""
+        if attachment_of(self._model) is self._attachment:
+            detach(self._model)
+
+    def __enter__(self) -> "Attached":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def __repr__(self) -> str:
+        return f"Attached({type(self._model).__name__}: {self.totals})"
 
 
 def _layer_count(model: nn.Module) -> int:
@@ -204,7 +252,7 @@ def attach(
     checkpoint_every: int | None = None,
     resegment: bool = False,
     tokenizer: Any = None,
-) -> None:
+) -> Attached:
     """Makes plain `model.generate(**inputs)` reuse and save through `store`, by content and without a session.
 
     Left-padded batches and padded prompts are kept row by row. What can't be (padding on the right, other caches …)
@@ -214,15 +262,20 @@ def attach(
         checkpoint_every: as for `AttentionStoreCache`.
         resegment: as for `AttentionStoreCache`, with `tokenizer`.
 
+    Returns:
+        What says how much was reused (`last`, `totals`), and detaches again; it need not be kept.
+
     Raises:
         CacheUseError: `checkpoint_every` is no number of tokens, or a tokenizer is missing.
         UnsupportedModelError: the model has layers that this version can't keep.
     """
     checked_every(checkpoint_every)
     by_text = checked_tokenizer(resegment, tokenizer)
-    attachment = ensure_hooks(owner_of(model))
+    owner = owner_of(model)
+    attachment = ensure_hooks(owner)
     attachment.resegments_with = by_text
     attachment.store, attachment.checkpoint_every = store, checkpoint_every
+    return Attached(owner, attachment)
 
 
 def checked_tokenizer(resegment: bool, tokenizer: Any) -> Any:

@@ -14,6 +14,7 @@ from ..store.store import AttentionStore
 from .costs.gate import Gate
 from .hooks import Attachment
 from .model.ranks import Ranks
+from .stats import TurnStats
 from .transfer.load import Restore, as_it_comes
 
 
@@ -41,6 +42,8 @@ class Setup:
     checkpoint_every: int | None = None
     parks: bool = True
     """Whether what is held takes part in the device tier: not where it is no conversation of its own."""
+    tell: Callable[[TurnStats], None] | None = None
+    """Who is to hear of turns when they are over."""
     conversations: int = 1
     """How many conversations there are; a forward may have several rows of each (beams, samples)."""
     records: bool = False
@@ -63,4 +66,4 @@ class Setup:
     def without_store(self) -> "Setup":
         """That of a copy which keeps nothing."""
         gate = Gate(enabled=False, devices=self.attachment.devices, learns=False)
-        return replace(self, store=None, session=None, saves=False, wait=0.0, gate=gate, parks=False)
+        return replace(self, store=None, session=None, saves=False, wait=0.0, gate=gate, parks=False, tell=None)

@@ -1,11 +1,11 @@
-"""What a turn did, in numbers."""
+"""What a turn did, in numbers, and what several did together."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from ..sizes import format_bytes
+from ..sizes import format_bytes, format_seconds
 from ..store.transfer.load_stats import LoadStats
 from .divergence import Divergence
 
@@ -57,7 +57,8 @@ class TurnStats:
     gate: str = ""
     """What was chosen to be reused of what is known, and why, in words; empty where there was nothing to choose."""
     recompute_seconds: float | None = None
-    """How long computing the whole prompt would have taken, estimated; None while unknown."""
+    """How long computing the whole prompt would have taken: estimated from what was computed so far, in this process
+    and in others; of a turn that reused nothing, the time to its first token. None while unknown."""
     encoder_reused: int = 0
     """Positions of an encoder's output whose keys and values were there already; encoder-decoder models only."""
     encoder_skipped: bool = False
@@ -74,8 +75,27 @@ class TurnStats:
         self.exposed_load_seconds += exposed_seconds
         self.blocks_from = dict(Counter(self.blocks_from) + load.blocks_from)
 
+    @property
+    def recomputing(self) -> str:
+        """What computing the whole prompt would have taken, in words; empty while unknown, or if it was."""
+        if self.recompute_seconds is None or not self.reused_tokens:
+            return ""
+        return f"computing it all takes about {format_seconds(self.recompute_seconds)}"
+
+    @property
+    def why_not_more(self) -> str:
+        """Why not more was reused, in one line; empty where only what is new was computed."""
+        if self.recomputed:
+            return self.recomputed
+        if self.diverged is not None:
+            return f"the prompt {self.diverged}"
+        if self.reused_tokens < self.matched_tokens - 1:
+            checkpoint = f"the last checkpoint of running states is at {self.reused_tokens:,}"
+            return f"{self.matched_tokens:,} are known, but {checkpoint}"
+        return ""
+
     def __str__(self) -> str:
-        """One line for people: what was reused, what it cost, and why something was not reused."""
+        """One line for people: what was reused, what it cost, what it would have cost, and why not more was reused."""
         parts = [
             f"reused {self.reused_tokens:,} of {self.prompt_tokens:,} tokens",
             f"prefilled {self.prefilled_tokens:,}",
@@ -88,9 +108,45 @@ class TurnStats:
         if self.loaded_bytes:
             parts.append(f"loaded {format_bytes(self.loaded_bytes)} from {' and '.join(sorted(self.blocks_from))}")
         if self.ttft_seconds is not None:
-            parts.append(f"first token after {self.ttft_seconds:.3f} s")
-        parted = f" (the prompt {self.diverged})" if self.diverged is not None else ""
-        return ", ".join(parts) + (f" (not reused: {self.recomputed})" if self.recomputed else parted)
+            parts.append(f"first token after {format_seconds(self.ttft_seconds)}")
+        parts += [self.recomputing] if self.recomputing else []
+        return ", ".join(parts) + (f" (not more: {self.why_not_more})" if self.why_not_more else "")
+
+
+@dataclass(frozen=True)
+class TurnTotals:
+    """What several turns did together."""
+
+    turns: int = 0
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    prefilled_tokens: int = 0
+    generated_tokens: int = 0
+    loaded_bytes: int = 0
+    saved_seconds: float = 0.0
+    """Of the turns of which that is known: what computing their prompts would have taken, less the time to their first
+    token. Estimated."""
+
+    def plus(self, turn: TurnStats) -> "TurnTotals":
+        """These and one more."""
+        saved = 0.0
+        if turn.reused_tokens and turn.recompute_seconds is not None and turn.ttft_seconds is not None:
+            saved = turn.recompute_seconds - turn.ttft_seconds
+        return TurnTotals(
+            self.turns + 1,
+            self.prompt_tokens + turn.prompt_tokens,
+            self.reused_tokens + turn.reused_tokens,
+            self.prefilled_tokens + turn.prefilled_tokens,
+            self.generated_tokens + turn.generated_tokens,
+            self.loaded_bytes + turn.loaded_bytes,
+            self.saved_seconds + saved,
+        )
+
+    def __str__(self) -> str:
+        """One line for people."""
+        said = f"{self.turns:,} turns: reused {self.reused_tokens:,} of {self.prompt_tokens:,} tokens"
+        saved = f", which saved about {format_seconds(self.saved_seconds)}" if self.saved_seconds > 0 else ""
+        return f"{said}, prefilled {self.prefilled_tokens:,}, loaded {format_bytes(self.loaded_bytes)}{saved}"
 
 
 def added_up(rows: Sequence[TurnStats], whole: TurnStats) -> TurnStats:

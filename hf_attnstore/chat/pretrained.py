@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AttentionStoreError
+from ..settings import value_of
 
 CONVERTER = "gguf==0.19.0"  # transformers reads GGUF files with it
 READ = 1 << 24
@@ -68,7 +69,7 @@ def real_model_path(name: str, folder: str | Path | None = None) -> Path:
 
 def _models_folder(folder: str | Path | None = None) -> Path:
     """Where converted checkpoints are kept."""
-    chosen = folder or os.environ.get("ATTNSTORE_MODELS")
+    chosen = folder or value_of("models")
     if chosen:
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "attnstore-models"

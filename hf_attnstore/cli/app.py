@@ -65,9 +65,9 @@ def chat(
     ] = False,
     checkpoint_every: CheckpointEvery = None,
     sample: Annotated[bool, typer.Option(help="Sample answers instead of taking the likeliest token.")] = False,
-    memory: Memory = "2GiB",
-    disk: Disk = "50GiB",
-    on_device: OnDevice = "auto",
+    memory: Memory = None,
+    disk: Disk = None,
+    on_device: OnDevice = None,
     device: Device = None,
     dtype: Dtype = "auto",
 ) -> None:
@@ -82,7 +82,7 @@ def chat(
     console = Console(highlight=False)
     with console.status("loading the model"):
         loaded, tokenizer = load_chat_model(model, device=device, dtype=dtype)
-    with AttentionStore(store, memory=memory, disk=disk, device=on_device) as opened:
+    with AttentionStore(store, memory=memory, disk=disk, on_device=on_device) as opened:
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": sample}
         options |= {"window": window, "canonicalize": canonicalize}
         options["checkpoint_every"] = checkpoint_every

@@ -16,22 +16,30 @@ Model = Annotated[
 ]
 Store = Annotated[
     Path | None,
-    typer.Option(help="The store's directory; without it, attnstore in the Hugging Face home.", show_default=False),
+    typer.Option(
+        help="The store's directory; by default the setting store, else attnstore in the Hugging Face home.",
+        show_default=False,
+    ),
 ]
 Device = Annotated[
     str | None,
-    typer.Option(help="Such as cuda or cpu; without it, CUDA where there is one.", show_default=False),
+    typer.Option(help="Where to compute, such as cuda or cpu; by default CUDA where there is one.", show_default=False),
 ]
 Memory = Annotated[
-    str,
-    typer.Option(help="Host memory for KV, such as 8GiB; auto follows what is free."),
+    str | None,
+    typer.Option(
+        help="Host memory for KV, such as 8GiB; auto follows what is free. [setting: memory]", show_default=False
+    ),
 ]
-Disk = Annotated[str, typer.Option(help="Disk space for KV, such as 100GiB.")]
+Disk = Annotated[
+    str | None, typer.Option(help="Disk space for KV, such as 100GiB. [setting: disk]", show_default=False)
+]
 OnDevice = Annotated[
-    str,
+    str | None,
     typer.Option(
         help="KV that stays on the device between turns, such as 4GiB, for the conversations used last; "
-        "auto: some on a CPU, none on a GPU."
+        "auto: some on a CPU, none on a GPU. [setting: on_device]",
+        show_default=False,
     ),
 ]
 Dtype = Annotated[str, typer.Option(help="Such as bfloat16 or float32; auto is what the checkpoint has.")]

@@ -45,7 +45,9 @@ def opened(path: Path | None, namespace: str = "", disk: int = _UNLIMITED) -> It
     where = path.expanduser() if path is not None else default_path()
     if not (where / "store.json").exists():
         raise AttentionStoreError(f"there is no store in {where}; --store names another folder")
-    with AttentionStore(where, memory=0, disk=disk, namespace=namespace, io_threads=1) as store:
+    with AttentionStore(
+        where, memory=0, disk=disk, namespace=namespace, io_threads=1, older_than=float("inf")
+    ) as store:
         yield store
 
 
@@ -329,6 +331,30 @@ def import_(
     _console().print(f"{escape(done.session)}: {done.tokens:,} tokens in {done.blocks:,} blocks")
 
 
+def config(as_json: Json = False) -> None:
+    """What is set, by whom, and where: in the environment, else in a file, else as it comes."""
+    from ..settings import SETTINGS, config_file, find
+    from ..store.opened import default_path
+
+    found = {setting: find(setting.name) for setting in SETTINGS}
+    if as_json:
+        _print_json({setting.name: asdict(value) for setting, value in found.items()})
+        return
+    table = Table("setting", "value", "from")
+    table.add_column("what it is", overflow="fold")
+    for setting, value in found.items():
+        shown = value.value or (str(default_path()) if setting.name == "store" else "–")
+        table.add_row(setting.name, escape(shown), escape(value.origin), f"[dim]{escape(setting.about)}[/]")
+    console = _console()
+    console.print(table)
+    file = config_file()
+    state = "" if file.exists() else ", which is not there yet"
+    console.print(
+        f'Set them in the environment (ATTNSTORE_MEMORY=8GiB) or in {escape(str(file))}{state}: memory = "8GiB"'
+    )
+    console.print("The key of an encrypted store comes from ATTNSTORE_KEY alone.")
+
+
 def sessions_table(sessions: list[SessionInfo], current: str | None = None) -> Table:
     """The sessions of a store, in the order given; `current` is marked."""
     table = Table()
@@ -352,3 +378,4 @@ def add_to(app: typer.Typer) -> None:
     for command in (show, rm, rename, fork, verify, repair, gc, stats, export):
         app.command()(command)
     app.command("import")(import_)
+    app.command()(config)

@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from ..chat.session import ChatSession, ChatTurn
 from ..errors import AttentionStoreError
+from ..sizes import format_bytes, format_seconds
 from ..store import AttentionStore
 from .store_commands import sessions_table
 
@@ -172,17 +173,22 @@ class TerminalChat:
 
 
 def turn_in_words(turn: ChatTurn) -> str:
-    """One line about a turn: time to first token, tokens reused and prefilled, speed."""
+    """One line about a turn: time to first token, what was reused, what computing would have taken, speed."""
+    stats = turn.cache
     parts = [f"reused {turn.reused_tokens:,}, prefilled {turn.prefilled_tokens:,} tokens"]
     if turn.ttft_seconds is not None:
-        parts.insert(0, f"first token after {turn.ttft_seconds * 1e3:.0f} ms")
+        parts.insert(0, f"first token after {format_seconds(turn.ttft_seconds)}")
+    if stats.loaded_bytes:
+        parts.append(f"{format_bytes(stats.loaded_bytes)} from {' and '.join(sorted(stats.blocks_from))}")
+    if stats.recomputing:
+        parts.append(stats.recomputing)
     if turn.tokens_per_second is not None:
         parts.append(f"{turn.tokens_per_second:.1f} tokens/s")
-    if turn.cache.dropped_tokens:
-        how = "moved" if turn.cache.truncation == "rotated" else "computed again"
-        parts.append(f"the oldest {turn.cache.dropped_tokens:,} tokens are out of the window, the others {how}")
-    if turn.cache.diverged is not None:
-        parts.append(str(turn.cache.diverged))
+    if stats.dropped_tokens:
+        how = "moved" if stats.truncation == "rotated" else "computed again"
+        parts.append(f"the oldest {stats.dropped_tokens:,} tokens are out of the window, the others {how}")
+    if stats.why_not_more:
+        parts.append(stats.why_not_more)
     if turn.finish == "window":
         parts.append("cut: the context window is full")
     elif turn.finish == "length":

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, Self, cast
 
 from ..errors import AttentionStoreError, SessionNameError, StoreClosedError
+from ..settings import value_of
 from ..sizes import parse_bytes
 from ..timeline import Recorders
 from .blocks.codecs import codec_named
@@ -22,8 +23,9 @@ from .blocks.vault import parse_key
 from .disk.folder import open_folder
 from .disk.rebuild import open_disk_store
 from .disk.surroundings import Surroundings
-from .eviction.policies import DEFAULT, make_policy
+from .eviction.policies import make_policy
 from .eviction.victims import Order
+from .expiry import Expiry
 from .index.counts import MISSED, Accounts, readable
 from .memory.device_tier import DeviceTier
 from .memory.size import AUTO, AutomaticSize
@@ -74,8 +76,36 @@ def _fit(tier: DeviceTier, memory: int) -> None:
         tier.resize(min(memory // 4, _MOST_LEFT))
 
 
+def _chosen(name: str, given: Any) -> Any:
+    """What was given, else what is set."""
+    return given if given is not None else value_of(name)
+
+
+def days_of(given: float | None) -> float | None:
+    """Days without a turn after which sessions go: what was given, else what is set; None where neither is.
+
+    Raises:
+        AttentionStoreError: it is no number of days.
+    """
+    days = _chosen("older_than", given)
+    try:
+        days = float(days) if days != "" else None
+    except (TypeError, ValueError):
+        raise AttentionStoreError(f"older_than is a number of days, such as 30, not {days!r}") from None
+    if days is not None and not days > 0:
+        raise AttentionStoreError(f"older_than is a number of days above 0, not {days:g}")
+    return days
+
+
 def default_path() -> Path:
-    """`$HF_HOME/attnstore`, where `HF_HOME` defaults as in huggingface_hub."""
+    """The folder that the setting `store` names, else `$HF_HOME/attnstore`, with the default of huggingface_hub.
+
+    Raises:
+        SettingsError: the file with settings is none.
+    """
+    named = value_of("store")
+    if named:
+        return Path(named).expanduser()
     from huggingface_hub.constants import HF_HOME
 
     return Path(HF_HOME) / "attnstore"
@@ -88,15 +118,16 @@ class OpenStore:
         self,
         path: str | os.PathLike[str] | None = None,
         *,
-        memory: int | str = "2GiB",
-        disk: int | str = "50GiB",
+        memory: int | str | None = None,
+        disk: int | str | None = None,
         block_size: int | None = None,
         namespace: str = "",
         io_threads: int | None = None,
-        durability: Durability = "process",
+        durability: Durability | None = None,
         encryption_key: str | bytes | None = None,
-        policy: str = DEFAULT,
-        device: int | str = AUTO,
+        policy: str | None = None,
+        on_device: int | str | None = None,
+        older_than: float | None = None,
         surroundings: Surroundings | None = None,
         codec: str = RAW,
         below: Sequence[Tier] = (),
@@ -104,18 +135,23 @@ class OpenStore:
     ) -> None:
         if block_size is not None and block_size < 1:
             raise AttentionStoreError(f"block_size is a number of tokens, at least 1, not {block_size}")
+        memory, disk = _chosen("memory", memory), _chosen("disk", disk)
+        durability = _chosen("durability", durability)
         if durability not in ("process", "power"):
             raise AttentionStoreError(f'durability is "process" or "power", not {durability!r}')
+        days = days_of(older_than)
         self.path = Path(path).expanduser() if path is not None else default_path()
         self.namespace = self.check_namespace(namespace)
         self.codec = codec_named(codec).name
         """How new blocks are written; others are not found."""
-        self._order = Order(make_policy(policy))
+        self._order = Order(make_policy(_chosen("policy", policy)))
         capacity = 0 if memory == AUTO else parse_bytes(memory)
         surroundings = surroundings or Surroundings()
         self._clock = surroundings.clock
+        self._expiry = Expiry(days, self._clock)
         self._memory = MemoryTier(capacity, self._order.policy, self._order.lookahead, self._clock.time)
-        left = None if device == AUTO else parse_bytes(device)
+        on_device = _chosen("on_device", on_device)
+        left = None if on_device == AUTO else parse_bytes(on_device)
         self._accounts = Accounts()
         key = parse_key(encryption_key)
         url = os.environ.get(SHARED_VARIABLE, "") if shared is None else shared
@@ -160,6 +196,10 @@ class OpenStore:
         self._automatic = AutomaticSize(self._memory, fit) if memory == AUTO else None
         _open_stores.add(self)
         watch(self)
+        self._expire()
+
+    def _expire(self) -> None:
+        """For who deletes what is not used any more."""
 
     def _prepare_upcoming(self) -> None:
         """For who looks ahead."""

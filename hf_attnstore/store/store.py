@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import AttentionStoreError
+from ..errors import AttentionStoreError, SessionBusyError, SessionNotFoundError, StoreClosedError
 from .blocks.keys import Key, decode_tokens
 from .blocks.vault import parse_key
 from .disk.folder import open_folder
@@ -22,6 +24,8 @@ from .upcoming import UpcomingTurns
 
 if TYPE_CHECKING:
     from .disk.portable import Exported
+
+logger = logging.getLogger("hf_attnstore")
 
 
 def repair_store(
@@ -51,21 +55,24 @@ class AttentionStore(UpcomingTurns):
     """Keeps the KV of conversations in memory and on disk.
 
     Args:
-        path: the folder; created if missing. Default `$HF_HOME/attnstore`.
-        memory: bytes of host memory for blocks, those being written included; an int, or a string like "2GiB".
-            "auto" follows what is free: it shrinks when other programs need memory, and grows back.
-        disk: bytes on disk, index included; 0 keeps blocks in memory only.
-        device: bytes of KV that stay where they were computed, between two turns of a session, for the sessions used
-            last: of all devices together, the buffers' spare room included. 0 keeps none. "auto": for models that
-            compute on the CPU, a quarter of `memory` beside it, 512 MiB at most.
+        path: the folder; created if missing. Default: the setting `store`, else `$HF_HOME/attnstore`. This and what
+            else has no default of its own here is set by the environment or a file: see `attnstore config`.
+        memory: bytes of host memory for blocks, those being written included; an int, or a string like "2GiB", which
+            is the default. "auto" follows what is free: it shrinks when other programs need memory, and grows back.
+        disk: bytes on disk, index included, 50 GiB if not said; 0 keeps blocks in memory only.
+        on_device: bytes of KV that stay where they were computed, between two turns of a session, for the sessions
+            used last: of all devices together, the buffers' spare room included. 0 keeps none. "auto", the default: for
+            models that compute on the CPU, a quarter of `memory` beside it, 512 MiB at most.
         block_size: tokens per block, 256 if not said. A store keeps the size it was made with.
         namespace: blocks and sessions of different namespaces never meet: one for each user, for instance.
         io_threads: threads that read; default by the number of cores.
-        durability: what a saved turn survives. "process": the end of the process, however it comes; after a loss of
-            power what had not reached the disk by itself is noticed and recomputed. "power": a loss of power too;
-            every file is fsynced, and so is the index with every turn.
-        policy: what goes first where there is no room: `predictive` (what is least likely to be used again, as learned
-            while running), `lru` (what was used least recently), `fifo` or `hyperbolic`.
+        durability: what a saved turn survives. "process", the default: the end of the process, however it comes;
+            after a loss of power what had not reached the disk by itself is noticed and recomputed. "power": a loss of
+            power too; every file is fsynced, and so is the index with every turn.
+        policy: what goes first where there is no room: `predictive`, the default (what is least likely to be used
+            again, as learned while running), `lru` (what was used least recently), `fifo` or `hyperbolic`.
+        older_than: days without a turn after which a session is deleted, in all namespaces; looked at when the store is
+            opened and once an hour while it is used. By default never.
         encryption_key: 32 bytes, or a text of them in hex or base64, under which files are encrypted (AES-256-GCM).
             Default: the environment variable `ATTNSTORE_KEY`. A store is encrypted from its beginning or not at all.
         surroundings: the clock and the disk to go by, where they are not to be the machine's own.
@@ -242,6 +249,22 @@ class AttentionStore(UpcomingTurns):
 
     # looking after the store
 
+    def _expire(self) -> None:
+        if self._expiry.is_due():
+            self._fetcher.submit(partial(self._guarded, self._delete_expired))
+
+    def _delete_expired(self) -> None:
+        """Deletes the sessions that had no turn for as many days as the store was opened with."""
+        limit, gone = self._expiry.unused_since, (SessionBusyError, SessionNotFoundError, StoreClosedError)
+        for namespace, name in self._disk.index.sessions.all_names(unused_since=limit):
+            if self.closed:
+                return
+            with suppress(*gone):
+                view = self.in_namespace(namespace)
+                if not is_part(name) and view.session(name).last_used < limit:
+                    view.delete(name)
+                    logger.info("session %r was deleted: no turn for %g days", name, self._expiry.days)
+
     def _forget(self, key: Key) -> None:
         """The disk has let go of a block for good. What is shared stays: others may use it."""
         for tier in self._tiers:
@@ -330,6 +353,7 @@ class AttentionStore(UpcomingTurns):
 
         self._writer.submit(partial(self._guarded, change))
         self._turn_is_over(session)
+        self._expire()
 
     def manifest(self, session: str) -> Manifest:
         """What a session consists of.

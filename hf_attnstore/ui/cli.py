@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..cli.lazy import named
-from ..cli.options import CheckpointEvery, Store
+from ..cli.options import CheckpointEvery, Disk, Memory, Store
 from ..errors import AttentionStoreError
 
 TOUR = "hf_attnstore.lab.tour:look"
@@ -46,8 +46,8 @@ def ui(
         typer.Option(min=2, help="Tokens the model sees at once; by default all it can.", show_default=False),
     ] = None,
     checkpoint_every: CheckpointEvery = None,
-    memory: Annotated[str, typer.Option(help="Host memory for KV, of all users together.")] = "2GiB",
-    disk: Annotated[str, typer.Option(help="Disk for KV, of all users together.")] = "50GiB",
+    memory: Memory = None,
+    disk: Disk = None,
     sample: Annotated[bool, typer.Option(help="Sample answers instead of taking the likeliest token.")] = False,
     device: Annotated[str | None, typer.Option(help="Such as cuda or cpu.", show_default=False)] = None,
     dtype: Annotated[str, typer.Option(help="Such as bfloat16 or float32; auto is what the checkpoint has.")] = "auto",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ..sizes import format_bytes
+from ..sizes import format_bytes, format_seconds
 from .plots import tiers_plot, timeline_plot, times_plot
-from .records import TurnRecord, cost_of_recomputing, milliseconds
+from .records import TurnRecord, cost_of_recomputing
 from .sessions import Conversation
 
 
@@ -41,7 +41,7 @@ def _of_turns(records: Sequence[TurnRecord | None], last: TurnRecord | None) -> 
     return [
         ("hit rate", f"{reused / prompt:.0%} of {prompt:,}" if prompt else "–"),
         ("load bandwidth", bandwidth),
-        ("exposed load time", milliseconds(last.exposed_seconds) if last is not None and last.loaded_bytes else "–"),
+        ("exposed load time", format_seconds(last.exposed_seconds) if last is not None and last.loaded_bytes else "–"),
     ]
 
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from ..sizes import format_bytes
-from .records import milliseconds
+from ..sizes import format_bytes, format_seconds
 
 WIDTH = 240
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 6, 8, 18
@@ -33,7 +32,7 @@ def times_plot(with_store: Sequence[float | None], without: Sequence[tuple[float
     for step in (0.0, 0.5, 1.0):
         y = height - _BOTTOM - step * (height - _TOP - _BOTTOM)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(_text(_LEFT - 5, y + 3, milliseconds(top * step) if step else "0", "end"))
+        parts.append(_text(_LEFT - 5, y + 3, format_seconds(top * step) if step else "0", "end"))
     every = max(1, -(-count // 8))
     for number in range(0, count, every):
         parts.append(_text(place(number, 0)[0], height - 5, str(number + 1), "middle"))
@@ -41,13 +40,13 @@ def times_plot(with_store: Sequence[float | None], without: Sequence[tuple[float
     parts.append(_line("without", [place(n, t[0]) for n, t in other]))
     for number, (seconds, measured) in other:
         label = (
-            f"turn {number + 1} without the store: {milliseconds(seconds)}, {'measured' if measured else 'estimated'}"
+            f"turn {number + 1} without the store: {format_seconds(seconds)}, {'measured' if measured else 'estimated'}"
         )
         parts.append(_dot("without" + ("" if measured else " estimated"), place(number, seconds), label))
     mine = [(n, t) for n, t in enumerate(with_store) if t is not None]
     parts.append(_line("with", [place(n, t) for n, t in mine]))
     for number, seconds in mine:
-        parts.append(_dot("with", place(number, seconds), f"turn {number + 1}: {milliseconds(seconds)}"))
+        parts.append(_dot("with", place(number, seconds), f"turn {number + 1}: {format_seconds(seconds)}"))
     return _svg(height, parts, "time to first token by turn")
 
 
@@ -84,12 +83,12 @@ def timeline_plot(events: Sequence[tuple[str, str, float, float]]) -> str:
         width = max(0.6, (last - first) / length * (WIDTH - left))
         y = row * tracks.index(track) + 2
         kind = track if track in TRACKS else "compute"
-        label = escape(f"{track}: {name + ', ' if name else ''}{milliseconds(last - first)}")
+        label = escape(f"{track}: {name + ', ' if name else ''}{format_seconds(last - first)}")
         box = f'class="track-{kind}" x="{x:.1f}" y="{y}" width="{width:.1f}" height="11"'
         parts.append(f"<rect {box}><title>{label}</title></rect>")
     bottom = row * len(tracks) + 12
     parts.append(_text(left, bottom, "0", "start"))
-    parts.append(_text(WIDTH, bottom, milliseconds(length), "end"))
+    parts.append(_text(WIDTH, bottom, format_seconds(length), "end"))
     return _svg(bottom + 4, parts, "timeline of the last turn")
 
 

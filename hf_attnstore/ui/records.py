@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from ..chat.session import ChatTurn
-from ..sizes import format_bytes
+from ..sizes import format_bytes, format_seconds
 
 TURNS, TIMELINE = "ui-turns", "ui-timeline"
 """Under which keys records and the last turn's timeline are kept with a conversation."""
@@ -34,7 +34,7 @@ class TurnRecord:
     tokens_per_second: float | None = None
     finish: str = ""
     diverged: str = ""
-    """Where the prompt parted from what is known, in words."""
+    """Why not more was reused, in words."""
     loaded_bytes: int = 0
     load_seconds: float = 0.0
     exposed_seconds: float = 0.0
@@ -78,12 +78,12 @@ def record_of(turn: ChatTurn, *, with_store: bool, waited: float, fetched: tuple
         generated=turn.generated_tokens,
         tokens_per_second=turn.tokens_per_second,
         finish=turn.finish,
-        diverged=str(stats.diverged or "") if with_store else "",
+        diverged=stats.why_not_more if with_store else "",
         loaded_bytes=stats.loaded_bytes,
         load_seconds=stats.load_seconds,
         exposed_seconds=stats.exposed_load_seconds,
         blocks_from=dict(stats.blocks_from),
-        recompute_estimate=getattr(stats, "recompute_seconds", None) if with_store else None,
+        recompute_estimate=stats.recompute_seconds if with_store else None,
         fetched_bytes=fetched[0] if with_store else 0,
         fetched_seconds=fetched[1] if with_store else None,
     )
@@ -166,25 +166,29 @@ def footer(records: Sequence[TurnRecord | None], number: int) -> list[str]:
     parts = []
     if record.ttft is not None:
         parts.append(
-            f"first token after {milliseconds(record.ttft)}" + ("" if record.with_store else " without the store")
+            f"first token after {format_seconds(record.ttft)}" + ("" if record.with_store else " without the store")
         )
     parts.append(f"{record.reused:,} tokens reused, {record.prefilled:,} prefilled")
+    if record.loaded_bytes:
+        parts.append(
+            f"{format_bytes(record.loaded_bytes)} from {' and '.join(sorted(record.blocks_from)) or 'the store'}"
+        )
     cost = cost_of_recomputing(records, number)
     if record.with_store and cost is not None and (record.reused or record.other_ttft is not None):
-        parts.append(f"recomputing: {milliseconds(cost[0])} ({cost[1]})")
+        parts.append(f"recomputing: {format_seconds(cost[0])} ({cost[1]})")
     elif not record.with_store and record.ttft_with is not None:
-        parts.append(f"with the store: {milliseconds(record.ttft_with)} (measured)")
+        parts.append(f"with the store: {format_seconds(record.ttft_with)} (measured)")
     if record.fetched_bytes:
         said = f"{format_bytes(record.fetched_bytes)} fetched before you sent it"
         if record.fetched_seconds is not None:
-            said += f", which saved about {milliseconds(record.fetched_seconds)} of loading"
+            said += f", which saved about {format_seconds(record.fetched_seconds)} of loading"
         parts.append(said)
     if record.dropped:
         parts.append(f"the oldest {record.dropped:,} tokens are out of the window")
     if record.diverged:
         parts.append(record.diverged)
     if record.waited >= 0.05:
-        parts.append(f"waited {milliseconds(record.waited)} for others")
+        parts.append(f"waited {format_seconds(record.waited)} for others")
     ends = {
         "interrupted": "stopped",
         "stopped": "stopped",
@@ -194,10 +198,3 @@ def footer(records: Sequence[TurnRecord | None], number: int) -> list[str]:
     if record.finish in ends:
         parts.append(ends[record.finish])
     return parts
-
-
-def milliseconds(seconds: float) -> str:
-    """A time as people read it: 0.8 ms, 23 ms, 1.24 s."""
-    if seconds >= 1:
-        return f"{seconds:.2f} s"
-    return f"{seconds * 1e3:.0f} ms" if seconds >= 0.01 else f"{seconds * 1e3:.1f} ms"

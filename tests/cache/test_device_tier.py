@@ -30,7 +30,7 @@ STATES = ("qwen3_next", "lfm2", "mamba2", "falcon_h1", "deepseek_v4", "glm_moe_d
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[AttentionStore]:
-    with AttentionStore(tmp_path / "store", block_size=BLOCK, device="64MiB") as opened:
+    with AttentionStore(tmp_path / "store", block_size=BLOCK, on_device="64MiB") as opened:
         yield opened
 
 
@@ -194,7 +194,7 @@ def test_little_kv_does_not(tmp_path: Path) -> None:
 
 def test_none_does_where_that_was_asked_for(tmp_path: Path) -> None:
     model = large_model()
-    with AttentionStore(tmp_path / "store", block_size=BLOCK, device=0) as store:
+    with AttentionStore(tmp_path / "store", block_size=BLOCK, on_device=0) as store:
         first = turn(model, tokens(LARGE), AttentionStoreCache(model, "alice", store))
         assert (store.stats()["device_bytes"], store.stats()["device_capacity"], sessions_on_device(store)) == (0, 0, 0)
         cache = AttentionStoreCache(model, "alice", store)
@@ -218,7 +218,7 @@ def test_none_does_on_an_accelerator(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_it_has_a_quarter_of_what_blocks_have(memory: int | str, capacity: int, tmp_path: Path) -> None:
     with AttentionStore(tmp_path / "store", memory=memory) as store:
         assert store.stats()["device_capacity"] == capacity
-    with AttentionStore(tmp_path / "store", memory=memory, device="3GiB") as store:
+    with AttentionStore(tmp_path / "store", memory=memory, on_device="3GiB") as store:
         assert store.stats()["device_capacity"] == 3 << 30
 
 
@@ -266,14 +266,14 @@ def test_a_chat_keeps_its_own(tmp_path: Path) -> None:
 
 def test_after_a_restart_the_same_is_loaded(tmp_path: Path) -> None:
     model, reference = make_model(), Reference(make_model())
-    with AttentionStore(tmp_path / "store", block_size=BLOCK, device="64MiB") as store:
+    with AttentionStore(tmp_path / "store", block_size=BLOCK, on_device="64MiB") as store:
         first = turn(model, tokens(40), AttentionStoreCache(model, "alice", store))
         assert sessions_on_device(store) == 1
         tier = store.device_tier
     assert (len(tier), tier.used) == (0, 0)
     reference.turn(tokens(40))
     prompt = follow_up(first.sequences, 9, seed=1)
-    with AttentionStore(tmp_path / "store", block_size=BLOCK, device="64MiB") as store:
+    with AttentionStore(tmp_path / "store", block_size=BLOCK, on_device="64MiB") as store:
         cache = AttentionStoreCache(model, "alice", store)
         assert_same(turn(model, prompt, cache), reference.turn(prompt))
         assert_loaded(cache, prompt, 45)
@@ -281,7 +281,7 @@ def test_after_a_restart_the_same_is_loaded(tmp_path: Path) -> None:
 
 def test_a_store_that_keeps_nothing_else_keeps_it_on_the_device(tmp_path: Path) -> None:
     model, reference = make_model(), Reference(make_model())
-    with AttentionStore(tmp_path / "store", block_size=BLOCK, memory=0, disk=0, device="64MiB") as store:
+    with AttentionStore(tmp_path / "store", block_size=BLOCK, memory=0, disk=0, on_device="64MiB") as store:
         prompt, held = tokens(40), 0
         for number in range(3):
             cache = AttentionStoreCache(model, "alice", store)
@@ -330,7 +330,7 @@ def test_a_prompt_that_has_nothing_in_common_loads_nothing_and_takes_the_place(s
 
 def test_what_another_store_object_added_is_loaded_on_top(tmp_path: Path) -> None:
     model, plain = make_model(), make_model()
-    settings: dict[str, Any] = {"block_size": BLOCK, "device": "64MiB"}
+    settings: dict[str, Any] = {"block_size": BLOCK, "on_device": "64MiB"}
     with AttentionStore(tmp_path / "s", **settings) as here, AttentionStore(tmp_path / "s", **settings) as there:
         first = turn(model, tokens(40), AttentionStoreCache(model, "alice", here))
         here.flush()
@@ -481,7 +481,7 @@ def _bytes_of(store: AttentionStore) -> int:
 
 def test_the_cap_counts_what_is_allocated_and_the_session_unused_for_longest_goes(tmp_path: Path) -> None:
     model, plain = make_model(), make_model()
-    with AttentionStore(tmp_path / "one", block_size=BLOCK, device="64MiB") as store:
+    with AttentionStore(tmp_path / "one", block_size=BLOCK, on_device="64MiB") as store:
         cache = AttentionStoreCache(model, "x", store)
         turn(model, tokens(40), cache)
         one = _bytes_of(store)
@@ -489,7 +489,7 @@ def test_the_cap_counts_what_is_allocated_and_the_session_unused_for_longest_goe
         buffers |= {layer.values.untyped_storage().data_ptr(): layer.values for layer in cache.layers}
         assert one == sum(b.untyped_storage().nbytes() for b in buffers.values())
         assert one > sum(b.nbytes for b in buffers.values())  # there is room in them for more
-    with AttentionStore(tmp_path / "store", block_size=BLOCK, device=2 * one) as store:
+    with AttentionStore(tmp_path / "store", block_size=BLOCK, on_device=2 * one) as store:
         history = {}
         for number, name in enumerate("abc"):
             history[name] = turn(model, tokens(40, seed=number), AttentionStoreCache(model, name, store)).sequences
@@ -508,10 +508,10 @@ def test_the_cap_counts_what_is_allocated_and_the_session_unused_for_longest_goe
 def test_sessions_that_come_next_keep_their_place(tmp_path: Path) -> None:
     """Three in turn with room for two: who goes by use alone always drops the one that comes next."""
     model, plain = make_model(), make_model()
-    with AttentionStore(tmp_path / "one", block_size=BLOCK, device="64MiB") as store:
+    with AttentionStore(tmp_path / "one", block_size=BLOCK, on_device="64MiB") as store:
         turn(model, tokens(40), AttentionStoreCache(model, "x", store))
         one = _bytes_of(store)
-    with AttentionStore(tmp_path / "store", block_size=BLOCK, device=2 * one) as store:
+    with AttentionStore(tmp_path / "store", block_size=BLOCK, on_device=2 * one) as store:
         history = {name: tokens(35, seed=ord(name)) for name in "abc"}
         on_device = []
         for name, following in zip("abcabcabc", ("bca", "cab", "abc") * 3, strict=True):
@@ -530,7 +530,7 @@ def test_sessions_that_come_next_keep_their_place(tmp_path: Path) -> None:
 
 def test_what_is_larger_than_the_tier_evicts_nothing(tmp_path: Path) -> None:
     model = make_model()
-    with AttentionStore(tmp_path / "store", block_size=BLOCK, device="40KB") as store:
+    with AttentionStore(tmp_path / "store", block_size=BLOCK, on_device="40KB") as store:
         turn(model, tokens(30), AttentionStoreCache(model, "small", store))
         assert sessions_on_device(store) == 1
         first = turn(model, tokens(200), AttentionStoreCache(model, "large", store))
@@ -543,7 +543,7 @@ def test_what_is_larger_than_the_tier_evicts_nothing(tmp_path: Path) -> None:
 
 def test_what_is_evicted_is_freed(tmp_path: Path) -> None:
     model = make_model()
-    with AttentionStore(tmp_path / "store", block_size=BLOCK, device="64MiB") as store:
+    with AttentionStore(tmp_path / "store", block_size=BLOCK, on_device="64MiB") as store:
         cache = AttentionStoreCache(model, "alice", store)
         turn(model, tokens(40), cache)
         buffers = [weakref.ref(buffer) for layer in cache.layers for buffer in layer._buffers.values()]
@@ -857,7 +857,7 @@ def test_encoder_decoders_park_nothing(store: AttentionStore) -> None:
 def test_a_chat_leaves_its_kv_to_the_tier(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     model = tiny_model(tokenizer)
-    with AttentionStore(tmp_path / "store", block_size=BLOCK, device="64MiB") as store:
+    with AttentionStore(tmp_path / "store", block_size=BLOCK, on_device="64MiB") as store:
         chats = [ChatSession(model, tokenizer, store, name, max_new_tokens=6) for name in "ab"]
         for number in range(3):
             for chat in chats:
@@ -878,7 +878,7 @@ def test_a_chat_leaves_its_kv_to_the_tier(tmp_path: Path) -> None:
 
 def test_threads_with_few_places_on_the_device(tmp_path: Path) -> None:
     model, plain = make_model(), make_model()
-    with AttentionStore(tmp_path / "store", block_size=BLOCK, device="80KB") as store:
+    with AttentionStore(tmp_path / "store", block_size=BLOCK, on_device="80KB") as store:
         over: list[int] = []
 
         def talk(name: str) -> tuple[list[torch.Tensor], int]:
@@ -926,7 +926,7 @@ def test_readers_of_one_session_at_once_never_share_it(store: AttentionStore) ->
 @pytest.mark.gpu
 def test_on_a_gpu_nothing_is_copied_and_memory_is_freed(tmp_path: Path) -> None:
     model, plain = make_model().cuda(), make_model().cuda()
-    with AttentionStore(tmp_path / "store", block_size=BLOCK, device="64MiB") as store:
+    with AttentionStore(tmp_path / "store", block_size=BLOCK, on_device="64MiB") as store:
         reference = Reference(plain)
         prompt, held = tokens(40).cuda(), 0
         for number in range(3):

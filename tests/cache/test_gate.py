@@ -195,7 +195,7 @@ def force(monkeypatch: pytest.MonkeyPatch) -> Any:
         return forced
 
     gating.forget()
-    monkeypatch.setenv(gating.VARIABLE, "on")
+    monkeypatch.setenv("ATTNSTORE_GATE", "on")
     return set_to
 
 
@@ -378,7 +378,7 @@ def test_a_gate_that_is_switched_off_chooses_nothing(
     turn(model, prompt, cache)
     assert_reused(cache, prompt, 45)
     assert cache.stats.gate == ""
-    monkeypatch.setenv(gating.VARIABLE, "off")
+    monkeypatch.setenv("ATTNSTORE_GATE", "off")
     cache = AttentionStoreCache(model, "alice", store, save=False)
     turn(model, prompt, cache)
     assert_reused(cache, prompt, 45)
@@ -434,7 +434,7 @@ def some_turns(model: Any, store: AttentionStore, count: int, length: int = 200,
 
 
 def test_a_slow_disk_is_found_out_and_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(gating.VARIABLE, "on")
+    monkeypatch.setenv("ATTNSTORE_GATE", "on")
     gating.forget()
     model = make_model()
     disk = SlowDisk(400_000)  # a conversation of 200 tokens takes 0.2 s

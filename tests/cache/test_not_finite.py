@@ -80,7 +80,7 @@ def test_a_block_with_nan_is_never_handed_to_the_store(
 
 def test_it_is_not_left_in_the_device_tier_either(tmp_path: Path) -> None:
     model = _broken(make_model(), float("nan"))
-    with AttentionStore(tmp_path / "store", block_size=16, device=1 << 24) as store:
+    with AttentionStore(tmp_path / "store", block_size=16, on_device=1 << 24) as store:
         _answer(model, AttentionStoreCache(model, "a", store), _good())
         cache = AttentionStoreCache(model, "a", store)
         _answer(model, cache, _bad())

@@ -315,7 +315,7 @@ def test_a_store_of_the_device_alone_needs_no_memory_and_says_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = make_model()
-    with AttentionStore(tmp_path / "store", memory=0, disk=0, device="64MiB", block_size=BLOCK) as store:
+    with AttentionStore(tmp_path / "store", memory=0, disk=0, on_device="64MiB", block_size=BLOCK) as store:
         sequence = turn(model, tokens(60), AttentionStoreCache(model, "alice", store)).sequences
         cache = AttentionStoreCache(model, "alice", store)
         turn(model, follow_up(sequence, 5, 2), cache)

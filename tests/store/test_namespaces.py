@@ -90,7 +90,7 @@ def test_a_view_outlives_the_object_that_it_was_made_of(tmp_path: Path) -> None:
 
 def test_the_device_tier_keeps_namespaces_apart(tmp_path: Path) -> None:
     model = make_model()
-    with AttentionStore(tmp_path, block_size=16, device="1GiB") as store:
+    with AttentionStore(tmp_path, block_size=16, on_device="1GiB") as store:
         ann, bob = store.in_namespace("ann"), store.in_namespace("bob")
         for seed, session in enumerate(("talk", None)):
             turn(model, tokens(70, seed=seed), AttentionStoreCache(model, session, ann))

@@ -8,11 +8,12 @@ from dataclasses import replace
 
 import pytest
 
+from hf_attnstore.sizes import format_seconds
 from hf_attnstore.ui.expecting import AGAIN_AFTER, WITHIN, Expectations
 from hf_attnstore.ui.messages import aside, shown, turn_at
 from hf_attnstore.ui.panel import conversation_panel, store_panel
 from hf_attnstore.ui.plots import tiers_plot, timeline_plot, times_plot
-from hf_attnstore.ui.records import TurnRecord, cost_of_recomputing, footer, from_json, milliseconds, replaced, to_json
+from hf_attnstore.ui.records import TurnRecord, cost_of_recomputing, footer, from_json, replaced, to_json
 from hf_attnstore.ui.sessions import Conversation, Exchange, ago, shortened
 
 FIRST = TurnRecord(ttft=0.5, prompt=100, prefilled=100)
@@ -95,7 +96,7 @@ def test_the_footer_says_what_was_fetched_cut_and_waited_for() -> None:
 
 
 def test_times_and_sizes_are_for_people() -> None:
-    assert [milliseconds(t) for t in (0.0004, 0.0234, 1.239)] == ["0.4 ms", "23 ms", "1.24 s"]
+    assert [format_seconds(t) for t in (0.0004, 0.0234, 1.239, 26.04)] == ["0.4 ms", "23 ms", "1.24 s", "26.0 s"]
     assert [ago(0, now) for now in (5, 70, 7200, 200_000)] == ["just now", "1 minute ago", "2 hours ago", "2 days ago"]
     assert shortened("the old prince", 8) == "the old…"
     assert shortened("the old prince", 14) == "the old prince"

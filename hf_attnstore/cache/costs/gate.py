@@ -1,7 +1,6 @@
 """A cache's side of load-or-recompute: what can be chosen, and what choosing it turned out to cost."""
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from ...session.spans import Span
+from ...settings import value_of
 from ...store.store import AttentionStore
 from ...store.transfer.depth import lookahead_depth, read_buffer_layers
 from ..identity.fingerprint import remember
@@ -20,9 +20,6 @@ from .decide import Choice, Exploration, Option, choose
 from .learn import Costs
 
 logger = logging.getLogger("hf_attnstore")
-
-VARIABLE = "ATTNSTORE_GATE"
-"""The environment variable that switches the gate off (`off`, `0` or `no`) for caches that do not say."""
 
 
 @dataclass
@@ -40,8 +37,8 @@ _learning = threading.Lock()
 
 
 def wanted(gate: bool | None) -> bool:
-    """Whether a cache is to choose between loading and computing; None leaves that to the environment."""
-    return gate if gate is not None else os.environ.get(VARIABLE, "").lower() not in ("off", "0", "no")
+    """Whether a cache is to choose between loading and computing; None leaves that to the settings."""
+    return gate if gate is not None else value_of("gate").lower() not in ("off", "0", "no")
 
 
 def device_label(devices: Sequence[torch.device | None]) -> str:
@@ -196,6 +193,8 @@ class Gate:
         history, new, began, event = forward
         if not learned.warm:
             learned.warm = True
+            if event is None:
+                learned.costs.observe_first(history, new, time.perf_counter() - elsewhere - began)
         elif event is not None:
             ended = torch.cuda.Event(enable_timing=True)
             ended.record(torch.cuda.current_stream(self._cuda))

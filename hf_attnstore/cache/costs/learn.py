@@ -223,11 +223,15 @@ class Costs:
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._prefill = Fit(_prefill_terms, half_life=64, capacity=96)
+        self._first = Fit(_prefill_terms, half_life=16, capacity=32)
+        """Of the first forward of each process, which takes longer: for estimates where there is nothing else."""
         self._loads: dict[str, Fit] = {}
         self._layer_bytes: list[int] = []
         self.state_bytes = 0
         """Bytes of a checkpoint of running states."""
         self._kept = 0
+        self._grown = False
+        """Whether more tokens were computed at once than was ever written down."""
 
     # observing
 
@@ -235,6 +239,12 @@ class Costs:
         """`new` tokens were computed in one forward, after `history` others that were held."""
         with self._lock:
             self._prefill.observe((history, new), seconds)
+
+    def observe_first(self, history: int, new: int, seconds: float) -> None:
+        """The same, in the first forward of a process."""
+        with self._lock:
+            self._grown = self._grown or new > self._first.largest(1)
+            self._first.observe((history, new), seconds)
 
     def observe_load(self, tier: str, nbytes: int, seconds: float) -> bool:
         """So many bytes came from a tier, and computing had to wait so long. Returns whether that is a surprise."""
@@ -272,8 +282,10 @@ class Costs:
         None where too little was observed, or only prompts `reach` times smaller. Beyond the largest that was observed,
         a token is taken to cost at least as much as it did there, where fixed costs were spread over fewer.
         """
+        return self._computing(self._prefill, points, enough, reach)
+
+    def _computing(self, fit: Fit, points: Sequence[tuple[int, int]], enough: int, reach: float) -> np.ndarray | None:
         with self._lock:
-            fit = self._prefill
             largest = fit.largest(1)
             if len(fit) < enough or max((new for _, new in points), default=0) > reach * largest:
                 return None
@@ -305,26 +317,32 @@ class Costs:
 
     def estimate(self, prompt: int) -> float | None:
         """Seconds to compute a prompt of so many tokens from nothing; None while unknown."""
-        found = self.prefill([(0, prompt)], enough=1, reach=REACH)
-        return float(found[0]) if found is not None else None
+        for fit in (self._prefill, self._first):
+            found = self._computing(fit, [(0, prompt)], enough=1, reach=REACH)
+            if found is not None:
+                return float(found[0])
+        return None
 
     # remembering
 
     def refresh(self) -> None:
         """Works out what was observed, so that the next prediction need not."""
         with self._lock:
-            for fit in (self._prefill, *self._loads.values()):
+            for fit in (self._prefill, self._first, *self._loads.values()):
                 if len(fit):
                     fit.refresh()
 
     def worth_keeping(self) -> bool:
         """Whether so much was learned since this last said so that it should be written down."""
         with self._lock:
-            count = self._prefill.count + sum(fit.count for fit in self._loads.values())
-            if count < min(1.5 * self._kept, self._kept + 16) or count == self._kept:
+            count, grown = self._count(), self._grown
+            if not grown and (count < min(1.5 * self._kept, self._kept + 16) or count == self._kept):
                 return False
-            self._kept = count
+            self._kept, self._grown = count, False
             return True
+
+    def _count(self) -> int:
+        return sum(fit.count for fit in (self._prefill, self._first, *self._loads.values()))
 
     def to_json(self) -> dict[str, Any]:
         """As a dict for JSON."""
@@ -332,6 +350,7 @@ class Costs:
             return {
                 "version": COSTS_VERSION,
                 "prefill": self._prefill.to_json(),
+                "first": self._first.to_json(),
                 "loads": {tier: fit.to_json() for tier, fit in self._loads.items()},
                 "layer_bytes": self._layer_bytes,
                 "state_bytes": self.state_bytes,
@@ -345,6 +364,8 @@ class Costs:
             return costs
         try:
             costs._prefill.take_in(found["prefill"])
+            if "first" in found:
+                costs._first.take_in(found["first"])
             for tier, kept in found["loads"].items():
                 fit = Fit(_load_terms, half_life=16, capacity=32)
                 fit.take_in(kept)
@@ -353,5 +374,5 @@ class Costs:
             costs.state_bytes = int(found["state_bytes"])
         except (AttributeError, IndexError, KeyError, TypeError, ValueError):
             return cls()
-        costs._kept = costs._prefill.count + sum(fit.count for fit in costs._loads.values())
+        costs._kept = costs._count()
         return costs

@@ -15,6 +15,7 @@ from ..inputs.content import NotIdentifiedError, read_content
 from ..inputs.foreign import asks_for_all, foreign_input
 from ..model.cacheless import needs_all_states
 from ..positions.spatial import places_in_space
+from ..stats import TurnStats
 from .settings import setting
 
 logger = logging.getLogger("hf_attnstore")
@@ -69,7 +70,9 @@ def say_left_alone(attachment: Attachment, kind: str, reason: str, prompt: Any) 
     if attachment.store is None or not reason or attachment.store.closed:
         return
     tokens = prompt.numel() if isinstance(prompt, torch.Tensor) else 0
-    attachment.store.count_turn(0, tokens, 0, 0.0, 0.0, f"left alone ({kind})")
+    missed = f"left alone ({kind})"
+    attachment.store.count_turn(0, tokens, 0, 0.0, 0.0, missed)
+    attachment.turn_is_over(TurnStats(tokens, prefilled_tokens=tokens, recomputed=reason, missed=missed))
     if f"left alone: {kind}" not in attachment.told:
         attachment.told.add(f"left alone: {kind}")
         logger.warning("a generate of an attached model is neither reused nor kept: %s", reason)

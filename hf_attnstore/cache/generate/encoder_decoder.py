@@ -47,6 +47,7 @@ def generate_from_encoder(
             say_left_alone(attachment, *found, kwargs.get("decoder_input_ids"))
             return original(*args, **kwargs)
         cache = AttentionStoreCache(model, store=attachment.store)
+        cache.tell(attachment.turn_is_over)
         kwargs[name] = cache
     if not isinstance(cache, SequenceToSequenceCache):
         return original(*args, **kwargs)

@@ -75,6 +75,7 @@ def generate_around(
             return _generate_rows(model, attachment.store, original, prompt, args, kwargs)
         cache = AttentionStoreCache(model, store=attachment.store, drop=0, checkpoint_every=every)
         cache.resegments_with = attachment.resegments_with
+        cache.tell(attachment.turn_is_over)
         kwargs[attachment.generate_cache_name] = cache
     elif not isinstance(cache, AttentionStoreCache):
         say_left_alone(attachment, "another cache", f"it was given a {type(cache).__name__}", prompt)
@@ -124,6 +125,7 @@ def _generate_rows(
     assert attachment is not None
     cache = AttentionStoreCache(model, [None] * len(prompt), store, checkpoint_every=attachment.checkpoint_every)
     assert isinstance(cache, BatchCache)
+    cache.tell(attachment.turn_is_over)
     given = {**kwargs, attachment.generate_cache_name: cache}
     try:
         return generate_batch(model, cache, original, prompt, args, given, partial(setting, model, dict(kwargs)))

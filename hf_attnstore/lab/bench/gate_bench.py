@@ -119,7 +119,7 @@ def measure(
     cells = []
     with tempfile.TemporaryDirectory(prefix="attnstore-gate-", dir=folder) as place:
         prompts = {history: random_ids(model, history, (seed, history)) for history in histories}
-        with AttentionStore(place, memory=1 << 40, device=0) as store:  # all of it, however long
+        with AttentionStore(place, memory=1 << 40, on_device=0) as store:  # all of it, however long
             for history, ids in prompts.items():
                 progress(f"computing {history:,} tokens to keep")
                 timed_generate(model, ids, 0, lambda: AttentionStoreCache(model, store=store, drop=0, gate=False))

@@ -176,7 +176,7 @@ def measure(
 def _store(folder: Path, kv_bytes: int, block_size: int) -> AttentionStore:
     """An empty store where a `Setting` with that folder looks for it, whose device tier is for who measures that."""
     memory = memory_cap(kv_bytes)
-    return AttentionStore(folder / "store", memory=memory, disk="1TiB", block_size=block_size, device=0)
+    return AttentionStore(folder / "store", memory=memory, disk="1TiB", block_size=block_size, on_device=0)
 
 
 def _save_history(setting: Setting) -> float:

@@ -200,7 +200,7 @@ class Bench:
         nbytes = baselines.kv_bytes(kept)
         self.disk = SlowDisk()
         self.store = AttentionStore(
-            folder / "store", memory=memory_cap(2 * nbytes), disk="1TiB", device=0, block_size=block_size,
+            folder / "store", memory=memory_cap(2 * nbytes), disk="1TiB", on_device=0, block_size=block_size,
             surroundings=Surroundings(disk=self.disk),
         )  # fmt: skip
         self.setting = Setting(

@@ -117,7 +117,7 @@ def _measure(
     order = random.Random(seed).sample(range(sessions), sessions)
     result = Way()
     # a session's room is that of its longest turn, and of what the turn that runs adds
-    with AttentionStore(place / "store", memory=int(room * per_token * longest * 1.05), device=0) as store:
+    with AttentionStore(place / "store", memory=int(room * per_token * longest * 1.05), on_device=0) as store:
         began = time.perf_counter()
         if way == "queue":
             attach(model, store)

@@ -126,7 +126,7 @@ def _child(job: RssJob) -> Rss:
             peak = _status("VmHWM")
         else:
             with AttentionStore(
-                folder / "store", memory=memory_cap(job.kv_bytes), disk="1TiB", device=0, block_size=job.block_size
+                folder / "store", memory=memory_cap(job.kv_bytes), disk="1TiB", on_device=0, block_size=job.block_size
             ) as store:
 
                 def resumed() -> AttentionStoreCache:

@@ -87,7 +87,7 @@ def stream(
         )
     result = Stream(method, keep_first)
     folders = tempfile.TemporaryDirectory(prefix="attnstore-study-")
-    with folders as folder, AttentionStore(folder, memory="4GiB", disk=0, device=0) as store:
+    with folders as folder, AttentionStore(folder, memory="4GiB", disk=0, on_device=0) as store:
         walk = _WALKS[method](model, store, window, keep_first)
         for start in range(0, ids.shape[1] - 1, chunk):
             stop = min(start + chunk, ids.shape[1] - 1)
@@ -270,7 +270,7 @@ def resume(model: PreTrainedModel, history: int, new: int, repeats: int, seed: i
     window = 2 * history - KEEP_FIRST  # of which what is kept first and half of the others stay: `history` tokens
     result = Resumed(history + new)
     folders = tempfile.TemporaryDirectory(prefix="attnstore-study-")
-    with folders as folder, AttentionStore(folder, memory="8GiB", device=0) as store:
+    with folders as folder, AttentionStore(folder, memory="8GiB", on_device=0) as store:
         long, short = random_ids(model, window + new, (seed, 1)), random_ids(model, history + new, (seed, 2))
         settings: dict[str, Any] = {"window": window, "drop": 0.5}
         progress("saving two conversations")

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ...sizes import format_bytes, format_seconds
 from .turn import TurnResult
 
 if TYPE_CHECKING:
@@ -56,6 +57,13 @@ def show(result: DemoResult, console: Console) -> None:
         f"[dim]TTFT: median of {len(result.turns[0].ttft_with)}, from the call of generate; loading the model is not "
         "in it. With the store it includes what a new process pays once to identify the model's weights, about "
         f"{identify * 1e3:.0f} ms.[/]"
+    )
+    last = result.turns[-1]
+    with_store, without = statistics.median(last.ttft_with), statistics.median(last.ttft_without)
+    console.print(
+        f"The last turn reused {last.reused_tokens:,} of {last.prompt_tokens:,} tokens and prefilled "
+        f"{last.prefilled_tokens:,}, with {format_bytes(last.loaded_bytes)} from disk: first token after "
+        f"{format_seconds(with_store)}; computing it all took {format_seconds(without)} (measured)."
     )
     first = result.turns[0]
     if not first.exact:

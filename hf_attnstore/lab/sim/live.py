@@ -138,7 +138,7 @@ def compare(
         folder,
         memory=memory * turns.block_bytes,
         disk="64GiB",
-        device=0,
+        on_device=0,
         block_size=turns.block_size,
         policy=policy,
         surroundings=Surroundings(clock),

@@ -60,7 +60,7 @@ class ModelTurns:
         """Finds out what there is to know of a model, by saving one block."""
         with (
             tempfile.TemporaryDirectory(prefix="attnstore-sim-") as folder,
-            AttentionStore(folder, memory="1GiB", disk=0, device=0, block_size=BLOCK) as store,
+            AttentionStore(folder, memory="1GiB", disk=0, on_device=0, block_size=BLOCK) as store,
         ):
             _answer(model, torch.arange(1, BLOCK + 1).unsqueeze(0), _cache(model, store))
             store.flush()

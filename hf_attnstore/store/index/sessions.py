@@ -338,9 +338,11 @@ class SessionTable:
         ((count,),) = self._database.read("SELECT COUNT(*) FROM sessions WHERE space = ?", (self._space(namespace),))
         return int(count)
 
-    def all_names(self) -> list[tuple[str, str]]:
-        """Namespace and name of every session, for who looks after the store as a whole."""
-        rows = self._database.read(f"SELECT {_COLUMNS} FROM sessions ORDER BY id")
+    def all_names(self, unused_since: float | None = None) -> list[tuple[str, str]]:
+        """Namespace and name of every session, for who looks after the store as a whole; or of those that were last
+        used before a date."""
+        before = unused_since if unused_since is not None else float("inf")
+        rows = self._database.read(f"SELECT {_COLUMNS} FROM sessions WHERE last_used < ? ORDER BY id", (before,))
         found = []
         for row in rows:
             self._checked(row)
