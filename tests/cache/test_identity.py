@@ -15,6 +15,7 @@ from torch import nn
 from hf_attnstore import AttentionStore, AttentionStoreCache, CacheUseError
 from hf_attnstore.cache.identity import samples
 from hf_attnstore.cache.identity.fingerprint import Fingerprint
+from hf_attnstore.cache.identity.watch import Watch
 
 peft = pytest.importorskip("peft")
 
@@ -313,28 +314,56 @@ def test_peeking_reads_the_few_values_that_count(dtype: torch.dtype, values: int
         assert hole is None
     else:
         assert hole is not None
-        assert hole.fits(part)
-        assert hole.read() == samples.raw_bytes(samples.few_values(part))
+        assert samples.seen_through([hole]) == [samples.raw_bytes(samples.few_values(part))]
         part.neg_() if dtype.is_floating_point else part.bitwise_not_()
-        assert hole.read() == samples.raw_bytes(samples.few_values(part))  # as they are now
+        assert samples.seen_through([hole]) == [samples.raw_bytes(samples.few_values(part))]  # as they are now
     assert samples.peephole(whole[::2]) is None
 
 
-def test_a_peephole_shows_one_tensor_where_it_was() -> None:
-    tensor = torch.nn.Parameter(torch.arange(64.0).reshape(8, 8))
-    hole = samples.peephole(tensor)
-    assert hole is not None
-    assert hole.fits(tensor)
-    assert not hole.fits(tensor.data)  # another object, though of the same memory
+def test_it_is_noticed_that_a_tensor_is_not_where_it_was() -> None:
+    layer = torch.nn.Linear(8, 8)
+    tensor = layer.weight.requires_grad_(False)
+    layer.config = make_llama().config
+    unchanged = seen_unchanged(layer)
+    assert unchanged.modules_if_unchanged() == [layer]
     whole = tensor.data
     for other in (whole[1:], whole[:4], whole.t(), whole.clone(), torch.empty(0)):
         tensor.data = other
-        assert not hole.fits(tensor)
+        assert unchanged.modules_if_unchanged() is None
     tensor.data = whole
-    assert hole.fits(tensor)
+    assert unchanged.modules_if_unchanged() == [layer]
+    layer.weight = torch.nn.Parameter(whole, requires_grad=False)  # another object, though of the same memory
+    assert unchanged.modules_if_unchanged() is None
     gone = weakref.ref(tensor)
     del tensor
     assert gone() is None  # it is not kept for the sake of looking at it
+
+
+@pytest.mark.parametrize("move", ["to another module", "to the end", "away", "in place of another"])
+def test_it_is_noticed_that_a_module_is_not_where_it_was(move: str) -> None:
+    model = torch.nn.Sequential(
+        torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)), torch.nn.Sequential(torch.nn.Linear(4, 4))
+    )
+    model.config = make_llama().config
+    unchanged = seen_unchanged(model)
+    assert unchanged.modules_if_unchanged() is not None
+    first, second = model[0]._modules, model[1]._modules
+    if move == "to another module":  # the modules are the same ones in the same order
+        model[1]._modules = {"1": first.pop("1"), **second}
+    elif move == "to the end":
+        first["0"] = first.pop("0")
+    elif move == "away":
+        first["1"] = None
+    else:
+        first["1"] = torch.nn.Linear(4, 4)
+    assert unchanged.modules_if_unchanged() is None
+
+
+def seen_unchanged(model: nn.Module) -> Any:
+    watch = Watch()
+    watch.look(model, (), [])
+    assert watch._last is not None
+    return watch._last
 
 
 def test_weights_whose_memory_was_taken_away_are_not_read() -> None:

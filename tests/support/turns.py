@@ -6,14 +6,14 @@ import inspect
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from transformers import Cache, DynamicCache, GenerationMixin
 
 from hf_attnstore import AttentionStoreCache
-from hf_attnstore.cache.identity import fingerprint, samples
-from hf_attnstore.cache.identity import watch as marks
+from hf_attnstore.cache.identity import fingerprint, samples, watch
 from hf_attnstore.cache.layers.by_token import SlidingLayer
 
 from .tiny_models import BLOCK, tokens
@@ -100,16 +100,16 @@ def layer_hooks(model: nn.Module) -> list[dict[str, list[tuple[int, Any]]]]:
 
 def count_values_read(monkeypatch: pytest.MonkeyPatch, read: list[int]) -> None:
     """From now on `read` gets the number of values that fingerprints read of weights, step by step."""
-    raw_bytes, through = samples.raw_bytes, samples.Peephole.read
+    raw_bytes, through = samples.raw_bytes, samples.seen_through
 
     def counted(values: torch.Tensor) -> bytes:
         read.append(values.numel())
         return raw_bytes(values)
 
-    def counted_through(hole: samples.Peephole) -> bytes:
-        read.append(len(hole.values))
-        return through(hole)
+    def counted_through(holes: list[np.ndarray]) -> list[bytes]:
+        read.extend(map(len, holes))
+        return through(holes)
 
     monkeypatch.setattr(fingerprint, "raw_bytes", counted)
-    monkeypatch.setattr(marks, "raw_bytes", counted)
-    monkeypatch.setattr(samples.Peephole, "read", counted_through)
+    monkeypatch.setattr(watch, "raw_bytes", counted)
+    monkeypatch.setattr(watch, "seen_through", counted_through)

@@ -6,7 +6,8 @@ Read once in full, then watched: before every turn it is only looked whether any
 import types
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from operator import itemgetter
+from itertools import chain
+from operator import is_, itemgetter
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ _RANDOM = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
 """Modules of torch's that compute something else in training mode."""
 _PLACE = "_attnstore_computing"
 """Where a model keeps what is watched of it. Nobody else may: what is watched may know the model."""
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _SWITCHES = (
     ("float32 products", torch.get_float32_matmul_precision, "highest"),
     ("default dtype", torch.get_default_dtype, torch.float32),
@@ -38,47 +40,51 @@ Named = Sequence[tuple[str, nn.Module]]
 
 
 class _Watched:
-    """What is watched of one model, kept in it. Copies and files of the model are without."""
+    """What a model's modules were when they were read: their kinds, plain attributes and hooks. Kept in the model;
+    copies and files of it are without.
 
-    def __init__(self, reader: "Computing", checks: Checks, records: list["_Record"]) -> None:
+    Args:
+        modules: all of the model's.
+        own: of each, the attributes that count.
+    """
+
+    def __init__(
+        self, reader: "Computing", checks: Checks, modules: Sequence[nn.Module], own: Sequence[Sequence[str]]
+    ) -> None:
         self.reader = reader
         self.checks = checks
-        self.hooks = [h for r in records if (m := r.module()) for h in (m._forward_pre_hooks, m._forward_hooks)]
-        self.records = records
+        self._modules = list(map(weakref.ref, modules))
+        self._kinds = list(map(type, modules))
+        attributes = list(map(vars, modules))
+        self._names = list(chain.from_iterable(attributes))
+        self._picks = [itemgetter("training", *_HOOKS, *names) for names in own]
+        self._values = [pick(held) for pick, held in zip(self._picks, attributes, strict=True)]
+        self.hooks = [held[name] for held in attributes for name in _HOOKS]
+        self._filled = [(hooks, list(hooks.items())) for hooks in self.hooks if hooks]
+
+    def holds(self, modules: Sequence[nn.Module]) -> bool:
+        """Whether all of it is as it was. A few passes over all modules: some steps for each of some hundreds take
+        twice as long."""
+        attributes = [module.__dict__ for module in modules]
+        return (
+            len(modules) == len(self._modules)
+            and all(map(is_, [module() for module in self._modules], modules))
+            and list(map(type, modules)) == self._kinds
+            and list(chain.from_iterable(attributes)) == self._names
+            and [pick(held) for pick, held in zip(self._picks, attributes, strict=True)] == self._values
+            and self.count_hooks() == sum(len(items) for _, items in self._filled)
+            and all(list(hooks.items()) == items for hooks, items in self._filled)
+            and self.checks.hold()
+        )
+
+    def count_hooks(self) -> int:
+        return sum(map(len, self.hooks))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None
 
     def __reduce__(self) -> Any:
         return types.NoneType, ()
-
-
-class _Record:
-    """A module's kind, plain attributes and hooks, as they were read."""
-
-    __slots__ = ("before", "hooks", "keys", "kind", "module", "pick", "values")
-
-    def __init__(self, module: nn.Module, watched: list[str]) -> None:
-        attributes = vars(module)
-        self.module = weakref.ref(module)
-        self.kind = type(module)
-        self.keys = list(attributes)
-        self.pick = itemgetter("training", "_forward_pre_hooks", "_forward_hooks", *watched)
-        self.values = self.pick(attributes)
-        self.hooks = tuple(module._forward_hooks.items())
-        self.before = tuple(module._forward_pre_hooks.items())
-
-    def holds(self, module: nn.Module) -> bool:
-        attributes = module.__dict__
-        if self.module() is not module or module.__class__ is not self.kind or list(attributes) != self.keys:
-            return False
-        values = self.pick(attributes)
-        if values != self.values:
-            return False
-        before, after = values[1], values[2]
-        return not (before or after or self.hooks or self.before) or (
-            tuple(after.items()) == self.hooks and tuple(before.items()) == self.before
-        )
 
 
 class Computing:
@@ -101,12 +107,7 @@ class Computing:
             modules: all of the model's, in the order of the last look.
         """
         watched: _Watched | None = model.__dict__.get(_PLACE)
-        if watched is None or watched.reader is not self or len(modules) != len(watched.records):
-            return False
-        for module, record in zip(modules, watched.records, strict=True):
-            if not record.holds(module):
-                return False
-        return watched.checks.hold()
+        return watched is not None and watched.reader is self and watched.holds(modules)
 
     def read(self, model: nn.Module, named: Named, modules: Sequence[nn.Module]) -> None:
         """Reads what the model computes by.
@@ -131,15 +132,15 @@ class Computing:
         except UnknownCodeError as error:
             self.problem = str(error)
         self.additions = reader.additions
-        records = [_Record(module, watched.get(id(module), [])) for module in modules]
-        model.__dict__[_PLACE] = _Watched(self, reader.checks, records)
+        names = [watched.get(id(module), []) for module in modules]
+        model.__dict__[_PLACE] = _Watched(self, reader.checks, modules, names)
         self.words = self.problem or "\n".join(sorted(lines))
 
 
 def count_hooks(model: nn.Module) -> int:
     """How many hooks are on a model: cheap enough for every forward, where all else is looked at before a turn only."""
     watched: _Watched | None = model.__dict__.get(_PLACE)
-    return sum(map(len, watched.hooks)) if watched is not None else 0
+    return watched.count_hooks() if watched is not None else 0
 
 
 def forget(model: nn.Module) -> None:

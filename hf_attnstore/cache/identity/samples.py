@@ -1,8 +1,7 @@
 """Parts of a model's tensors: bounded samples that identify them, and a few values that are cheap to look at."""
 
-import weakref
+from collections.abc import Sequence
 from ctypes import c_uint8
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -38,40 +37,25 @@ def _distance(values: int) -> int:
     return (values - 1) // (_QUICK_VALUES - 1)
 
 
-@dataclass(frozen=True, slots=True)
-class Peephole:
+def peephole(tensor: torch.Tensor) -> np.ndarray | None:
     """`few_values` of a tensor in host memory, to be read without tensor operations: for a model on the CPU these take
-    longer than all else that is looked at before a turn. Keeps neither the tensor nor its memory."""
+    longer than all else that is looked at before a turn. None where the values are not in host memory, at equal
+    distances.
 
-    tensor: "weakref.ref[torch.Tensor]"
-    address: int
-    nbytes: int
-    values: np.ndarray
-    """Over memory that is the tensor's as long as `fits` says so; not to be read without asking."""
-
-    def fits(self, tensor: torch.Tensor) -> bool:
-        """Whether it is this tensor that it shows, and its values are where they were."""
-        return (
-            self.tensor() is tensor
-            and tensor.data_ptr() == self.address
-            and tensor.nbytes == self.nbytes
-            and tensor.is_contiguous()
-        )
-
-    def read(self) -> bytes:
-        """The bytes of the values as they are now."""
-        return self.values.tobytes()
-
-
-def peephole(tensor: torch.Tensor) -> Peephole | None:
-    """None where the values are not in host memory, at equal distances."""
+    It keeps neither the tensor nor its memory: not to be read unless the tensor is there, and where and as large as it
+    was.
+    """
     count, address = tensor.numel(), tensor.data_ptr()
     if not address or count < _QUICK_VALUES or not tensor.is_cpu or not tensor.is_contiguous():
         return None
-    size, nbytes = tensor.itemsize, tensor.nbytes
-    memory = memoryview((c_uint8 * nbytes).from_address(address))
-    values: np.ndarray = np.ndarray((_QUICK_VALUES,), f"V{size}", memory, strides=(_distance(count) * size,))
-    return Peephole(weakref.ref(tensor), address, nbytes, values)
+    size = tensor.itemsize
+    memory = memoryview((c_uint8 * tensor.nbytes).from_address(address))
+    return np.ndarray((_QUICK_VALUES,), f"V{size}", memory, strides=(_distance(count) * size,))
+
+
+def seen_through(holes: Sequence[np.ndarray]) -> list[bytes]:
+    """The bytes of the values as they are now."""
+    return [hole.tobytes() for hole in holes]
 
 
 def raw_bytes(values: torch.Tensor) -> bytes:
