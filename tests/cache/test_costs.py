@@ -208,6 +208,6 @@ def test_no_factors_without_negatives_fit_better(rows: list[Any], trust: list[fl
         return float((weights * (terms @ np.asarray(factors) - 1) ** 2).sum())
 
     trusted = terms * weights[:, None]
-    found = _non_negative((trusted.T @ terms).tolist(), trusted.sum(axis=0).tolist())
+    found = _non_negative(trusted.T @ terms, trusted.sum(axis=0))
     assert min(found) >= 0
     assert error(found) <= error(other) + 1e-4

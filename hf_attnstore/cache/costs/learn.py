@@ -163,7 +163,7 @@ def _least_deviations(terms: np.ndarray, seconds: np.ndarray, weights: np.ndarra
     factors = np.zeros(rows.shape[1])
     for _ in range(_STEPS):
         trusted = rows * trust[:, None]
-        found = np.array(_non_negative((trusted.T @ rows).tolist(), trusted.sum(axis=0).tolist()))
+        found = _non_negative(trusted.T @ rows, trusted.sum(axis=0))
         if np.abs(found - factors).max() <= 1e-3 * np.abs(found).max():
             break
         factors = found
@@ -172,40 +172,24 @@ def _least_deviations(terms: np.ndarray, seconds: np.ndarray, weights: np.ndarra
     return result
 
 
-def _non_negative(square: list[list[float]], right: list[float]) -> list[float]:
-    """The factors x, none negative, for which x * square * x - 2 * right * x is smallest."""
+def _non_negative(square: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """The factors x, none negative, for which x * square * x - 2 * right * x is smallest. Of a few terms: tries which
+    of them are nothing."""
     count = len(right)
     # where sizes hardly differ, terms share what they explain
-    ridge = 1e-7 * sum(square[n][n] for n in range(count))
-    best, least = [0.0] * count, 0.0
+    square = square + 1e-7 * np.trace(square) * np.eye(count)
+    best, least = np.zeros(count), 0.0
     for size in range(count, 0, -1):
-        for chosen in combinations(range(count), size):
-            part = [[square[a][b] + (ridge if a == b else 0.0) for b in chosen] + [right[a]] for a in chosen]
-            found = _solve(part)
+        for chosen in map(list, combinations(range(count), size)):
+            found = np.linalg.solve(square[np.ix_(chosen, chosen)], right[chosen])
             # at the solution the error is this, so that the largest set without negative factors need not be the best
-            error = -sum(right[a] * x for a, x in zip(chosen, found, strict=True))
-            if min(found) >= 0 and error < least:
-                best, least = [0.0] * count, error
-                for a, x in zip(chosen, found, strict=True):
-                    best[a] = x
+            error = -float(right[chosen] @ found)
+            if found.min() >= 0 and error < least:
+                best, least = np.zeros(count), error
+                best[chosen] = found
         if size == count and least < 0:
             break  # nothing held back, nothing better
     return best
-
-
-def _solve(rows: list[list[float]]) -> list[float]:
-    """The solution of a few linear equations, positive definite, each with its right side at its end."""
-    count = len(rows)
-    for pivot in range(count):
-        for row in range(pivot + 1, count):
-            factor = rows[row][pivot] / rows[pivot][pivot]
-            for column in range(pivot, count + 1):
-                rows[row][column] -= factor * rows[pivot][column]
-    found = [0.0] * count
-    for row in range(count - 1, -1, -1):
-        known = sum(rows[row][column] * found[column] for column in range(row + 1, count))
-        found[row] = (rows[row][count] - known) / rows[row][row]
-    return found
 
 
 def _prefill_terms(points: np.ndarray) -> np.ndarray:
