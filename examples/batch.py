@@ -8,14 +8,13 @@ each: batches pay where the rows' new messages are of similar length.
 """
 
 import argparse
-from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_attnstore import AttentionStore, AttentionStoreCache
+from hf_attnstore import AttentionStore, AttentionStoreCache, model_source
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--model", default=str(Path(__file__).parent / "small-model"))
+parser.add_argument("--model", type=model_source, default="")
 parser.add_argument("--store", help="the store's directory; without it, attnstore in the Hugging Face home")
 args = parser.parse_args()
 

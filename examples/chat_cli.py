@@ -6,15 +6,14 @@ python examples/chat_cli.py [--session NAME] [--model Qwen/Qwen3-0.6B] [--store 
 
 import argparse
 import sys
-from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_attnstore import AttentionStore, ChatSession
+from hf_attnstore import AttentionStore, ChatSession, model_source
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--session", default="chat-example")
-parser.add_argument("--model", default=str(Path(__file__).parent / "small-model"))
+parser.add_argument("--model", type=model_source, default="")
 parser.add_argument("--store", help="the store's directory; without it, attnstore in the Hugging Face home")
 args = parser.parse_args()
 

@@ -5,14 +5,13 @@ python examples/generate.py [--model Qwen/Qwen3-0.6B] [--store DIR]
 """
 
 import argparse
-from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_attnstore import AttentionStore, AttentionStoreCache
+from hf_attnstore import AttentionStore, AttentionStoreCache, model_source
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--model", default=str(Path(__file__).parent / "small-model"))
+parser.add_argument("--model", type=model_source, default="")
 parser.add_argument("--store", help="the store's directory; without it, attnstore in the Hugging Face home")
 args = parser.parse_args()
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_attnstore import AttentionStore
+from hf_attnstore import AttentionStore, model_source
 from hf_attnstore.ui.serve import serve
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--model", default=str(Path(__file__).parent / "small-model"))
+parser.add_argument("--model", type=model_source, default="")
 parser.add_argument("--store", help="the store's directory; without it, attnstore in the Hugging Face home")
 parser.add_argument("--port", type=int, default=7860)
 args = parser.parse_args()

@@ -13,13 +13,13 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_attnstore import AttentionStore, AttentionStoreCache
+from hf_attnstore import AttentionStore, AttentionStoreCache, model_source
 
 here = Path(__file__).parent
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("file", nargs="?", type=Path, default=here.parent / "docs" / "how-it-works.md")
 parser.add_argument("--ask", nargs="+", default=["What is a block?", "When is a key rotated?", "Who waits for whom?"])
-parser.add_argument("--model", default=str(here / "small-model"))
+parser.add_argument("--model", type=model_source, default="")
 parser.add_argument("--store", help="the store's directory; without it, attnstore in the Hugging Face home")
 args = parser.parse_args()
 

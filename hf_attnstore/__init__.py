@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .cache import AttentionStoreCache, TurnStats, attach, detach
     from .cache.inspection import describe
     from .chat import ChatSession, leave_computing_to_others
+    from .chat.model import model_source
     from .serving import QueueStats, Turn, TurnQueue
     from .store import AttentionStore, SessionInfo, repair_store
 else:
@@ -56,6 +57,7 @@ else:
             **dict.fromkeys(("AttentionStoreCache", "TurnStats", "attach", "detach"), ".cache"),
             "describe": ".cache.inspection",
             **dict.fromkeys(("ChatSession", "leave_computing_to_others"), ".chat"),
+            "model_source": ".chat.model",
             **dict.fromkeys(("QueueStats", "Turn", "TurnQueue"), ".serving"),
             **dict.fromkeys(("AttentionStore", "SessionInfo", "repair_store"), ".store"),
         },
@@ -93,5 +95,6 @@ __all__ = [
     "describe",
     "detach",
     "leave_computing_to_others",
+    "model_source",
     "repair_store",
 ]

@@ -20,6 +20,7 @@ from hf_attnstore.store.transfer import load as transfer
 
 # what is reused must not depend on how fast the machine is just now; tests of that choice switch it on
 os.environ["ATTNSTORE_GATE"] = "off"
+os.environ["ATTNSTORE_MODEL"] = "small"  # nor on which models are on this machine
 os.environ["XDG_CONFIG_HOME"] = os.devnull  # whoever runs the tests may have settings of their own
 settings.register_profile("no deadline", deadline=None)  # how long something takes is not for tests to say
 settings.load_profile("no deadline")

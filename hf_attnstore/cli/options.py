@@ -10,7 +10,8 @@ import typer
 Model = Annotated[
     str | None,
     typer.Option(
-        help="Hub name or folder of a chat model, or smollm2, by pip; without it, the small model of the repository.",
+        help="Hub name or folder of a chat model, smollm2 or small; without it, smollm2 where `attnstore models fetch` "
+        "brought it, else the small one of the repository.",
         show_default=False,
     ),
 ]

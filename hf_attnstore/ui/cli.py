@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..cli.lazy import named
-from ..cli.options import CheckpointEvery, Disk, Memory, Store
+from ..cli.options import CheckpointEvery, Disk, Memory, Model, Store
 from ..errors import AttentionStoreError
 
 TOUR = "hf_attnstore.lab.tour:look"
@@ -18,13 +18,7 @@ TOUR = "hf_attnstore.lab.tour:look"
 
 
 def ui(
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="Hub name or folder of a chat model; without it, the small model of the repository.",
-            show_default=False,
-        ),
-    ] = None,
+    model: Model = None,
     store: Store = None,
     host: Annotated[
         str, typer.Option(help="Address to listen on; by default only this machine can ask.")
@@ -60,14 +54,16 @@ def ui(
     ] = False,
 ) -> None:
     """Chat in the browser: conversations that go on where they were left, and what that saved."""
-    from ..chat.model import load_chat_model, small_model_path
+    from ..chat.model import load_chat_model, model_source, model_title
     from ..store import AttentionStore
 
     serving = _serving()
     console = Console(highlight=False, soft_wrap=True)
 
+    source = model_source(model)  # where it is not here, said now, not when somebody waits for an answer
+
     def load() -> Any:
-        return load_chat_model(model, device=device, dtype=dtype)
+        return load_chat_model(source, device=device, dtype=dtype)
 
     if screenshots is not None or measure:
         named(TOUR)(console, load, screenshots, measured=measure)
@@ -78,13 +74,11 @@ def ui(
             f"[yellow]warning:[/] everybody who reaches {escape(host)} can use this model; "
             "--auth USER:PASSWORD asks for a password"
         )
-    if model is None:
-        small_model_path()  # said now, not when somebody waits for an answer
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": sample, "window": window}
     serving.serve(
         load,
         AttentionStore(store, memory=memory, disk=disk),
-        model_name=Path(model).name if model else "the small model",
+        model_name=model_title(source),
         host=host,
         port=port,
         accounts=accounts,

@@ -81,7 +81,7 @@ def _truncation(
     from hf_attnstore.lab.bench.study import Resumed, Stream, methods_for, own_text, resume, stream, tokenised
     from hf_attnstore.lab.bench.study_report import RESUME_BAR, as_markdown, draw, print_study
 
-    loaded, tokenizer = load_chat_model(name, device=device, dtype=dtype)
+    loaded, tokenizer = load_chat_model(name or "small", device=device, dtype=dtype)
     size = window or positions_of(loaded.config.get_text_config(decoder=True))
     if size is None:
         raise BenchError("This model states no number of positions: give a --window.")

@@ -64,8 +64,8 @@ def _thinking(
     talks = []
     with console.status("loading the model") as status:
         for style in STYLES:
-            model, tokenizer = load_chat_model(name, device=device, dtype=dtype)
-            plain, _ = load_chat_model(name, device=device, dtype=dtype)
+            model, tokenizer = load_chat_model(name or "small", device=device, dtype=dtype)
+            plain, _ = load_chat_model(name or "small", device=device, dtype=dtype)
             dressed = dress(tokenizer, style)
             dressed.model_max_length = 1 << 30  # there is no need to warn of long conversations
             for one in (model, plain):

@@ -11,10 +11,16 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ...cli.fetch import fetch
 from ...errors import AttentionStoreError
 
+app = typer.Typer()
+app.command()(fetch)
 
+
+@app.callback(invoke_without_command=True)
 def models(
+    context: typer.Context,
     family: Annotated[
         list[str] | None,
         typer.Option(help="Only this one; may be given again. By default all of them.", show_default=False),
@@ -37,6 +43,8 @@ def models(
 
     Needs no network and no checkpoints: the weights are random.
     """
+    if context.invoked_subcommand is not None:
+        return
     from .encoder_decoders import listed
     from .others import others
     from .report import COLUMNS, cells, summary, variants_in_words, write, write_verified
