@@ -23,6 +23,7 @@ from hf_attnstore.lab.demo.kept import KeptCache, KeptTask, run_kept
 from hf_attnstore.lab.demo.turn import TurnTask, first_difference, run_turn
 
 MESSAGES = ("the old prince looked at the letter and said nothing to the others", "and then", "what did the mother say")
+SHORT = script.Script("You answer as a voice in an old novel.", MESSAGES, answer_tokens=48, repeats=3)
 SMALL_MODEL = Path(__file__).parent.parent / "examples" / "small-model"
 
 
@@ -65,7 +66,7 @@ def result_of(**changes: Any) -> TurnResult:
 def test_conversation_runs_by_turns_in_new_processes(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner, "MESSAGES", MESSAGES)
+    monkeypatch.setattr(runner, "scripts", lambda: (SHORT,))
     monkeypatch.chdir(tmp_path)
     console = Console(record=True, width=80, file=io.StringIO())
     result = run_demo(str(tiny), Path("out"), repeats=2, console=console)
@@ -146,7 +147,7 @@ def test_command_exits_with_1_when_tokens_differ(
 
 
 def test_turn_whose_process_fails_is_named(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "MESSAGES", MESSAGES)
+    monkeypatch.setattr(runner, "scripts", lambda: (SHORT,))
     with pytest.raises(DemoError, match=r"^turn 1: the model can.t be put on .no-such-device"):
         run_demo(str(tiny), tmp_path, device="no-such-device", console=quiet())
 
@@ -170,35 +171,55 @@ def test_model_without_chat_template_is_refused(tmp_path: Path) -> None:
 
 
 def test_budget_never_overflows_and_uses_what_short_answers_leave() -> None:
-    budget = runner._Budget(window=1000, said=(300, 400, 500, 600))
+    budget = runner._Budget(window=1000, said=(300, 400, 500, 600), most=48)
     turns: list[TurnResult] = []
     for i in range(4):
         allowed = budget.answer_tokens(i, turns)
-        assert allowed == runner.MOST_ANSWER_TOKENS
+        assert allowed == 48
         turns.append(result_of(answer_tokens=allowed))
-    tight = runner._Budget(window=660, said=(300, 400, 500, 600))
+    tight = runner._Budget(window=660, said=(300, 400, 500, 600), most=48)
     assert tight.answer_tokens(0, []) == 15
     assert tight.answer_tokens(1, [result_of(answer_tokens=3)]) == 19
 
 
 @pytest.mark.skipif(not (SMALL_MODEL / "config.json").is_file(), reason="the small model is not in this checkout")
 def test_script_fits_the_small_model_and_nearly_fills_its_window() -> None:
-    budget = runner._Budget.of(str(SMALL_MODEL))
+    chosen, budget = runner._longest_script(str(SMALL_MODEL))
+    assert chosen is script.EVENING
     assert budget.window == 1024
-    assert len(script.MESSAGES) >= 8
+    assert len(chosen.messages) >= 8
     assert budget.said[0] > 200
     turns: list[TurnResult] = []
-    for i in range(len(script.MESSAGES)):
+    for i in range(len(chosen.messages)):
         turns.append(result_of(answer_tokens=budget.answer_tokens(i, turns)))
     used = budget.said[-1] + sum(turn.answer_tokens for turn in turns)
     assert 850 <= used <= 1024
     assert AutoTokenizer.from_pretrained(SMALL_MODEL).chat_template
 
 
+def test_a_large_window_gets_the_chapter_and_answers_of_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save_tiny_chat_model(tmp_path / "model", window=20_000)
+    chosen, budget = runner._longest_script(str(model))
+    assert "DRINK ME" in chosen.messages[0]
+    assert "EAT ME" in chosen.messages[4]
+    assert len(chosen.messages) == 8
+    assert chosen.one_sentence
+    assert budget.answer_tokens(7, [result_of(answer_tokens=32)] * 7) == 32
+    small = script.Script("so", ("the letter", "and"), answer_tokens=24, repeats=1, one_sentence=True)
+    monkeypatch.setattr(runner, "scripts", lambda: (small,))
+    monkeypatch.setattr(runner, "SENTENCE_ENDS", ("e", "a"))
+    result = run_demo(str(model), tmp_path / "out", console=quiet())
+    assert result.same_tokens
+    assert all(1 <= turn.answer_tokens < 24 for turn in result.turns)
+    assert result.turns[1].reused_tokens == result.turns[1].history_tokens - 1
+
+
 def test_in_16_bits_answers_are_compared_with_a_kept_cache(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner, "MESSAGES", MESSAGES)
+    monkeypatch.setattr(runner, "scripts", lambda: (SHORT,))
     console = Console(record=True, width=80, file=io.StringIO())
     result = run_demo(str(tiny), tmp_path / "out", repeats=1, dtype="bfloat16", console=console)
     assert result.same_tokens

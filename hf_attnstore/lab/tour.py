@@ -28,7 +28,7 @@ from ..ui.restart import Restart, listening_socket
 from ..ui.serve import web_app
 from ..ui.sessions import UserSessions
 from ..ui.turns import Turns
-from .demo.script import MESSAGES
+from .demo.script import EVENING
 
 WAIT_MS = 300_000
 DESKTOP: dict[str, Any] = {"viewport": {"width": 1280, "height": 800}}
@@ -126,7 +126,7 @@ def take_screenshots(load: Callable[[], Loaded], folder: Path) -> list[Path]:
         _say(page, "Speak to me of the road to Moscow.", 1)
         page.get_by_role("button", name="New conversation").click()
         page.wait_for_function("document.querySelectorAll('#chat .aside').length === 0")
-        for turn, text in enumerate(MESSAGES[:5], 1):
+        for turn, text in enumerate(EVENING.messages[:5], 1):
             if turn == 5:  # the conversation is opened again after it left the memory
                 turns.store.drop_memory()
                 page.reload()
@@ -183,14 +183,14 @@ def measure(load: Callable[[], Loaded]) -> dict[str, float]:
                 said: list[str] = []
                 began = time.process_time()
                 chat = ChatSession(model, tokenizer, other, f"talk {number}", **lengths)
-                chat.send(MESSAGES[0], stream=said.append)
+                chat.send(EVENING.messages[0], stream=said.append)
                 work["terminal"].append(time.process_time() - began)
                 assert chat.stats is not None
                 speeds["terminal"].append(chat.stats.tokens_per_second or 0.0)
                 page.get_by_role("button", name="New conversation").click()
                 page.wait_for_function("document.querySelectorAll('#chat .aside').length === 0")
                 began = time.process_time()
-                _say(page, MESSAGES[0], 1)
+                _say(page, EVENING.messages[0], 1)
                 work["page"].append(time.process_time() - began)
         cookie = {entry["name"]: entry["value"] for entry in context.cookies()}
         from ..ui.identity import namespace_of
@@ -205,7 +205,7 @@ def measure(load: Callable[[], Loaded]) -> dict[str, float]:
             found[f"CPU seconds of this process by turn, {where}"] = min(work[where])
 
         for number in range(2):
-            _say(page, MESSAGES[number + 1], number + 2)
+            _say(page, EVENING.messages[number + 1], number + 2)
         found["tokens of the conversation that is opened"] = float(sessions.store.session(names[0]).length)
         times = []
         for _ in range(5):

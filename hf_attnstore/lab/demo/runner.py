@@ -13,16 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ...chat.model import ModelNotFoundError, first_line, model_source
+from ...chat.model import SMALL, ModelNotFoundError, first_line, model_source, model_title
 from ...errors import AttentionStoreError
 from .kept import KeptTask
-from .script import MESSAGES, SYSTEM
+from .script import Script, scripts
 from .turn import TurnResult, TurnTask
 
-MOST_ANSWER_TOKENS = 48
 LEAST_ANSWER_TOKENS = 4
+SENTENCE_ENDS = (".", "!", "?")
 WEIGHTS_AND_TOKENIZER = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -52,7 +53,8 @@ def run_demo(
     model: str | None = None,
     output: Path = Path("attnstore-demo"),
     *,
-    repeats: int = 3,
+    repeats: int | None = None,
+    quick: bool = False,
     device: str | None = None,
     dtype: str = "auto",
     console: Console | None = None,
@@ -60,19 +62,20 @@ def run_demo(
     """Runs the conversation and shows it: a table on `console`; demo.json and demo.png in the folder
     `output`.
 
-    `model` is a hub name or a path, or `None` for the repository's small model; each turn is measured
-    `repeats` times with the store and without. Raises `ModelNotFoundError`, or `DemoError` if a turn's
-    process fails or the context window is too small for the script.
+    `model` is what `model_source` takes; `quick` has the small model take the place of none. The script is the longest
+    that fits into the model's window; each turn is measured `repeats` times with the store and without.
+    Raises `ModelNotFoundError`, or `DemoError` if a turn's process fails or no script fits.
     """
     from .report import show, write_json, write_picture
 
     console = console or Console()
-    name, source = _locate(model)
-    budget = _Budget.of(source)
+    name, source = _locate(SMALL if quick and model is None else model)
+    script, budget = _longest_script(source)
+    repeats = repeats or script.repeats
     output.mkdir(parents=True, exist_ok=True)
     console.print(
-        f"[bold]{len(MESSAGES)} turns[/] with [bold]{name}[/], each in a new process, with the store and "
-        f"without ({repeats} runs each)"
+        f"[bold]{len(script.messages)} turns[/] with [bold]{name}[/], each in a new process, with the store and "
+        f"without ({repeats} {'runs' if repeats > 1 else 'run'} each)"
     )
     if _busy():
         console.print("[yellow]other programs keep this machine busy: the times will be noisy[/]")
@@ -83,29 +86,31 @@ def run_demo(
         tempfile.TemporaryDirectory(dir=output, prefix=".work-") as work,
         Progress(*columns, console=console, transient=True) as progress,
     ):
-        bar = progress.add_task("starting", total=len(MESSAGES))
-        for i, message in enumerate(MESSAGES):
+        bar = progress.add_task("starting", total=len(script.messages))
+        for i, message in enumerate(script.messages):
             progress.update(bar, description=f"turn {i + 1}: a new process")
             lengths.append(budget.answer_tokens(i, turns))
             task = TurnTask(
                 model=source,
                 store=str(Path(work) / "store"),
                 scratch=work,
-                system=SYSTEM,
+                system=script.system,
                 message=message,
                 max_new_tokens=lengths[-1],
                 repeats=repeats,
                 store_first=i % 2 == 0,
+                stop_strings=list(SENTENCE_ENDS) if script.one_sentence else None,
                 device=device,
                 dtype=dtype,
             )
             Path(task.store).mkdir(mode=0o700, exist_ok=True)
             turns.append(TurnResult(**_in_new_process(task, Path(work), f"turn {i + 1}")))
             progress.advance(bar)
+            progress.console.print(_said(message, turns[-1].answer))
             progress.console.print(_line(i, turns[-1]))
         if not turns[0].exact:
             progress.update(bar, description="the same with a cache kept in memory")
-            kept = KeptTask(source, [turn.prompt_ids for turn in turns], lengths, device, dtype)
+            kept = KeptTask(source, [t.prompt_ids for t in turns], [t.answer_tokens for t in turns], device, dtype)
             answers = _in_new_process(kept, Path(work), "the kept cache")["answers"]
             for turn, answer in zip(turns, answers, strict=True):
                 turn.compare(answer)
@@ -126,38 +131,34 @@ class _Budget:
     window: int | None
     said: tuple[int, ...]
     """What the conversation has in it when message i is asked, if every answer were empty."""
+    most: int
+    """The longest answer."""
 
     @classmethod
-    def of(cls, source: str) -> _Budget:
-        from transformers import AutoConfig, AutoTokenizer
-
-        try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(source)
-            config: Any = AutoConfig.from_pretrained(source).get_text_config()
-        except (OSError, ValueError) as error:
-            raise ModelNotFoundError(f"the model {source!r} can't be loaded: {first_line(error)}") from error
-        if not tokenizer.chat_template:
-            raise DemoError(f"the tokenizer of {source!r} has no chat template: name an instruction-tuned model")
-        messages: list[dict[str, str]] = [{"role": "system", "content": SYSTEM}]
+    def of(cls, script: Script, tokenizer: Any, window: int | None) -> _Budget:
+        messages: list[dict[str, str]] = [{"role": "system", "content": script.system}]
         said = []
-        for text in MESSAGES:
+        for text in script.messages:
             messages.append({"role": "user", "content": text})
             rendered = tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
             )
             said.append(len(tokenizer.encode(rendered, add_special_tokens=False)))
             messages.append({"role": "assistant", "content": ""})
-        return cls(getattr(config, "max_position_embeddings", None), tuple(said))
+        return cls(window, tuple(said), script.answer_tokens)
+
+    @property
+    def fits(self) -> bool:
+        """Whether every answer may be as long as it likes."""
+        return self.window is None or self.said[-1] + self.most * len(self.said) <= self.window
 
     def answer_tokens(self, turn: int, before: list[TurnResult]) -> int:
-        """How long the answer of `turn` may be: its share of the room that is left, at most
-        `MOST_ANSWER_TOKENS`.
-        """
+        """How long the answer of `turn` may be: its share of the room that is left, at most `most`."""
         if self.window is None:
-            return MOST_ANSWER_TOKENS
+            return self.most
         answered = sum(t.answer_tokens for t in before)
         room = self.window - self.said[-1] - answered
-        share = min(MOST_ANSWER_TOKENS, room // (len(self.said) - turn))
+        share = min(self.most, room // (len(self.said) - turn))
         if share < LEAST_ANSWER_TOKENS:
             raise DemoError(
                 f"the script needs {self.said[-1]:,} tokens without any answer, too many for a context "
@@ -166,21 +167,36 @@ class _Budget:
         return share
 
 
+def _longest_script(source: str) -> tuple[Script, _Budget]:
+    """The first script that fits into the model's window with answers of any length, else the last one."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(source)
+        config: Any = AutoConfig.from_pretrained(source).get_text_config()
+    except (OSError, ValueError) as error:
+        raise ModelNotFoundError(f"the model {source!r} can't be loaded: {first_line(error)}") from error
+    if not tokenizer.chat_template:
+        raise DemoError(f"the tokenizer of {source!r} has no chat template: name an instruction-tuned model")
+    window = getattr(config, "max_position_embeddings", None)
+    known = [(script, _Budget.of(script, tokenizer, window)) for script in scripts()]
+    return next((found for found in known if found[1].fits), known[-1])
+
+
 def _locate(model: str | None) -> tuple[str, str]:
     """A name to show, and the local folder to load from; a hub model is downloaded here, where its progress
     is seen.
     """
-    source = Path(model_source(model))
-    if source.exists():
-        return source.resolve().name if model else "the small model", str(source.resolve())
-    assert model is not None
+    source = model_source(model)
+    if Path(source).exists():
+        return model_title(source), str(Path(source).resolve())
     from huggingface_hub import snapshot_download
 
     try:
-        return model, snapshot_download(model, allow_patterns=WEIGHTS_AND_TOKENIZER)
+        return source, snapshot_download(source, allow_patterns=WEIGHTS_AND_TOKENIZER)
     except Exception as error:  # the hub client's own errors and those of several network libraries
         raise ModelNotFoundError(
-            f"{model!r} is neither a folder here nor a model that can be fetched from the hub: {first_line(error)}"
+            f"{source!r} is neither a folder here nor a model that can be fetched from the hub: {first_line(error)}"
         ) from error
 
 
@@ -207,6 +223,14 @@ def _in_new_process(task: TurnTask | KeptTask, work: Path, name: str) -> dict[st
     if "error" in result:
         raise DemoError(f"{name}: {result['error']}")
     return dict(result)
+
+
+def _said(message: str, answer: str) -> str:
+    """What was asked, without what was pasted above it, and what the model said."""
+    *pasted, asked = message.strip().split("\n\n")
+    words = sum(len(part.split()) for part in pasted)
+    shown = f"[dim]({words:,} words)[/] {escape(asked)}" if pasted else escape(asked)
+    return f"\n[dim]you:[/]   {shown}\n[dim]model:[/] {escape(' '.join(answer.split()))}"
 
 
 def _line(index: int, turn: TurnResult) -> str:

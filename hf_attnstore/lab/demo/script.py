@@ -1,6 +1,50 @@
-"""What the user says in the demonstration: an opening scene, then short questions, as in an old novel."""
+"""What the user says in the demonstration: a chapter of a book and questions about it; for small windows, a scene."""
 
-SYSTEM = "You answer as a voice in an old novel."
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+CHAPTER = Path(__file__).with_name("alice.txt")
+"""Lewis Carroll, Alice's Adventures in Wonderland (1865), chapter I: in the public domain."""
+BOOKMARK = "However, this bottle was not marked"
+"""Where the reader goes on the next day."""
+
+
+@dataclass(frozen=True)
+class Script:
+    """A conversation.
+
+    Args:
+        answer_tokens: the longest answer.
+        one_sentence: whether an answer ends with its first sentence: very small models begin to repeat themselves.
+        repeats: how often each turn is measured, unless somebody says so.
+    """
+
+    system: str
+    messages: tuple[str, ...]
+    answer_tokens: int
+    repeats: int
+    one_sentence: bool = False
+
+
+def reading() -> Script:
+    """Eight turns over the chapter, the last four of them on the next day, with what was read since."""
+    evening, found, rest = CHAPTER.read_text(encoding="utf-8").partition(BOOKMARK)
+    assert found
+    messages = (
+        f"I am reading a book. This is how far I came:\n\n{evening.strip()}\n\nWhom does Alice follow down the hole?",
+        "What did Alice see on the sides of the well while she fell?",
+        "Who is Dinah?",
+        "What was on the little glass table, and what did Alice want to do with it?",
+        f"Good morning! I read on:\n\n{BOOKMARK}{rest.rstrip()}\n\nWhat happened when Alice drank from the bottle?",
+        "Why could she not go into the garden then?",
+        "What was written on the cake?",
+        "Sum up the whole chapter in one sentence, for somebody who has not read it.",
+    )
+    system = "You answer questions about a book in one short sentence."
+    return Script(system, messages, answer_tokens=32, repeats=1, one_sentence=True)
+
 
 OPENING = (
     "Let me tell you how matters stood on the evening of which I wish to speak. The rain had fallen since noon, and "
@@ -28,4 +72,10 @@ QUESTIONS = (
     "So tell me, for the last time, what became of the family after the war, and who lived on in the old house?",
 )
 
-MESSAGES = (OPENING, *QUESTIONS)
+EVENING = Script("You answer as a voice in an old novel.", (OPENING, *QUESTIONS), answer_tokens=48, repeats=3)
+"""Ten turns that fit into a window of 1,024 tokens."""
+
+
+def scripts() -> tuple[Script, ...]:
+    """All of them, the longest first."""
+    return (reading(), EVENING)

@@ -47,6 +47,7 @@ class TurnTask:
     max_new_tokens: int
     repeats: int
     store_first: bool
+    stop_strings: list[str] | None = None
     device: str | None = None
     dtype: str = "auto"
 
@@ -157,9 +158,7 @@ def run_turn(task: TurnTask) -> TurnResult:
             tokenizer,
             prompt,
             run,
-            max_new_tokens=task.max_new_tokens,
-            do_sample=False,
-            pad_token_id=_pad(tokenizer),
+            **_settings(tokenizer, task),
         )
         without.add(run.ids, run.ttft_seconds)
 
@@ -224,10 +223,14 @@ def _chat(
         SESSION,
         system=task.system,
         template_kwargs={"enable_thinking": False},
-        max_new_tokens=task.max_new_tokens,
-        do_sample=False,
-        pad_token_id=_pad(tokenizer),
+        **_settings(tokenizer, task),
     )
+
+
+def _settings(tokenizer: PreTrainedTokenizerBase, task: TurnTask) -> dict[str, Any]:
+    """What `generate` is told on both sides."""
+    ends = {"stop_strings": task.stop_strings} if task.stop_strings else {}
+    return {"max_new_tokens": task.max_new_tokens, "do_sample": False, "pad_token_id": _pad(tokenizer), **ends}
 
 
 def _prompt(
