@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Sequence
-from itertools import takewhile
 
 import numpy as np
 
@@ -24,7 +23,7 @@ def find(turn: Turn, view: View, ids: np.ndarray) -> list[Span]:
     if store is None or not len(ids):
         return []
     failures = store.failures
-    spans = crop(takewhile(lambda span: store.has(span.block), view.prefix), len(ids))
+    spans = crop(view.prefix[: store.known([span.block for span in view.prefix])], len(ids))
     if total_tokens(spans) == view.base < len(ids):
         spans += match_prefix(ids, view.root, turn.held.chain.block_size, store, view.base)
     if store.failures != failures:  # the store has said what and why

@@ -37,8 +37,10 @@ class BlockStore(OpenStore):
         return chain_root(fingerprint, self.namespace, self.codec, self.secret)
 
     def has(self, key: Key) -> bool:
-        """Whether a block is in some tier."""
-        return bool(self.known([key]))
+        """Whether a block is in some tier of this store's own: what only a shared one has is kept here, too, where it
+        is computed."""
+        self._check_open()
+        return any(tier.find([key]) for tier in self._tiers if not tier.shared)
 
     def known(self, keys: Sequence[Key]) -> int:
         """How many of these blocks, from the first on, are in some tier."""

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support.engines import Valkey
+from support.faulty import Fault, FaultyProxy
 from support.tiny_models import BLOCK, make_model, tokens
 from support.turns import Reference, assert_reused, assert_same, expected_load, follow_up, turn
 
 from hf_attnstore import AttentionStore, AttentionStoreCache
 from hf_attnstore.errors import EncryptionKeyError
+from hf_attnstore.store.shared import tier
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +30,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
 def url(server: Valkey) -> str:
     server.ask("FLUSHALL")
     return server.url
+
+
+@pytest.fixture(autouse=True)
+def blocks_are_larger_than_what_is_asked_for_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tier, "HEAD", 1000)
 
 
 def machine(folder: Path, url: str, **settings: object) -> AttentionStore:
@@ -168,3 +177,125 @@ def test_what_did_not_go_up_while_the_engine_was_away_goes_up_with_the_next_turn
             assert cache.stats.blocks_from == {"shared": 7}
     finally:
         server.kill()
+
+
+@pytest.mark.parametrize("what", ["gone", "cut", "longer", "flipped", "another's", "no block"])
+def test_a_value_that_is_not_the_block_it_should_be_is_computed_again_and_put_right(
+    what: str, tmp_path: Path, url: str, server: Valkey, log: pytest.LogCaptureFixture
+) -> None:
+    prompt = converse(tmp_path / "one", url)
+    with machine(tmp_path / "one", url) as store:
+        keys = [span.block for span in store.manifest("alice").spans]
+    name, other = (f"attnstore:b:{key.hex()}" for key in keys[2:4])
+    size = int(server.ask("STRLEN", name)[1:])
+    if what == "gone":
+        server.ask("DEL", name)
+    elif what == "another's":
+        server.ask("COPY", other, name, "REPLACE")
+    elif what == "no block":
+        server.ask("SET", name, "x" * size)
+    elif what == "longer":
+        server.ask("APPEND", name, "x")
+    elif what == "cut":
+        server.ask("SET", name, server.value(name)[:-1])
+    else:
+        byte = server.value(name)[size // 2]
+        server.ask("SETRANGE", name, str(size // 2), bytes([byte ^ 1]))
+    with machine(tmp_path / "two", url) as store:
+        cache = assert_goes_on(store, prompt, 2 * BLOCK)
+        assert cache.stats.blocks_from["memory" if what == "flipped" else "shared"] == 2
+    assert len([r for r in log.records if "can't be used" in r.getMessage()]) == (what != "gone")
+    with machine(tmp_path / "three", url) as store:
+        cache = AttentionStoreCache(make_model(), "alice", store)
+        assert cache.match(prompt) == 95  # all but the last token
+
+
+def test_an_engine_that_stops_in_the_middle_costs_the_deadline_once_and_nothing_else(
+    tmp_path: Path, server: Valkey, url: str, log: pytest.LogCaptureFixture
+) -> None:
+    prompt = converse(tmp_path / "one", url)
+    proxy = FaultyProxy(server.port)
+    try:
+        with machine(tmp_path / "two", f"{proxy.url}?timeout=0.3") as store:
+            asked: list[int] = []
+            store._shared.engine.edges = counted(store._shared.engine.edges, asked)
+            proxy.set(Fault("stop", after=14_000))
+            assert_goes_on(store, prompt, 0)
+            assert len(asked) == 2  # what the first block consists of, and all of them; not again in that turn
+            assert not store._shared.breaker.well
+            proxy.set(Fault("none"))
+            until = time.monotonic() + 60
+            while not store._shared.breaker.well:
+                assert time.monotonic() < until
+                time.sleep(0.02)
+            assert AttentionStoreCache(make_model(), "alice", store).match(prompt) == 95
+        assert len([record for record in log.records if "does not answer" in record.getMessage()]) == 1
+    finally:
+        proxy.close()
+
+
+def counted(ask: Callable[..., Any], calls: list[int]) -> Callable[..., Any]:
+    def asks(*arguments: Any) -> Any:
+        calls.append(1)
+        return ask(*arguments)
+
+    return asks
+
+
+@pytest.mark.parametrize("phase", ["before the turn", "while it loads", "while it saves"])
+def test_an_engine_that_is_killed_takes_no_token_with_it(
+    phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = Valkey(tmp_path)
+    try:
+        prompt = converse(tmp_path / "one", server.url)
+        with machine(tmp_path / "two", server.url) as store:
+            engine = store._shared.engine
+            if phase == "before the turn":
+                assert store.known([b"x" * 32]) == 0  # connected
+                server.kill()
+            else:
+                name = "open_stream" if phase == "while it loads" else "put"
+                monkeypatch.setattr(engine, name, first(server.kill, getattr(engine, name)))
+            assert_goes_on(store, prompt, 75 if phase == "while it saves" else 0)
+            store.flush()
+        with machine(tmp_path / "two", server.url) as store:
+            assert AttentionStoreCache(make_model(), "alice", store).match(prompt) == 95
+    finally:
+        server.kill()
+
+
+def first(happens: Callable[[], None], then: Callable[..., Any]) -> Callable[..., Any]:
+    def both(*arguments: Any) -> Any:
+        happens()
+        return then(*arguments)
+
+    return both
+
+
+def test_a_full_engine_that_evicts_nothing_refuses_and_the_local_store_goes_on(
+    tmp_path: Path, log: pytest.LogCaptureFixture
+) -> None:
+    server = Valkey(tmp_path, "--maxmemory-policy", "noeviction")
+    try:
+        server.ask("SET", "taken", "x" * 1_500_000)
+        server.ask("CONFIG", "SET", "maxmemory", "1mb")
+        prompt = converse(tmp_path / "one", server.url)
+        with machine(tmp_path / "one", server.url) as store:
+            assert_goes_on(store, prompt, 75)
+            store.flush()
+            assert store.stats()["shared_refused_blocks"] > 1
+            assert store.stats()["shared_errors"] == 0
+        assert server.keys("attnstore:b:*") == []
+        assert len([record for record in log.records if "has no room" in record.getMessage()]) == 2  # in two processes
+    finally:
+        server.kill()
+
+
+def test_what_waits_to_go_up_is_bounded_and_the_oldest_is_left_out(tmp_path: Path) -> None:
+    model = make_model()
+    with machine(tmp_path, "valkey://127.0.0.1:1?queue=20KiB") as store:  # nobody is there
+        turn(model, tokens(200), AttentionStoreCache(model, "alice", store))
+        store.flush()
+        assert store._shared._uploads.nbytes <= 20 << 10
+        assert store.stats()["shared_dropped_blocks"] == 13 - 3

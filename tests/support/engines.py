@@ -49,6 +49,10 @@ class Valkey:
             talk.sendall(command)
             return talk.recv(1 << 16)
 
+    def value(self, name: str) -> bytes:
+        """What is stored under a name."""
+        return self.ask("GET", name).partition(b"\r\n")[2][:-2]
+
     def keys(self, pattern: str) -> Sequence[str]:
         """The names of values."""
         return [line for line in self.ask("KEYS", pattern).decode().split("\r\n") if line[:1] not in ("*", "$", "")]

@@ -89,6 +89,19 @@ class Connection:
             return [self.reply(deadline) for _ in range(int(rest))]
         raise ValueError("the server does not speak RESP")
 
+    def integers(self, count: int, deadline: Deadline) -> "list[int] | Refused":
+        """So many replies, each of which is a number."""
+        while self._unread.count(b"\r\n") < count:
+            self._more(deadline)
+        *lines, rest = bytes(self._unread).split(b"\r\n", count)
+        self._unread = bytearray(rest)
+        refused = next((line for line in lines if line[:1] == b"-"), None)
+        if refused is not None:
+            return Refused(refused[1:].decode(errors="replace"))
+        if any(line[:1] != b":" for line in lines):
+            raise ValueError("the reply is no number")
+        return [int(line[1:]) for line in lines]
+
     def bulk_into(self, buffers: Sequence[Bytes], deadline: Deadline) -> int | Refused:
         """A reply that is a value, into buffers that together take it. Returns its bytes; 0 where there is none."""
         line = self._line(deadline)

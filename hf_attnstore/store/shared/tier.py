@@ -27,7 +27,7 @@ from .uploads import Task, Uploads
 from .url import SharedURL
 from .values import Reading, Value
 
-_HEAD = 16 << 10
+HEAD = 16 << 10
 """Bytes of a block that are asked for first: most headers are in them."""
 _FRESH = 5.0
 """Seconds for which it is believed that a block is where it was just seen."""
@@ -141,6 +141,8 @@ class SharedTier(Tier):
     # looking up
 
     def sizes(self, keys: Sequence[Key]) -> dict[Key, int]:
+        if not self.breaker.well:
+            return {}
         known, ask = {}, []
         now = self._clock()
         with self._lock:
@@ -150,7 +152,7 @@ class SharedTier(Tier):
                     ask.append(key)
                 elif size:
                     known[key] = size
-        if ask and self.breaker.well:
+        if ask:
             with suppress(EngineError), self.asking():
                 found = self.engine.sizes([self.value(key) for key in ask], Deadline(self._lookup))
                 there = {key: size for key, size in zip(ask, found, strict=True) if size}
@@ -181,7 +183,7 @@ class SharedTier(Tier):
         try:
             with self.asking():
                 names = [self.value(key) for key in wanted]
-                edges = self.engine.edges(names, _HEAD, self._tail, Deadline(self._timeout))
+                edges = self.engine.edges(names, HEAD, self._tail, Deadline(self._timeout))
         except EngineError:
             return {}
         reading = Reading(self.engine, self._timeout, self._went)

@@ -1,0 +1,107 @@
+"""A shared tier whose engine or network fails: what comes is right or does not come, and in time."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.engines import Valkey
+from support.faulty import Fault, FaultyProxy
+from support.store_blocks import load, make_chain, same, save
+
+from hf_attnstore.errors import LoadError
+from hf_attnstore.store import AttentionStore
+from hf_attnstore.store.blocks.block import Block
+from hf_attnstore.store.shared import deadline, tier
+
+TIMEOUT, LOOKUP = 0.3, 0.15
+SLACK = 10.0
+"""Seconds; the machine may be busy. What hangs takes the test's own limit."""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
+    server = Valkey(tmp_path_factory.mktemp("valkey"))
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def proxy(server: Valkey) -> Iterator[FaultyProxy]:
+    server.ask("FLUSHALL")
+    proxy = FaultyProxy(server.port)
+    yield proxy
+    proxy.close()
+
+
+def opened(folder: Path, url: str, **settings: object) -> AttentionStore:
+    url = f"{url}?timeout={TIMEOUT}&lookup={LOOKUP}"
+    return AttentionStore(folder, block_size=16, disk=0, shared=url, **settings)  # type: ignore[arg-type]
+
+
+def as_a_turn(store: AttentionStore, chain: list[Block]) -> int:
+    """Finds as much of a chain as is there, and loads it, as a turn does; what fails is left out. Returns the blocks
+    that came, which are right."""
+    for _ in range(8):
+        known = store.known([block.meta.key for block in chain])
+        if not known:
+            return 0
+        try:
+            loaded = load(store, chain[:known])
+        except LoadError:
+            continue
+        assert same(chain[:known], loaded)
+        return known
+    return 0
+
+
+def some_fault(chance: random.Random, size: int) -> Fault:
+    kind = chance.choice(["refuse", "stop", "trickle", "cut", "flip", "late", "half"])
+    after = chance.choice([0, chance.randrange(300), chance.randrange(size)])
+    return Fault(kind, after, seconds=chance.choice([0.02, 2 * TIMEOUT]))
+
+
+def try_faults(number: int, folder: Path, server: Valkey, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One fault after the other, while a chain is found and loaded, whole or layer by layer, or goes up."""
+    chance = random.Random(number)
+    monkeypatch.setattr(deadline, "FIRST_PAUSE", 0.01)
+    chain = make_chain(list(range(160)), 16)
+    size = sum(block.nbytes for block in chain) + 30_000
+    whole = 0
+    with opened(folder / "one", server.url) as sound:
+        save(sound, chain)
+    for attempt in range(number):
+        memory = chance.choice([0, "1MiB"])
+        monkeypatch.setattr(tier, "HEAD", chance.choice([500, 3000, 16_384]))
+        up = chance.random() < 0.25
+        with opened(folder / f"{attempt}", proxy.url, memory="1MiB" if up else memory) as store:
+            proxy.set(some_fault(chance, size))
+            began = time.monotonic()
+            if up:
+                save(store, [*chain, *make_chain([attempt, *range(40)], 16)])
+                store.flush()
+            else:
+                whole += as_a_turn(store, chain) == len(chain)
+        assert time.monotonic() - began < 4 * TIMEOUT + SLACK
+        proxy.set(Fault("none"))
+        with opened(folder / f"{attempt} again", proxy.url) as store:  # what is left there is right, or computed again
+            as_a_turn(store, chain)
+            store.drop_memory()
+            save(store, chain)
+            store.flush()
+        with opened(folder / f"{attempt} at last", proxy.url) as store:
+            assert as_a_turn(store, chain) == len(chain)
+    assert 0 < whole < number  # some did no harm, some did
+
+
+def test_sixty_faults(tmp_path: Path, server: Valkey, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    try_faults(60, tmp_path, server, proxy, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_thousand_faults(tmp_path: Path, server: Valkey, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    try_faults(1000, tmp_path, server, proxy, monkeypatch)
