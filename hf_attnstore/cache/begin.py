@@ -185,6 +185,7 @@ def take_up_prompt(turn: Turn, parking: Parking, ids: np.ndarray, *, limit: int,
     turn.holds_for_additions = added
     turn.stops = stops_of(turn, reused, len(shown) - 1, shown) if turn.checked else []
     stats.prompt_tokens, stats.reused_tokens, stats.dropped_tokens = len(ids), reused, held.view.dropped
+    stats.rounded_by = setup.store.codec if reused and setup.store is not None and setup.store.is_lossy else ""
     if held.view.dropped:
         stats.truncation = "rotated" if held.view.base else "recomputed"
     return reused

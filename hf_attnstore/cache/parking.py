@@ -34,6 +34,8 @@ class Parked:
     """What a cache held when its turn had ended, and nothing of the model."""
 
     fingerprint: str
+    root: Key
+    """Of the plain chains that its blocks could be in: the model's, in the store's namespace and codec."""
     view: View
     ids: np.ndarray
     """`[tokens]`, those in view."""
@@ -130,6 +132,7 @@ class Parking:
             layer.crop_to(length)
         parked = Parked(
             fingerprint=held.fingerprint,
+            root=held.model_root,
             view=held.view,
             ids=held.chain.ids[:length].copy(),
             layers=layers,
@@ -173,8 +176,8 @@ class Parking:
         assert setup.store is not None
         for entry in tier.entries(setup.attachment.parked, setup.session, setup.store.namespace):
             parked: Parked | None = entry.content
-            if parked is None:
-                continue
+            if parked is None or (parked.fingerprint == held.fingerprint and parked.root != held.model_root):
+                continue  # it may have gone through a codec that this store does not write by
             if parked.fingerprint != held.fingerprint:
                 if setup.session is not None:
                     _refuse(turn, tier, entry, "the model's weights or settings changed", "other model")

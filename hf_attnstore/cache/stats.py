@@ -39,6 +39,9 @@ class TurnStats:
     """Time the model had to wait for saving: handing over."""
     blocks_from: Mapping[str, int] = field(default_factory=dict)
     """Number of blocks loaded, by tier."""
+    rounded_by: str = ""
+    """The lossy codec by which reused tokens are kept, such as `int8`: the answer may be another one than without the
+    store. Empty where none is. What was still held where it was computed may be exact all the same."""
     resegmented_tokens: int = 0
     """Tokens of the prompt in whose place others of the same text were fed."""
     dropped_tokens: int = 0
@@ -107,6 +110,8 @@ class TurnStats:
             parts.append("encoder skipped")
         if self.loaded_bytes:
             parts.append(f"loaded {format_bytes(self.loaded_bytes)} from {' and '.join(sorted(self.blocks_from))}")
+        if self.rounded_by:
+            parts.append(f"kept with loss ({self.rounded_by})")
         if self.ttft_seconds is not None:
             parts.append(f"first token after {format_seconds(self.ttft_seconds)}")
         parts += [self.recomputing] if self.recomputing else []
@@ -161,4 +166,5 @@ def added_up(rows: Sequence[TurnStats], whole: TurnStats) -> TurnStats:
     for row in rows:
         total.recomputed, total.missed = total.recomputed or row.recomputed, total.missed or row.missed
         total.diverged = total.diverged or row.diverged
+        total.rounded_by = total.rounded_by or row.rounded_by
     return total

@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from ..errors import AttentionStoreError
 from .lazy import add_lazily
-from .options import CheckpointEvery, Device, Disk, Dtype, Memory, Model, OnDevice, Store
+from .options import CheckpointEvery, Codec, Device, Disk, Dtype, Memory, Model, OnDevice, Store
 from .store_commands import add_to
 
 
@@ -68,6 +68,7 @@ def chat(
     memory: Memory = None,
     disk: Disk = None,
     on_device: OnDevice = None,
+    codec: Codec = None,
     device: Device = None,
     dtype: Dtype = "auto",
 ) -> None:
@@ -82,7 +83,7 @@ def chat(
     console = Console(highlight=False)
     with console.status("loading the model"):
         loaded, tokenizer = load_chat_model(model, device=device, dtype=dtype)
-    with AttentionStore(store, memory=memory, disk=disk, on_device=on_device) as opened:
+    with AttentionStore(store, memory=memory, disk=disk, on_device=on_device, codec=codec) as opened:
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": sample}
         options |= {"window": window, "canonicalize": canonicalize}
         options["checkpoint_every"] = checkpoint_every

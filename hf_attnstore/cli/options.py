@@ -35,6 +35,14 @@ Memory = Annotated[
 Disk = Annotated[
     str | None, typer.Option(help="Disk space for KV, such as 100GiB. [setting: disk]", show_default=False)
 ]
+Codec = Annotated[
+    str | None,
+    typer.Option(
+        help="How KV is written: raw, lossless, or with loss fp16, int8, int8z, int4. What one wrote the others do not "
+        "find. [setting: codec]",
+        show_default=False,
+    ),
+]
 OnDevice = Annotated[
     str | None,
     typer.Option(

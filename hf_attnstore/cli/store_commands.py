@@ -101,6 +101,7 @@ def show(name: str, store: Store = None, namespace: Namespace = "", as_json: Jso
     with opened(store, namespace) as it:
         manifest = it.manifest(name)
         info = it.session(name)
+        codec = it.session_codec(name)
         metadata = it.metadata(name)
         spans = [
             {"block": span.block.hex(), "start": span.start, "stop": span.stop, "shift": span.shift}
@@ -109,7 +110,7 @@ def show(name: str, store: Store = None, namespace: Namespace = "", as_json: Jso
             for span in manifest.spans
         ]
     if as_json:
-        _print_json({**asdict(info), "base": manifest.base, "spans": spans, "metadata": metadata})
+        _print_json({**asdict(info), "codec": codec, "base": manifest.base, "spans": spans, "metadata": metadata})
         return
     console = _console()
     facts = Table.grid(padding=(0, 2))
@@ -118,6 +119,7 @@ def show(name: str, store: Store = None, namespace: Namespace = "", as_json: Jso
         ("tokens", f"{info.tokens:,} of {max(info.length, info.tokens):,} in the store"),
         ("bytes", format_bytes(info.bytes)),
         ("model", info.fingerprint or "none"),
+        ("codec", codec or "none"),
         ("created", _when(info.created)),
         ("last used", _when(info.last_used)),
         ("metadata", ", ".join(map(escape, metadata)) or "none"),

@@ -15,6 +15,7 @@ from ..errors import LoadError, NotFiniteError
 from ..sizes import format_bytes
 from ..timeline import Timeline
 from .blocks.block import Block, BlockMeta, Match, TensorSpec
+from .blocks.codecs import as_kept
 from .blocks.keys import Key, chain_root, decode_tokens, encode_tokens
 from .blocks.stored import StoredBlock
 from .blocks.tier import Source, Tier
@@ -136,7 +137,7 @@ class BlockStore(OpenStore):
             for tier in self._tiers:
                 for key, opens in tier.sources(left).items():
                     try:
-                        found[key] = tier.name, opens()
+                        found[key] = tier.name, self._as_kept(opens())
                     except LoadError as error:
                         self._reject(key, error, tier.name)
                         raise
@@ -149,6 +150,26 @@ class BlockStore(OpenStore):
                 if not isinstance(source, Block):
                     source.close()
             raise
+
+    def _as_kept(self, source: Source) -> Source:
+        """What a lossy codec makes of a block in memory that it has not come to yet; else the source itself.
+
+        Raises:
+            LoadError: the codec is not known here, or there is NaN or infinity in it.
+        """
+        if isinstance(source, StoredBlock):
+            return source
+        began = time.perf_counter()
+        kept = as_kept(source)
+        if kept is not source:
+            self._memory.replace(source, kept)
+            counts = {"coded_bytes": source.nbytes, "coded_to_bytes": kept.nbytes}
+            self._accounts.count_all({**counts, "code_microseconds": round((time.perf_counter() - began) * 1e6)})
+        return kept
+
+    def _code(self, block: Block) -> None:
+        """Has memory keep what a lossy codec makes of a block."""
+        self._as_kept(block)
 
     def load(self, stages: Sequence[Stage]) -> Load:
         """Opens the blocks of all stages and returns a load, of which nothing is requested yet.
@@ -278,6 +299,8 @@ class BlockStore(OpenStore):
     def keep_in_memory(self, block: Block) -> None:
         """Takes over a complete block, whose bytes were reserved, that is on disk already."""
         self._memory.put(block, dirty=False)
+        if block.codable:
+            self._writer.submit(partial(self._guarded, partial(self._code, block)))
 
     def touch(self, keys: Sequence[Key]) -> None:
         """Marks blocks as just used."""
@@ -304,7 +327,9 @@ class BlockStore(OpenStore):
         began = time.perf_counter()
         key = block.meta.key
         try:
-            written = [self._write_to(tier, block, supersedes) for tier in self._lower]
+            kept = self._as_kept(block)
+            assert isinstance(kept, Block)
+            written = [self._write_to(tier, kept, supersedes) for tier in self._lower]
             if not any(written):
                 self._accounts.count("not_saved_blocks", int(None not in written))
             elif supersedes is not None and not self._disk.find([supersedes]):
@@ -313,6 +338,11 @@ class BlockStore(OpenStore):
             self._memory.delete([key])
             self._accounts.count("not_saved_blocks")
             self._accounts.warn_once("not finite", f"not kept: {error}")
+        except Exception as error:
+            self._accounts.count("write_errors")
+            self._accounts.warn_once(
+                "coding", f"a block can't be written as {block.meta.codec}, it is not kept: {error}"
+            )
         finally:
             self.recorders.add("write", _described(block.meta), began)
             self._memory.mark_clean(key)
@@ -368,19 +398,18 @@ class BlockStore(OpenStore):
             source = opens()
             assert isinstance(source, StoredBlock)
             with source:
-                meta = source.read_meta()
-                size = sum(spec.nbytes for spec in source.specs().values())
+                size = source.kept_bytes
                 if self._automatic is not None:
                     self._automatic.before_reserving()
                 if not self._memory.reserve(size, job=job) and not self._reserve_once_written(size, job):
                     return None
                 try:
-                    block = Block(meta, source.fetch(source.specs(), pinned=torch.cuda.is_available()))
+                    block = source.as_kept(pinned=torch.cuda.is_available())
                     block.check_finite()
                 except BaseException:
                     self._memory.release(size)
                     raise
-            self.recorders.add("fetch", _described(meta), began)
+            self.recorders.add("fetch", _described(block.meta), began)
             if not self._memory.put(block, dirty=False):
                 return 0
             for above in self._lower[: self._lower.index(tier)]:

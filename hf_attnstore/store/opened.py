@@ -16,8 +16,8 @@ from ..errors import AttentionStoreError, SessionNameError, StoreClosedError
 from ..settings import value_of
 from ..sizes import parse_bytes
 from ..timeline import Recorders
-from .blocks.codecs import codec_named
-from .blocks.keys import RAW, Key
+from .blocks.codecs import chosen_codec, codec_named
+from .blocks.keys import Key
 from .blocks.tier import Source, Tier
 from .blocks.vault import parse_key
 from .disk.folder import open_folder
@@ -129,7 +129,7 @@ class OpenStore:
         on_device: int | str | None = None,
         older_than: float | None = None,
         surroundings: Surroundings | None = None,
-        codec: str = RAW,
+        codec: str | None = None,
         below: Sequence[Tier] = (),
         shared: str | None = None,
     ) -> None:
@@ -142,7 +142,7 @@ class OpenStore:
         days = days_of(older_than)
         self.path = Path(path).expanduser() if path is not None else default_path()
         self.namespace = self.check_namespace(namespace)
-        self.codec = codec_named(codec).name
+        self.codec = chosen_codec(codec)
         """How new blocks are written; others are not found."""
         self._order = Order(make_policy(_chosen("policy", policy)))
         capacity = 0 if memory == AUTO else parse_bytes(memory)
@@ -186,7 +186,8 @@ class OpenStore:
         self._closing = threading.RLock()
         self._left_behind = False
         """Whether this is a child of the process that opened it."""
-        self._views: weakref.WeakValueDictionary[str, OpenStore] = weakref.WeakValueDictionary({self.namespace: self})
+        self._views: weakref.WeakValueDictionary[tuple[str, str], OpenStore] = weakref.WeakValueDictionary()
+        self._views[self.namespace, self.codec] = self
         self._prepare_upcoming()
         self._order.policy.recall(self._learned() or {})
         self.device_tier = DeviceTier(left) if left is not None else DeviceTier(0, least=_LEAST_LEFT, host_only=True)
@@ -310,16 +311,34 @@ class OpenStore:
             SessionNameError: the name can't be used.
             StoreClosedError: the store is closed.
         """
+        return self._seen_from(self.check_namespace(namespace), self.codec)
+
+    def with_codec(self, codec: str) -> Self:
+        """This store, writing by another codec: for conversations that are to be kept without loss beside others that
+        are not. What one codec wrote the other does not find; all else is shared, as with `in_namespace`.
+
+        Raises:
+            AttentionStoreError: there is no such codec.
+            StoreClosedError: the store is closed.
+        """
+        return self._seen_from(self.namespace, chosen_codec(codec))
+
+    def _seen_from(self, namespace: str, codec: str) -> Self:
         self._check_open()
         with self._saver_lock:
-            view = self._views.get(self.check_namespace(namespace))
+            view = self._views.get((namespace, codec))
             if view is None:
                 view = object.__new__(type(self))
-                view.__dict__.update(self.__dict__, namespace=namespace)
-                self._views[namespace] = view
+                view.__dict__.update(self.__dict__, namespace=namespace, codec=codec)
+                self._views[namespace, codec] = view
                 _open_stores.add(view)
                 watch(view)
         return cast(Self, view)
+
+    @property
+    def is_lossy(self) -> bool:
+        """Whether what is restored from blocks may be something else than what was computed."""
+        return codec_named(self.codec).lossy
 
     def __reduce__(self) -> Any:
         raise AttentionStoreError(

@@ -76,7 +76,8 @@ class AttentionStore(UpcomingTurns):
         encryption_key: 32 bytes, or a text of them in hex or base64, under which files are encrypted (AES-256-GCM).
             Default: the environment variable `ATTNSTORE_KEY`. A store is encrypted from its beginning or not at all.
         surroundings: the clock and the disk to go by, where they are not to be the machine's own.
-        codec: how blocks are written, of those that are registered.
+        codec: how blocks are written: `raw`, `lossless`, or with loss `fp16`, `int8`, `int8z`, `int4`. Default: the
+            environment variable `ATTNSTORE_CODEC`, else `raw`. What one codec wrote a store with another does not find.
         below: tiers below the disk, in the order in which they are asked.
         shared: the URL of an engine below all of them that other machines use too, such as
             "valkey://host:6379/0?prefix=team"; see docs/shared.md. Default: the environment variable
@@ -317,6 +318,24 @@ class AttentionStore(UpcomingTurns):
         self._check_open()
         pending = self._committing.get((self.namespace, name))
         return pending[0] if pending is not None else self._disk.fingerprint(self.namespace, name)
+
+    def session_codec(self, name: str) -> str | None:
+        """The codec that wrote the KV of a session; None if it has none, or that can't be read.
+
+        Raises:
+            SessionNotFoundError: there is no such session.
+        """
+        for span in self.manifest(name).spans:
+            if span.block:
+                try:
+                    _, source = self._open([span.block])[span.block]
+                except LoadError:
+                    return None
+                if isinstance(source, Block):
+                    return source.meta.codec
+                with source:
+                    return source.layout.meta.codec
+        return None
 
     def lock_session(self, name: str, wait: float) -> SessionLock:
         """Takes the lock of a session, which need not exist; `wait` in seconds.

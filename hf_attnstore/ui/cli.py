@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..cli.lazy import named
-from ..cli.options import CheckpointEvery, Disk, Memory, Model, Store
+from ..cli.options import CheckpointEvery, Codec, Disk, Memory, Model, Store
 from ..errors import AttentionStoreError
 
 TOUR = "hf_attnstore.lab.tour:look"
@@ -42,6 +42,7 @@ def ui(
     checkpoint_every: CheckpointEvery = None,
     memory: Memory = None,
     disk: Disk = None,
+    codec: Codec = None,
     sample: Annotated[bool, typer.Option(help="Sample answers instead of taking the likeliest token.")] = False,
     device: Annotated[str | None, typer.Option(help="Such as cuda or cpu.", show_default=False)] = None,
     dtype: Annotated[str, typer.Option(help="Such as bfloat16 or float32; auto is what the checkpoint has.")] = "auto",
@@ -77,8 +78,13 @@ def ui(
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": sample, "window": window}
     serving.serve(
         load,
+<<<<<<< HEAD
         AttentionStore(store, memory=memory, disk=disk),
         model_name=model_title(source),
+=======
+        AttentionStore(store, memory=memory, disk=disk, codec=codec),
+        model_name=Path(model).name if model else "the small model",
+>>>>>>> 9fb6b08 (Codecs: fp16, int8, int4, int8z and lossless; what a lossy one makes of a block is the block, in memory too)
         host=host,
         port=port,
         accounts=accounts,

@@ -27,6 +27,8 @@ class KeptLayer:
     """Whether several rows of different lengths can be put together of layers of one row each."""
     reusable = True
     """Whether what it keeps can be put back into it. False for kinds of layers that nobody knows."""
+    may_be_rounded = False
+    """Whether what it keeps by token are keys and values of plain attention: of these lossy codecs were measured."""
     kind = ""
     """The name of its kind, as transformers' configurations have it."""
     window: int | None = None

@@ -64,10 +64,13 @@ def make_layers(model: nn.Module) -> list[KeptLayer]:
         UnsupportedModelError: the model does not say which layers it has.
     """
     layers = []
+    text = decoder_config(model).get_text_config(decoder=True)
+    plain = not getattr(text, "kv_lora_rank", None) and not is_encoder_decoder(model)
     for number, (template, kind) in enumerate(_templates(model)):
         maker = _MAKERS.get(type(template).__name__)
         layer = maker(template) if maker is not None else snapshot_of(template, reusable=False)
         layer.kind = "shared" if isinstance(layer, SharedLayer) else kind
+        layer.may_be_rounded = type(layer) in (FullLayer, SlidingLayer) and plain
         if not layer.reusable:
             _warn(decoder_config(model).model_type, number, kind, type(template).__name__)
         layers.append(layer)

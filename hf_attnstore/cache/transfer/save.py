@@ -3,13 +3,15 @@
 import logging
 import time
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 
 from ...errors import NotFiniteError
 from ...session.chain import TokenChain
 from ...store.blocks.block import Block, BlockMeta, padded
-from ...store.blocks.keys import Key
+from ...store.blocks.codecs import codec_named
+from ...store.blocks.keys import RAW, Key
 from ...store.store import AttentionStore
 from ..layers.buffers import empty
 from ..layers.kept import KeptLayer
@@ -17,6 +19,11 @@ from .names import tensor_name
 from .streams import copy_to_host, save_stream
 
 logger = logging.getLogger("hf_attnstore")
+
+
+@cache
+def _say_once(what: str, codec: str) -> None:
+    logger.warning("%s of a model are kept as they are: what %s does to such was not measured", what, codec)
 
 
 class _Piecewise:
@@ -229,7 +236,7 @@ class BlockSaver:
             continues=self._continues if block == 0 else b"",
             codec=self._store.codec,
         )
-        made = Block(meta, tensors, piecewise.arriving)
+        made = Block(meta, tensors, piecewise.arriving, self._codable(block, piecewise))
         try:
             if not made.arriving:  # else it is looked through when it is there, before anything is done with it
                 made.check_finite()
@@ -251,6 +258,18 @@ class BlockSaver:
         elif self._tail is not None and self._tail[0] <= block:
             self._tail = None
         return True
+
+    def _codable(self, block: int, piecewise: _Piecewise) -> frozenset[str]:
+        """What of a block the codec may have: nothing of a short one, which is written anew when it grows."""
+        start, stop = self._chain.bounds(block)
+        if self._store.codec == RAW or stop - start < self._chain.block_size:
+            return frozenset()
+        lossy = codec_named(self._store.codec).lossy
+        there = [number for number, tensors in piecewise.layers.items() if tensors]
+        fit = [number for number in there if self._layers[number].may_be_rounded or not lossy]
+        if len(fit) < len(there):
+            _say_once(f"{len(there) - len(fit)} of {len(there)} layers", self._store.codec)
+        return frozenset(name for number in fit for name in piecewise.layers[number])
 
     def _end_refill(self) -> None:
         """What the store has on disk is left there from now on."""

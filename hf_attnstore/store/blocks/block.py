@@ -84,6 +84,8 @@ class Block:
     meta: BlockMeta
     tensors: dict[str, torch.Tensor]
     arriving: list[torch.cuda.Event] = field(default_factory=list)
+    codable: frozenset[str] = frozenset()
+    """Names of the tensors that the codec may have; the others are kept as they are."""
     _together: dict[tuple[str, ...], torch.Tensor | None] = field(default_factory=dict, repr=False, compare=False)
     _whole: bool | None = field(default=None, repr=False, compare=False)
     _finite: bool | None = field(default=None, repr=False, compare=False)

@@ -2,33 +2,50 @@
 
 A codec is part of the names of chains (`chain_root`): blocks of two codecs live in one store and never meet. A file
 says by which it was written, and which of its tensors are coded.
+
+What a lossy codec makes of a block is the block from then on, in memory as on disk (`as_kept`): what is restored does
+not depend on where it comes from. What a lossless one makes is for files; memory keeps what is fastest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, Protocol
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib import import_module
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
-from ...errors import LoadError
-from .block import BlockMeta
+from ...errors import AttentionStoreError, LoadError
+from .block import Block, BlockMeta, TensorSpec
 from .keys import RAW
 
 if TYPE_CHECKING:
     import torch
+
+CODEC_VARIABLE = "ATTNSTORE_CODEC"
+"""The environment variable with the codec of stores that are opened without one."""
 
 
 class Codec(Protocol):
     """Makes a tensor's parts, which are written in its place, and the tensor of its parts."""
 
     name: ClassVar[str]
+    lossy: ClassVar[bool]
+    """Whether `decode` gives something else than `encode` was given. Such a codec gets keys and values of plain
+    attention only."""
 
-    def encode(self, tensor: torch.Tensor, meta: BlockMeta) -> Mapping[str, torch.Tensor] | None:
-        """Parts by name, of whatever dtypes and shapes, each contiguous; None where the tensor, `[heads, tokens, dim]`
-        but in checkpoints, is written as it is. The file has `<tensor>.<part>`, one after the other."""
+    def encode(self, name: str, tensor: torch.Tensor, meta: BlockMeta) -> Mapping[str, torch.Tensor] | None:
+        """Parts by name, without dots, of whatever dtypes and shapes, each contiguous; None where the tensor, `[heads,
+        tokens, dim]`, is written as it is. The file has `<tensor>.<part>`, one after the other. Runs in any thread.
+
+        Args:
+            name: such as `layers.0.keys`.
+        """
 
     def decode(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
         """Writes the tensor that `encode` was given, or what comes close to it, into `out`, of its dtype and shape, a
-        row of which is contiguous. Runs in any thread, several at a time.
+        row of which is contiguous. Always the same for the same parts. Runs in any thread, several at a time.
 
         Raises:
             LoadError: these are no parts that `encode` makes.
@@ -39,14 +56,17 @@ class Raw:
     """Writes tensors as they are."""
 
     name: ClassVar[str] = RAW
+    lossy: ClassVar[bool] = False
 
-    def encode(self, tensor: torch.Tensor, meta: BlockMeta) -> None:
+    def encode(self, name: str, tensor: torch.Tensor, meta: BlockMeta) -> None:
         return None
 
     def decode(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
         raise LoadError(f"tensors of the codec {self.name!r} have no parts")
 
 
+_BUILT_IN = {"fp16": "rounding", "int8": "rounding", "int4": "rounding", "int8z": "entropy", "lossless": "entropy"}
+"""Modules by the codecs that they register, imported when they are first named."""
 _codecs: dict[str, Codec] = {}
 
 
@@ -56,15 +76,133 @@ def register(codec: Codec) -> None:
 
 
 def codec_named(name: str) -> Codec:
-    """A codec that was registered.
+    """A codec that is built in, or was registered.
 
     Raises:
         LoadError: there is none of that name here. What it wrote is as good as ever for who has it.
     """
+    if name not in _codecs and name in _BUILT_IN:
+        import_module(f".{_BUILT_IN[name]}", __package__)
     try:
         return _codecs[name]
     except KeyError:
-        raise LoadError(f"the codec {name!r} is not known here, only {sorted(_codecs)}", transient=True) from None
+        known = sorted({*_codecs, *_BUILT_IN})
+        raise LoadError(f"the codec {name!r} is not known here, only {known}", transient=True) from None
+
+
+def chosen_codec(name: str | None) -> str:
+    """The name of the codec that a store is to write by: the caller's, or that of the environment.
+
+    Raises:
+        AttentionStoreError: there is none of that name, or it needs a package that is not there.
+    """
+    name = name if name is not None else os.environ.get(CODEC_VARIABLE) or RAW
+    try:
+        return codec_named(name).name
+    except LoadError as error:
+        raise AttentionStoreError(f"{error}") from None
+
+
+class CodedTensor(NamedTuple):
+    """A tensor in host memory as a codec wrote it."""
+
+    spec: TensorSpec
+    """What it is decoded to."""
+    parts: Mapping[str, torch.Tensor]
+
+
+@dataclass
+class CodedBlock(Block):
+    """A block in host memory some tensors of which are coded: `tensors` has their parts, by `<tensor>.<part>`."""
+
+    coded: Mapping[str, CodedTensor] = field(default_factory=dict)
+
+    @cached_property
+    def _specs(self) -> dict[str, TensorSpec]:
+        owners = {name: name.rpartition(".")[0] for name in self.tensors}
+        found = super().specs()
+        names = [owner if (owner := owners[name]) in self.coded else name for name in found]
+        return {name: self.coded[name].spec if name in self.coded else found[name] for name in names}
+
+    def specs(self) -> dict[str, TensorSpec]:
+        return self._specs
+
+    def spec(self, name: str) -> TensorSpec:
+        """One of its tensors.
+
+        Raises:
+            LoadError: there is none of that name.
+        """
+        try:
+            return self._specs[name]
+        except KeyError:
+            raise LoadError(f"{self.path}: there is no tensor {name}") from None
+
+    @property
+    def is_whole(self) -> bool:
+        return all(spec.shape[1] == self.meta.token_count for spec in self._specs.values())
+
+    @property
+    def path(self) -> str:
+        """What to call it in errors."""
+        return f"block {self.meta.key.hex()}"
+
+    def read_into(self, targets: Mapping[str, torch.Tensor]) -> None:
+        """Writes whole tensors, by name, into targets of their dtypes and shapes.
+
+        Raises:
+            LoadError: the codec is not known here.
+        """
+        from .tensors import copy_bytes
+
+        codec = codec_named(self.meta.codec)
+        for name, target in targets.items():
+            if name in self.coded:
+                codec.decode(self.coded[name].parts, target)
+            else:
+                copy_bytes(self.tensors[name], target)
+
+    def fetch(self, names: Iterable[str], *, pinned: bool = False) -> dict[str, torch.Tensor]:
+        """Whole tensors in host memory. Raises LoadError: see `read_into`."""
+        from .tensors import host_memory
+
+        found = host_memory([self.spec(name) for name in names], pinned=pinned)
+        self.read_into(found)
+        return found
+
+
+def encoded(block: Block) -> Block:
+    """A block as its codec writes it; itself where that leaves all of it as it is.
+
+    Raises:
+        LoadError: the codec is not known here.
+    """
+    if not block.codable or isinstance(block, CodedBlock):
+        return block
+    codec = codec_named(block.meta.codec)
+    tensors: dict[str, torch.Tensor] = {}
+    coded: dict[str, CodedTensor] = {}
+    for name, spec in block.specs().items():
+        whole = block.tensors[name]
+        parts = codec.encode(name, whole, block.meta) if name in block.codable else None
+        if parts is None:
+            tensors[name] = whole
+        else:
+            coded[name] = CodedTensor(spec, parts)
+            tensors |= {f"{name}.{part}": made for part, made in parts.items()}
+    if not coded:
+        return block
+    # what is left as it is must not keep all of the memory that the block's tensors lie in
+    left = {name: whole.clone() if name in block.tensors else whole for name, whole in tensors.items()}
+    return CodedBlock(block.meta, left, coded=coded)
+
+
+def as_kept(block: Block) -> Block:
+    """A block as memory keeps it."""
+    if not block.codable or isinstance(block, CodedBlock) or not codec_named(block.meta.codec).lossy:
+        return block
+    block.wait_ready()
+    return encoded(block)
 
 
 register(Raw())

@@ -20,8 +20,8 @@ import xxhash
 
 from ...errors import LoadError
 from .block import TOKEN_IDS, Block, BlockMeta, TensorSpec
-from .codecs import codec_named
-from .keys import RAW, decode_tokens
+from .codecs import CodedBlock, encoded
+from .keys import decode_tokens
 from .vault import Vault
 
 if TYPE_CHECKING:
@@ -125,16 +125,18 @@ def encode_block(block: Block, vault: Vault) -> tuple[bytes, list[np.ndarray]]:
     from .tensors import as_bytes
 
     block.wait_ready()
+    block = encoded(block)
     meta = block.meta
     salt = vault.new_salt()
     guard = vault.guard(salt)
     ids = torch.from_numpy(decode_tokens(meta.tokens))
-    written, coded = _coded(block)
+    wholes = block.coded if isinstance(block, CodedBlock) else {}
+    coded = {name: [_dtype_names()[whole.spec.dtype], list(whole.spec.shape)] for name, whole in wholes.items()}
     described: dict[str, object] = {}
     proofs: dict[str, str] = {}
     chunks: list[np.ndarray] = []
     offset = 0
-    for number, (name, tensor) in enumerate({**written, TOKEN_IDS: ids}.items()):
+    for number, (name, tensor) in enumerate({**block.tensors, TOKEN_IDS: ids}.items()):
         spec = TensorSpec(name, tensor.dtype, tuple(tensor.shape))
         data, proofs[name] = guard.close(meta, number, spec, as_bytes(tensor).reshape(-1))
         described[name] = {
@@ -167,21 +169,6 @@ def encode_block(block: Block, vault: Vault) -> tuple[bytes, list[np.ndarray]]:
     return _with_check(fields.removeprefix('{"__metadata__":{')), chunks
 
 
-def _coded(block: Block) -> tuple[dict[str, torch.Tensor], dict[str, list[object]]]:
-    """The tensors to write, and dtype and shape of those of which they are the parts."""
-    codec = codec_named(block.meta.codec)
-    written: dict[str, torch.Tensor] = {}
-    coded: dict[str, list[object]] = {}
-    for name, tensor in block.tensors.items():
-        parts = codec.encode(tensor, block.meta)
-        if parts is None:
-            written[name] = tensor
-        else:
-            coded[name] = [_dtype_names()[tensor.dtype], list(tensor.shape)]
-            written.update({f"{name}.{part}": made for part, made in parts.items()})
-    return written, coded
-
-
 def _with_check(fields: str) -> bytes:
     """A header (with its length) whose metadata begin with a checksum of all that follows it."""
     rest = f'",{fields}'.encode()
@@ -196,7 +183,8 @@ def _check(length: bytes, rest: bytes) -> bytes:
 
 def encoded_size(block: Block) -> int:
     """An upper bound, in bytes, for the file that `encode_block` makes, without computing checksums."""
-    tensors = len(block.tensors) * (1 if block.meta.codec == RAW else _MOST_PARTS) + 1
+    parts = _MOST_PARTS if block.codable and not isinstance(block, CodedBlock) else 1
+    tensors = len(block.tensors) * parts + 1
     header = 1024 + len(block.meta.fingerprint) + 2 * len(block.meta.state or "") + 256 * tensors
     return header + block.nbytes + 2 * len(block.meta.tokens)
 
@@ -243,8 +231,12 @@ def _parse_described(described: str, coded: str) -> _Described:
         tensors[name] = StoredTensor(spec, begin, number)
         end = stop
     wholes: dict[str, Coded] = {}
+    parts_of: dict[str, dict[str, StoredTensor]] = {}
+    for name, tensor in tensors.items():
+        owner, _, part = name.rpartition(".")
+        parts_of.setdefault(owner, {})[part] = tensor
     for name, (dtype, shape) in json.loads(coded).items():
-        parts = {n.removeprefix(f"{name}."): t for n, t in tensors.items() if n.startswith(f"{name}.")}
+        parts = parts_of.get(name)
         if not parts:
             raise LoadError(f"nothing is written of {name!r}")
         wholes[name] = Coded(TensorSpec(name, _dtypes()[dtype], tuple(map(int, shape))), parts)

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...errors import LoadError, NotFiniteError
-from .block import TOKEN_IDS, BlockMeta, Bytes, TensorSpec, is_finite
-from .codecs import codec_named
-from .format import MAX_HEADER_BYTES, Layout, StoredTensor, parse_header
+from .block import TOKEN_IDS, Block, BlockMeta, Bytes, TensorSpec, is_finite
+from .codecs import CodedBlock, CodedTensor, codec_named
+from .format import MAX_HEADER_BYTES, Coded, Layout, StoredTensor, parse_header
 from .keys import Key, block_key, encode_tokens
 from .vault import Vault
 
@@ -207,6 +207,11 @@ class StoredBlock:
 
     # as it was handed over
 
+    @property
+    def coded(self) -> Mapping[str, Coded]:
+        """Its tensors that a codec wrote in parts."""
+        return self.layout.coded
+
     def specs(self) -> dict[str, TensorSpec]:
         """Its tensors, without the ids."""
         return self.layout.specs
@@ -247,6 +252,38 @@ class StoredBlock:
         for name, written in coded.items():
             own = {part: parts[stored.spec.name] for part, stored in written.items()}
             codec_named(self.layout.meta.codec).decode(own, targets[name])
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes that it takes in memory, as `as_kept` makes it."""
+        specs = self.layout.specs
+        lossy = self.coded and codec_named(self.layout.meta.codec).lossy
+        return sum(
+            sum(part.spec.nbytes for part in self.coded[name].parts.values())
+            if lossy and name in self.coded
+            else spec.nbytes
+            for name, spec in specs.items()
+        )
+
+    def as_kept(self, *, pinned: bool = False) -> Block:
+        """The block as memory keeps it.
+
+        Raises:
+            LoadError: see `fetch`.
+        """
+        from .tensors import as_bytes, host_memory
+
+        meta = self.read_meta()
+        if not self.coded or not codec_named(meta.codec).lossy:
+            return Block(meta, self.fetch(self.specs(), pinned=pinned))
+        written = [stored for name, stored in self.layout.tensors.items() if name != TOKEN_IDS]
+        tensors = host_memory([stored.spec for stored in written], pinned=pinned)
+        self.read_adjacent([(stored, [as_bytes(tensors[stored.spec.name]).reshape(-1)]) for stored in written])
+        coded = {
+            name: CodedTensor(whole.spec, {part: tensors[one.spec.name] for part, one in whole.parts.items()})
+            for name, whole in self.coded.items()
+        }
+        return CodedBlock(meta, tensors, coded=coded)
 
     def read_meta(self) -> BlockMeta:
         """The block's identity with its token ids, checked against its key."""

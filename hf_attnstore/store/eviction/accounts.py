@@ -157,6 +157,11 @@ class TierBook:
             self.order.remove(key)
             self.dirty.discard(key)
 
+    def shrink_block(self, key: Hashable, nbytes: int) -> None:
+        """A block that is here takes no more than so many bytes now."""
+        self.used += nbytes - self._sizes[key]
+        self._sizes[key] = nbytes
+
     def keys(self) -> Iterable[Hashable]:
         """All blocks. A copy."""
         return list(self._sizes)

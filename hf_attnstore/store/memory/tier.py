@@ -130,6 +130,15 @@ class MemoryTier(Tier):
                 self._book.make_room(0, self._clock())  # the capacity may have shrunk since the bytes were reserved
             return True
 
+    def replace(self, old: Block, new: Block) -> None:
+        """Keeps a block in another form, that takes no more room. Harmless if `old` is not here any more."""
+        key = old.meta.key
+        with self._changed:
+            if self._blocks.get(key) is old:
+                self._blocks[key] = new
+                self._book.shrink_block(key, new.nbytes)
+                self._changed.notify_all()
+
     def mark_clean(self, key: Key) -> None:
         """The block is on disk, or will never be: it may be evicted from now on."""
         with self._changed:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from ..blocks.block import Block
+from ..blocks.codecs import CodedBlock
 from ..blocks.stored import StoredBlock
 from ..blocks.tensors import as_bytes
 from ..memory.size import on_pressure
@@ -22,7 +23,7 @@ def _give_back_pinned_memory() -> None:
 
 def host_tensors(source: Block | StoredBlock, names: Iterable[str], *, pinned: bool) -> dict[str, torch.Tensor]:
     """Whole tensors of a block in host memory, `[heads, tokens, dim]` each."""
-    if isinstance(source, Block):
+    if isinstance(source, Block) and not isinstance(source, CodedBlock):
         source.wait_ready()
         return {name: source.tensors[name] for name in names}
     return source.fetch(names, pinned=pinned)

@@ -24,6 +24,7 @@ import torch
 
 from ...errors import LoadError
 from ...timeline import Time
+from ..blocks.codecs import CodedBlock
 from ..blocks.keys import Key
 from ..blocks.stored import StoredBlock
 from ..blocks.tier import Source
@@ -176,7 +177,7 @@ class Load:
 
     def preload(self) -> float:
         """Puts everything in place at once, with the help of the I/O threads, where that is faster than to bring stage
-        after stage: what is for host memory, and in files that the page cache has.
+        after stage: what is for host memory, and in files that the page cache has, or in memory and coded.
 
         Returns:
             The seconds that took, 0 where it is left to `wait`.
@@ -185,7 +186,8 @@ class Load:
             LoadError: a block could not be read; what was to be loaded is not usable.
         """
         files = self._files.values()
-        if sum(file.layout.file_bytes for file in files) < WORTH_SHARING:
+        coded = sum(source.nbytes for _, source in self._sources.values() if isinstance(source, CodedBlock))
+        if coded + sum(file.layout.file_bytes for file in files) < WORTH_SHARING:
             return 0.0
         if not all(self._here) or not all(file.in_page_cache for file in files):
             return 0.0

@@ -7,14 +7,14 @@ system call: what every piece of a stage has in common is looked at once.
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from ...errors import LoadError
 from ..blocks.block import Bytes, TensorSpec
+from ..blocks.codecs import CodedBlock
 from ..blocks.format import StoredTensor
 from ..blocks.stored import StoredBlock
-from ..blocks.tensors import as_bytes
+from ..blocks.tensors import as_bytes, copy_bytes
 
 
 class _Target(NamedTuple):
@@ -40,13 +40,13 @@ class Rows:
             self._targets.append(_Target(name, heads, dim, target.dtype, dim * target.dtype.itemsize, rows))
         self._fitting: dict[str, TensorSpec] = {}
 
-    def read(self, file: StoredBlock, start: int, stop: int, first: int) -> None:
+    def read(self, file: StoredBlock | CodedBlock, start: int, stop: int, first: int) -> None:
         """Reads tokens `[start, stop)` of a block, to go behind `first` tokens of others.
 
         Raises:
             LoadError: they can't be read, fail their checksum, or are not what the targets take.
         """
-        if file.layout.coded:
+        if isinstance(file, CodedBlock) or file.coded:
             self._decode(file, start, stop, first)
             return
         wanted: list[tuple[StoredTensor, Sequence[Bytes]]] = []
@@ -71,7 +71,7 @@ class Rows:
             wanted.append((stored, [buffer for buffer in buffers if buffer.nbytes]))
         file.read_adjacent(wanted)
 
-    def _decode(self, file: StoredBlock, start: int, stop: int, first: int) -> None:
+    def _decode(self, file: StoredBlock | CodedBlock, start: int, stop: int, first: int) -> None:
         """The same of a block that is coded: straight into place where all of it is wanted."""
         aside: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         targets: dict[str, torch.Tensor] = {}
@@ -82,14 +82,14 @@ class Rows:
             if not 0 <= start <= stop <= spec.shape[1]:
                 raise LoadError(f"{file.path}: {target.name} has no tokens {start} to {stop}")
             targets[target.name] = place
-            if stop - start < spec.shape[1] or target.name not in file.layout.coded:
+            if stop - start < spec.shape[1] or target.name not in file.coded:
                 whole = targets[target.name] = torch.empty(spec.shape, dtype=spec.dtype)
                 aside[target.name] = place, whole[:, start:stop]
         file.read_into(targets)
         for place, found in aside.values():
-            np.copyto(as_bytes(place), as_bytes(found))
+            copy_bytes(found, place)
 
-    def _check(self, file: StoredBlock, spec: TensorSpec, target: _Target) -> None:
+    def _check(self, file: StoredBlock | CodedBlock, spec: TensorSpec, target: _Target) -> None:
         if len(spec.shape) != 3 or (spec.shape[0], spec.shape[2], spec.dtype) != target[1:4]:
             raise LoadError(
                 f"{file.path}: {target.name} is {spec}, which does not fit {target.heads} heads of {target.dim} "

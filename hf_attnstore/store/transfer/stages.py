@@ -10,6 +10,7 @@ import torch
 
 from ...errors import LoadError
 from ..blocks.block import Block
+from ..blocks.codecs import CodedBlock
 from ..blocks.keys import Key
 from ..blocks.stored import StoredBlock
 from ..blocks.tier import Source
@@ -139,11 +140,11 @@ class Run:
 
 
 class FilePiece(NamedTuple):
-    """A piece whose block is on disk."""
+    """A piece whose block is on disk, or in memory and coded."""
 
     piece: Piece
     tier: str
-    file: StoredBlock
+    file: StoredBlock | CodedBlock
     first: int
     """Tokens of the stage before it."""
 
@@ -165,7 +166,7 @@ class Ways:
         for piece in pieces:
             tier, source = sources[piece.key]
             self.tokens_from[tier] += piece.tokens
-            if isinstance(source, StoredBlock):
+            if isinstance(source, (StoredBlock, CodedBlock)):
                 self.files.append(FilePiece(piece, tier, source, first))
             else:
                 source.wait_ready()

@@ -1,0 +1,132 @@
+"""Codecs that write what is likely in fewer bits: `lossless`, for slow disks and networks, and `int8z`.
+
+Exponents of keys and values take few values, mantissas and signs are noise (order-0 entropy: 0.67 of bfloat16, 0.835
+of float32). So each value is turned by a bit, which puts the sign last and the exponent into the first byte; that byte
+of all values is one zstd frame of literals, by Huffman's code alone, and the others are written as they are.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from ...errors import LoadError
+from .block import BlockMeta
+from .codecs import register
+from .rounding import Grouped, Int8, Parts, first_tokens, is_known, put_first, scaled
+
+try:
+    import zstandard
+except ImportError as error:
+    raise LoadError(
+        "the codecs int8z and lossless need the zstandard package: pip install 'hf-attnstore[codecs]'", transient=True
+    ) from error
+
+_own = threading.local()
+
+
+def squeezed(plane: np.ndarray) -> torch.Tensor:
+    """Bytes as a zstd frame, a uint8 tensor."""
+    if not hasattr(_own, "compressor"):
+        # matches are never worth their while here: literals alone decode twice as fast
+        params: Any = zstandard.ZstdCompressionParameters(
+            compression_level=1, window_log=17, min_match=7, hash_log=6, chain_log=6, search_log=1,
+            strategy=zstandard.STRATEGY_FAST,
+        )  # fmt: skip
+        _own.compressor = zstandard.ZstdCompressor(compression_params=params)
+    frame = _own.compressor.compress(np.ascontiguousarray(plane).data)
+    return torch.frombuffer(bytearray(frame), dtype=torch.uint8)
+
+
+def opened(frame: torch.Tensor, count: int) -> np.ndarray:
+    """The bytes of a zstd frame.
+
+    Raises:
+        LoadError: it is none of so many bytes.
+    """
+    if not hasattr(_own, "decompressor"):
+        _own.decompressor = zstandard.ZstdDecompressor()
+    try:
+        plane = np.frombuffer(_own.decompressor.decompress(frame.numpy().data, max_output_size=count), np.uint8)
+    except zstandard.ZstdError as error:
+        raise LoadError(f"a coded tensor can't be read: {error}") from None
+    if len(plane) != count:
+        raise LoadError(f"a coded tensor has {len(plane)} values instead of {count}")
+    return plane
+
+
+class Lossless:
+    """Every bit comes back."""
+
+    name: ClassVar[str] = "lossless"
+    lossy: ClassVar[bool] = False
+
+    def encode(self, name: str, tensor: torch.Tensor, meta: BlockMeta) -> Parts | None:
+        if not is_known(tensor):
+            return None
+        bits = _bits(tensor)
+        width = 8 * bits.itemsize
+        turned = bits << 1
+        turned |= bits >> (width - 1)
+        parts = {"exponents": squeezed((turned >> (width - 8)).astype(np.uint8))}
+        if parts["exponents"].numel() >= tensor.numel():
+            return None
+        parts["mantissas"] = torch.from_numpy((turned >> (width - 16)).astype(np.uint8))
+        if width == 32:
+            parts["low"] = torch.from_numpy(turned.astype(np.uint16).view(np.int16))
+        return parts
+
+    def decode(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
+        exponents = opened(parts["exponents"], out.numel()).reshape(out.shape)
+        mantissas = parts["mantissas"].numpy()
+        low = parts["low"].numpy().view(np.uint16) if "low" in parts else None
+        if (low is not None) != (out.itemsize == 4):
+            raise LoadError(f"these are no parts of a tensor of {out.dtype}")
+        width = 8 * out.itemsize
+        for head in range(out.shape[0]):
+            turned = exponents[head].astype(np.uint32 if low is not None else np.uint16)
+            turned <<= 8
+            turned |= mantissas[head]
+            if low is not None:
+                turned <<= 16
+                turned |= low[head]
+            bits = _bits(out[head])
+            np.right_shift(turned, 1, out=bits)
+            turned <<= width - 1
+            bits |= turned
+
+
+def _bits(tensor: torch.Tensor) -> np.ndarray:
+    """The bits of each value. A view."""
+    kind = (torch.int32, np.uint32) if tensor.itemsize == 4 else (torch.int16, np.uint16)
+    return tensor.view(kind[0]).numpy().view(kind[1])
+
+
+class SqueezedInt8(Int8):
+    """int8 with a coarser step, an eighth of the group's deviation: the codes take five bits by Huffman's code."""
+
+    name: ClassVar[str] = "int8z"
+
+    def encode(self, name: str, tensor: torch.Tensor, meta: BlockMeta) -> Parts | None:
+        found = self.rounded(name, tensor, meta)
+        if found is None:
+            return None
+        codes, steps = found
+        return {"codes": squeezed(codes.numpy()), "scale": steps, **first_tokens(tensor, meta)}
+
+    def steps(self, groups: torch.Tensor) -> torch.Tensor:
+        return torch.maximum(super().steps(groups), groups.square().mean(dim=(1, 3)).sqrt() / 8)
+
+    def decode(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
+        codes = torch.empty(out.shape, dtype=torch.int8)
+        codes.view(-1).numpy()[:] = opened(parts["codes"], out.numel()).view(np.int8)
+        scaled(Grouped.of_steps(parts["scale"], out.shape), codes, parts["scale"], out)
+        put_first(parts, out)
+
+
+for codec in (Lossless(), SqueezedInt8()):
+    register(codec)

@@ -1,0 +1,240 @@
+"""Codecs that round keys and values of attention: `fp16`, `int8`, `int4`.
+
+Keys have channels that are large for all tokens, so that they get a step for each channel and 64 tokens; values have
+tokens that are large or small as a whole, and get theirs by token (as KIVI does, arXiv 2402.02750). The first tokens of
+a conversation, which all others attend to and which are far from all of them, are kept as they are.
+
+Steps are rounded up to 16 bits before anything is divided by them, so that nothing is clipped. Everything is computed
+in float32 and in pieces that torch computes with one thread: teams of threads in I/O threads would slow the model down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import ClassVar
+
+import torch
+
+from ...errors import LoadError
+from .block import BlockMeta
+from .codecs import register
+
+FIRST = 4
+"""Tokens at the beginning of a conversation that are kept as they are."""
+GROUP = 64
+"""Tokens, or channels, that share a step."""
+_KNOWN = (torch.float32, torch.bfloat16, torch.float16)
+_PIECE = 32_768
+"""Values: of no more torch computes with one thread."""
+
+Parts = dict[str, torch.Tensor]
+
+
+def by_channel(name: str) -> bool:
+    """Whether a tensor is rounded by channel, and not by token."""
+    return name.endswith(".keys")
+
+
+def pieces(tokens: int, dim: int) -> Iterator[slice]:
+    """Runs of tokens of one head that are small enough, in whole groups."""
+    step = max(_PIECE // max(dim, 1) // GROUP, 1) * GROUP
+    return (slice(start, start + step) for start in range(0, tokens, step))
+
+
+def rounded_up(steps: torch.Tensor) -> torch.Tensor:
+    """The least numbers of 16 bits that are not below these, which are not negative. float32 in, float16 out."""
+    halves = steps.half()
+    return torch.where(halves.float() < steps, (halves.view(torch.int16) + 1).view(torch.float16), halves)
+
+
+class Grouped:
+    """What is rounded in groups that share a step: `[heads, tokens, dim]` seen as `[tokens / a, a, dim / b, b]` by
+    head."""
+
+    def __init__(self, shape: tuple[int, ...], *, channels: bool, whole_rows: bool) -> None:
+        self.heads, self.tokens, self.dim = shape
+        self.tokens_each = (GROUP if self.tokens % GROUP == 0 else self.tokens) if channels else 1
+        self.channels_each = 1 if channels else GROUP if self.dim % GROUP == 0 and not whole_rows else self.dim
+
+    @classmethod
+    def of_steps(cls, steps: torch.Tensor, shape: torch.Size) -> Grouped:
+        """As it was when the steps, `[heads, tokens / a, dim / b]`, were found.
+
+        Raises:
+            LoadError: these are no steps of such a tensor.
+        """
+        made = cls.__new__(cls)
+        made.heads, made.tokens, made.dim = shape
+        if steps.ndim != 3 or len(shape) != 3 or steps.shape[0] != shape[0] or 0 in steps.shape:
+            raise LoadError(f"steps of shape {tuple(steps.shape)} are none of a tensor of shape {tuple(shape)}")
+        made.tokens_each, tokens_left = divmod(made.tokens, steps.shape[1])
+        made.channels_each, channels_left = divmod(made.dim, steps.shape[2])
+        if tokens_left or channels_left:
+            raise LoadError(f"steps of shape {tuple(steps.shape)} are none of a tensor of shape {tuple(shape)}")
+        return made
+
+    def seen(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Some tokens of one head, `[tokens, dim]`, by group. A view."""
+        tokens = tensor.shape[0]
+        return tensor.view(
+            tokens // self.tokens_each, self.tokens_each, self.dim // self.channels_each, self.channels_each
+        )
+
+    def pieces(self) -> Iterator[tuple[int, slice, slice]]:
+        """Head, tokens and rows of steps of every piece."""
+        whole = self.tokens_each not in (1, GROUP)
+        for head in range(self.heads):
+            for tokens in [slice(0, self.tokens)] if whole else pieces(self.tokens, self.dim):
+                yield head, tokens, slice(tokens.start // self.tokens_each, -(-tokens.stop // self.tokens_each))
+
+    def new_steps(self) -> torch.Tensor:
+        """Room for steps, `[heads, tokens / a, dim / b]` float16."""
+        shape = self.heads, self.tokens // self.tokens_each, self.dim // self.channels_each
+        return torch.empty(shape, dtype=torch.float16)
+
+
+def is_known(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is one that codecs can have."""
+    return tensor.dtype in _KNOWN and tensor.ndim == 3 and tensor.numel() > 0
+
+
+def first_tokens(tensor: torch.Tensor, meta: BlockMeta) -> Parts:
+    """The part with the first tokens of a conversation, in the first of its blocks."""
+    return {"first": tensor[:, :FIRST].clone()} if meta.start == 0 else {}
+
+
+def prepared(tensor: torch.Tensor, head: int, tokens: slice, meta: BlockMeta) -> torch.Tensor:
+    """Some tokens of one head as float32; in the place of those that are kept as they are, the next one. A copy."""
+    piece = tensor[head, tokens].to(torch.float32, copy=True)
+    if meta.start == 0 and tokens.start == 0:
+        piece[:FIRST] = piece[FIRST] if len(piece) > FIRST else 0
+    return piece
+
+
+def put_first(parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
+    """Puts the first tokens in place, where there are any."""
+    if "first" in parts:
+        out[:, :FIRST].copy_(parts["first"])
+
+
+def scaled(grouped: Grouped, codes: torch.Tensor, steps: torch.Tensor, out: torch.Tensor) -> None:
+    """Writes codes times steps into `out`, which a head is contiguous in."""
+    factors = steps.float()
+    for head, tokens, rows in grouped.pieces():
+        target = out[head, tokens]
+        if target.dtype == torch.float32:
+            target.copy_(codes[head, tokens])
+            grouped.seen(target).mul_(factors[head, rows, None, :, None])
+        else:
+            exact = codes[head, tokens].float()
+            grouped.seen(exact).mul_(factors[head, rows, None, :, None])
+            target.copy_(exact)
+
+
+class Halves:
+    """float32 as float16: ten bits of the mantissa instead of 23."""
+
+    name: ClassVar[str] = "fp16"
+    lossy: ClassVar[bool] = True
+
+    def encode(self, name: str, tensor: torch.Tensor, meta: BlockMeta) -> Parts | None:
+        if tensor.dtype != torch.float32 or not is_known(tensor):
+            return None
+        halves = torch.empty(tensor.shape, dtype=torch.float16)
+        for head in range(tensor.shape[0]):
+            for tokens in pieces(*tensor.shape[1:]):
+                halves[head, tokens].copy_(tensor[head, tokens])
+                if not halves[head, tokens].isfinite().all():
+                    return None  # beyond 65,504
+        return {"halves": halves}
+
+    def decode(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
+        halves = parts["halves"]
+        for head in range(out.shape[0]):
+            for tokens in pieces(*out.shape[1:]):
+                out[head, tokens].copy_(halves[head, tokens])
+
+
+class Int8:
+    """One byte a value: the nearest of 255 multiples of a step, which is as large as the group needs."""
+
+    name: ClassVar[str] = "int8"
+    lossy: ClassVar[bool] = True
+
+    def encode(self, name: str, tensor: torch.Tensor, meta: BlockMeta) -> Parts | None:
+        found = self.rounded(name, tensor, meta)
+        return None if found is None else {"codes": found[0], "scale": found[1], **first_tokens(tensor, meta)}
+
+    def rounded(self, name: str, tensor: torch.Tensor, meta: BlockMeta) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Codes and steps; None where these would not do."""
+        if not is_known(tensor):
+            return None
+        grouped = Grouped(tuple(tensor.shape), channels=by_channel(name), whole_rows=True)
+        codes, steps = torch.empty(tensor.shape, dtype=torch.int8), grouped.new_steps()
+        for head, tokens, rows in grouped.pieces():
+            piece = prepared(tensor, head, tokens, meta)
+            groups = grouped.seen(piece)
+            found = rounded_up(self.steps(groups))
+            if not found.float().mul(127).le(torch.finfo(tensor.dtype).max).all():
+                return None
+            steps[head, rows] = found
+            groups.div_(found.float().masked_fill(found == 0, 1)[:, None, :, None])
+            codes[head, tokens] = piece.round_().clamp_(-127, 127)
+        return codes, steps
+
+    def steps(self, groups: torch.Tensor) -> torch.Tensor:
+        """A step for each group of `[tokens / a, a, dim / b, b]`: `[tokens / a, dim / b]`."""
+        return groups.abs().amax(dim=(1, 3)) / 127
+
+    def decode(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
+        codes, steps = parts["codes"], parts["scale"]
+        scaled(Grouped.of_steps(steps, out.shape), codes.view(out.shape), steps, out)
+        put_first(parts, out)
+
+
+class Int4:
+    """Half a byte a value: one of 16 that are evenly spaced between the least and the greatest of the group."""
+
+    name: ClassVar[str] = "int4"
+    lossy: ClassVar[bool] = True
+
+    def encode(self, name: str, tensor: torch.Tensor, meta: BlockMeta) -> Parts | None:
+        if not is_known(tensor) or tensor.shape[2] % 2:
+            return None
+        grouped = Grouped(tuple(tensor.shape), channels=by_channel(name), whole_rows=False)
+        half = tensor.shape[2] // 2
+        codes = torch.empty((*tensor.shape[:2], half), dtype=torch.uint8)
+        steps, lowest = grouped.new_steps(), grouped.new_steps()
+        for head, tokens, rows in grouped.pieces():
+            piece = prepared(tensor, head, tokens, meta)
+            groups = grouped.seen(piece)
+            low = groups.amin(dim=(1, 3)).half()
+            step = rounded_up((groups.amax(dim=(1, 3)) - low.float()).clamp_(min=0) / 15)
+            bound = low.float().abs() + 15 * step.float()
+            if not bound.le(torch.finfo(tensor.dtype).max).all():
+                return None
+            steps[head, rows], lowest[head, rows] = step, low
+            groups.sub_(low.float()[:, None, :, None]).div_(step.float().masked_fill(step == 0, 1)[:, None, :, None])
+            found = piece.round_().clamp_(0, 15).to(torch.uint8)
+            codes[head, tokens] = found[:, :half] | (found[:, half:] << 4)
+        return {"codes": codes, "scale": steps, "lowest": lowest, **first_tokens(tensor, meta)}
+
+    def decode(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
+        codes, half = parts["codes"], out.shape[-1] // 2
+        grouped = Grouped.of_steps(parts["scale"], out.shape)
+        steps, lowest = parts["scale"].float(), parts["lowest"].float()
+        for head, tokens, rows in grouped.pieces():
+            target = out[head, tokens]
+            exact = target if target.dtype == torch.float32 else torch.empty(target.shape)
+            packed = codes[head, tokens]
+            exact[:, :half].copy_(packed & 15)
+            exact[:, half:].copy_(packed >> 4)
+            groups = grouped.seen(exact)
+            groups.mul_(steps[head, rows, None, :, None]).add_(lowest[head, rows, None, :, None])
+            if exact is not target:
+                target.copy_(exact)
+        put_first(parts, out)
+
+
+for codec in (Halves(), Int8(), Int4()):
+    register(codec)
