@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import AttentionStoreError, SessionBusyError, SessionNotFoundError, StoreClosedError
-from .blocks.keys import Key, decode_tokens
+from .blocks.codecs import known_codecs
+from .blocks.keys import Key, chain_root, decode_tokens
 from .blocks.vault import parse_key
 from .disk.folder import open_folder
 from .disk.maintenance import Garbage, Report, collect, repair, verify
@@ -320,22 +321,17 @@ class AttentionStore(UpcomingTurns):
         return pending[0] if pending is not None else self._disk.fingerprint(self.namespace, name)
 
     def session_codec(self, name: str) -> str | None:
-        """The codec that wrote the KV of a session; None if it has none, or that can't be read.
+        """The codec that wrote the KV of a session, as far as it is known here; None if it has none on disk.
 
         Raises:
             SessionNotFoundError: there is no such session.
         """
-        for span in self.manifest(name).spans:
-            if span.block:
-                try:
-                    _, source = self._open([span.block])[span.block]
-                except LoadError:
-                    return None
-                if isinstance(source, Block):
-                    return source.meta.codec
-                with source:
-                    return source.layout.meta.codec
-        return None
+        first = next((span.block for span in self.manifest(name).spans if span.block), None)
+        row = self._disk.row(first) if first is not None else None
+        if row is None:
+            return None
+        roots = (chain_root(row.fingerprint, self.namespace, codec, self.secret) for codec in known_codecs())
+        return next((codec for codec, root in zip(known_codecs(), roots, strict=True) if root == row.parent), None)
 
     def lock_session(self, name: str, wait: float) -> SessionLock:
         """Takes the lock of a session, which need not exist; `wait` in seconds.

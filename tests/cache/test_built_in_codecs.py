@@ -337,6 +337,8 @@ def test_a_lossless_session_beside_lossy_ones(tmp_path: Path) -> None:
         lossy = AttentionStoreCache(model, "alice", store)
         turn(model, prompt, lossy)
         assert_reused(lossy, prompt, 75)
+        store.flush()
+        assert (store.session_codec("pinned"), store.session_codec("alice")) == ("raw", "int8")
         assert (pinned.stats.rounded_by, lossy.stats.rounded_by) == ("", "int8")
         assert "int8" in str(lossy.stats)
         assert "int8" not in str(pinned.stats)

@@ -86,8 +86,12 @@ def codec_named(name: str) -> Codec:
     try:
         return _codecs[name]
     except KeyError:
-        known = sorted({*_codecs, *_BUILT_IN})
-        raise LoadError(f"the codec {name!r} is not known here, only {known}", transient=True) from None
+        raise LoadError(f"the codec {name!r} is not known here, only {known_codecs()}", transient=True) from None
+
+
+def known_codecs() -> list[str]:
+    """The names of those that are built in or were registered."""
+    return sorted({*_codecs, *_BUILT_IN})
 
 
 def chosen_codec(name: str | None) -> str:
