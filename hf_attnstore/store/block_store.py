@@ -209,11 +209,11 @@ class BlockStore(OpenStore):
         for _, _, source in bring:
             source.will_need(source.specs())
         for key, name, source in bring:
-            size = sum(spec.nbytes for spec in source.specs().values())
+            size = source.kept_bytes
             if not self.reserve(size):
                 return  # the rest comes layer by layer
             try:
-                block = Block(source.read_meta(), source.fetch(source.specs()))
+                block = source.as_kept()
                 block.check_finite()
             except BaseException as error:
                 self._memory.release(size)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.engines import Valkey
 from support.tiny_models import BLOCK, make_model, tokens
 from support.turns import Reference, assert_reused, assert_same, expected_load, follow_up, turn
 from transformers import DynamicCache
@@ -377,6 +378,38 @@ def test_rows_of_a_batch_are_what_they_are_alone(tmp_path: Path) -> None:
             alone = AttentionStoreCache(model, name, store, save=False)
             ours = turn(model, prompts[number : number + 1], alone, max_new_tokens=4)
             assert torch.equal(ours.sequences, found[0][number : number + 1])
+
+
+@pytest.mark.parametrize("codec", ["int8", pytest.param("lossless", marks=needs_zstd)])
+def test_what_another_machine_has_written_is_kept_here_as_it_is(codec: str, tmp_path: Path) -> None:
+    server = Valkey(tmp_path)
+    try:
+        model, found = make_model(), []
+        with opened(tmp_path / "one", codec, shared=server.url) as one:
+            turn(model, tokens(70), AttentionStoreCache(model, "alice", one))
+            one.flush()
+            prompt = follow_up(tokens(70), 20, 2)
+            ways("disk", one)
+            found.append(turn(model, prompt, AttentionStoreCache(model, "alice", one, save=False)))
+        with opened(tmp_path / "two", codec, shared=server.url) as two:
+            for tier in ("shared", "memory", "disk"):
+                if tier != "shared":
+                    two.flush()
+                if tier == "disk":
+                    two.drop_memory()
+                cache = AttentionStoreCache(model, "alice", two, save=False)
+                found.append(turn(model, prompt, cache))
+                assert_reused(cache, prompt, 70)
+                assert cache.stats.blocks_from == {tier: 5}
+        for other in found[1:]:
+            assert_same(found[0], other)
+        sizes = [
+            sorted(path.stat().st_size for path in (tmp_path / name).glob("blocks/*/*/*")) for name in ("one", "two")
+        ]
+        assert sizes[1] == [size for size in sizes[0] if size in sizes[1]]
+        assert len(sizes[1]) == 5
+    finally:
+        server.kill()
 
 
 def test_nothing_of_encoder_decoders_is_rounded(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:

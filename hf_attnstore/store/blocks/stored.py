@@ -275,7 +275,7 @@ class StoredBlock:
 
         meta = self.read_meta()
         if not self.coded or not codec_named(meta.codec).lossy:
-            return Block(meta, self.fetch(self.specs(), pinned=pinned))
+            return Block(meta, self.fetch(self.specs(), pinned=pinned), codable=frozenset(self.coded))
         written = [stored for name, stored in self.layout.tensors.items() if name != TOKEN_IDS]
         tensors = host_memory([stored.spec for stored in written], pinned=pinned)
         self.read_adjacent([(stored, [as_bytes(tensors[stored.spec.name]).reshape(-1)]) for stored in written])
