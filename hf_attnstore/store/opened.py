@@ -142,7 +142,7 @@ class OpenStore:
         days = days_of(older_than)
         self.path = Path(path).expanduser() if path is not None else default_path()
         self.namespace = self.check_namespace(namespace)
-        self.codec = chosen_codec(codec)
+        self.codec = chosen_codec(_chosen("codec", codec))
         """How new blocks are written; others are not found."""
         self._order = Order(make_policy(_chosen("policy", policy)))
         capacity = 0 if memory == AUTO else parse_bytes(memory)

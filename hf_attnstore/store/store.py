@@ -77,8 +77,8 @@ class AttentionStore(UpcomingTurns):
         encryption_key: 32 bytes, or a text of them in hex or base64, under which files are encrypted (AES-256-GCM).
             Default: the environment variable `ATTNSTORE_KEY`. A store is encrypted from its beginning or not at all.
         surroundings: the clock and the disk to go by, where they are not to be the machine's own.
-        codec: how blocks are written: `raw`, `lossless`, or with loss `fp16`, `int8`, `int8z`, `int4`. Default: the
-            environment variable `ATTNSTORE_CODEC`, else `raw`. What one codec wrote a store with another does not find.
+        codec: how blocks are written: `raw`, `lossless`, or with loss `fp16`, `int8`, `int8z`, `int4`.
+            What one codec wrote a store with another does not find.
         below: tiers below the disk, in the order in which they are asked.
         shared: the URL of an engine below all of them that other machines use too, such as
             "valkey://host:6379/0?prefix=team"; see docs/shared.md. Default: the environment variable

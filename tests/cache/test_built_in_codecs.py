@@ -35,7 +35,7 @@ def _nothing_said_yet() -> None:
 
 
 def opened(folder: Path, codec: str | None, **settings: Any) -> AttentionStore:
-    return AttentionStore(folder, block_size=BLOCK, codec=codec, device=0, **settings)
+    return AttentionStore(folder, block_size=BLOCK, codec=codec, on_device=0, **settings)
 
 
 def meta(tokens: int, start: int = 256) -> BlockMeta:
@@ -347,7 +347,7 @@ def test_a_lossless_session_beside_lossy_ones(tmp_path: Path) -> None:
 
 def test_what_was_parked_after_rounding_is_not_taken_over_without_loss(tmp_path: Path) -> None:
     model, reference = make_model(), Reference(make_model())
-    with AttentionStore(tmp_path, block_size=BLOCK, codec="int8", device="64MiB") as store:
+    with AttentionStore(tmp_path, block_size=BLOCK, codec="int8", on_device="64MiB") as store:
         turn(model, tokens(70), AttentionStoreCache(model, "alice", store))
         store.drop_memory()
         prompt = follow_up(reference.turn(tokens(70)).sequences, 20, 2)

@@ -9,7 +9,6 @@ not depend on where it comes from. What a lossless one makes is for files; memor
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,9 +21,6 @@ from .keys import RAW
 
 if TYPE_CHECKING:
     import torch
-
-CODEC_VARIABLE = "ATTNSTORE_CODEC"
-"""The environment variable with the codec of stores that are opened without one."""
 
 
 class Codec(Protocol):
@@ -94,13 +90,12 @@ def known_codecs() -> list[str]:
     return sorted({*_codecs, *_BUILT_IN})
 
 
-def chosen_codec(name: str | None) -> str:
-    """The name of the codec that a store is to write by: the caller's, or that of the environment.
+def chosen_codec(name: str) -> str:
+    """The name of the codec that a store is to write by.
 
     Raises:
         AttentionStoreError: there is none of that name, or it needs a package that is not there.
     """
-    name = name if name is not None else os.environ.get(CODEC_VARIABLE) or RAW
     try:
         return codec_named(name).name
     except LoadError as error:
