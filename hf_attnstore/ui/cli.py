@@ -78,13 +78,8 @@ def ui(
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": sample, "window": window}
     serving.serve(
         load,
-<<<<<<< HEAD
-        AttentionStore(store, memory=memory, disk=disk),
-        model_name=model_title(source),
-=======
         AttentionStore(store, memory=memory, disk=disk, codec=codec),
-        model_name=Path(model).name if model else "the small model",
->>>>>>> 9fb6b08 (Codecs: fp16, int8, int4, int8z and lossless; what a lossy one makes of a block is the block, in memory too)
+        model_name=model_title(source),
         host=host,
         port=port,
         accounts=accounts,
