@@ -114,6 +114,12 @@ add_lazily(
     "hf_attnstore.ui.cli:ui",
     "Chat in the browser: conversations that go on where they were left, and what that saved.",
 )
+add_lazily(
+    app,
+    "serve",
+    "hf_attnstore.server.cli:serve",
+    "Serve a model by OpenAI's API: conversations are reused between requests, and after a restart.",
+)
 add_to(app)
 add_lazily(app, "bench", f"{LAB}.bench.cli:app", "Measure what the store gives a model on this machine.")
 add_lazily(

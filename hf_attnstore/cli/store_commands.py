@@ -251,12 +251,19 @@ def gc(
     console.print(f"would remove {what}" if dry_run else f"removed {what}")
 
 
-def stats(store: Store = None, as_json: Json = False) -> None:
+def stats(
+    store: Store = None,
+    as_json: Json = False,
+    prometheus: Annotated[bool, typer.Option("--prometheus", help="In Prometheus' text format.")] = False,
+) -> None:
     """What a store holds, and what it has done for all processes so far: hits, misses by reason, speeds."""
     from ..store.index.counts import MISSED
 
     with opened(store) as it:
         now, totals = it.stats(), it.totals()
+    if prometheus:
+        _print_metrics({**now, **totals})
+        return
     held = {name: now[name] for name in ("disk_bytes", "disk_blocks", "sessions", "index_bytes", "quarantine_bytes")}
     speeds = {
         "load_bytes_per_second": _ratio(totals["loaded_bytes"], totals["load_seconds"]),
@@ -292,6 +299,14 @@ def stats(store: Store = None, as_json: Json = False) -> None:
     for row in rows:
         table.add_row(*row)
     _console().print(table)
+
+
+def _print_metrics(stats: dict[str, int | float]) -> None:
+    try:
+        from ..server.metrics import store_text
+    except ImportError as error:
+        raise AttentionStoreError(f'{error.name} is not installed: pip install "hf-attnstore[serve]"') from error
+    typer.echo(store_text(stats), nl=False)
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -163,6 +163,26 @@ class AttentionStore(UpcomingTurns):
             for lock in locks:
                 lock.release()
 
+    def clear_namespace(self) -> int:
+        """Deletes all sessions of this namespace, and what is kept in it by content alone, by this store's codec. Of
+        what tiers below the disk have, only the blocks that are on disk too.
+
+        Returns:
+            The number of sessions.
+
+        Raises:
+            SessionBusyError: a turn is running on one of them; others may be gone already.
+            StoreIOError: the disk would not.
+        """
+        names = [info.name for info in self.sessions()]
+        for name in names:
+            self.delete(name)
+        self.device_tier.forget_unnamed()
+        with self._disk.writing():
+            for fingerprint in self._disk.index.fingerprints():
+                self._disk.remove(self._disk.index.under(self.root(fingerprint)), self._forget)
+        return len(names)
+
     def fork(self, src: str, dst: str) -> None:
         """Makes session `dst` with all that `src` has. No KV is copied: both use the same blocks.
 

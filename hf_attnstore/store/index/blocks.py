@@ -252,6 +252,20 @@ class Index:
         )
         return [BlockRow(*row) for row in rows]
 
+    def fingerprints(self) -> list[str]:
+        """Of all blocks."""
+        return [name for (name,) in self.database.read("SELECT DISTINCT fingerprint FROM blocks")]
+
+    def under(self, root: Key) -> list[BlockRow]:
+        """All blocks of the chains that begin at a root, the end of a chain first."""
+        rows = self.database.read(
+            "WITH RECURSIVE chain(key) AS (SELECT key FROM blocks WHERE parent = ?1 OR continues = ?1"
+            " UNION SELECT b.key FROM blocks b JOIN chain ON b.continues = chain.key) "
+            f"SELECT {_COLUMNS} FROM blocks WHERE key IN chain ORDER BY start DESC",
+            (root,),
+        )
+        return [BlockRow(*row) for row in rows]
+
     def problems(self) -> list[str]:
         """What is wrong with the index, for all that can be told without the files; reads all of it."""
         try:

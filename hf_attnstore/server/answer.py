@@ -1,0 +1,313 @@
+"""Answer: one answer that is being made, from the request to the last token."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tokenizers.decoders import DecodeStream
+from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+from ..cache import AttentionStoreCache, TurnStats
+from ..cache.generate.settings import setting
+from ..chat.session import context_window
+from ..errors import ContextWindowError
+from ..serving import work as turn_work
+from ..serving.turn import Turn
+from .callers import Exchange
+from .errors import ApiError
+from .parameters import Penalties
+from .seams import DirectStreamer
+
+if TYPE_CHECKING:
+    from .service import Service
+
+_PREFIXES = {"chat": "chatcmpl-", "completions": "cmpl-", "responses": ""}
+
+
+class Answer:
+    """One answer: what its request asked for beside what transformers' server reads, its turn, and what that did.
+
+    Args:
+        kind: "chat", "completions" or "responses".
+        body: the request, checked. What is done here is taken out: seed, penalties, and texts that end the answer.
+        when_over: called in the event loop when the turn is over.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        kind: str,
+        body: dict[str, Any],
+        exchange: Exchange,
+        when_over: Callable[[Answer], object],
+    ) -> None:
+        self.id = _PREFIXES[kind] + uuid.uuid4().hex
+        """No other answer has it, whatever a client names its request."""
+        self.kind = kind
+        self.exchange = exchange
+        self.session: str | None = body.pop("prompt_cache_key", None)
+        """The name that its conversation is kept under; None: by content."""
+        if self.session is not None:
+            exchange.store.check_name(self.session)
+        self.streams = bool(body.get("stream"))
+        self.stops: list[str] = body.pop("stop", [])
+        """Texts that end it."""
+        self.stopped = False
+        """Whether one of them did."""
+        self._seed: int | None = body.pop("seed", None)
+        self._frequency = float(body.pop("frequency_penalty", 0))
+        self._presence = float(body.pop("presence_penalty", 0))
+        self._asked = next((body[n] for n in body if n.startswith("max_") and n.endswith("_tokens")), None)
+        self._service = service
+        self._when_over = when_over
+        self._loop = asyncio.get_running_loop()
+        self._begun, self._over = asyncio.Event(), asyncio.Event()
+        self._cache: AttentionStoreCache | None = None
+        self._first_token: float | None = None
+        self._prompt_tokens = 0
+        self.turn: Turn[Any] | None = None
+        self.keeps: list[dict[str, Any]] | None = None
+        """For a response that is to be kept: what it answers."""
+        exchange.when_left(self.cancel)
+
+    # making it
+
+    def start(
+        self, model: Any, processor: Any, inputs: dict[str, Any], config: Any, streamer: AnswerStreamer | None
+    ) -> None:
+        """Queues its turn.
+
+        Raises:
+            ContextWindowError: prompt and answer are longer than the model's window.
+            QueueFullError, TurnQueueError: see `TurnQueue.run`.
+        """
+        prompt_tokens = self._prompt_tokens = inputs["input_ids"].shape[-1]
+        config.max_new_tokens = self._fitting(model, prompt_tokens, config.max_new_tokens)
+        given: dict[str, Any] = {**inputs, "generation_config": config, "tokenizer": processor}
+        if hasattr(model, "has_talker"):  # as transformers' server does: text only
+            given["generation_mode"] = "text"
+        if config.pad_token_id is None:
+            ends = setting(model, given, "eos_token_id")
+            config.pad_token_id = ends[0] if isinstance(ends, list) else ends
+        if self._frequency or self._presence:
+            given["logits_processor"] = LogitsProcessorList([Penalties(prompt_tokens, self._frequency, self._presence)])
+        by_beams = config.num_beams not in (None, 1)
+        if config.num_return_sequences not in (None, 1) or (by_beams and streamer is not None):
+            raise ApiError(400, "one sequence is returned, and one that is searched by beams can't be streamed")
+        if not by_beams:
+            given["streamer"] = _Both(self, streamer)
+        tokenizer = getattr(processor, "tokenizer", processor)
+        if self.stops:
+            given["stopping_criteria"] = StoppingCriteriaList([_StopTexts(self, prompt_tokens, tokenizer._tokenizer)])
+        service = self._service
+
+        def work(turn: Turn[Any]) -> Any:
+            if self._seed is not None:  # here: another turn may be running when the request comes
+                torch.manual_seed(self._seed)
+            every = service.checkpoint_every
+            # nobody asked for a window, so nothing is dropped: the answer is that of plain `generate`
+            cache = AttentionStoreCache(model, self.session, turn.store, drop=0, checkpoint_every=every)
+            cache.describe_prompt(decode=lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=False)))
+            self._cache = cache
+            return turn_work.generate(turn, cache, model, given)
+
+        self.turn = service.queue.run(self.session, work, store=self.exchange.store, timeout=service.deadline)
+        if self.exchange.left:
+            self.turn.cancel()
+        self.turn.add_done_callback(lambda _: self._loop.call_soon_threadsafe(self._end))
+
+    def _fitting(self, model: Any, prompt_tokens: int, wanted: int) -> int:
+        window = context_window(model)
+        if window is None or prompt_tokens + wanted <= window:
+            return wanted
+        if self._asked is None and prompt_tokens < window:
+            return window - prompt_tokens
+        raise ContextWindowError(
+            f"the model's context window is {window:,} tokens: the prompt has {prompt_tokens:,}, and {wanted:,} are to "
+            "be generated"
+        )
+
+    def heard(self) -> None:
+        """The first token is there. Called in the thread of the turns."""
+        self._first_token = time.monotonic()
+        self._loop.call_soon_threadsafe(self._begun.set)
+
+    def _end(self) -> None:
+        self._begun.set()
+        self._over.set()
+        self._when_over(self)
+
+    def cancel(self) -> None:
+        """Nobody waits for it any more: it stops at the next token, and what is computed is kept."""
+        if self.turn is not None:
+            self.turn.cancel()
+
+    # waiting for it
+
+    async def begun(self) -> None:
+        """Waits for the first token.
+
+        Raises:
+            BaseException: what the turn raised, if it did before there was any.
+        """
+        await self._wait_for(self._begun)
+        if self._first_token is None:
+            self.raise_if_failed()
+
+    async def over(self) -> None:
+        """Waits for the end.
+
+        Raises:
+            BaseException: what the turn raised.
+        """
+        await self._wait_for(self._over)
+        self.raise_if_failed()
+
+    async def _wait_for(self, event: asyncio.Event) -> None:
+        try:
+            await event.wait()
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
+
+    def raise_if_failed(self) -> None:
+        """Raises what its turn raised."""
+        assert self.turn is not None
+        if self.turn.done():
+            self.turn.result()
+
+    @property
+    def ids(self) -> list[int]:
+        """What was generated, once it is over."""
+        assert self.turn is not None
+        found: list[int] = self.turn.result()[0, self._prompt_tokens :].tolist()
+        return found
+
+    # what it was
+
+    @property
+    def stats(self) -> TurnStats:
+        """What its turn did, as far as it has come."""
+        return self._cache.stats if self._cache is not None else TurnStats()
+
+    @property
+    def ttft_seconds(self) -> float | None:
+        """From the request to the first token, waiting included; None before that."""
+        return None if self._first_token is None else self._first_token - self.exchange.began
+
+    @property
+    def tier(self) -> str:
+        """Where what was reused came from: tiers in the order of the alphabet; `held` is what was left where it was
+        computed; `none` where nothing was reused."""
+        if not self.stats.reused_tokens:
+            return "none"
+        return "+".join(sorted(self.stats.blocks_from)) or "held"
+
+    @property
+    def header(self) -> str:
+        """What the turn was, as a dictionary of RFC 8941: seconds to the first token, tokens of the prompt and how many
+        of them were reused, from where, and why not more."""
+        stats = self.stats
+        said = [f"reused={stats.reused_tokens}", f"prompt={stats.prompt_tokens}", f"tier={self.tier}"]
+        if self.ttft_seconds is not None:
+            said.insert(0, f"ttft={self.ttft_seconds:.3f}")
+        why = stats.recomputed or (str(stats.diverged) if stats.diverged is not None else "")
+        if why:
+            plain = why.encode("ascii", "backslashreplace").decode()[:_LONGEST]
+            quoted = "".join(c if " " <= c <= "~" else "?" for c in plain).replace("\\", "\\\\").replace('"', '\\"')
+            said.append(f'why="{quoted}"')
+        return ", ".join(said)
+
+
+_LONGEST = 300
+"""Characters of a reason in a header."""
+
+
+class AnswerStreamer(DirectStreamer):
+    """transformers' streamer, which takes tool calls and reasoning out of the text, without the texts that stop it.
+
+    What may be the beginning of such a text is held back until it is known.
+    """
+
+    def __init__(self, answer: Answer, *args: Any, **kwargs: Any) -> None:
+        self._answer = answer
+        self._held = ""
+        self._stopped = False
+        super().__init__(*args, **kwargs)
+
+    def cancel(self) -> None:
+        self._answer.cancel()
+
+    def _enqueue(self, item: Any) -> None:
+        if type(item) is not str or not self._answer.stops:
+            if self._held and not self._stopped:
+                super()._enqueue(self._held)
+            self._held = ""
+            super()._enqueue(item)
+            return
+        if self._stopped:
+            return
+        self._held += item
+        whole = cut_at(self._held, self._answer.stops)
+        self._stopped = len(whole) < len(self._held)
+        kept = 0 if self._stopped else _may_begin(whole, self._answer.stops)
+        said, self._held = whole[: len(whole) - kept], whole[len(whole) - kept :]
+        if said:
+            super()._enqueue(said)
+
+
+def cut_at(text: str, stops: list[str]) -> str:
+    """A text up to the first of the texts that end it."""
+    places = [place for stop in stops if (place := text.find(stop)) >= 0]
+    return text[: min(places)] if places else text
+
+
+def _may_begin(text: str, stops: list[str]) -> int:
+    """How many characters at the end of a text may be the beginning of one that ends it."""
+    longest = min(max(map(len, stops)) - 1, len(text))
+    return next((n for n in range(longest, 0, -1) if any(stop.startswith(text[-n:]) for stop in stops)), 0)
+
+
+class _StopTexts(StoppingCriteria):
+    """Ends an answer as soon as one of its stops is in the text. transformers' own goes by the prompt's end too, and
+    refuses texts that no tokens of the vocabulary make."""
+
+    def __init__(self, answer: Answer, prompt_tokens: int, tokenizer: Any) -> None:
+        self._answer, self._tokenizer = answer, tokenizer
+        self._seen = prompt_tokens
+        self._stream = DecodeStream([], skip_special_tokens=True)
+        self._tail = ""
+        self._longest = max(map(len, answer.stops))
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **_: Any) -> torch.BoolTensor:
+        for token in input_ids[0, self._seen :].tolist():
+            self._tail += self._stream.step(self._tokenizer, token) or ""
+        self._seen = input_ids.shape[1]
+        self._answer.stopped = any(stop in self._tail for stop in self._answer.stops)
+        self._tail = self._tail[-self._longest :]
+        stop: Any = torch.full((input_ids.shape[0],), self._answer.stopped, device=input_ids.device)
+        return stop
+
+
+class _Both:
+    """Tells an answer of its first token, and hands everything to its streamer, if it has one."""
+
+    def __init__(self, answer: Answer, streamer: AnswerStreamer | None) -> None:
+        self._answer, self._streamer = answer, streamer
+        self._count = 0
+
+    def put(self, value: torch.Tensor) -> None:
+        self._count += 1
+        if self._count == 2:  # the first is the prompt
+            self._answer.heard()
+        if self._streamer is not None:
+            self._streamer.put(value)
+
+    def end(self) -> None:
+        if self._streamer is not None:
+            self._streamer.end()

@@ -1,0 +1,139 @@
+"""`attnstore serve`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from ..cli.options import CheckpointEvery, Device, Disk, Dtype, Memory, Model, OnDevice, Store
+from ..errors import AttentionStoreError
+
+
+def serve(
+    model: Model = None,
+    name: Annotated[
+        str | None,
+        typer.Option(help="The name that clients ask for; without it, what --model says.", show_default=False),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; by default only this machine.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes any that is free.")] = 8000,
+    keys: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file with a name and an API key in each line: each name has conversations of its own.",
+            envvar="ATTNSTORE_KEYS",
+            show_default=False,
+        ),
+    ] = None,
+    store: Store = None,
+    memory: Memory = None,
+    disk: Disk = None,
+    on_device: OnDevice = None,
+    checkpoint_every: CheckpointEvery = None,
+    max_waiting: Annotated[
+        int, typer.Option(min=0, help="Requests that may wait beside the one that is answered; others get 429.")
+    ] = 100,
+    deadline: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="Seconds that an answer may take, waiting included.", show_default=False),
+    ] = None,
+    grace: Annotated[
+        int, typer.Option(min=0, help="Seconds that answers have to come to their end after SIGTERM.")
+    ] = 30,
+    chat_template_kwargs: Annotated[
+        str | None,
+        typer.Option(help="JSON for every chat template, unless a request has its own.", show_default=False),
+    ] = None,
+    attn_implementation: Annotated[
+        str | None, typer.Option(help="Such as sdpa or flash_attention_2.", show_default=False)
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Serve a model by OpenAI's API: conversations are reused between requests, and after a restart."""
+    console = Console(highlight=False, soft_wrap=True)
+    template = _template_kwargs(chat_template_kwargs)
+    from .seams import ServerUnavailableError  # says what is missing
+
+    del ServerUnavailableError
+    from .callers import Keys
+
+    known = Keys.read(keys) if keys is not None else None
+    if known is None and not _is_loopback(host):
+        console.print(
+            f"[yellow]warning:[/] everybody who reaches {escape(host)} can use this model, and what others said in it; "
+            "--keys FILE asks for keys"
+        )
+    logging.getLogger("transformers.cli.serving").setLevel(logging.ERROR)  # a warning of theirs for each request
+    listening = _listening_socket(host, port)
+    from ..chat.model import first_line, model_source
+    from ..store import AttentionStore
+    from .app import application
+    from .generating import LoadedModel
+    from .running import run
+    from .service import Service
+
+    try:
+        source = model_source(model)
+        loaded = LoadedModel(
+            source,
+            name or model or Path(source).name,
+            device=device or _default_device(),
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+        )
+    except (OSError, ValueError) as error:
+        raise AttentionStoreError(f"the model can't be loaded: {first_line(error)}") from error
+    opened = AttentionStore(store, memory=memory, disk=disk, on_device=on_device)
+    service = Service(loaded, opened, max_waiting=max_waiting, deadline=deadline, checkpoint_every=checkpoint_every)
+    said = f"serving [bold]{escape(service.name)}[/] at {_url(listening)}"
+    run(application(service, known, template), listening, grace, lambda: console.print(said))
+
+
+def _template_kwargs(given: str | None) -> dict[str, Any]:
+    try:
+        found = json.loads(given or "{}")
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise AttentionStoreError("--chat-template-kwargs is a JSON object")
+    return found
+
+
+def _default_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _is_loopback(host: str) -> bool:
+    import ipaddress
+
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _listening_socket(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    opened = socket.socket(family, socket.SOCK_STREAM)
+    opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        opened.bind((host, port))
+    except OSError as error:
+        opened.close()
+        raise AttentionStoreError(f"can't listen on {host}:{port} ({error}); choose another with --port") from error
+    return opened
+
+
+def _url(listening: socket.socket) -> str:
+    host, port = listening.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"

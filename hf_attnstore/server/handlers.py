@@ -1,0 +1,140 @@
+"""transformers' handlers of OpenAI's endpoints, with what is asked of this server beside."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any
+
+from starlette.responses import JSONResponse, StreamingResponse
+
+from .answer import Answer, cut_at
+from .callers import current
+from .errors import ApiError, as_api_error
+from .parameters import check_messages, checked
+from .seams import BaseHandler, ChatCompletionHandler, CompletionHandler, ResponseHandler
+from .stored import as_items, keep_response, stored_items
+
+if TYPE_CHECKING:
+    from .service import Service
+
+HEADER = "x-attnstore"
+_USAGE = '"usage":{'
+"""Only in chunks that have an object of that name: in texts its quotation marks are escaped."""
+
+
+class _OnStore(BaseHandler):
+    """What the three have in common: a request is checked, becomes an `Answer`, and is told what was reused."""
+
+    service: Service
+    kind: str
+
+    async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
+        try:
+            given = checked(self.kind, body)
+            if given.get("model", self.service.name) != self.service.name:
+                raise ApiError(404, f"the model here is {self.service.name!r}", param="model", code="model_not_found")
+            answer = self._answer(given)
+            return await self._respond(given, answer)
+        except Exception as error:
+            raise as_api_error(error, self.service.retry_after) from error
+
+    def _answer(self, given: dict[str, Any]) -> Answer:
+        return Answer(self.service, self.kind, given, current(), self.service.over)
+
+    async def _respond(self, given: dict[str, Any], answer: Answer) -> Any:
+        with self.service.known(answer):
+            response = await super().handle_request(given, answer.id)  # type: ignore[misc]
+        if isinstance(response, StreamingResponse):
+            response.body_iterator = self._stream(response.body_iterator, answer)
+            await answer.begun()  # headers say how the turn began, and an error before that has its own status
+            response.headers[HEADER] = answer.header
+            return response
+        content = json.loads(response.body)
+        self._complete(content, answer)
+        return JSONResponse(content, headers={HEADER: answer.header})
+
+    def _validate_request(self, body: dict[str, Any]) -> None:
+        """Was done, with a refusal of what transformers' server ignores."""
+
+    def _build_generation_config(self, body: dict[str, Any], model_generation_config: Any, use_cb: bool = False) -> Any:
+        config = super()._build_generation_config(body, model_generation_config, use_cb=use_cb)
+        if body.get("temperature") or body.get("top_p") is not None:
+            config.do_sample = body.get("temperature") != 0
+        if not config.do_sample:  # so that `generate` does not warn of them
+            config.temperature = config.top_p = config.top_k = None
+        return config
+
+    def _complete(self, content: dict[str, Any], answer: Answer) -> None:
+        """Says in a complete answer, or in the last chunk of one, what was reused."""
+        usage = (content.get("response") or content).get("usage")
+        if isinstance(usage, dict):
+            details = "input_tokens_details" if "input_tokens" in usage else "prompt_tokens_details"
+            usage.setdefault(details, {})["cached_tokens"] = answer.stats.reused_tokens
+        for choice in content.get("choices", ()):
+            if answer.stopped and choice.get("finish_reason") == "length":  # the last token that was allowed
+                choice["finish_reason"] = "stop"
+
+    async def _stream(self, chunks: Any, answer: Answer) -> AsyncIterator[str]:
+        try:
+            async for chunk in chunks:
+                yield "\n\n".join([self._said(event, answer) for event in str(chunk).split("\n\n")])
+            if self.kind != "responses":
+                yield "data: [DONE]\n\n"
+        finally:
+            await chunks.aclose()
+
+    def _said(self, event: str, answer: Answer) -> str:
+        if _USAGE not in event:
+            return event
+        content = json.loads(event.removeprefix("data: "))
+        self._complete(content, answer)
+        return f"data: {json.dumps(content)}"
+
+
+class ChatHandler(_OnStore, ChatCompletionHandler):
+    """`/v1/chat/completions`."""
+
+    kind = "chat"
+
+    def _answer(self, given: dict[str, Any]) -> Answer:
+        check_messages(given["messages"], self.service.modality)
+        return super()._answer(given)
+
+    def _complete(self, content: dict[str, Any], answer: Answer) -> None:
+        super()._complete(content, answer)
+        for choice in content["choices"]:
+            message = choice.get("message") or {}
+            if answer.stops and message.get("content"):
+                message["content"] = cut_at(message["content"], answer.stops)
+
+
+class TextHandler(_OnStore, CompletionHandler):
+    """`/v1/completions`."""
+
+    kind = "completions"
+
+
+class StoredResponseHandler(_OnStore, ResponseHandler):
+    """`/v1/responses`: not streamed unless asked for, and kept so that the next one can name it."""
+
+    kind = "responses"
+
+    def _answer(self, given: dict[str, Any]) -> Answer:
+        given["stream"] = bool(given.get("stream"))
+        keeps = given.pop("store", True)
+        store = current().store
+        before = stored_items(store, given.pop("previous_response_id")) if "previous_response_id" in given else []
+        given["input"] = [*before, *as_items(given["input"])]
+        check_messages([item for item in given["input"] if "role" in item] or [{"role": "user"}], self.service.modality)
+        answer = super()._answer(given)
+        answer.keeps = given["input"] if keeps else None
+        if keeps and answer.session is None:
+            answer.session = f"resp_{answer.id}"
+        return answer
+
+    def _complete(self, content: dict[str, Any], answer: Answer) -> None:
+        super()._complete(content, answer)
+        response = content.get("response") or content
+        if answer.keeps is not None and response.get("status") == "completed":
+            keep_response(answer.exchange.store, response, answer.keeps)

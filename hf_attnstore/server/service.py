@@ -1,0 +1,70 @@
+"""What all requests to a server share: its model, its store, its queue of turns, and the answers being made."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ..serving import TurnQueue
+from ..store import AttentionStore
+from .answer import Answer
+from .generating import LoadedModel, TurnState
+from .metrics import Metrics
+
+
+class Service:
+    """One model, one store, one queue.
+
+    Args:
+        loaded: the model, and the name by which clients ask for it.
+        max_waiting: requests that may wait beside the one that is answered; others get 429.
+        deadline: seconds that an answer may take, waiting included; None for any.
+        checkpoint_every: as for `AttentionStoreCache`.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        store: AttentionStore,
+        *,
+        max_waiting: int = 100,
+        deadline: float | None = None,
+        checkpoint_every: int | None = None,
+    ) -> None:
+        self.loaded, self.store, self.name = loaded, store, loaded.name
+        self.deadline, self.checkpoint_every = deadline, checkpoint_every
+        self.began = int(time.time())
+        self.modality: Any = loaded.get_model_modality(loaded.model, processor=loaded.processor)
+        self.queue = TurnQueue(loaded.model, store, max_waiting=max_waiting, checkpoint_every=checkpoint_every)
+        self.metrics = Metrics(self.queue, store.stats)
+        self.answers: dict[str, Answer] = {}
+        """Those that a handler is about to start, by id."""
+        self.state = TurnState(self)
+
+    @contextmanager
+    def known(self, answer: Answer) -> Iterator[None]:
+        """While this lasts, an answer is found by its id."""
+        self.answers[answer.id] = answer
+        try:
+            yield
+        finally:
+            del self.answers[answer.id]
+
+    def over(self, answer: Answer) -> None:
+        """An answer's turn is over."""
+        self.metrics.count(answer)
+
+    @property
+    def retry_after(self) -> int:
+        """Seconds after which there may be room: as long as a turn has taken so far."""
+        stats = self.queue.stats()
+        ended = stats.done + stats.failed + stats.cancelled + stats.timed_out
+        return max(1, math.ceil(stats.running_seconds / ended)) if ended else 1
+
+    def close(self) -> None:
+        """What runs stops at the next token; all that is complete is on disk after that."""
+        self.queue.close(cancel=True)
+        self.store.close()
