@@ -176,9 +176,9 @@ def test_sessions_are_listed(command: str, model: Path, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["chat", "--session", "a", "--model", "/no/such/model"], "can't be loaded"),
+        (["chat", "--session", "a", "--model", "/no/such/model"], "there is no folder"),
         (["chat", "--session", "", "--model", "MODEL"], "session"),
-        (["demo", "--model", "/no/such/model"], "neither a folder here nor a model"),
+        (["demo", "--model", "/no/such/model"], "there is no folder"),
     ],
 )
 def test_errors_are_one_line_and_exit_code_1(

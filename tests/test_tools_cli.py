@@ -14,6 +14,8 @@ from typer.testing import CliRunner, Result
 
 from hf_attnstore import AttentionStore
 from hf_attnstore.cli import app as cli
+from hf_attnstore.sizes import format_bytes
+from hf_attnstore.ui.identity import namespace_of
 
 KEY = bytes(range(32))
 
@@ -58,9 +60,74 @@ def test_ls_pages_and_prints_json(folder: Path) -> None:
     page = run_json("ls", "--store", folder, "--limit", "2", "--offset", "1")
     assert page["total"] == 3
     assert len(page["sessions"]) == 2
-    assert {"name", "tokens", "bytes", "created", "last_used", "fingerprint", "length"} == set(page["sessions"][0])
+    facts = {"name", "tokens", "bytes", "created", "last_used", "fingerprint", "length", "namespace", "model"}
+    assert facts == set(page["sessions"][0])
     assert "--offset 2 goes on" in run("ls", "--store", folder, "--limit", "2")
     assert "no sessions" in run("ls", "--store", folder, "--namespace", "somebody")
+
+
+def test_ls_says_whose_they_are_and_what_they_share(folder: Path) -> None:
+    with AttentionStore(folder) as store:
+        save(store.in_namespace("team"), make_chain(list(range(40)), 16), "dora")
+        save(store.in_namespace(namespace_of({}, "ada")), make_chain(list(range(40)), 16), "eve")
+        fingerprint = store.session("alice").fingerprint
+        store.set_model_name(fingerprint, "SmolLM2 (LlamaForCausalLM)")
+        together, alone = store.bytes_together(), store.bytes_together("alice", "bob", "carol [x]")
+        assert together == alone < sum(info.bytes for info in store.sessions())
+    output = run("ls", "--store", folder)
+    assert "SmolLM2 (LlamaForCausalLM)" in output
+    assert f"3 conversations, {format_bytes(together)} together" in output
+    assert "dora" not in output
+    everything = run("ls", "--store", folder, "--all")
+    assert all(name in everything for name in ("alice", "dora", "eve", "team", "5 conversations"))
+    assert "eve" in run("ls", "--store", folder, "--account", "ada")
+    assert run_json("ls", "--store", folder, "--all")["total"] == 5
+
+
+def test_show_has_what_was_said(folder: Path) -> None:
+    said = [{"role": "user", "content": "[so] it is"}, {"role": "assistant", "content": "It is."}]
+    with AttentionStore(folder) as store:
+        store.set_metadata("bob", {"chat": {"messages": said}})
+    assert run("show", "bob", "--messages", "--store", folder) == "user: [so] it is\nassistant: It is.\n"
+    assert "no messages are kept" in run("show", "alice", "--messages", "--store", folder)
+
+
+def test_rm_says_what_it_really_sets_free(folder: Path) -> None:
+    def freed(*names: str) -> int:
+        said = run("rm", *names, "--store", folder, "--dry-run")
+        with AttentionStore(folder) as store:
+            free = store.bytes_only_in(*names)
+        assert f"sets {format_bytes(free)} free" in said
+        return free
+
+    one, other, both = freed("alice"), freed("bob"), freed("alice", "bob")
+    assert one + other < both, "the block that both have goes with the second of them"
+    before = sum(path.stat().st_size for path in block_files(folder))
+    run("rm", "alice", "bob", "--store", folder, "--yes")
+    assert before - sum(path.stat().st_size for path in block_files(folder)) == both
+
+
+def test_verify_and_repair_name_the_conversations_and_what_was_lost(folder: Path) -> None:
+    with AttentionStore(folder) as store:
+        second = store.manifest("alice").spans[1].block.hex()
+    (path,) = [path for path in block_files(folder) if path.stem == second]
+    path.unlink()
+    lost = "alice: KV of the first 16 of 40 tokens is whole"
+    found = attnstore("verify", "--store", folder)
+    assert found.exit_code == 1
+    assert lost in found.stdout
+    assert "bob: KV" not in found.stdout
+    repaired = run_json("repair", "--store", folder)
+    assert repaired["affected"] == [{"namespace": "", "name": "alice", "whole": 16, "tokens": 40}]
+    assert run_json("verify", "--store", folder)["affected"] == []
+
+
+def test_a_store_of_a_newer_version_says_to_upgrade(folder: Path) -> None:
+    settings = json.loads((folder / "store.json").read_text())
+    (folder / "store.json").write_text(json.dumps({**settings, "format": settings["format"] + 1}))
+    said = attnstore("ls", "--store", folder).stderr
+    assert "pip install --upgrade hf-attnstore" in said
+    assert "delete" not in said
 
 
 def test_show_tells_what_a_session_consists_of(folder: Path) -> None:

@@ -185,3 +185,11 @@ def _remember_parts(turn: Turn) -> None:
         attachment.parts_kept.add(kept)
         if store.note(note_name(fingerprint)) is None:
             store.set_note(note_name(fingerprint), attachment.fingerprint.parts())
+            store.set_model_name(fingerprint, _name_of(turn))
+
+
+def _name_of(turn: Turn) -> str:
+    """What people call the model: the last part of where it was loaded from, and its class."""
+    kind, config = type(turn.setup.model).__name__, getattr(turn.setup.model, "config", None)
+    loaded_from = str(getattr(config, "_name_or_path", "") or "").rstrip("/").rpartition("/")[2]
+    return f"{loaded_from} ({kind})" if loaded_from else kind

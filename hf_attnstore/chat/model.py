@@ -52,7 +52,11 @@ def model_source(model: str | Path | None = None) -> str:
         return name
     if name == SMALL:
         return str(small_model_path())
-    return str(real_model_path(name)) if name in REAL_MODELS else name
+    if name in REAL_MODELS:
+        return str(real_model_path(name))
+    if name.startswith(("/", ".", "~")) and not Path(name).expanduser().is_dir():
+        raise ModelNotFoundError(f"there is no folder {name}: name one with a model, or a model of the hub")
+    return str(Path(name).expanduser()) if name.startswith("~") else name
 
 
 def model_title(source: str) -> str:
@@ -85,16 +89,20 @@ def load_chat_model(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = model_source(model)
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise AttentionStoreError(f"dtype is auto, or such as float32 or bfloat16, not {dtype!r}")
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(source)
         loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever is wrong with its files
         raise ModelNotFoundError(f"the model {source!r} can't be loaded: {first_line(error)}") from error
     try:
         return loaded.to(place).eval(), tokenizer
-    except RuntimeError as error:
-        raise AttentionStoreError(f"the model can't be put on {place!r}: {first_line(error)}") from error
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
+        raise AttentionStoreError(
+            f"the model can't be put on {place!r}: {first_line(error)}; cpu is always there"
+        ) from error
 
 
 def first_line(error: BaseException) -> str:

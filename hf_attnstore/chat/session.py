@@ -28,7 +28,7 @@ from .channels import CHANNEL
 from .message_cuts import MessageCuts
 from .prefill_ahead import PLACEHOLDERS, BackgroundPrefill, BackgroundWork, certain_beginning, give_way
 from .timed import GenerateRun, timed_generate
-from .transcript import Message, Prompt, Transcript, as_rendered, decode, encode, marked
+from .transcript import Message, NewerFormatError, Prompt, Transcript, as_rendered, decode, encode, marked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -448,6 +448,10 @@ class ChatSession:
             return Transcript()
         try:
             return Transcript.from_json(saved, self.tokenizer)
+        except NewerFormatError as error:
+            raise AttentionStoreError(
+                f"session {self.session!r}: {error}; pip install --upgrade hf-attnstore, or use another session name"
+            ) from error
         except (ValueError, KeyError, TypeError) as error:
             raise AttentionStoreError(
                 f"session {self.session!r}: its messages can't be read ({error}); use another session name "

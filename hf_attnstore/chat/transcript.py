@@ -29,6 +29,10 @@ FORMAT = 1
 _OPTIONAL = ("thinking", "written")
 
 
+class NewerFormatError(ValueError):
+    """A conversation was saved in a format that this version does not know yet."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """What is fed to the model for one answer: the rendered text, and the ids that stand for it."""
@@ -139,6 +143,8 @@ class Transcript:
         The ids are taken only if they mean the same to `tokenizer`; with another model's tokenizer the
         messages alone go on. Raises `ValueError` for a format that this version does not know.
         """
+        if isinstance(saved.get("format"), int) and saved["format"] > FORMAT:
+            raise NewerFormatError(f"a newer version kept its messages (format {saved['format']}, not {FORMAT})")
         if saved.get("format") != FORMAT:
             raise ValueError(f"the conversation was saved in format {saved.get('format')!r}, not {FORMAT}")
         messages: tuple[Message, ...] = tuple(

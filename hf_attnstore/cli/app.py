@@ -8,45 +8,55 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from ..errors import AttentionStoreError
+from .._version import __version__
+from .group import Commands
 from .lazy import add_lazily
 from .options import CheckpointEvery, Codec, Device, Disk, Dtype, Memory, Model, OnDevice, Store
 from .store_commands import add_to
 
-
-class _OneLineErrors(typer.core.TyperGroup):
-    """Shows this package's own errors as one line and exit code 1: they say what to do, a traceback does not."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except AttentionStoreError as error:
-            Console(stderr=True, soft_wrap=True).print(f"[red]error:[/] {escape(str(error))}", highlight=False)
-            raise typer.Exit(1) from error
-
-
 app = typer.Typer(
     name="attnstore",
     help="Keep the attention state of conversations between turns and processes, for HuggingFace transformers.",
-    cls=_OneLineErrors,
+    cls=Commands,
     no_args_is_help=True,
     rich_markup_mode="rich",
-    pretty_exceptions_show_locals=False,
-    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 LAB = "hf_attnstore.lab"
 """What measures the product: only its names are known here, and it is imported when one of its commands is invoked."""
 
-add_lazily(
-    app,
-    "demo",
-    f"{LAB}.demo.cli:demo",
-    "A scripted conversation, each turn in a new process, with the store and without.",
-)
+_MODELS = "Build a tiny model of every family of transformers, and see what the store does for it."
+_SIM = "Simulate the store's tiers and policies: the paper's workload, traces, and the report on both."
+_LAB = "Studies of the store: families of models, truncation, policies, load or recompute."
+CHAT, STORE, MEASURE = "Talk", "Look after a store", "Try and measure"
+"""What commands are for, as the help lists them."""
 
 
-@app.command()
+@app.callback()
+def attnstore(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            "-V",
+            help="Say which version this is.",
+            is_eager=True,
+            callback=lambda wanted: _version(wanted),
+        ),
+    ] = False,
+) -> None:
+    """Keep the attention state of conversations between turns and processes, for HuggingFace transformers."""
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"attnstore {__version__}")
+        raise typer.Exit
+
+
+@app.command(rich_help_panel=CHAT, epilog="[dim]attnstore chat --session alice --model smollm2[/]")
 def chat(
     session: Annotated[str, typer.Option(help="Name of the conversation; it goes on where it left off.")],
     model: Model = None,
@@ -79,6 +89,7 @@ def chat(
     from ..store import AttentionStore
     from .terminal import TerminalChat
 
+    AttentionStore.check_name(session)  # said now, not when the model is there
     disable_progress_bar()  # a bar for the weights would stay between the prompt and the command
     console = Console(highlight=False)
     with console.status("loading the model"):
@@ -90,7 +101,7 @@ def chat(
         TerminalChat(loaded, tokenizer, opened, session, system, console, options).run()
 
 
-@app.command()
+@app.command(rich_help_panel=MEASURE, epilog="[dim]attnstore inspect --model Qwen/Qwen3-0.6B[/]")
 def inspect(model: Model = None, device: Device = None, dtype: Dtype = "auto") -> None:
     """What the store makes of a model: its layers, its window, and how positions are in its keys."""
     from ..cache.inspection import describe
@@ -104,27 +115,27 @@ def inspect(model: Model = None, device: Device = None, dtype: Dtype = "auto") -
 
 add_lazily(
     app,
-    "models",
-    f"{LAB}.families.cli:app",
-    "Build a tiny model of every family of transformers, and see what the store does for it.",
-)
-add_lazily(
-    app,
     "ui",
     "hf_attnstore.ui.cli:ui",
     "Chat in the browser: conversations that go on where they were left, and what that saved.",
+    panel=CHAT,
 )
 add_lazily(
     app,
     "serve",
     "hf_attnstore.server.cli:serve",
     "Serve a model by OpenAI's API: conversations are reused between requests, and after a restart.",
+    panel=CHAT,
 )
-add_to(app)
-add_lazily(app, "bench", f"{LAB}.bench.cli:app", "Measure what the store gives a model on this machine.")
+add_to(app, STORE)
 add_lazily(
     app,
-    "sim",
-    f"{LAB}.sim.cli:app",
-    "Simulate the store's tiers and policies: the paper's workload, traces, and the report on both.",
+    "demo",
+    f"{LAB}.demo.cli:demo",
+    "A scripted conversation, each turn in a new process, with the store and without.",
+    panel=MEASURE,
 )
+add_lazily(app, "bench", f"{LAB}.bench.cli:app", "Measure what the store gives a model on this machine.", panel=MEASURE)
+add_lazily(app, "models", f"{LAB}.families.cli:app", _MODELS, panel=MEASURE)
+add_lazily(app, "lab", f"{LAB}.cli:app", _LAB, panel=MEASURE)
+add_lazily(app, "sim", f"{LAB}.sim.cli:app", _SIM, hidden=True)

@@ -25,15 +25,20 @@ class CommandByName(TyperCommand):
         return command_of(self.name or "", self.target).make_context(*args, **kwargs)
 
 
-def add_lazily(app: typer.Typer, name: str, target: str, help: str) -> None:
+def add_lazily(
+    app: typer.Typer, name: str, target: str, help: str, *, panel: str | None = None, hidden: bool = False
+) -> None:
     """Adds a command to `app`.
 
     Args:
         target: names the command's function, or the `Typer` of a group.
         help: its first line, for the list of commands: what the target itself says.
+        panel: of the list, where it stands.
+        hidden: not in the list.
     """
+    kind = type("CommandByName", (CommandByName,), {"target": target})
 
-    @app.command(name, cls=type("CommandByName", (CommandByName,), {"target": target}), help=help)
+    @app.command(name, cls=kind, help=help, rich_help_panel=panel, hidden=hidden)
     def _() -> None:
         """Never called: the context is another command's."""
 

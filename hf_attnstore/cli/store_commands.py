@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -29,10 +29,27 @@ if TYPE_CHECKING:
     from ..store.disk.rebuild import Progress as Told
 
 Namespace = Annotated[str, typer.Option(help="The namespace to look at.")]
+Account = Annotated[
+    str | None, typer.Option(help="That of somebody who logs in to `attnstore ui`, instead.", show_default=False)
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
+_EXAMPLES = {
+    "ls": "attnstore ls --all",
+    "show": "attnstore show alice --messages",
+    "rm": "attnstore rm alice bob --dry-run",
+    "rename": "attnstore rename alice anna",
+    "fork": 'attnstore fork alice "alice, another ending"',
+    "export": "attnstore export alice alice.safetensors",
+    "import": "attnstore import alice.safetensors --name anna",
+    "verify": "attnstore verify --json",
+    "repair": "attnstore repair --dry-run",
+    "gc": "attnstore gc --older-than 90 --dry-run",
+    "stats": "attnstore stats --json",
+    "config": "ATTNSTORE_MEMORY=8GiB attnstore config",
+}
 _UNLIMITED = 1 << 62
 
 
@@ -77,28 +94,60 @@ def _print_json(content: Any) -> None:
     typer.echo(json.dumps(content, indent=2, default=str))
 
 
+def _space(namespace: str, account: str | None) -> str:
+    if account is None:
+        return namespace
+    from ..ui.identity import namespace_of
+
+    return namespace_of({}, account)
+
+
 def ls(
     store: Store = None,
     namespace: Namespace = "",
+    account: Account = None,
+    everything: Annotated[bool, typer.Option("--all", "-a", help="Those of all namespaces.")] = False,
     limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 50,
     offset: Annotated[int, typer.Option(min=0, help="Leave out so many of those used last.")] = 0,
     as_json: Json = False,
 ) -> None:
     """The conversations in a store, last used first."""
-    with opened(store, namespace) as it:
-        found, total = it.sessions(limit, offset), it.session_count()
+    with opened(store, _space(namespace, account)) as it:
+        views = [it.in_namespace(name) for name in it.namespaces()] if everything else [it]
+        total = sum(view.session_count() for view in views)
+        found = [(view.namespace, info) for view in views for info in view.sessions(offset + limit)]
+        found.sort(key=lambda entry: entry[1].last_used, reverse=True)
+        shown = found[offset : offset + limit]
+        models = {info.fingerprint: it.model_name(info.fingerprint) for _, info in shown}
         if as_json:
-            _print_json({"total": total, "sessions": [asdict(info) for info in found]})
+            sessions = [{**asdict(info), "namespace": name, "model": models[info.fingerprint]} for name, info in shown]
+            _print_json({"total": total, "sessions": sessions})
             return
         console = _console()
-        console.print(sessions_table(found) if found else f"no sessions in {it.path}")
-        if offset + len(found) < total:
-            console.print(f"{offset + 1} to {offset + len(found)} of {total:,}; --offset {offset + len(found)} goes on")
+        if not found:
+            console.print(
+                f"no sessions in {escape(str(it.path))}" + ("" if everything else " here; --all looks further")
+            )
+            return
+        spaces = [name for name, _ in shown] if everything else None
+        console.print(sessions_table([info for _, info in shown], models=models, namespaces=spaces))
+        together = sum(view.bytes_together() for view in views)
+        console.print(f"{total:,} conversations, {format_bytes(together)} together: what they share counts once")
+        if offset + len(shown) < total:
+            console.print(f"{offset + 1} to {offset + len(shown)} of {total:,}; --offset {offset + len(shown)} goes on")
 
 
-def show(name: str, store: Store = None, namespace: Namespace = "", as_json: Json = False) -> None:
-    """What a conversation consists of."""
-    with opened(store, namespace) as it:
+def show(
+    name: str,
+    store: Store = None,
+    namespace: Namespace = "",
+    account: Account = None,
+    messages: Annotated[bool, typer.Option("--messages", "-m", help="Show what was said.")] = False,
+    as_json: Json = False,
+) -> None:
+    """What a conversation consists of, or what was said in it."""
+    with opened(store, _space(namespace, account)) as it:
+        model = it.model_name(it.session(name).fingerprint)
         manifest = it.manifest(name)
         info = it.session(name)
         codec = it.session_codec(name)
@@ -110,15 +159,34 @@ def show(name: str, store: Store = None, namespace: Namespace = "", as_json: Jso
             for span in manifest.spans
         ]
     if as_json:
-        _print_json({**asdict(info), "codec": codec, "base": manifest.base, "spans": spans, "metadata": metadata})
+        _print_json(
+            {
+                **asdict(info),
+                "model": model,
+                "codec": codec,
+                "base": manifest.base,
+                "spans": spans,
+                "metadata": metadata,
+            }
+        )
         return
     console = _console()
+    if messages:
+        said = metadata.get("chat", {}).get("messages", [])
+        for message in said:
+            console.print(f"[bold]{escape(str(message.get('role')))}:[/] {escape(str(message.get('content')))}")
+        if not said:
+            console.print(
+                f"no messages are kept with {escape(name)}: only a ChatSession, the chat and the page keep them"
+            )
+        return
     facts = Table.grid(padding=(0, 2))
     for what, value in (
         ("session", escape(info.name)),
         ("tokens", f"{info.tokens:,} of {max(info.length, info.tokens):,} in the store"),
         ("bytes", format_bytes(info.bytes)),
-        ("model", info.fingerprint or "none"),
+        ("model", escape(model) or "none"),
+        ("fingerprint", info.fingerprint or "none"),
         ("codec", codec or "none"),
         ("created", _when(info.created)),
         ("last used", _when(info.last_used)),
@@ -149,9 +217,11 @@ def rm(
     """Delete conversations, and the KV that only they use."""
     console = _console()
     with opened(store, namespace) as it:
-        found = [it.session(name) for name in names]
+        found = [it.session(name) for name in dict.fromkeys(names)]
         for info in found:
-            console.print(f"{escape(info.name)}: {info.tokens:,} tokens, up to {format_bytes(info.bytes)}")
+            console.print(f"{escape(info.name)}: {info.tokens:,} tokens, {format_bytes(info.bytes)}")
+        free = it.bytes_only_in(*(info.name for info in found))
+        console.print(f"sets {format_bytes(free)} free: what other conversations share stays")
         if dry_run:
             return
         if not yes and not typer.confirm(f"delete {len(found)} conversation(s) for good?"):
@@ -209,6 +279,12 @@ def _show_report(report: Report, as_json: bool) -> None:
         for problem in report.problems:
             table.add_row(problem.kind, escape(problem.where), escape(problem.detail))
         console.print(table)
+    for session in report.affected:
+        where = f" (namespace {session.namespace})" if session.namespace else ""
+        console.print(
+            f"{escape(session.name + where)}: KV of the first {session.whole:,} of {session.tokens:,} tokens is whole, "
+            f"the next turn computes the rest again; what was said is kept"
+        )
     size = format_bytes(report.bytes)
     state = "[green]all is well[/]" if not report.problems else f"{len(report.problems)} problem(s)"
     if report.problems and report.repaired:
@@ -372,15 +448,32 @@ def config(as_json: Json = False) -> None:
     console.print("The key of an encrypted store comes from ATTNSTORE_KEY alone.")
 
 
-def sessions_table(sessions: list[SessionInfo], current: str | None = None) -> Table:
-    """The sessions of a store, in the order given; `current` is marked."""
+def sessions_table(
+    sessions: list[SessionInfo],
+    current: str | None = None,
+    *,
+    models: Mapping[str, str] | None = None,
+    namespaces: Sequence[str] | None = None,
+) -> Table:
+    """The sessions of a store, in the order given; `current` is marked.
+
+    Args:
+        models: what models are called, by fingerprint.
+        namespaces: of each session.
+    """
     table = Table()
     table.add_column("session", overflow="fold")
-    for column in ("tokens", "bytes", "created", "last used"):
-        table.add_column(column, justify="right")
-    for info in sessions:
-        name = escape(info.name) + (" [bold]←[/]" if info.name == current else "")
-        table.add_row(name, f"{info.tokens:,}", format_bytes(info.bytes), _when(info.created), _when(info.last_used))
+    for column in ("namespace",) if namespaces is not None else ():
+        table.add_column(column, overflow="fold")
+    for column in ("model",) if models is not None else ():
+        table.add_column(column, overflow="fold")
+    for column in ("tokens", "bytes", "last used"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for number, info in enumerate(sessions):
+        row = [escape(info.name) + (" [bold]←[/]" if info.name == current else "")]
+        row += [escape(namespaces[number])] if namespaces is not None else []
+        row += [escape(models[info.fingerprint])] if models is not None else []
+        table.add_row(*row, f"{info.tokens:,}", format_bytes(info.bytes), _when(info.last_used))
     return table
 
 
@@ -388,11 +481,10 @@ def _when(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
 
 
-def add_to(app: typer.Typer) -> None:
+def add_to(app: typer.Typer, panel: str) -> None:
     """Adds the commands to an app."""
-    app.command("ls")(ls)
     app.command("sessions", hidden=True)(ls)
-    for command in (show, rm, rename, fork, verify, repair, gc, stats, export):
-        app.command()(command)
-    app.command("import")(import_)
-    app.command()(config)
+    commands: dict[str, Any] = {f.__name__: f for f in (ls, show, rm, rename, fork, export)}
+    commands |= {"import": import_, **{f.__name__: f for f in (verify, repair, gc, stats, config)}}
+    for name, command in commands.items():
+        app.command(name, rich_help_panel=panel, epilog=f"[dim]{_EXAMPLES[name]}[/]")(command)

@@ -406,6 +406,15 @@ class OpenStore:
         keep = partial(self._disk.index.set_note, fingerprint, json.dumps(note))
         self._writer.submit(partial(self._guarded, keep))
 
+    def model_name(self, fingerprint: str) -> str:
+        """What the model of that fingerprint is called; the beginning of the fingerprint where nobody said."""
+        note = self.note(f"{fingerprint}/name") if fingerprint else None
+        return str(note["name"]) if note and "name" in note else fingerprint[:8]
+
+    def set_model_name(self, fingerprint: str, name: str) -> None:
+        """Says what the model of that fingerprint is called."""
+        self.set_note(f"{fingerprint}/name", {"name": name})
+
     @property
     def _policy_note(self) -> str:
         return f"policy {self._order.policy.name}"

@@ -117,13 +117,29 @@ class AttentionStore(UpcomingTurns):
         return self._disk.index.sessions.info(self.namespace, name)
 
     def bytes_together(self, *names: str) -> int:
-        """Bytes on disk of all blocks of these sessions, a block that several of them share counted once.
+        """Bytes on disk of all blocks of these sessions, or of all of the namespace, a block that several of them share
+        counted once.
 
         Raises:
             SessionNotFoundError: there is no such session.
         """
         self._settle()
         return self._disk.index.sessions.bytes_together(self.namespace, names)
+
+    def bytes_only_in(self, *names: str) -> int:
+        """Bytes on disk that deleting these sessions together sets free: what others share stays.
+
+        Raises:
+            SessionNotFoundError: there is no such session.
+        """
+        self._settle()
+        parts = [part_name(name, number) for name in names for number in self._parts(name)]
+        return self._disk.index.sessions.bytes_only_in(self.namespace, parts)
+
+    def namespaces(self) -> list[str]:
+        """The namespaces that have sessions, in order; the empty one is that of who says none."""
+        self._settle()
+        return sorted({namespace for namespace, _ in self._disk.index.sessions.all_names()})
 
     def session_count(self) -> int:
         """How many sessions this namespace has."""

@@ -18,5 +18,5 @@ def errors_in_one_line() -> Iterator[None]:
     try:
         yield
     except AttentionStoreError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
         raise typer.Exit(2) from error

@@ -6,6 +6,7 @@ Both kinds of table are made from the same rows, so they say the same.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from hf_attnstore.lab.bench.machine import in_words, versions_in_words
 from hf_attnstore.lab.bench.measure import PROBES, Measured
 from hf_attnstore.lab.bench.methods import METHODS
 from hf_attnstore.lab.bench.rss import MODES, Rss
+from hf_attnstore.sizes import format_seconds
 
 FORMAT = 1
 TITLES: dict[str, str] = {method.key: method.title for method in METHODS}
@@ -143,8 +145,24 @@ def drawn(table: TableRows) -> Table:
     return found
 
 
-def print_result(console: Console, result: Result) -> None:
-    """Tables and bars on a terminal."""
+def answer(result: Result) -> str:
+    """What it came to, in a line: how much sooner a turn starts from disk than computed."""
+    series, history = result.series, result.measured.workload.history
+    computed, disk, memory = (series.get(f"ttft/{key}") for key in ("recompute", "disk", "memory"))
+    if not computed or not disk:
+        return f"A turn after {history:,} tokens: not measured."
+    times = ratio(computed, disk).paired
+    how = f"starts {times:,.1f} × sooner" if times >= 1 else f"starts {1 / times:,.1f} × later"
+    held = f", {format_seconds(statistics.median(memory))} from memory" if memory else ""
+    return (
+        f"A turn after {history:,} tokens {how}: first token after {format_seconds(statistics.median(disk))} from disk"
+        f"{held}, {format_seconds(statistics.median(computed))} computed."
+    )
+
+
+def print_result(console: Console, result: Result, *, bars: bool = True) -> None:
+    """The answer in a line, tables, and the project's bars if they are asked for, on a terminal."""
+    console.print(answer(result), style="bold", highlight=False)
     console.rule(f"[bold]{_headline(result)}")
     for table in tables(result):
         console.print(drawn(table))
@@ -152,6 +170,8 @@ def print_result(console: Console, result: Result) -> None:
             console.print(f"  {note}", style="dim")
     for note in result.notes:
         console.print(f"Note: {note}", style="yellow")
+    if not bars:
+        return
     console.print("[bold]Bars[/bold] (median of the ratios within each repeat)")
     for state, line in verdict_lines(result.verdicts):
         style = {"pass": "green", "MISS": "red", "n/a": "dim"}[state]

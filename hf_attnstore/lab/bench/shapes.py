@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedModel
 
-from hf_attnstore.chat.model import model_source
+from hf_attnstore.chat.model import first_line, model_source
 from hf_attnstore.errors import AttentionStoreError
 
 
@@ -132,7 +132,10 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
     else:
         if spec.name is None:
             raise BenchError("The model has neither a shape nor a name.")
-        model = AutoModelForCausalLM.from_pretrained(model_source(spec.name), dtype=dtype or "auto")
+        try:
+            model = AutoModelForCausalLM.from_pretrained(model_source(spec.name), dtype=dtype or "auto")
+        except (OSError, ValueError) as error:
+            raise BenchError(f"The model {spec.name!r} can't be loaded: {first_line(error)}") from error
         model = model.to(torch.device(spec.device))  # type: ignore[arg-type]
         limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         if limit is not None and spec.max_tokens > limit:

@@ -94,9 +94,13 @@ def open_folder(
     except OSError as error:
         raise AttentionStoreError(f"can't use {path} as a store: {error}") from error
     if found != FORMAT:
-        raise StoreFormatError(
-            f"{path} has store format {found}; this version reads {FORMAT}: choose another folder, or delete this one"
+        newer = isinstance(found, int) and found > FORMAT
+        todo = (
+            f"a newer hf-attnstore than {__version__} wrote it: pip install --upgrade hf-attnstore"
+            if newer
+            else "choose another folder, or delete this one"
         )
+        raise StoreFormatError(f"{path} has store format {found}; this version reads {FORMAT}: {todo}")
     if block_size not in (None, size):
         raise StoreFormatError(f"{path} was made with block_size={size}: open it with that, or choose another folder")
     vault = _vault(key, encryption, path)

@@ -1,7 +1,7 @@
 """Looking after what is on disk: checking all of it, setting it right, removing what nobody needs."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -13,6 +13,7 @@ from ..index.counts import Accounts
 from ..index.database import DamagedDatabaseError
 from ..index.rows import BlockRow
 from ..processes.locks import SessionLocks, StoreLock
+from ..processes.parts import whole_name
 from ..records.files import make_private_directory
 from .disk_store import DAMAGED, DiskStore
 from .folder import Folder
@@ -33,6 +34,9 @@ ProblemKind = Literal[
 ]
 
 
+_LOST = ("damaged block", "missing block")
+
+
 @dataclass(frozen=True)
 class Problem:
     """Something that is not as it should be."""
@@ -40,6 +44,17 @@ class Problem:
     kind: ProblemKind
     where: str
     detail: str
+
+
+@dataclass(frozen=True)
+class Affected:
+    """A session some of whose KV is damaged or gone; its messages and token ids are not in blocks."""
+
+    namespace: str
+    name: str
+    whole: int
+    """Tokens, from the beginning, whose KV is whole; those after them are computed again by the next turn."""
+    tokens: int
 
 
 @dataclass
@@ -50,6 +65,8 @@ class Report:
     bytes: int = 0
     sessions: int = 0
     problems: list[Problem] = field(default_factory=list)
+    affected: list[Affected] = field(default_factory=list)
+    """The sessions that the damaged and missing blocks belong to."""
     repaired: bool = False
     """Whether the problems are no more."""
 
@@ -65,11 +82,14 @@ def verify(disk: DiskStore, progress: Progress = no_progress) -> Report:
     if report.problems:
         return report  # what a damaged index says of the rest means nothing
     usage = disk.index.usage()
+    bad: set[Key] = set()
     for row in disk.index.blocks():
         progress("blocks", report.blocks, usage.blocks)
         found = _check_block(disk, row)
         if found is not None and disk.index.block(row.key) is not None:  # and not just evicted by another process
             report.problems.append(found)
+            if found.kind in _LOST:
+                bad.add(row.key)
         report.blocks += 1
         report.bytes += row.bytes
     progress("blocks", usage.blocks, usage.blocks)
@@ -87,9 +107,23 @@ def verify(disk: DiskStore, progress: Progress = no_progress) -> Report:
         if found is not None:
             report.problems.append(found)
         report.sessions += 1
+    report.affected = _affected(disk, bad) if bad else []
     if disk.index.wrong_accounts():
         report.add("accounts", disk.index_path, "the sums of bytes or the numbers of followers are wrong")
     return report
+
+
+def _affected(disk: DiskStore, bad: set[Key]) -> list[Affected]:
+    """Sessions with blocks that can't be used, and what comes before the first of those."""
+    found = []
+    for namespace, name in disk.index.sessions.all_names():
+        with suppress(SessionNotFoundError):  # deleted meanwhile
+            spans = disk.index.sessions.manifest(namespace, name).spans
+            lengths = [span.stop - span.start if span.block else 0 for span in spans]
+            first = next((number for number, span in enumerate(spans) if span.block in bad), None)
+            if first is not None:
+                found.append(Affected(namespace, whole_name(name), sum(lengths[:first]), sum(lengths)))
+    return found
 
 
 def _check_block(disk: DiskStore, row: BlockRow) -> Problem | None:
@@ -223,7 +257,7 @@ def _opened(folder: Folder) -> Iterator[DiskStore]:
 
 def _remove_bad(disk: DiskStore, report: Report) -> None:
     """Takes the rows of bad blocks away, and puts their files aside; corrects sizes."""
-    bad = {problem.where for problem in report.problems if problem.kind in ("damaged block", "missing block")}
+    bad = {problem.where for problem in report.problems if problem.kind in _LOST}
     miscounted = {problem.where for problem in report.problems if problem.kind == "accounts"}
     with disk.writing():
         for row in list(disk.index.blocks()) if bad or miscounted else []:

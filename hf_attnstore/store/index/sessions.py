@@ -319,11 +319,18 @@ class SessionTable:
         return str(json.loads(self._vault.unseal(rows[0][2]))[1])
 
     def bytes_together(self, namespace: str, names: Iterable[str]) -> int:
-        """Bytes of the blocks in the conversations of these sessions, each block once.
+        """Bytes of the blocks in the conversations of these sessions, or of all, each block once.
 
         Raises:
             SessionNotFoundError: there is no such session.
         """
+        if not names:
+            ((nbytes,),) = self._database.read(
+                "SELECT COALESCE(SUM(bytes), 0) FROM blocks WHERE id IN (SELECT block FROM spans WHERE session IN "
+                "(SELECT id FROM sessions WHERE space = ?))",
+                (self._space(namespace),),
+            )
+            return int(nbytes)
         with self._database.snapshot():
             blocks: dict[int, int] = {}
             for name in names:
@@ -332,6 +339,24 @@ class SessionTable:
                     "SELECT id, bytes FROM blocks WHERE id IN (SELECT block FROM spans WHERE session = ?)", (session,)
                 )
         return sum(blocks.values())
+
+    def bytes_only_in(self, namespace: str, names: Iterable[str]) -> int:
+        """Bytes of the blocks that go when these sessions are deleted: that no other has, and what follows those.
+
+        Raises:
+            SessionNotFoundError: there is no such session.
+        """
+        with self._database.snapshot():
+            found = sorted({self.find(namespace, name) for name in names})
+            ours = ", ".join(map(str, found))
+            ((nbytes,),) = self._database.read(
+                "WITH RECURSIVE gone(key) AS ("
+                f" SELECT b.key FROM owners o JOIN blocks b ON b.id = o.block WHERE o.session IN ({ours})"
+                f"  AND NOT EXISTS (SELECT 1 FROM owners x WHERE x.block = o.block AND x.session NOT IN ({ours}))"
+                " UNION SELECT b.key FROM blocks b JOIN gone ON b.continues = gone.key) "
+                "SELECT COALESCE(SUM(bytes), 0) FROM blocks WHERE key IN gone"
+            )
+        return int(nbytes)
 
     def number(self, namespace: str) -> int:
         """How many sessions a namespace has."""
