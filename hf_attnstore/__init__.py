@@ -30,6 +30,7 @@ from .errors import (
 if TYPE_CHECKING:
     from .cache import AttentionStoreCache, TurnStats, attach, detach
     from .cache.inspection import describe
+    from .cache.scoring import Score, score, score_tokens
     from .chat import ChatSession, leave_computing_to_others
     from .chat.model import model_source
     from .serving import QueueStats, Turn, TurnQueue
@@ -56,6 +57,7 @@ else:
         {
             **dict.fromkeys(("AttentionStoreCache", "TurnStats", "attach", "detach"), ".cache"),
             "describe": ".cache.inspection",
+            **dict.fromkeys(("Score", "score", "score_tokens"), ".cache.scoring"),
             **dict.fromkeys(("ChatSession", "leave_computing_to_others"), ".chat"),
             "model_source": ".chat.model",
             **dict.fromkeys(("QueueStats", "Turn", "TurnQueue"), ".serving"),
@@ -76,6 +78,7 @@ __all__ = [
     "LoadError",
     "QueueFullError",
     "QueueStats",
+    "Score",
     "SessionBusyError",
     "SessionInfo",
     "SessionNameError",
@@ -97,4 +100,6 @@ __all__ = [
     "leave_computing_to_others",
     "model_source",
     "repair_store",
+    "score",
+    "score_tokens",
 ]

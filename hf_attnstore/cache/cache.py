@@ -276,12 +276,14 @@ class AttentionStoreCache(Cache):
 
     # a loop of one's own
 
-    def match(self, input_ids: torch.Tensor, new_tokens: int = 0, **inputs: Any) -> int:
+    def match(self, input_ids: torch.Tensor, new_tokens: int = 0, *, keep: int | None = None, **inputs: Any) -> int:
         """Loads what is known of a conversation, for a loop of one's own.
 
         Args:
             input_ids: `[1, tokens]`, the whole conversation so far.
             new_tokens: how many more are to be generated: the window keeps room for them.
+            keep: leading tokens that are worth keeping, such as those of a document that others will ask about, too:
+                nothing is saved of what comes after them. Running states are saved at the end of a forward only.
             inputs: what goes with the ids, such as `pixel_values`: all of it, as for `generate`.
 
         Returns:
@@ -309,6 +311,7 @@ class AttentionStoreCache(Cache):
             return self._load_now(ids, 0, new_tokens, unreadable=problem)
         self._inputs = {}
         done = self._load_now(content.ids if content else ids, len(ids) - 1, new_tokens, content=content)
+        self._turn.keeps = keep
         if content is not None:
             self._inputs = {name: value for name, value in inputs.items() if name not in content.understood}
             self._inputs |= content.inputs(done, len(ids))
@@ -782,7 +785,29 @@ class AttentionStoreCache(Cache):
         loads.finish(self._turn)
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
-        layers: list[Any] = [copy.deepcopy(layer, memo) for layer in self.layers]
+        self._copy_into(twin, [copy.deepcopy(layer, memo) for layer in self.layers])
+        return twin
+
+    def in_rows(self, rows: int, new_tokens: int = 0) -> "AttentionStoreCache":
+        """An independent copy of what is held, so many times in the rows of a batch: nothing of it is saved.
+
+        Args:
+            new_tokens: how many are to come, for which there is room at once.
+        """
+        loads.finish(self._turn)
+        layers: list[Any] = make_layers(self.model)
+        for number, (layer, own) in enumerate(zip(layers, self.layers, strict=True)):
+            if own.fits_batches and own.rows <= 1:
+                layer.expected = self._held.length + new_tokens
+                layer.put_together([own] * rows, [0] * rows, self._held.length)
+            else:
+                layers[number] = copy.deepcopy(own)
+                layers[number].batch_repeat_interleave(rows)
+        twin = type(self).__new__(type(self))
+        self._copy_into(twin, layers)
+        return twin
+
+    def _copy_into(self, twin: "AttentionStoreCache", layers: list[Any]) -> None:
         for layer in layers:
             layer.keep_until_saved(None)
         twin.resegments_with = None
@@ -792,7 +817,6 @@ class AttentionStoreCache(Cache):
         held.change_view(own.view, own.chain.ids)
         held.length, held.states_at, held.content = own.length, own.states_at, own.content
         twin._turn.stats = replace(self.stats)
-        return twin
 
 
 def one_row(input_ids: torch.Tensor) -> np.ndarray:

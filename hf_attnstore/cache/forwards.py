@@ -238,6 +238,9 @@ def _track(turn: Turn, ids: torch.Tensor | None, rows: int, count: int, named: M
     if limit is not None and held.length + count > limit:
         row = row[: max(limit - held.length, 0)]
         turn.untrack(f"positions beyond {limit} change the rotary frequencies of all", expected=True)
+    if turn.keeps is not None and len(held.chain) + len(row) > turn.keeps:
+        row = row[: max(turn.keeps - len(held.chain), 0)]
+        turn.untrack("more than was to be kept", expected=True)
     held.chain.append(row)
 
 

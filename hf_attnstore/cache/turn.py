@@ -85,6 +85,8 @@ class Turn:
     """Blocks that came from disk."""
     taken: int = 0
     """How many leading tokens of the prompt came with what was taken over from the device tier."""
+    keeps: int | None = None
+    """How many leading tokens are worth keeping; None for all."""
     forward: Forward | None = None
 
     @property
