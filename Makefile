@@ -8,10 +8,14 @@ SUPPORTED ?= 5.17.0 5.23.0
 COMPAT_TESTS ?= tests/cache tests/test_chat.py tests/test_turn_queue.py tests/test_families.py tests/test_family_modes.py
 STAMP := $(VENV)/.installed
 
-.PHONY: demo ui chat-model real test bench lint format slow-test compat clean
+.PHONY: demo shared-demo ui chat-model real test bench lint format slow-test compat clean
 
 demo: chat-model
 	$(BIN)/attnstore demo
+
+# A conversation that moves between two machines (two processes), on a Valkey that comes by pip.
+shared-demo: $(STAMP)
+	$(BIN)/attnstore lab shared --model small
 
 ui: chat-model
 	$(BIN)/attnstore ui

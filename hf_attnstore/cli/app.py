@@ -130,6 +130,13 @@ add_lazily(
 add_to(app, STORE)
 add_lazily(
     app,
+    "ping",
+    "hf_attnstore.cli.ping:ping",
+    "Ask the engine of a shared tier what it is, measure it, and say what is unsafe about it.",
+    panel=STORE,
+)
+add_lazily(
+    app,
     "demo",
     f"{LAB}.demo.cli:demo",
     "A scripted conversation, each turn in a new process, with the store and without.",

@@ -15,6 +15,10 @@ _STUDIES = {
         "sim.cli:app",
         "Simulate the store's tiers and policies: the paper's workload, traces, and the report on both.",
     ),
+    "shared": (
+        "demo.shared:shared_demo",
+        "A conversation that moves between two machines every turn, with a shared tier and without.",
+    ),
     "truncation": (
         "bench.study_cli:truncation",
         "Stream a text far past the window, by truncation with recompute, by moved keys, and by naively cut keys.",

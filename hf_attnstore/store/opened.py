@@ -35,6 +35,7 @@ from .processes.locks import SessionLocks
 from .processes.parts import is_part, whole_name
 from .processes.threads import IOThreads, RightOfWay
 from .records.manifest import Manifest
+from .shared.sessions import SharedSessions
 from .shared.tier import SharedTier
 from .shared.url import VARIABLE as SHARED_VARIABLE
 from .shared.url import SharedURL
@@ -162,6 +163,9 @@ class OpenStore:
         """Keys the names of blocks; empty without encryption."""
         self._right_of_way = RightOfWay()
         self._shared = self._open_shared(where)
+        self._shared_sessions = SharedSessions(self._shared) if self._shared is not None else None
+        self._whole_manifests: dict[tuple[str, str], Manifest] = {}
+        """What sessions consist of that are shared, where the index may know of fewer blocks: by namespace and name."""
         self._disk, self._open_lock = open_disk_store(
             folder, parse_bytes(disk), self._accounts, self._order, surroundings, sync=durability == "power"
         )

@@ -105,6 +105,7 @@ class AttentionStore(UpcomingTurns):
     def sessions(self, limit: int | None = None, offset: int = 0) -> list[SessionInfo]:
         """The sessions of this namespace, last used first: all, or a page of them."""
         self._settle()
+        self._learn_all()
         return self._disk.index.sessions.listing(self.namespace, limit, offset)
 
     def session(self, name: str) -> SessionInfo:
@@ -114,6 +115,7 @@ class AttentionStore(UpcomingTurns):
             SessionNotFoundError: there is no such session.
         """
         self._settle()
+        self._learn((self.namespace, name))
         return self._disk.index.sessions.info(self.namespace, name)
 
     def bytes_together(self, *names: str) -> int:
@@ -144,6 +146,7 @@ class AttentionStore(UpcomingTurns):
     def session_count(self) -> int:
         """How many sessions this namespace has."""
         self._settle()
+        self._learn_all()
         return self._disk.index.sessions.number(self.namespace)
 
     def delete(self, name: str, *, secure: bool = False) -> None:
@@ -165,6 +168,7 @@ class AttentionStore(UpcomingTurns):
         locks = [self.lock_session(name, wait=0)]
         try:
             self._writer.drain()
+            self._learn((self.namespace, name))
             parts = [part_name(name, number) for number in self._parts(name)]
             locks += [self.lock_session(part, wait=0) for part in parts if part != name]
             gone = [
@@ -172,6 +176,8 @@ class AttentionStore(UpcomingTurns):
                 for part in reversed(parts)
                 for row in self._disk.delete_session(self.namespace, part, self._forget, secure=secure)
             ]
+            self._whole_manifests.pop((self.namespace, name), None)
+            self._publish((self.namespace, name))
             if secure and self._shared is not None:
                 self._shared.delete_now(gone)
         finally:
@@ -209,9 +215,12 @@ class AttentionStore(UpcomingTurns):
         """
         self.check_name(dst)
         self._settle()
+        for name in (src, dst):
+            self._learn((self.namespace, name))
         pairs = [(part_name(src, number), part_name(dst, number)) for number in self._parts(src)]
         if not all(self._disk.fork(self.namespace, *pair) for pair in pairs):
             raise AttentionStoreError(f"session {dst!r} exists already; delete it first or choose another name")
+        self._named_anew(src, dst)
 
     def rename(self, src: str, dst: str) -> None:
         """Gives session `src` the name `dst`.
@@ -227,14 +236,26 @@ class AttentionStore(UpcomingTurns):
         locks = [self.lock_session(src, wait=0)]
         try:
             self._writer.drain()
+            for name in (src, dst):
+                self._learn((self.namespace, name))
             pairs = [(part_name(src, number), part_name(dst, number)) for number in self._parts(src)]
             locks += [self.lock_session(part, wait=0) for part, _ in pairs if part != src]
             if not all(self._disk.rename(self.namespace, *pair) for pair in pairs):
                 raise AttentionStoreError(f"session {dst!r} exists already; delete it first or choose another name")
             self.device_tier.rename(src, dst, self.namespace)
+            self._named_anew(src, dst)
+            self._whole_manifests.pop((self.namespace, src), None)
+            self._publish((self.namespace, src))
         finally:
             for lock in locks:
                 lock.release()
+
+    def _named_anew(self, src: str, dst: str) -> None:
+        """Session `dst` is what `src` is, or was."""
+        whole = self._whole_manifests.get((self.namespace, src))
+        if whole is not None:
+            self._whole_manifests[self.namespace, dst] = whole
+        self._publish((self.namespace, dst))
 
     def metadata(self, name: str) -> dict[str, Any]:
         """What `set_metadata` kept with a session; an empty dict if nothing.
@@ -243,6 +264,7 @@ class AttentionStore(UpcomingTurns):
             SessionNotFoundError: there is no such session.
         """
         self._settle()
+        self._learn((self.namespace, name))
         return self._disk.index.sessions.metadata(self.namespace, name)
 
     def set_metadata(self, name: str, metadata: dict[str, Any]) -> None:
@@ -253,6 +275,7 @@ class AttentionStore(UpcomingTurns):
         """
         self._check_open()
         self._disk.set_metadata(self.namespace, self.check_name(name), json.dumps(metadata))
+        self._publish((self.namespace, name))
 
     def export_session(self, name: str, path: str | os.PathLike[str]) -> Exported:
         """Writes a session, with all of its KV, to one portable safetensors file, private to the user, not encrypted.
@@ -302,12 +325,6 @@ class AttentionStore(UpcomingTurns):
                 if not is_part(name) and view.session(name).last_used < limit:
                     view.delete(name)
                     logger.info("session %r was deleted: no turn for %g days", name, self._expiry.days)
-
-    def _forget(self, key: Key) -> None:
-        """The disk has let go of a block for good. What is shared stays: others may use it."""
-        for tier in self._tiers:
-            if tier is not self._disk and not tier.shared:
-                tier.delete([key])
 
     def verify(self, progress: Progress = no_progress) -> Report:
         """Reads everything on disk and says what is not as it was written. Changes nothing; see `repair_store`.
@@ -378,7 +395,9 @@ class AttentionStore(UpcomingTurns):
             StoreClosedError: the store is closed.
         """
         self._check_open()
-        return self._locks.acquire(self.namespace, name if is_part(name) else self.check_name(name), wait)
+        lock = self._locks.acquire(self.namespace, name if is_part(name) else self.check_name(name), wait)
+        self._learn((self.namespace, name))
+        return lock
 
     # turns
 
@@ -396,24 +415,17 @@ class AttentionStore(UpcomingTurns):
             try:
                 self._disk.commit(self.namespace, session, fingerprint, manifest)
                 self._keep_totals()
+                self._keep_whole(place, manifest)
             finally:
                 if self._committing.get(place) is pending:
                     del self._committing[place]
+                self._publish(place)
                 if hold is not None:
                     hold.done()
 
         self._writer.submit(partial(self._guarded, change))
         self._turn_is_over(session)
         self._expire()
-
-    def manifest(self, session: str) -> Manifest:
-        """What a session consists of.
-
-        Raises:
-            SessionNotFoundError: there is no such session.
-        """
-        self._settle()
-        return self._disk.index.sessions.manifest(self.namespace, session)
 
     def tokens(self, session: str, *, dropped: bool = False) -> list[int]:
         """The token ids of a session whose KV is in the store.

@@ -1,17 +1,22 @@
 """What a store does for turns that have not begun, and what it takes notice of when one is over."""
 
 import threading
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import zip_longest
 
+from ..errors import SessionNotFoundError, StoreIOError
 from .block_store import BlockStore
 from .blocks.keys import Key
 from .disk.surroundings import Clock
 from .eviction.lookahead import fetch_window, keep_window
 from .eviction.policies import Place, Use
+from .processes.parts import is_part
 from .records.manifest import Manifest
+from .records.session_record import SessionRecord
+from .shared.sessions import as_record
 
 Session = tuple[str, str]
 """Namespace and name."""
@@ -100,10 +105,20 @@ class UpcomingTurns(BlockStore):
         Raises:
             SessionNotFoundError: there is no such session.
         """
-        self._settle()
-        manifest = self._disk.index.sessions.manifest(self.namespace, session)
+        manifest = self.manifest(session)
         keys = list(dict.fromkeys(span.block for span in manifest.spans if span.block))
         return {tier.name: sum(tier.sizes(keys).values()) for tier in self._tiers}
+
+    def manifest(self, session: str) -> Manifest:
+        """What a session consists of.
+
+        Raises:
+            SessionNotFoundError: there is no such session.
+        """
+        self._settle()
+        self._learn((self.namespace, session))
+        found = self._disk.index.sessions.manifest(self.namespace, session)
+        return self._whole_manifests.get((self.namespace, session), found)
 
     def latest_manifest(self, session: str) -> Manifest | None:
         """What a session consists of, or will when what was handed over is on disk; None if there is none."""
@@ -112,7 +127,65 @@ class UpcomingTurns(BlockStore):
 
     def _manifest_of(self, session: Session) -> Manifest | None:
         pending = self._committing.get(session)
-        return pending[1] if pending is not None else self._disk.manifest(*session)
+        if pending is not None:
+            return pending[1]
+        return self._whole_manifests.get(session) or self._disk.manifest(*session)
+
+    def _learn(self, session: Session) -> None:
+        """Takes in what other machines made of a session."""
+        if self._shared_sessions is None or is_part(session[1]) or session in self._committing:
+            return
+        try:
+            news = self._shared_sessions.news(session, partial(self._disk.index.sessions.last_used, *session))
+            if news is None:
+                return
+            if news is False:
+                self._whole_manifests.pop(session, None)
+                with suppress(SessionNotFoundError):
+                    self._disk.delete_session(*session, self._forget, secure=False)
+            else:
+                self._disk.take_in(news)
+                self._keep_whole(session, news.manifest)
+            self.device_tier.forget(session[1], session[0])
+        except StoreIOError as error:
+            self._accounts.warn_once("take in", f"a session of another machine can't be taken in: {error}")
+
+    def _keep_whole(self, session: Session, manifest: Manifest) -> None:
+        """A session that is shared consists of this; kept here only if the index knows of less."""
+        if self._shared_sessions is None:
+            return
+        known = self._disk.manifest(*session)
+        if known is not None and len(known.spans) == len(manifest.spans):
+            self._whole_manifests.pop(session, None)
+        else:
+            self._whole_manifests[session] = manifest
+
+    def _learn_all(self) -> None:
+        """The same of all sessions of this namespace."""
+        for name in self._shared_sessions.changed(self.namespace) if self._shared_sessions is not None else ():
+            self._learn((self.namespace, name))
+
+    def _publish(self, session: Session, done: Callable[[], None] = lambda: None) -> None:
+        """Has other machines know what a session is now, or that it is no more; behind what was handed over before."""
+        if self._shared_sessions is None or is_part(session[1]):
+            done()
+            return
+
+        def record() -> SessionRecord | None:
+            try:
+                found = self._disk.index.sessions.record(*session)
+            except SessionNotFoundError:
+                return None
+            whole = self._whole_manifests.get(session)
+            return as_record(found, whole) if whole is not None else found
+
+        self._shared_sessions.publish(session, record, done)
+
+    def _forget(self, key: Key) -> None:
+        """The disk has let go of a block for good. What is shared stays: others may use it."""
+        for tier in self._tiers:
+            if tier is not self._disk and not tier.shared:
+                tier.delete([key])
 
     # fetching
 
@@ -141,6 +214,7 @@ class UpcomingTurns(BlockStore):
         for place, session in enumerate(sessions):
             if self._outdated(plan):
                 return
+            self._learn(session)
             found = self._blocks_of(session)
             blocks[session] = tuple(found)
             if found:

@@ -37,8 +37,8 @@ def proxy(server: Valkey) -> Iterator[FaultyProxy]:
     proxy.close()
 
 
-def opened(folder: Path, url: str, **settings: object) -> AttentionStore:
-    url = f"{url}?timeout={TIMEOUT}&lookup={LOOKUP}"
+def opened(folder: Path, url: str, *, patient: bool = False, **settings: object) -> AttentionStore:
+    url += "?timeout=60&lookup=60" if patient else f"?timeout={TIMEOUT}&lookup={LOOKUP}"
     return AttentionStore(folder, block_size=16, disk=0, shared=url, **settings)  # type: ignore[arg-type]
 
 
@@ -71,7 +71,7 @@ def try_faults(number: int, folder: Path, server: Valkey, proxy: FaultyProxy, mo
     chain = make_chain(list(range(160)), 16)
     size = sum(block.nbytes for block in chain) + 30_000
     whole = 0
-    with opened(folder / "one", server.url) as sound:
+    with opened(folder / "one", server.url, patient=True) as sound:
         save(sound, chain)
     for attempt in range(number):
         memory = chance.choice([0, "1MiB"])
@@ -87,12 +87,14 @@ def try_faults(number: int, folder: Path, server: Valkey, proxy: FaultyProxy, mo
                 whole += as_a_turn(store, chain) == len(chain)
         assert time.monotonic() - began < 4 * TIMEOUT + SLACK
         proxy.set(Fault("none"))
-        with opened(folder / f"{attempt} again", proxy.url) as store:  # what is left there is right, or computed again
+        with opened(
+            folder / f"{attempt} again", proxy.url, patient=True
+        ) as store:  # what is left there is right, or computed again
             as_a_turn(store, chain)
             store.drop_memory()
             save(store, chain)
             store.flush()
-        with opened(folder / f"{attempt} at last", proxy.url) as store:
+        with opened(folder / f"{attempt} at last", proxy.url, patient=True) as store:
             assert as_a_turn(store, chain) == len(chain)
     assert 0 < whole < number  # some did no harm, some did
 

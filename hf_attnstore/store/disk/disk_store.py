@@ -489,6 +489,13 @@ class DiskStore(Tier):
         with self._changing(record.namespace, record.name) as keep:
             self.index.sessions.restore(record, keep)
 
+    def take_in(self, record: SessionRecord) -> None:
+        """Puts a session in as another machine left it, as far as its blocks are here. Raises what `commit` does."""
+        with self.writing():
+            if self.capacity:
+                self._make_room_for_record(_RECORD_SLACK + 160 * len(record.manifest.spans) + 4 * len(record.metadata))
+            self.restore(record)
+
     def commit(self, namespace: str, session: str, fingerprint: str, manifest: Manifest) -> None:
         """Sets what a session consists of.
 

@@ -13,7 +13,8 @@ COUNTS = (
     "turns", "turns_with_reuse", "prompt_tokens", "reused_tokens", "loaded_bytes", "saved_blocks", "saved_bytes",
     "written_bytes", "evicted_blocks", "fetched_blocks", "fetched_bytes", "coded_bytes", "coded_to_bytes",
     "not_saved_blocks", "not_admitted_blocks", "rejected", "write_errors", "read_errors",
-    "shared_blocks", "shared_bytes", "shared_dropped_blocks", "shared_refused_blocks", "shared_errors",
+    "shared_blocks", "shared_bytes", "shared_read_bytes", "shared_dropped_blocks", "shared_refused_blocks",
+    "shared_errors",
 )  # fmt: skip
 TIMES = ("load_microseconds", "exposed_load_microseconds", "write_microseconds", "code_microseconds")
 MISSED = "missed: "

@@ -19,6 +19,8 @@ from ..blocks.block import Bytes
 from .deadline import Deadline
 from .url import SharedURL
 
+TAG_BYTES = 16
+"""With which values begin that are compared before they are set."""
 GROUP = "hf_attnstore.engines"
 _OWN = dict.fromkeys(("valkey", "valkeys", "redis", "rediss"), "hf_attnstore.store.shared.valkey:ValkeyEngine")
 
@@ -32,6 +34,10 @@ class EngineError(OSError):
     def __init__(self, message: str) -> None:
         super().__init__(0, message)
         self.strerror = message
+
+
+class FullError(EngineError):
+    """There is no room for what was to be written; the engine is well."""
 
 
 class Put(Enum):
@@ -158,6 +164,19 @@ class Engine(ABC):
 
     def drop_note(self, name: str, member: bytes, deadline: Deadline) -> None:  # noqa: B027
         """Lets go of an entry."""
+
+    # records of sessions; engines may go without
+
+    def value(self, name: str, deadline: Deadline) -> bytes:
+        """A small value; empty if there is none."""
+        return b""
+
+    def replace(
+        self, name: str, old: bytes, new: bytes, listed: str, member: bytes, entry: bytes, deadline: Deadline
+    ) -> bool:
+        """Sets a value whose first `TAG_BYTES` bytes are its tag, if that of the value there is `old` (empty: if there
+        is none), and with it, in one step, an entry of a list that `noted` tells, which has no limit."""
+        return False
 
     def close(self) -> None:  # noqa: B027
         """Lets go of all connections."""

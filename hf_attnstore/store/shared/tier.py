@@ -22,7 +22,7 @@ from ..index.counts import Accounts
 from ..processes.forking import watch
 from ..processes.threads import RightOfWay
 from .deadline import Breaker, Deadline
-from .engine import Edges, Engine, EngineError, Put, open_engine
+from .engine import Edges, Engine, EngineError, FullError, Put, open_engine
 from .uploads import Task, Uploads
 from .url import SharedURL
 from .values import Reading, Value
@@ -66,7 +66,7 @@ class SharedTier(Tier):
     ) -> None:
         self.url = url
         self.prefix = url.option("prefix", "attnstore")
-        self._timeout, self._lookup = url.number("timeout", 1.0), url.number("lookup", 0.25)
+        self.timeout, self.lookup = url.number("timeout", 1.0), url.number("lookup", 0.25)
         self._ttl = int(url.number("ttl", 0))
         most = int(url.number("queue", 256 << 20, "bytes"))
         self.engine: Engine = open_engine(url)
@@ -114,6 +114,10 @@ class SharedTier(Tier):
         """
         try:
             yield
+        except FullError as error:
+            self._went(None)
+            self._is_full(error.strerror)
+            raise
         except EngineError as error:
             self._went(error)
             raise
@@ -135,8 +139,12 @@ class SharedTier(Tier):
             "shared", f"the shared tier does not answer, KV is taken from here or computed meanwhile: {error.strerror}"
         )
 
+    def _is_full(self, why: str) -> None:
+        self._accounts.count("shared_refused_blocks")
+        self._accounts.warn_once("shared full", f"the shared tier has no room, new KV is not shared: {why}")
+
     def _probe(self) -> None:
-        self._guarded(lambda: self.engine.sizes([f"{self.prefix}:probe"], Deadline(self._timeout)))
+        self._guarded(lambda: self.engine.sizes([f"{self.prefix}:probe"], Deadline(self.timeout)))
 
     # looking up
 
@@ -154,7 +162,7 @@ class SharedTier(Tier):
                     known[key] = size
         if ask:
             with suppress(EngineError), self.asking():
-                found = self.engine.sizes([self.value(key) for key in ask], Deadline(self._lookup))
+                found = self.engine.sizes([self.value(key) for key in ask], Deadline(self.lookup))
                 there = {key: size for key, size in zip(ask, found, strict=True) if size}
                 self._saw(there)
                 known |= there
@@ -183,10 +191,12 @@ class SharedTier(Tier):
         try:
             with self.asking():
                 names = [self.value(key) for key in wanted]
-                edges = self.engine.edges(names, HEAD, self._tail, Deadline(self._timeout))
+                edges = self.engine.edges(names, HEAD, self._tail, Deadline(self.timeout))
         except EngineError:
             return {}
-        reading = Reading(self.engine, self._timeout, self._went)
+        came = partial(self._accounts.count, "shared_read_bytes")
+        came(sum(len(edge.head) + len(edge.tail) for edge in edges))
+        reading = Reading(self.engine, self.timeout, self._went, came)
         return {
             key: partial(self._open, key, reading, edge) for key, edge in zip(wanted, edges, strict=True) if edge.size
         }
@@ -238,7 +248,7 @@ class SharedTier(Tier):
             return nothing
         try:
             with self.asking():
-                found = self.engine.noted([self._followers(parent) for parent in parents], Deadline(self._lookup))
+                found = self.engine.noted([self._followers(parent) for parent in parents], Deadline(self.lookup))
         except EngineError:
             return nothing
         return [dict(self._proven(parent, entries)) for parent, entries in zip(parents, found, strict=True)]
@@ -269,18 +279,18 @@ class SharedTier(Tier):
 
     def _touch(self, keys: list[Key]) -> None:
         # the end of a chain first: it is the first that may go
-        self.engine.touch([self.value(key) for key in reversed(keys)], Deadline(self._timeout), self._ttl)
+        self.engine.touch([self.value(key) for key in reversed(keys)], Deadline(self.timeout), self._ttl)
 
     def delete(self, keys: Sequence[Key]) -> None:
         names = [self.value(key) for key in keys]
-        self._uploads.submit(Task(partial(self._guarded, lambda: self.engine.delete(names, Deadline(self._timeout)))))
+        self._uploads.submit(Task(partial(self._guarded, lambda: self.engine.delete(names, Deadline(self.timeout)))))
 
     def _remove(self, blocks: Sequence[tuple[Key, Key]]) -> None:
         """Removes blocks, each with its parent before it, and all that tells of them."""
         names = [name for _, key in blocks for name in (self.value(key), self._followers(key))]
-        self.engine.delete(names, Deadline(self._timeout))
+        self.engine.delete(names, Deadline(self.timeout))
         for parent, key in blocks:
-            self.engine.drop_note(self._followers(parent), key, Deadline(self._timeout))
+            self.engine.drop_note(self._followers(parent), key, Deadline(self.timeout))
 
     def delete_now(self, blocks: Sequence[tuple[Key, Key]]) -> None:
         """Removes blocks, each with its parent before it, for good and for everybody.
@@ -295,6 +305,20 @@ class SharedTier(Tier):
                 self._remove(blocks)
         except EngineError as error:
             raise SharedTierError(f"blocks may still be in the shared tier: {error.strerror}") from error
+
+    def behind(self, task: Callable[[], None]) -> None:
+        """Has something done after all that was put in before."""
+        self._uploads.submit(Task(task))
+
+    def complete(self, keys: Sequence[Key]) -> None:
+        """Sends those of these blocks that are not there, if they are here; for what runs `behind`."""
+        for key in keys:
+            if not self._is_fresh(key):
+                self._send(key, None)
+
+    def warn(self, kind: str, message: str) -> None:
+        """Warns once of something."""
+        self._accounts.warn_once(kind, message)
 
     def flush(self) -> None:
         self._uploads.drain()
@@ -327,7 +351,7 @@ class SharedTier(Tier):
         """A block, if the engine does not have it, and backwards those before it that it does not have and that are
         here."""
         while not self._is_fresh(key):
-            (size,) = self.engine.sizes([self.value(key)], Deadline(self._timeout))
+            (size,) = self.engine.sizes([self.value(key)], Deadline(self.timeout))
             source = self._local(key) if not size else None
             if source is None:
                 self._saw({key: size} if size else {})
@@ -351,17 +375,14 @@ class SharedTier(Tier):
         size = sum(part.nbytes for part in parts)
         full = size > self.engine.largest
         if not full:
-            patience = Deadline(self._timeout + size / _SLOWEST)
+            patience = Deadline(self.timeout + size / _SLOWEST)
             full = self.engine.put(self.value(key), parts, patience, self._ttl) is Put.FULL
         if full:
-            self._accounts.count("shared_refused_blocks")
-            self._accounts.warn_once(
-                "shared full", f"{self.url} has no room for a block of {format_bytes(size)}: new KV is not shared"
-            )
+            self._is_full(f"{self.url} refused a block of {format_bytes(size)}")
             return None
         self._accounts.over("shared full")
         self._saw({key: size})
-        sealed, patience = self.vault.seal(meta.tokens), Deadline(self._timeout)
+        sealed, patience = self.vault.seal(meta.tokens), Deadline(self.timeout)
         self.engine.note(self._followers(meta.parent), key, sealed, patience, self._ttl)
         self._accounts.count_all({"shared_blocks": 1, "shared_bytes": size})
         return meta.parent

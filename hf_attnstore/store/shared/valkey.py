@@ -16,7 +16,7 @@ from ...errors import SharedTierError
 from ...sizes import format_bytes
 from ..blocks.block import Bytes
 from .deadline import Deadline
-from .engine import About, Edges, Engine, EngineError, Put, Stream
+from .engine import TAG_BYTES, About, Edges, Engine, EngineError, FullError, Put, Stream
 from .resp import Connection, Refused, Reply, command, open_bulk
 from .url import SharedURL
 
@@ -33,6 +33,12 @@ _NOTE = """if redis.call('HLEN', KEYS[1]) >= tonumber(ARGV[3]) then
 end
 redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
 if ARGV[4] ~= '0' then redis.call('EXPIRE', KEYS[1], ARGV[4]) end
+return 1"""
+
+
+_REPLACE = f"""if redis.call('GETRANGE', KEYS[1], 0, {TAG_BYTES - 1}) ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[1], ARGV[2])
+redis.call('HSET', KEYS[2], ARGV[3], ARGV[4])
 return 1"""
 
 
@@ -128,6 +134,15 @@ class ValkeyEngine(Engine):
 
     def drop_note(self, name: str, member: bytes, deadline: Deadline) -> None:
         self._ask([("HDEL", name, member)], deadline)
+
+    def value(self, name: str, deadline: Deadline) -> bytes:
+        (reply,) = self._ask([("GET", name)], deadline)
+        return reply if isinstance(reply, bytes) else b""
+
+    def replace(
+        self, name: str, old: bytes, new: bytes, listed: str, member: bytes, entry: bytes, deadline: Deadline
+    ) -> bool:
+        return self._ask([("EVAL", _REPLACE, 2, name, listed, old, new, member, entry)], deadline) == [1]
 
     # what it is
 
@@ -255,7 +270,8 @@ class ValkeyEngine(Engine):
         try:
             yield
         except Refused as error:
-            raise self._error(f"the server refused: {error}") from error
+            kind = FullError if error.code == "OOM" else EngineError
+            raise kind(f"{self._url}: the server refused: {error}") from error
         except TimeoutError as error:
             raise self._error("no answer in time") from error
         except (OSError, ValueError) as error:

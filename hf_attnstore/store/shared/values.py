@@ -33,12 +33,19 @@ class Reading:
     Args:
         patience: those seconds. Time in which nobody waits does not count.
         on_end: told, at the first failure or when all values are closed, what failed, if anything.
+        on_bytes: told how many bytes came.
     """
 
-    def __init__(self, engine: Engine, patience: float, on_end: Callable[[EngineError | None], None]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        patience: float,
+        on_end: Callable[[EngineError | None], None],
+        on_bytes: Callable[[int], None],
+    ) -> None:
         self._engine = engine
         self._patience = patience
-        self._on_end = on_end
+        self._on_end, self._on_bytes = on_end, on_bytes
         self._lock = threading.Lock()
         self._stream: Stream | None = None
         self._error: EngineError | None = None
@@ -114,14 +121,19 @@ class Reading:
             self._ask_with(deadline, keep=0)
             asked = self._asked.popleft()
             self._on_the_way -= asked.nbytes
-            assert self._stream is not None
             if asked.name == name and asked.offset == offset and asked.nbytes <= sum(b.nbytes for b in buffers):
-                return self._stream.take(buffers, deadline)
+                return self._take(buffers, deadline)
             asked.data = memoryview(bytearray(asked.nbytes))
-            asked.data = asked.data[: self._stream.take([asked.data], deadline)]
+            asked.data = asked.data[: self._take([asked.data], deadline)]
             if asked.name == name and asked.offset == offset:
                 return self._spread(asked, buffers)
             self._came.append(asked)
+
+    def _take(self, buffers: Sequence[Bytes], deadline: Deadline) -> int:
+        assert self._stream is not None
+        nbytes = self._stream.take(buffers, deadline)
+        self._on_bytes(nbytes)
+        return nbytes
 
     def _spread(self, asked: _Asked, buffers: Sequence[Bytes]) -> int:
         """What came of a range, into buffers; what is more than these take is for later."""
