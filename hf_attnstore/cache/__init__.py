@@ -2,13 +2,15 @@
 
 from . import batch, encoder_decoder  # noqa: F401 each says which models and sessions it serves
 from .cache import AttentionStoreCache
+from .continuous.manager import init_with_store
 from .generate.dispatch import install
 from .generate.wrapper import generate_with_store
-from .hooks import attach, detach, wrap_generate_with
+from .hooks import attach, detach, stand_in
 from .model.tested import warn_if_untested
 from .stats import TurnStats
 
-wrap_generate_with(generate_with_store, install)
+stand_in("generate", generate_with_store, install)
+stand_in("init_continuous_batching", init_with_store)
 install()
 warn_if_untested()
 

@@ -34,17 +34,16 @@ logger = logging.getLogger("hf_attnstore")
 
 _ATTRIBUTE = "_attnstore_attachment"
 _attaching = threading.Lock()
-_wrapper: Callable[..., Any]
-"""What stands in for the `generate` of an attached model; set by who knows how to generate."""
-_wrapping: list[Callable[[], object]] = []
-"""What is done before a model is given that."""
+_stand_ins: dict[str, Callable[..., Any]] = {}
+"""What stands in for methods of an attached model, by their names."""
+_before: list[Callable[[], object]] = []
+"""What is done before a model is given those."""
 
 
-def wrap_generate_with(wrapper: Callable[..., Any], *prepare: Callable[[], object]) -> None:
-    """Sets what stands in for the `generate` of models that are attached from now on, and what is done before that."""
-    global _wrapper
-    _wrapper = wrapper
-    _wrapping[:] = prepare
+def stand_in(name: str, method: Callable[..., Any], *prepare: Callable[[], object]) -> None:
+    """Sets what stands in for a method of models that are attached from now on, and what is done before that."""
+    _stand_ins[name] = method
+    _before.extend(prepare)
 
 
 class Attachment:
@@ -86,8 +85,8 @@ class Attachment:
         self.sees_layers = bool(layers)
         self.devices: list[torch.device | None] = [compute_device(layer) for layer in layers] or [None] * count
         self.computes_on_cpu = all(device is None or device.type == "cpu" for device in self.devices)
-        self.generate: Any = None
-        """An instance attribute `generate` that was there before, if any."""
+        self.replaced: dict[str, Any] = {}
+        """Attributes of the instance that were there before, under the names of what stands in for them now."""
         self._install(model, layers)
 
     def _install(self, model: nn.Module, layers: list[nn.Module]) -> None:
@@ -99,10 +98,13 @@ class Attachment:
             layer.register_forward_pre_hook(functools.partial(_before_layer, number), with_kwargs=True)
             layer.register_forward_hook(functools.partial(_after_layer, number), with_kwargs=True)
         if is_generator(model):
-            for prepare in _wrapping:
+            for prepare in _before:
                 prepare()
-            self.generate = model.__dict__.get("generate")
-            model.__dict__["generate"] = types.MethodType(_wrapper, model)
+            for name, method in _stand_ins.items():
+                if hasattr(model, name):
+                    if name in model.__dict__:
+                        self.replaced[name] = model.__dict__[name]
+                    model.__dict__[name] = types.MethodType(method, model)
 
     def geometry(
         self, model: nn.Module, fingerprint: str, store: AttentionStore | None, ranks: Ranks | None = None
@@ -137,16 +139,16 @@ class Attachment:
         # by what they are, not by handle: in a deep copy of a model, the handles are still those of the original
         for module in model.modules():
             _remove_hooks(module)
-        if _is_wrapper(model.__dict__.get("generate")):
-            del model.__dict__["generate"]
-            if self.generate is not None:
-                model.__dict__["generate"] = self.generate
+        for name, method in _stand_ins.items():
+            if getattr(model.__dict__.get(name), "__func__", None) is method:
+                del model.__dict__[name]
+                if name in self.replaced:
+                    model.__dict__[name] = self.replaced[name]
 
-    def original_generate(self, model: nn.Module) -> Callable[..., Any]:
-        if self.generate is not None:
-            generate: Callable[..., Any] = self.generate
-            return generate
-        return types.MethodType(getattr(type(model), "generate"), model)  # noqa: B009
+    def original(self, model: nn.Module, name: str) -> Callable[..., Any]:
+        """The method that is stood in for."""
+        found: Callable[..., Any] = self.replaced.get(name) or types.MethodType(getattr(type(model), name), model)
+        return found
 
     def __reduce__(self) -> Any:
         """A model that is pickled, or saved with `torch.save`, comes back as one that nothing is attached to."""
@@ -157,7 +159,7 @@ class Attachment:
         twin = object.__new__(type(self))
         memo[id(self)] = twin
         twin.__dict__.update(self.__dict__)
-        twin.generate = copy.deepcopy(self.generate, memo)
+        twin.replaced = copy.deepcopy(self.replaced, memo)
         original = self.fingerprint.model
         twin.fingerprint = fingerprint_of(memo.get(id(original), original))
         twin.pace = Pace()
@@ -311,10 +313,6 @@ def detach(model: nn.Module) -> None:
             for module in model.modules():
                 _remove_hooks(module)
         forget(model)
-
-
-def _is_wrapper(generate: Any) -> bool:
-    return getattr(generate, "__func__", None) is _wrapper
 
 
 def _remove_hooks(module: nn.Module) -> None:

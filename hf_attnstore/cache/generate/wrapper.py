@@ -31,7 +31,7 @@ def generate_with_store(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Stands in for `model.generate`, with the same arguments and the same result."""
     attachment = attachment_of(model)
     assert attachment is not None
-    return generate_around(model, partial(pass_on, attachment.original_generate(model)), args, kwargs)
+    return generate_around(model, partial(pass_on, attachment.original(model, "generate")), args, kwargs)
 
 
 def pass_on(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -25,7 +25,9 @@ _LENGTH_SEEN = "max_seq_len_cached"
 """What rotary embeddings remember of the longest text so far: nothing is reused where frequencies depend on it."""
 _KNOWN_MOVERS = frozenset({"AlignDevicesHook", "SequentialHook", "CpuOffload", "AddHook", "ModelHook"})
 """Of accelerate's hooks, those that only say where something is computed."""
-_NOT_OF_COMPUTING = frozenset({"generate", "prepare_inputs_for_generation", "config", "generation_config"})
+_NOT_OF_COMPUTING = frozenset(
+    "generate init_continuous_batching prepare_inputs_for_generation config generation_config".split()
+)
 _RANDOM = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
 """Modules of torch's that compute something else in training mode."""
 _PLACE = "_attnstore_computing"

@@ -2,8 +2,9 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
+from typing import Protocol
 
 import torch
 
@@ -14,7 +15,6 @@ from ...store.blocks.codecs import codec_named
 from ...store.blocks.keys import RAW, Key
 from ...store.store import AttentionStore
 from ..layers.buffers import empty
-from ..layers.kept import KeptLayer
 from .names import tensor_name
 from .streams import copy_to_host, save_stream
 
@@ -24,6 +24,20 @@ logger = logging.getLogger("hf_attnstore")
 @cache
 def _say_once(what: str, codec: str) -> None:
     logger.warning("%s of a model are kept as they are: what %s does to such was not measured", what, codec)
+
+
+class SavedLayer(Protocol):
+    """What is asked of a layer whose KV is saved: a `KeptLayer`, or whoever has KV elsewhere."""
+
+    may_be_rounded: bool
+
+    def holds(self, start: int, stop: int) -> bool: ...
+
+    def piece(self, start: int, stop: int) -> dict[str, torch.Tensor]: ...
+
+    def tensors(self) -> Iterable[torch.Tensor]: ...
+
+    def keep_until_saved(self, position: int | None) -> None: ...
 
 
 class _Piecewise:
@@ -57,7 +71,7 @@ class BlockSaver:
 
     def __init__(
         self,
-        layers: Sequence[KeptLayer],
+        layers: Sequence[SavedLayer],
         chain: TokenChain,
         store: AttentionStore,
         fingerprint: str,

@@ -1,0 +1,1 @@
+"""The store behind transformers' continuous batching."""

@@ -1,0 +1,374 @@
+"""The store behind transformers' continuous batching: the same tokens, no more fed than has to be, whatever happens."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.tiny_models import make_model, tokens
+from torch import nn
+from transformers import GenerationConfig
+
+pytest.importorskip(
+    "transformers.generation.continuous_batching.cache_allocators", reason="a paged cache of before transformers 5.20"
+)
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
+from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, Scheduler
+
+from hf_attnstore import AttentionStore, AttentionStoreCache, LoadError, attach, detach
+from hf_attnstore.cache.continuous import requests
+
+NEW = 6
+
+
+class Batches:
+    """A model whose batches are counted."""
+
+    def __init__(self, kind: str = "llama-gqa") -> None:
+        self.model = make_model(kind)
+        self.fed: list[int] = []
+        fed = self.fed
+        self.model.register_forward_pre_hook(
+            lambda module, args, kwargs: fed.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+        )
+
+    def config(self, blocks: int = 24, **more: Any) -> ContinuousBatchingConfig:
+        return ContinuousBatchingConfig(**{"num_blocks": blocks, "max_batch_tokens": 256, "page_size": 32, **more})
+
+    def run(
+        self, prompts: list[list[int]], new: int = NEW, rows: int = 1, **config: Any
+    ) -> tuple[list[list[int]], int]:
+        """The answers, and how many tokens were fed for them."""
+        self.fed.clear()
+        several: dict[str, Any] = {"do_sample": True, "top_k": 1, "num_return_sequences": rows} if rows > 1 else {}
+        settings = GenerationConfig(max_new_tokens=new, eos_token_id=-1, **{"do_sample": False, **several})
+        found = self.model.generate_batch(
+            prompts, generation_config=settings, continuous_batching_config=self.config(**config), warmup=False
+        )
+        assert all(output.error is None for output in found.values())
+        return [output.generated_tokens for output in found.values()], sum(self.fed)
+
+    def plain(self, prompts: list[list[int]], new: int = NEW, rows: int = 1) -> tuple[list[list[int]], int]:
+        """The same without a store, by a model that nothing is attached to."""
+        attachment = self.model.__dict__.get("_attnstore_attachment")
+        detach(self.model)
+        found = self.run(prompts, new, rows)
+        if attachment is not None:
+            attach(self.model, attachment.store)
+        return found
+
+
+@pytest.fixture
+def batches() -> Iterator[Batches]:
+    made = Batches()
+    yield made
+    detach(made.model)
+
+
+def prompts_of(*lengths: int, seed: int = 0) -> list[list[int]]:
+    return [tokens(length, seed + number)[0].tolist() for number, length in enumerate(lengths)]
+
+
+def go_on(prompts: list[list[int]], answers: list[list[int]], seed: int = 90) -> list[list[int]]:
+    return [p + a + tokens(3, seed + n)[0].tolist() for n, (p, a) in enumerate(zip(prompts, answers, strict=True))]
+
+
+def fed_after(history: int, prompts: list[list[int]], new: int = NEW) -> int:
+    """Tokens that have to be fed where the first `history` of each prompt are known: what is new, and what is
+    generated but for the last."""
+    return sum(len(prompt) - history for prompt in prompts) + (new - 1) * len(prompts)
+
+
+def test_turns_feed_what_is_new_in_this_process_and_the_next(batches: Batches, tmp_path: Path) -> None:
+    prompts = prompts_of(70, 33, 101)
+    with AttentionStore(tmp_path, block_size=16) as store:
+        attach(batches.model, store)
+        answers, fed = batches.run(prompts)
+        assert (answers, fed) == batches.plain(prompts)
+        second = go_on(prompts, answers)
+        found, fed = batches.run(second)
+        assert found == batches.plain(second)[0]
+        assert fed == sum(1 + 3 + NEW - 1 for _ in second)  # the last token of an answer was never fed
+        stats = store.stats()
+        assert stats["reused_tokens"] == sum(len(p) + NEW - 1 for p in prompts)
+        assert stats["loaded_bytes"] == stats["reused_tokens"] * 2 * 2 * 2 * 12 * 4  # layers, keys and values, heads
+        assert stats["saved_blocks"] > 0
+    detach(batches.model)
+    with AttentionStore(tmp_path, memory=0) as store:
+        attach(batches.model, store)
+        third = go_on(second, found)
+        again, fed = batches.run(third)
+        assert again == batches.plain(third)[0]
+        assert fed == sum(1 + 3 + NEW - 1 for _ in third)
+        assert store.stats()["loaded_bytes"] > 0
+
+
+def test_it_finds_what_generate_saved_and_generate_what_it_saved(batches: Batches, store: AttentionStore) -> None:
+    model = batches.model
+    attach(model, store)
+    prompt = tokens(90)
+    cache = AttentionStoreCache(model, "a", store)
+    whole = model.generate(prompt, past_key_values=cache, max_new_tokens=NEW, do_sample=False)
+    longer = [[*whole[0].tolist(), 5, 6, 7]]
+    answers, fed = batches.run(longer)
+    assert answers == batches.plain(longer)[0]
+    assert fed == 4 + NEW - 1
+    following = torch.tensor([longer[0] + answers[0] + [8, 9]])
+    batches.fed.clear()
+    found = model.generate(following, max_new_tokens=NEW, do_sample=False)
+    assert batches.fed[0] == 3
+    detach(model)
+    assert torch.equal(found, model.generate(following, max_new_tokens=NEW, do_sample=False))
+
+
+@pytest.mark.parametrize("common", [1, 15, 16, 31, 32, 33, 40, 63, 64])
+def test_prompts_that_part_anywhere_share_their_beginning_token_by_token(
+    batches: Batches, store: AttentionStore, common: int
+) -> None:
+    """Blocks have 16 tokens, pages 32: what is filled of a page is the request's own."""
+    attach(batches.model, store)
+    first, other = prompts_of(80, 80)
+    batches.run([first])
+    parted = first[:common] + [(t + 1) % 100 for t in first[common : common + 1]] + other[common + 1 :]
+    answers, fed = batches.run([parted, first])
+    expected, _ = batches.plain([parted, first])
+    assert answers == expected
+    assert fed == (80 - common) + 1 + 2 * (NEW - 1)
+
+
+def test_a_cancelled_request_keeps_what_it_has(batches: Batches, store: AttentionStore) -> None:
+    model = batches.model
+    attach(model, store)
+    prompt = tokens(75)[0].tolist()
+    manager = model.init_continuous_batching(
+        generation_config=GenerationConfig(max_new_tokens=400, do_sample=False, eos_token_id=-1),
+        continuous_batching_config=batches.config(),
+    )
+    manager.start()
+    try:
+        name = manager.add_request(prompt, streaming=True)
+        seen: list[int] = []
+        while len(seen) < 3:
+            output = manager.get_result(timeout=60)
+            assert output is not None
+            seen = list(output.generated_tokens)
+        manager.cancel_request(name)
+    finally:
+        manager.stop(block=True, timeout=60)
+    following = [prompt + seen + [4, 5]]
+    answers, fed = batches.run(following)
+    assert answers == batches.plain(following)[0]
+    assert fed <= 2 + 1 + NEW - 1
+
+
+@pytest.mark.parametrize("rows", [2, 3])
+def test_several_answers_to_one_prompt(batches: Batches, store: AttentionStore, rows: int) -> None:
+    attach(batches.model, store)
+    prompts = prompts_of(70, 50)
+    batches.run(prompts)
+    answers, fed = batches.run(prompts, rows=rows)
+    expected, all_of_it = batches.plain(prompts, rows=rows)
+    assert answers == expected
+    assert fed <= all_of_it - 100
+
+
+def test_requests_that_had_to_give_way_come_back_from_the_store(batches: Batches, store: AttentionStore) -> None:
+    """Pages for one of them at most: the others are soft-reset again and again."""
+    prompts = prompts_of(90, 91, 92, 93)
+    small: dict[str, Any] = {"blocks": 5, "max_batch_tokens": 128, "cpu_offload_space": 0.0}
+    expected = batches.plain(prompts, new=40)[0]
+    _, without = batches.run(prompts, new=40, **small)
+    attach(batches.model, store)
+    answers, fed = batches.run(prompts, new=40, **small)
+    assert answers == expected
+    assert fed <= without
+    following = go_on(prompts, answers)
+    answers, fed = batches.run(following, **small)
+    assert answers == batches.plain(following)[0]
+    assert fed < 4 * 130 / 4
+
+
+def test_weights_that_change_in_a_pause_leave_no_old_page_behind(
+    batches: Batches, store: AttentionStore, log: pytest.LogCaptureFixture
+) -> None:
+    model = batches.model
+    attach(model, store)
+    prompt = tokens(100)[0].tolist()
+    manager = model.init_continuous_batching(
+        generation_config=GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=-1),
+        continuous_batching_config=batches.config(),
+    )
+    if not hasattr(manager, "pause"):
+        pytest.skip("the manager of this transformers can't be paused")
+    manager.start()
+
+    def ask() -> list[int]:
+        name = manager.add_request(prompt)
+        output = manager.get_result(name, timeout=60)
+        assert output is not None
+        return list(output.generated_tokens)
+
+    try:
+        before = ask()
+        with manager.pause(), torch.no_grad():
+            model.lm_head.weight.copy_(model.lm_head.weight.roll(7, 0))
+            for layer in model.model.layers:
+                layer.self_attn.v_proj.weight.mul_(-3.0)
+        after = ask()
+        again = ask()
+    finally:
+        manager.stop(block=True, timeout=60)
+    expected = batches.plain([prompt])[0][0]
+    assert before != expected
+    assert after == again == expected
+    assert "shares no pages any more" in log.text
+
+
+@pytest.mark.parametrize("fault", ["load", "anything", "save", "identity"])
+def test_a_fault_costs_the_store_and_not_the_loop(
+    batches: Batches, store: AttentionStore, fault: str, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
+) -> None:
+    prompts = prompts_of(70, 60)
+    attach(batches.model, store)
+    batches.run(prompts)
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise LoadError("made up") if fault == "load" else RuntimeError("made up")
+
+    if fault == "save":
+        monkeypatch.setattr(requests.BlockSaver, "finish", fail)
+    elif fault == "identity":
+        monkeypatch.setattr(requests, "adapter_problem", fail)
+    else:
+        monkeypatch.setattr(type(store), "load", fail)
+    answers, fed = batches.run(prompts)
+    monkeypatch.undo()
+    expected, without = batches.plain(prompts)
+    assert answers == expected
+    assert (fed == without) == (fault in ("load", "anything", "identity"))
+    assert ("goes on without the store" in log.text) == (fault != "load")
+    assert batches.run(prompts)[1] == 2 * NEW, "the next manager tries again"
+
+
+def test_a_damaged_block_is_computed(batches: Batches, tmp_path: Path) -> None:
+    prompts = prompts_of(70)
+    with AttentionStore(tmp_path, block_size=16) as store:
+        attach(batches.model, store)
+        batches.run(prompts)
+    for file in (tmp_path / "blocks").rglob("*.safetensors"):
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 64
+        file.write_bytes(bytes(content))
+    with AttentionStore(tmp_path, memory=0) as store:
+        attach(batches.model, store)
+        answers, fed = batches.run(prompts)
+        assert (answers, fed) == batches.plain(prompts)
+        assert store.stats()["reused_tokens"] == 0
+
+
+def test_pages_of_a_failed_batch_are_not_kept(
+    batches: Batches, store: AttentionStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = batches.model
+    attach(model, store)
+    prompt = tokens(70)[0].tolist()
+    attention = model.model.layers[1].self_attn
+    forward = type(attention).forward
+
+    def broken(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self is attention:
+            raise RuntimeError("made up")
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(attention), "forward", broken)
+    settings = GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=-1)
+    model.generate_batch(
+        [prompt], generation_config=settings, continuous_batching_config=batches.config(), warmup=False
+    )
+    monkeypatch.undo()
+    store.flush()
+    answers, fed = batches.run([prompt])
+    assert (answers, fed) == batches.plain([prompt])
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gemma3"])
+def test_models_with_other_layers_are_served_without(
+    kind: str, store: AttentionStore, log: pytest.LogCaptureFixture
+) -> None:
+    batches = Batches(kind)
+    prompts = prompts_of(60)
+    expected = batches.run(prompts)
+    attach(batches.model, store)
+    assert batches.run(prompts) == expected
+    assert batches.run(prompts) == expected
+    assert "goes on without the store" in log.text
+
+
+def test_what_another_namespace_computed_is_not_found(batches: Batches, tmp_path: Path) -> None:
+    prompts = prompts_of(70)
+    with AttentionStore(tmp_path, block_size=16, encryption_key=bytes(range(32)).hex()) as store:
+        for user, fed in (("alice", 70 + NEW - 1), ("bob", 70 + NEW - 1), ("alice", NEW)):
+            attach(batches.model, store.in_namespace(user))
+            assert batches.run(prompts) == (batches.plain(prompts)[0], fed)
+
+
+def test_one_configuration_may_serve_two_models(batches: Batches, store: AttentionStore) -> None:
+    other = Batches()
+    with torch.no_grad():
+        other.model.model.layers[0].self_attn.k_proj.weight.mul_(-2.0)
+    prompts = prompts_of(70)
+    config = batches.config()
+    before = set(SCHEDULER_MAPPING)
+    answers = []
+    for made in (batches, other, batches, other):
+        attach(made.model, store)
+        settings = GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=-1)
+        found = made.model.generate_batch(
+            prompts, generation_config=settings, continuous_batching_config=config, warmup=False
+        )
+        answers.append([output.generated_tokens for output in found.values()])
+    assert config.scheduler_type == batches.config().scheduler_type
+    assert answers == 2 * [batches.plain(prompts)[0], other.plain(prompts)[0]]
+    assert set(SCHEDULER_MAPPING) == before, "schedulers of managers that are gone are gone"
+
+
+def test_many_users_over_many_turns(batches: Batches, store: AttentionStore) -> None:
+    """Eight users, five turns, pages for about half of them at once."""
+    attach(batches.model, store)
+    prompts = prompts_of(*range(30, 70, 5))
+    total = 0
+    for turn in range(5):
+        answers, fed = batches.run(prompts, blocks=14)
+        expected, all_of_it = batches.plain(prompts)
+        assert answers == expected
+        if turn:
+            assert fed <= 8 * (4 + NEW - 1) + 64, all_of_it
+        total += len(prompts)
+        prompts = go_on(prompts, answers, seed=200 + 10 * turn)
+    assert total == 40
+
+
+def test_the_seams_are_where_they_were() -> None:
+    """What the scheduler and the pages use of transformers, so that a release that moves it is noticed here."""
+
+    def names(function: Any) -> list[str]:
+        return list(inspect.signature(function).parameters)
+
+    assert names(Scheduler.__init__)[:2] == ["self", "cache"]
+    assert names(Scheduler._infer_request_tokens)[:2] == ["self", "state"]
+    assert names(Scheduler.finish_request) == ["self", "request_id"]
+    assert names(Scheduler.clear_cancelled_requests) == ["self"]
+    assert names(PagedAttentionCache.can_store_request_tokens)[:3] == ["self", "state", "request_len"]
+    assert names(PagedAttentionCache.extend_read_and_write_indices)[1:] == [
+        "request_id",
+        "past_length",
+        "query_length",
+        "read_index",
+        "write_index",
+    ]
+    assert hasattr(PagedAttentionCache, "evict_cached_blocks")
