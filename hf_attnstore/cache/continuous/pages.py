@@ -20,14 +20,15 @@ class Pages:
     """The pages of one `PagedAttentionCache`.
 
     Args:
-        layers: how many layers the model keeps something of.
+        may_be_rounded: of each layer that the model keeps something of, whether a codec may round it.
 
     Raises:
         UnsupportedModelError: there are layers whose pages the store can't fill.
     """
 
-    def __init__(self, cache: Any, layers: int) -> None:
-        self._cache = cache
+    def __init__(self, cache: Any, may_be_rounded: list[bool]) -> None:
+        self._cache, self.may_be_rounded = cache, may_be_rounded
+        layers = len(may_be_rounded)
         kinds = list(cache.cache_allocators)
         if kinds != ["full_attention"]:
             raise UnsupportedModelError(f"layers of kind {', '.join(kinds)} are not only those of full attention")

@@ -33,10 +33,9 @@ logger = logging.getLogger("hf_attnstore")
 class _Layer:
     """A layer of one request, for `BlockSaver`."""
 
-    may_be_rounded = True
-
-    def __init__(self, pages: Pages, number: int, where: Callable[[int, int], Runs]) -> None:
+    def __init__(self, pages: Pages, number: int, where: Callable[[int, int], Runs], may_be_rounded: bool) -> None:
         self._pages, self._number, self._where = pages, number, where
+        self.may_be_rounded = may_be_rounded
 
     def holds(self, start: int, stop: int) -> bool:
         return True
@@ -70,7 +69,7 @@ class _Saving:
                 self._known = {(start, stop): pages.runs(request_id, start, stop)}
             return self._known[start, stop]
 
-        layers = [_Layer(pages, number, where) for number in range(pages.layers)]
+        layers = [_Layer(pages, number, where, may) for number, may in enumerate(pages.may_be_rounded)]
         self.saver = BlockSaver(layers, chain, store, computed_by[0])
 
     def grow(self, ids: list[int]) -> None:
@@ -99,7 +98,7 @@ class StoredRequests:
         others = {layer.kind for layer in layers if type(layer) is not FullLayer}
         if others:
             raise UnsupportedModelError(f"it has layers of kind {', '.join(sorted(others))}")
-        return Pages(self._paged, len(layers))
+        return Pages(self._paged, [layer.may_be_rounded for layer in layers])
 
     # what is known of a request
 
