@@ -224,7 +224,7 @@ def hand_over(turn: "Turn", encoder: EncoderOutput) -> None:
     size = held.chain.block_size
     chain = TokenChain(_root(held, encoder), size, unit_ids(positions, size), secret=store.secret)
     keys = tuple(chain.key(number) for number in range(-(-positions // size)))
-    if store.known(keys) == len(keys):
+    if all(map(store.has, keys)):
         encoder.blocks = keys
         return
     saver = BlockSaver(encoder.side.layers, chain, store, held.fingerprint)

@@ -62,7 +62,7 @@ def plan_load(turn: Turn, spans: Sequence[Span], length: int, checkpoint: Checkp
     began = time.perf_counter()
     load = plan_restore(
         held.layers, attachment.devices, spans, length, held.whole_from(length), setup.store, attachment.pace, geometry,
-        checkpoint,
+        checkpoint, setup.gate.estimate(length) if setup.gate.enabled else None,
     )  # fmt: skip
     held.states_at = length
     if checkpoint is not None:

@@ -171,8 +171,11 @@ class BlockStore(OpenStore):
         """Has memory keep what a lossy codec makes of a block."""
         self._as_kept(block)
 
-    def load(self, stages: Sequence[Stage]) -> Load:
+    def load(self, stages: Sequence[Stage], patience: float | None = None) -> Load:
         """Opens the blocks of all stages and returns a load, of which nothing is requested yet.
+
+        Args:
+            patience: seconds that an engine may be waited for, all told: what computing would take.
 
         Raises:
             LoadError: a block is missing or damaged.
@@ -182,6 +185,10 @@ class BlockStore(OpenStore):
         keys = list(dict.fromkeys(key for stage in stages for key in stage.needs()))
         found = self._open(keys)
         names = {key: name for key, (name, _) in found.items()}
+        if patience is not None:
+            for _, source in found.values():
+                if isinstance(source, StoredBlock):
+                    source.wait_at_most(patience)
         if all(stage.device is None or stage.device.type == "cpu" for stage in stages):
             self._bring_whole(found)
         self._memory.touch(keys)
@@ -205,18 +212,23 @@ class BlockStore(OpenStore):
             LoadError: one can't be read, or is damaged; all are closed.
         """
         eager = {tier.name for tier in self._lower if tier.whole}
-        bring = [(key, name, s) for key, (name, s) in found.items() if name in eager and isinstance(s, StoredBlock)]
-        for _, _, source in bring:
+        bring: list[tuple[Key, StoredBlock, int]] = []
+        for key, (name, source) in found.items():
+            if name in eager and isinstance(source, StoredBlock):
+                size = sum(spec.nbytes for spec in source.specs().values())
+                if not self.reserve(size):
+                    break  # the rest comes layer by layer
+                bring.append((key, source, size))
+        for _, source, _ in bring:
             source.will_need(source.specs())
-        for key, name, source in bring:
-            size = source.kept_bytes
-            if not self.reserve(size):
-                return  # the rest comes layer by layer
+        while bring:
+            key, source, size = bring[0]
+            name = found[key][0]
             try:
-                block = source.as_kept()
+                block = Block(source.read_meta(), source.fetch(source.specs()))
                 block.check_finite()
             except BaseException as error:
-                self._memory.release(size)
+                self._memory.release(sum(size for _, _, size in bring))
                 for _, other in found.values():
                     if isinstance(other, StoredBlock):
                         other.close()
@@ -225,6 +237,7 @@ class BlockStore(OpenStore):
                 raise
             source.close()
             found[key] = name, block
+            del bring[0]
             if self._memory.put(block):
                 self._writer.submit(partial(self._write, block, None))
 
@@ -240,7 +253,8 @@ class BlockStore(OpenStore):
         """A block from the tier `name` could not be used, nor then what is above it, or a copy of it on disk."""
         last = max(1, [tier.name for tier in self._tiers].index(name))
         for tier in self._tiers[: last + 1]:
-            tier.failed(key, error)
+            if tier.name == name or tier.find([key]):
+                tier.failed(key, error)
 
     # saving blocks
 

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from support.chat_fixtures import tiny_model, tiny_tokenizer
 from support.engines import Valkey
 from support.faulty import Fault, FaultyProxy
 from support.tiny_models import BLOCK, make_model, tokens
 from support.turns import Reference, assert_reused, assert_same, expected_load, follow_up, turn
 
-from hf_attnstore import AttentionStore, AttentionStoreCache
+from hf_attnstore import AttentionStore, AttentionStoreCache, ChatSession
 from hf_attnstore.errors import EncryptionKeyError
 from hf_attnstore.store.shared import tier
 
@@ -299,3 +300,21 @@ def test_what_waits_to_go_up_is_bounded_and_the_oldest_is_left_out(tmp_path: Pat
         store.flush()
         assert store._shared._uploads.nbytes <= 20 << 10
         assert store.stats()["shared_dropped_blocks"] == 13 - 3
+
+
+def test_a_chat_goes_on_on_another_machine_as_if_it_had_stayed(tmp_path: Path, url: str) -> None:
+    tokenizer, greedy = tiny_tokenizer(), {"max_new_tokens": 8, "do_sample": False}
+    model = tiny_model(tokenizer)
+    said = ["the old prince said nothing", "then the other officer answered", "and the mother rose"]
+    with machine(tmp_path / "stays", "") as store:
+        chat = ChatSession(model, tokenizer, store, "alice")
+        stayed = [(chat.send(text, **greedy), chat.stats.reused_tokens) for text in said]
+    with machine(tmp_path / "one", url) as one, machine(tmp_path / "two", url) as two:
+        for number, text in enumerate(said):
+            store = (one, two)[number % 2]
+            chat = ChatSession(model, tokenizer, store, "alice")
+            assert (chat.send(text, **greedy), chat.stats.reused_tokens) == stayed[number]
+            assert [message["content"] for message in chat.history[::2]] == said[: number + 1]
+            chat.close()
+            store.flush()
+    assert stayed[2][1] > 30

@@ -42,6 +42,9 @@ class Ranges(ABC):
     def will_need(self, offset: int, nbytes: int) -> None:  # noqa: B027 some are at hand
         """A range will be read: has it brought near, in the background; returns at once."""
 
+    def wait_at_most(self, seconds: float) -> None:  # noqa: B027 files are not waited for
+        """From now on its bytes, and those that were opened with them, are waited for so long, all told."""
+
     def at_hand(self, size: int) -> bool:
         """Whether nothing of the `size` bytes need be waited for."""
         return False
@@ -109,6 +112,10 @@ class StoredBlock:
         """Whether all of it was at hand when it was opened, as far as can be told from a few places: then asking for
         it ahead of use brings nothing."""
         return self._at_hand
+
+    def wait_at_most(self, seconds: float) -> None:
+        """See `Ranges`."""
+        self._ranges.wait_at_most(seconds)
 
     def close(self) -> None:
         self._ranges.close()

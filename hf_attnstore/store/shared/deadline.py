@@ -55,6 +55,8 @@ class Breaker:
     def failed(self) -> None:
         """The engine did not answer, or not in time."""
         with self._lock:
+            if self._pause and self._clock() < self._until:
+                return  # others have said so
             self._pause = min(max(2 * self._pause, FIRST_PAUSE), _LONGEST_PAUSE)
             self._until = self._clock() + self._pause
 

@@ -217,7 +217,7 @@ class SharedTier(Tier):
 
     def failed(self, key: Key, error: LoadError) -> None:
         """A block that is not what it should be is removed for everybody: whoever computes it next puts it there."""
-        self._saw({key: 0}, _GONE)
+        self._saw({key: 0}, _FRESH if error.transient else _GONE)
         if not error.transient:
             self._accounts.count("rejected")
             self._accounts.warn_once("rejected", f"a block of the shared tier can't be used, it is recomputed: {error}")

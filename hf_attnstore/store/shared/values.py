@@ -13,6 +13,9 @@ from .engine import Edges, Engine, EngineError, Stream
 MOST_ASKED = 16 << 20
 """Bytes that are asked for and not taken at any moment: a server holds in its memory what nobody reads."""
 
+_LEAST_PATIENCE = 0.1
+"""Seconds: short texts are computed in no time, and an engine is not ill because it takes longer than that."""
+
 
 @dataclass
 class _Asked:
@@ -67,6 +70,10 @@ class Reading:
                     self._stream.close(reuse=self._error is None)
                 if self._error is None:
                     self._on_end(None)
+
+    def wait_at_most(self, seconds: float) -> None:
+        """From now on; a moment at least."""
+        self._patience = min(self._patience, max(seconds, _LEAST_PATIENCE))
 
     def will_need(self, name: str, offset: int, nbytes: int) -> None:
         """A range will be read. Ranges that follow each other are asked for as one, and so the last waits for the next
@@ -198,6 +205,9 @@ class Value(Ranges):
         if not wanted:
             return 0
         return self._reading.read(self._name, offset, buffers)
+
+    def wait_at_most(self, seconds: float) -> None:
+        self._reading.wait_at_most(seconds)
 
     def will_need(self, offset: int, nbytes: int) -> None:
         begin = max(offset, len(self._edges.head))
