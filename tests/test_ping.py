@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 from support.engines import Valkey
+from support.store_blocks import make_chain, save
 from typer.testing import CliRunner
 
 from hf_attnstore.cli.app import app
+from hf_attnstore.store import AttentionStore
 
 
 def test_ping_says_what_the_engine_is_and_what_is_unsafe_and_leaves_nothing_there(tmp_path: Path) -> None:
@@ -52,3 +54,27 @@ def test_a_conversation_moves_between_two_machines(tmp_path: Path) -> None:
         assert turn["alone"]["reused"] < turn["with"]["reused"]
         assert turn["with"]["ids"] == turn["alone"]["ids"]
         assert turn["with"]["down"] > 0
+
+
+def test_verify_reads_what_is_shared_and_ls_lists_sessions_of_other_machines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = Valkey(tmp_path)
+    try:
+        with AttentionStore(tmp_path / "one", block_size=16, shared=server.url) as store:
+            save(store, make_chain(list(range(40)), 16), "alice")
+        AttentionStore(tmp_path / "two", block_size=16, shared="").close()
+        monkeypatch.setenv("ATTNSTORE_SHARED", server.url)
+        at = ["--store", str(tmp_path / "two")]
+        assert "alice" in CliRunner().invoke(app, ["ls", *at]).output
+        result = CliRunner().invoke(app, ["verify", "--shared", *at])
+        assert result.exit_code == 0, result.output
+        assert "3 blocks" in result.output
+        name = server.keys("attnstore:b:*")[0]
+        server.ask("SETRANGE", name, "1500", "damage")
+        result = CliRunner().invoke(app, ["verify", "--shared", "--json", *at])
+        assert result.exit_code == 1
+        (problem,) = json.loads(result.output)["problems"]
+        assert problem["where"] == name
+    finally:
+        server.kill()

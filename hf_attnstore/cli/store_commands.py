@@ -243,12 +243,18 @@ def fork(src: str, dst: str, store: Store = None, namespace: Namespace = "") -> 
         it.fork(src, dst)
 
 
-def verify(store: Store = None, as_json: Json = False) -> None:
+def verify(
+    store: Store = None,
+    shared: Annotated[
+        bool, typer.Option("--shared", help="Read the blocks of the shared tier (ATTNSTORE_SHARED) instead.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Read everything in a store and say what is not as it was written. Changes nothing; exits with 1 if anything is
     wrong.
     """
     with opened(store) as it, _bar("checking") as tell:
-        report = it.verify(tell)
+        report = it.verify(tell, shared=shared)
     _show_report(report, as_json)
     if report.problems:
         raise typer.Exit(1)

@@ -10,7 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import AttentionStoreError, SessionBusyError, SessionNotFoundError, StoreClosedError
+from ..errors import (
+    AttentionStoreError,
+    LoadError,
+    SessionBusyError,
+    SessionNotFoundError,
+    SharedTierError,
+    StoreClosedError,
+)
 from .blocks.codecs import known_codecs
 from .blocks.keys import Key, chain_root, decode_tokens
 from .blocks.vault import parse_key
@@ -326,14 +333,31 @@ class AttentionStore(UpcomingTurns):
                     view.delete(name)
                     logger.info("session %r was deleted: no turn for %g days", name, self._expiry.days)
 
-    def verify(self, progress: Progress = no_progress) -> Report:
+    def verify(self, progress: Progress = no_progress, *, shared: bool = False) -> Report:
         """Reads everything on disk and says what is not as it was written. Changes nothing; see `repair_store`.
+
+        Args:
+            shared: looks at the blocks of the shared tier instead. What is wrong there goes when it is next used.
 
         Raises:
             StoreIOError: the disk would not.
+            SharedTierError: there is no shared tier, or its engine does not answer.
         """
         self._settle()
-        return verify(self._disk, progress)
+        if not shared:
+            return verify(self._disk, progress)
+        if self._shared is None:
+            raise SharedTierError("there is no shared tier: name one with shared=, or in ATTNSTORE_SHARED")
+        report = Report()
+
+        def note(name: str, nbytes: int, error: LoadError | None) -> None:
+            report.blocks += 1
+            report.bytes += nbytes
+            if error is not None:
+                report.add("damaged block", name, error)
+
+        self._shared.check(note, progress)
+        return report
 
     def collect_garbage(
         self, *, unowned: bool = False, dry_run: bool = False, progress: Progress = no_progress

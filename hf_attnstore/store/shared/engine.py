@@ -165,6 +165,10 @@ class Engine(ABC):
     def drop_note(self, name: str, member: bytes, deadline: Deadline) -> None:  # noqa: B027
         """Lets go of an entry."""
 
+    def names(self, begin: str, deadline: Deadline) -> list[str]:
+        """The names of all values that begin like this, for who looks after them; an engine may tell none."""
+        return []
+
     # records of sessions; engines may go without
 
     def value(self, name: str, deadline: Deadline) -> bytes:

@@ -18,6 +18,7 @@ from ..blocks.keys import Key, block_key, common_prefix
 from ..blocks.stored import StoredBlock
 from ..blocks.tier import Source, Tier
 from ..blocks.vault import Vault
+from ..disk.rebuild import Progress
 from ..index.counts import Accounts
 from ..processes.forking import watch
 from ..processes.threads import RightOfWay
@@ -35,6 +36,8 @@ _GONE = 30.0
 """Seconds for which a block that could not be used is not looked for again."""
 _SLOWEST = 16 << 20
 """Bytes a second below which a put is given up."""
+_PATIENT = 60.0
+"""Seconds for what nobody's turn waits for."""
 _REMEMBERED = 65_536
 _FINGERPRINT = re.compile("[0-9a-f]{16,128}")
 
@@ -189,14 +192,17 @@ class SharedTier(Tier):
         if not wanted or not self.breaker.well:
             return {}
         try:
-            with self.asking():
-                names = [self.value(key) for key in wanted]
-                edges = self.engine.edges(names, HEAD, self._tail, Deadline(self.timeout))
+            return self._opened(wanted, self.timeout)
         except EngineError:
             return {}
+
+    def _opened(self, wanted: Sequence[Key], seconds: float) -> Mapping[Key, Callable[[], StoredBlock]]:
+        with self.asking():
+            names = [self.value(key) for key in wanted]
+            edges = self.engine.edges(names, HEAD, self._tail, Deadline(seconds))
         came = partial(self._accounts.count, "shared_read_bytes")
         came(sum(len(edge.head) + len(edge.tail) for edge in edges))
-        reading = Reading(self.engine, self.timeout, self._went, came)
+        reading = Reading(self.engine, seconds, self._went, came)
         return {
             key: partial(self._open, key, reading, edge) for key, edge in zip(wanted, edges, strict=True) if edge.size
         }
@@ -222,6 +228,40 @@ class SharedTier(Tier):
             self._accounts.count("rejected")
             self._accounts.warn_once("rejected", f"a block of the shared tier can't be used, it is recomputed: {error}")
             self.delete([key])
+
+    def check(self, report: Callable[[str, int, LoadError | None], None], progress: Progress) -> None:
+        """Reads all blocks of the prefix. Changes nothing.
+
+        Args:
+            report: told of each its name, its bytes, and what is wrong with it.
+
+        Raises:
+            SharedTierError: the engine does not answer.
+        """
+        try:
+            with self.asking():
+                keys = [_key_of(name) for name in self.engine.names(self.value(b""), Deadline(_PATIENT))]
+            for number, key in enumerate(keys):
+                progress("shared blocks", number + 1, len(keys))
+                for opens in self._opened([key], _PATIENT).values():
+                    self._check(key, opens, report)
+        except EngineError as error:
+            raise SharedTierError(str(error.strerror)) from error
+
+    def _check(
+        self,
+        key: Key,
+        opens: Callable[[], StoredBlock],
+        report: Callable[[str, int, LoadError | None], None],
+    ) -> None:
+        try:
+            with opens() as block:
+                block.verify()
+                report(self.value(key), block.layout.file_bytes, None)
+        except LoadError as error:
+            if error.transient:
+                raise SharedTierError(f"the shared tier can't be read: {error}") from error
+            report(self.value(key), 0, error)
 
     # by content
 
@@ -386,6 +426,14 @@ class SharedTier(Tier):
         self.engine.note(self._followers(meta.parent), key, sealed, patience, self._ttl)
         self._accounts.count_all({"shared_blocks": 1, "shared_bytes": size})
         return meta.parent
+
+
+def _key_of(name: str) -> Key:
+    """Of the block that a value is; of one that is none, a key that no block has."""
+    try:
+        return bytes.fromhex(name.rpartition(":")[2])
+    except ValueError:
+        return name.encode()
 
 
 def _encoded(source: Source, vault: Vault) -> tuple[BlockMeta, Sequence[Bytes]]:

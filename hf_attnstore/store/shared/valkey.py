@@ -135,6 +135,18 @@ class ValkeyEngine(Engine):
     def drop_note(self, name: str, member: bytes, deadline: Deadline) -> None:
         self._ask([("HDEL", name, member)], deadline)
 
+    def names(self, begin: str, deadline: Deadline) -> list[str]:
+        found: dict[str, None] = {}
+        cursor, pattern = b"0", "".join(f"\\{c}" if c in "*?[]^\\" else c for c in begin) + "*"
+        while True:
+            (reply,) = self._ask([("SCAN", cursor, "MATCH", pattern, "COUNT", 1000)], deadline)
+            if not isinstance(reply, list) or not isinstance(reply[0], bytes) or not isinstance(reply[1], list):
+                raise self._error("its answer makes no sense")
+            found |= dict.fromkeys(name.decode() for name in reply[1] if isinstance(name, bytes))
+            cursor = reply[0]
+            if cursor == b"0":
+                return list(found)
+
     def value(self, name: str, deadline: Deadline) -> bytes:
         (reply,) = self._ask([("GET", name)], deadline)
         return reply if isinstance(reply, bytes) else b""
