@@ -89,6 +89,12 @@ def packages_installed(name: str) -> bool:
     return importlib.util.find_spec("gguf") is not None and all(_file(module, file) for module, file in parts)
 
 
+def gguf_file(name: str) -> Path | None:
+    """The GGUF file of a model whose package has it whole; None where it is not installed, or comes in parts."""
+    parts = REAL_MODELS[name].parts
+    return _file(*parts[0]) if len(parts) == 1 else None
+
+
 def _file(module: str, file: str) -> Path | None:
     """Where a package has a file. The package is not imported: what it depends on may not be there."""
     spec = importlib.util.find_spec(module)

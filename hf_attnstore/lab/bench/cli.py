@@ -14,9 +14,11 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from hf_attnstore.lab.bench.dialogues_cli import dialogues
 from hf_attnstore.lab.bench.gate_cli import gate
 from hf_attnstore.lab.bench.one_line import errors_in_one_line
 from hf_attnstore.lab.bench.overlap_cli import overlap, write_timeline
+from hf_attnstore.lab.bench.peers_cli import peers
 from hf_attnstore.lab.bench.queue_cli import queue
 from hf_attnstore.lab.bench.reliability_cli import index, store
 from hf_attnstore.lab.bench.study_cli import truncation
@@ -119,6 +121,15 @@ app.command("queue", hidden=True)(queue)
 app.command("overlap", hidden=True)(overlap)
 app.command("index", hidden=True)(index)
 app.command("store", hidden=True)(store)
+app.command("truncation")(truncation)
+app.command("thinking")(thinking)
+app.command("dialogues")(dialogues)
+app.command("peers")(peers)
+app.command("gate")(gate)
+app.command("queue")(queue)
+app.command("overlap")(overlap)
+app.command("index")(index)
+app.command("store")(store)
 
 
 def parse_histories(values: list[str]) -> list[int]:

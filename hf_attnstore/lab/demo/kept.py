@@ -6,6 +6,7 @@ keeps the parts. So there, what the store gives has to be what this gives, token
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -57,6 +58,12 @@ class KeptCache:
         timed_generate(self.model, self.tokenizer, list(prompt), run, max_new_tokens=max_new_tokens, **options)
         self._held = [*prompt, *run.ids][: self._cache.get_seq_length()]
         return run.ids
+
+    def fork(self) -> KeptCache:
+        """Another one with what this one has computed."""
+        other = copy.copy(self)
+        other._cache = copy.deepcopy(self._cache)
+        return other
 
     def feed(self, ids: Sequence[int], at_once: int) -> None:
         """Computes what is not held of `ids`, so many tokens at a time."""

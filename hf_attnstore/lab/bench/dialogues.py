@@ -1,0 +1,201 @@
+"""Whole conversations through a store that is opened anew for every turn, token by token beside the same without.
+
+Each dialogue is said turn by turn; then it is forked, its last answer is asked for again, greedily under another
+setting and sampled, and its second message is edited. Every answer is compared with that of a cache that is kept in
+memory and with that of plain `generate`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hf_attnstore import AttentionStore, ChatSession
+from hf_attnstore.chat.timed import GenerateRun, timed_generate
+from hf_attnstore.lab.bench.shapes import BenchError
+from hf_attnstore.lab.demo.kept import KeptCache
+from hf_attnstore.session.chain import common_prefix
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DIALOGUES = (
+    ("Name three colours.", "Which of them is the sky?", "And at night?"),
+    ("I have two apples and buy four. How many are there?", "I eat one of them.", "Can two friends share the rest?"),
+    ("Write the first line of a poem about rain.", "Now the second one.", "Give it a title."),
+    ("What does a baker do?", "When does he get up?", "Say it as a child would."),
+    ("My name is Ada, and I live in Turin.", "What is my name?", "In which country do I live?"),
+)  # fmt: skip
+ANOTHER, EDITED = "Say that in other words.", "No, tell me of ships instead."
+PENALTY = {"repetition_penalty": 1.3}
+SAMPLED = {"do_sample": True, "temperature": 1.0, "top_k": 50}
+
+
+@dataclass
+class Answer:
+    """One answer of a dialogue, and what the same prompt gives otherwise."""
+
+    kind: str
+    """`turn`, `fork`, `again` (a retry under another setting), `sampled` or `edited`."""
+    prompt_tokens: int
+    known_tokens: int
+    """Tokens of the prompt that the conversation had before, in the same order."""
+    reused_tokens: int
+    loaded_bytes: int
+    tokens: int
+    as_kept: bool
+    """Whether a kept cache gives the same tokens."""
+    as_plain: bool | None
+    """Whether plain `generate` does; None for a sampled answer: its draw depends on the last bit."""
+    retokenised_at: int | None = None
+    """The first of its tokens that is another one when its text is tokenised again; None: none is."""
+
+
+@dataclass
+class Study:
+    """The answers of all dialogues."""
+
+    model: str
+    dtype: str
+    dialogues: int = 0
+    answers: list[Answer] = field(default_factory=list)
+
+    def summary(self) -> dict[str, Any]:
+        """What it says, in numbers."""
+        greedy = [answer for answer in self.answers if answer.as_plain is not None]
+        sampled = [answer for answer in self.answers if answer.kind == "sampled"]
+        other = [answer for answer in sampled if answer.retokenised_at is not None]
+        return {
+            "model": self.model,
+            "dtype": self.dtype,
+            "dialogues": self.dialogues,
+            "answers": len(self.answers),
+            "not_as_kept": sum(not answer.as_kept for answer in self.answers),
+            "compared_with_plain": len(greedy),
+            "not_as_plain": sum(not answer.as_plain for answer in greedy),
+            "prompt_tokens": sum(answer.prompt_tokens for answer in self.answers),
+            "reused_tokens": sum(answer.reused_tokens for answer in self.answers),
+            "known_but_computed": sum(
+                max(0, answer.known_tokens - 1 - answer.reused_tokens) for answer in self.answers
+            ),
+            "sampled": len(sampled),
+            "retokenise_otherwise": len(other),
+            "tokens_after_that": sum(answer.tokens - (answer.retokenised_at or 0) for answer in other),
+            "sampled_tokens": sum(answer.tokens for answer in sampled),
+        }
+
+
+def read_dialogues(path: Path) -> list[tuple[str, ...]]:
+    """What users say in a JSON-lines file, gzipped or not, of `{"history": [{"user": …}, …]}`.
+
+    Raises:
+        BenchError: it is no such file.
+    """
+    try:
+        with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as lines:
+            return [tuple(turn["user"] for turn in json.loads(line)["history"]) for line in lines]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BenchError(f'{path} has no dialogues, a line {{"history": [{{"user": …}}]}} each: {error}') from error
+
+
+def study(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dialogues: Sequence[Sequence[str]],
+    folder: Path,
+    *,
+    max_new_tokens: int = 24,
+    plain: bool = True,
+    tell: Callable[[Study], object] = lambda study: None,
+) -> Study:
+    """Says all `dialogues` and compares every answer.
+
+    Args:
+        folder: the store's; all dialogues share it.
+        plain: whether to compare with plain `generate` too, which takes most of the time.
+        tell: is given the study after each dialogue.
+    """
+    result = Study(Path(str(model.name_or_path)).name, str(model.dtype).removeprefix("torch."))
+    for number, messages in enumerate(dialogues):
+        talk = _Talk(model, tokenizer, folder, f"dialogue {number}", max_new_tokens, plain)
+        result.answers.extend(talk.answers(messages))
+        result.dialogues += 1
+        tell(result)
+    return result
+
+
+class _Talk:
+    """One dialogue, with the store and without."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        folder: Path,
+        session: str,
+        max_new_tokens: int,
+        plain: bool,
+    ) -> None:
+        self.model, self.tokenizer, self.folder, self.session = model, tokenizer, folder, session
+        self.max_new_tokens, self.plain = max_new_tokens, plain
+        self.kept = KeptCache(model, tokenizer)
+
+    def answers(self, messages: Sequence[str]) -> Iterator[Answer]:
+        """Says everything that there is to say, in order."""
+        for text in messages:
+            yield self._say("turn", self.session, self.kept, lambda chat, text=text, **kw: chat.send(text, **kw))
+        with AttentionStore(self.folder) as store:
+            store.fork(self.session, f"{self.session}, forked")
+        fork = self.kept.fork()
+        yield self._say("fork", f"{self.session}, forked", fork, lambda chat, **kw: chat.send(ANOTHER, **kw))
+        yield self._say("again", self.session, self.kept, lambda chat, **kw: chat.retry(**kw), **PENALTY)
+        yield self._say("sampled", self.session, self.kept, lambda chat, **kw: chat.retry(**kw), **SAMPLED)
+        if len(messages) > 1:
+            yield self._say("edited", self.session, self.kept, lambda chat, **kw: chat.edit(1, EDITED, **kw))
+
+    def _say(self, kind: str, session: str, kept: KeptCache, say: Callable[..., Any], **settings: Any) -> Answer:
+        from transformers import set_seed
+
+        pad = self.tokenizer.pad_token_id
+        pad = self.tokenizer.eos_token_id if pad is None else pad
+        options = {"do_sample": False, "max_new_tokens": self.max_new_tokens, "pad_token_id": pad, **settings}
+        with AttentionStore(self.folder) as store:
+            chat = ChatSession(self.model, self.tokenizer, store, session)
+            before = chat.token_ids
+            set_seed(len(before))
+            say(chat, **options)
+            turn, ids = chat.stats, chat.token_ids
+        assert turn is not None
+        prompt, answer = ids[: turn.prompt_tokens], ids[turn.prompt_tokens :]
+        set_seed(len(before))
+        as_kept = kept.answer(prompt, **options) == answer
+        as_plain = None
+        if self.plain and not options["do_sample"]:
+            run = GenerateRun()
+            timed_generate(self.model, self.tokenizer, prompt, run, **options)
+            as_plain = run.ids == answer
+        same = common_prefix(np.asarray(before), np.asarray(prompt))
+        return Answer(
+            kind,
+            turn.prompt_tokens,
+            same,
+            turn.reused_tokens,
+            turn.cache.loaded_bytes,
+            len(answer),
+            as_kept,
+            as_plain,
+            _retokenised_at(self.tokenizer, answer),
+        )
+
+
+def _retokenised_at(tokenizer: Any, ids: list[int]) -> int | None:
+    """The first token that is another one when the text of an answer is tokenised again."""
+    words = [token for token in ids if token not in tokenizer.all_special_ids]
+    again = tokenizer.encode(tokenizer.decode(words), add_special_tokens=False)
+    return None if again == words else common_prefix(np.asarray(words), np.asarray(again))

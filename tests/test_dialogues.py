@@ -1,0 +1,78 @@
+"""Whole conversations through SmolLM2, token by token beside a kept cache and plain `generate`."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.chat_fixtures import save_tiny_chat_model
+from typer.testing import CliRunner
+
+from hf_attnstore.chat.model import load_chat_model
+from hf_attnstore.cli import app as cli
+from hf_attnstore.lab.bench.dialogues import DIALOGUES, Study, study
+from hf_attnstore.lab.demo.kept import KeptCache
+
+KINDS = ["turn"] * 3 + ["fork", "again", "sampled", "edited"]
+
+
+def assert_all_reused(result: Study) -> None:
+    """Every answer but each conversation's first one reused all that was known, and loaded it."""
+    for answer in result.answers:
+        assert answer.reused_tokens >= max(answer.known_tokens - 1, 0)
+        assert (answer.loaded_bytes > 0) == (answer.reused_tokens > 0)
+    assert sum(answer.reused_tokens == 0 for answer in result.answers) <= result.dialogues
+
+
+@pytest.mark.timeout(900)
+def test_five_dialogues_with_smollm2_are_those_of_plain_generate(
+    tmp_path: Path, real_model_folder: Callable[[str], Path]
+) -> None:
+    model, tokenizer = load_chat_model(real_model_folder("smollm2"), dtype="float32")
+    result = study(model, tokenizer, [messages[:2] for messages in DIALOGUES], tmp_path, max_new_tokens=3)
+    assert [answer.kind for answer in result.answers] == KINDS[1:] * 5
+    assert all(answer.as_kept for answer in result.answers)
+    assert all(answer.as_plain for answer in result.answers if answer.kind != "sampled")
+    assert_all_reused(result)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_two_dialogues_are_a_kept_caches_in_any_dtype(dtype: str, tmp_path: Path) -> None:
+    model, tokenizer = load_chat_model(save_tiny_chat_model(tmp_path / "model"), dtype=dtype)
+    result = study(model, tokenizer, DIALOGUES[:2], tmp_path / "store", max_new_tokens=8)
+    summary = result.summary()
+    assert [answer.kind for answer in result.answers] == KINDS * 2
+    assert summary["not_as_kept"] == 0
+    assert summary["not_as_plain"] == 0 or dtype == "bfloat16"
+    assert summary["reused_tokens"] > summary["prompt_tokens"] / 2
+    assert_all_reused(result)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_the_command_reads_dialogues_and_fails_for_one_wrong_token(
+    wrong: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save_tiny_chat_model(tmp_path / "model")
+    right = KeptCache.answer
+
+    def answer(self: KeptCache, *args: Any, **kwargs: Any) -> list[int]:
+        *tokens, last = right(self, *args, **kwargs)
+        return [*tokens, last + 1]
+
+    if wrong:
+        monkeypatch.setattr(KeptCache, "answer", answer)
+    with gzip.open(tmp_path / "said.jsonl.gz", "wt") as file:
+        for text in ("the letter", "the room", "the prince"):
+            print(json.dumps({"history": [{"user": text, "bot": "so"}]}), file=file)
+    command = ["bench", "dialogues", "--model", str(model), "--data", str(tmp_path / "said.jsonl.gz")]
+    command += ["--max-new-tokens", "4", "--every", "2", "--output", str(tmp_path / "out.json")]
+    done = CliRunner().invoke(cli.app, command)
+    assert done.exit_code == int(wrong), done.output
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert (report["dialogues"], report["answers"]) == (2, 8)
+    assert report["not_as_kept"] == (8 if wrong else 0)
+    assert len(report["each"]) == 8
