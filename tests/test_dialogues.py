@@ -68,7 +68,7 @@ def test_the_command_reads_dialogues_and_fails_for_one_wrong_token(
     with gzip.open(tmp_path / "said.jsonl.gz", "wt") as file:
         for text in ("the letter", "the room", "the prince"):
             print(json.dumps({"history": [{"user": text, "bot": "so"}]}), file=file)
-    command = ["bench", "dialogues", "--model", str(model), "--data", str(tmp_path / "said.jsonl.gz")]
+    command = ["lab", "dialogues", "--model", str(model), "--data", str(tmp_path / "said.jsonl.gz")]
     command += ["--max-new-tokens", "4", "--every", "2", "--output", str(tmp_path / "out.json")]
     done = CliRunner().invoke(cli.app, command)
     assert done.exit_code == int(wrong), done.output

@@ -27,6 +27,10 @@ _STUDIES = {
         "bench.thinking_cli:thinking",
         "Measure turns after answers that reasoned, for three ways in which chat templates treat reasoning.",
     ),
+    "dialogues": (
+        "bench.dialogues_cli:dialogues",
+        "Compare whole conversations, token by token: with a store that is opened anew for each turn, and without.",
+    ),
     "gate": (
         "bench.gate_cli:gate",
         "Resume conversations from memory and from slow disks: always loading, always computing, the gate.",

@@ -121,15 +121,8 @@ app.command("queue", hidden=True)(queue)
 app.command("overlap", hidden=True)(overlap)
 app.command("index", hidden=True)(index)
 app.command("store", hidden=True)(store)
-app.command("truncation")(truncation)
-app.command("thinking")(thinking)
-app.command("dialogues")(dialogues)
+app.command("dialogues", hidden=True)(dialogues)
 app.command("peers")(peers)
-app.command("gate")(gate)
-app.command("queue")(queue)
-app.command("overlap")(overlap)
-app.command("index")(index)
-app.command("store")(store)
 
 
 def parse_histories(values: list[str]) -> list[int]:

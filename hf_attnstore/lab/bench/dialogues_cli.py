@@ -1,4 +1,4 @@
-"""`attnstore bench dialogues`."""
+"""`attnstore lab dialogues`."""
 
 from __future__ import annotations
 
