@@ -23,6 +23,8 @@ def notice(fingerprint: Fingerprint, kwargs: Mapping[str, Any]) -> None:
     cache = next((value for value in kwargs.values() if type(value).__name__ == _KIND), None)
     if cache is None:
         return
+    if kwargs.get("max_length_q") == 1 and cache in _seen and fingerprint.glance():  # nobody begins with old pages here
+        return
     try:
         now = fingerprint.current()
     except Exception:  # who can't be identified is not compared

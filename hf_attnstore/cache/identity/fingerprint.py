@@ -132,6 +132,11 @@ class Fingerprint:
         with self._lock:
             return self._current()
 
+    def glance(self) -> bool:
+        """A hint whether it is what `current` said last: see `Watch.glance`."""
+        with self._lock:
+            return self._watch.glance()
+
     def parts(self) -> dict[str, dict[str, str]]:
         """What the fingerprint was made of when that was last read, by name (`model_parts`)."""
         with self._lock:

@@ -66,6 +66,11 @@ class Watch:
         autocast = [autocast_dtype(kind) for kind in sorted(seen.device_types)]
         return (settings, autocast, model.training, adapters, seen.marks, seen.values()), seen.versions
 
+    def glance(self) -> bool:
+        """Whether nothing has been written to since the last look, as far as version counters tell: a hundredth of what
+        a look takes, and no more than a hint. False where even that is not known."""
+        return self._last is not None and self._last.versions_unchanged()
+
     def _settings(self, model: nn.Module) -> list[str]:
         """The model's settings in words; what follows from them is found out again only when they change."""
         config: Any = model.config
@@ -195,6 +200,12 @@ class _Unchanged:
             return None
         tensors: list[Any] = [tensor() for tensor in self._tensors]  # all there: they are among the entries
         return modules if _placed(tensors) == self._placed and self._read(tensors) == self._values else None
+
+    def versions_unchanged(self) -> bool:
+        """Whether no tensor that was seen has been written to since, as far as version counters tell."""
+        tensors = [tensor() for tensor in self._tensors]
+        versions = [tensor._version if tensor is not None else None for tensor in tensors]
+        return versions == [version for version, *_ in self._placed]
 
     def _contents(self, modules: Sequence[nn.Module]) -> tuple[list[int], list[str], list[Any]]:
         """How many entries there are in each of the modules' places, what they are called, and what there is."""
