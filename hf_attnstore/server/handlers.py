@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.responses import JSONResponse, StreamingResponse
 
+from ..errors import AttentionStoreError
 from .answer import Answer, cut_at
 from .callers import current
 from .errors import ApiError, as_api_error
@@ -43,8 +44,14 @@ class _OnStore(BaseHandler):
         return Answer(self.service, self.kind, given, current(), self.service.over)
 
     async def _respond(self, given: dict[str, Any], answer: Answer) -> Any:
-        with self.service.known(answer):
-            response = await super().handle_request(given, answer.id)  # type: ignore[misc]
+        try:
+            with self.service.known(answer):
+                response = await super().handle_request(given, answer.id)  # type: ignore[misc]
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            if answer.turn is not None or isinstance(error, AttentionStoreError):
+                raise
+            said = f"the request can't be read ({type(error).__name__}: {error})"  # before anything was generated
+            raise ApiError(400, said) from error
         if isinstance(response, StreamingResponse):
             response.body_iterator = self._stream(response.body_iterator, answer)
             await answer.begun()  # headers say how the turn began, and an error before that has its own status

@@ -146,6 +146,18 @@ def test_responses_are_kept_and_gone_on_with(server: ApiServer, plain: Plain) ->
     assert asking.responses.create(input="again", previous_response_id=last.id, **options).usage is not None
 
 
+def test_a_response_in_a_named_session_goes_without_taking_that_along(server: ApiServer) -> None:
+    asking = client(server)
+    options: dict[str, Any] = {"model": NAME, "max_output_tokens": 4, "prompt_cache_key": "alice"}
+    first = asking.responses.create(input="the old prince", **options)
+    second = asking.responses.create(input="and the mother", previous_response_id=first.id, **options)
+    assert second.usage is not None
+    assert second.usage.input_tokens_details.cached_tokens > 0
+    asking.responses.delete(first.id)
+    names = {session["id"] for session in server.ask("GET", "/v1/sessions").json()["data"]}
+    assert names == {"alice", second.id}
+
+
 def test_a_response_that_is_not_stored_leaves_no_session(server: ApiServer) -> None:
     answer = client(server).responses.create(model=NAME, input="the old prince", max_output_tokens=4, store=False)
     with pytest.raises(openai.NotFoundError):

@@ -40,6 +40,11 @@ REFUSED: dict[str, list[tuple[str, dict[str, Any], str]]] = {
             "no part of type 'image_url'",
         ),
         ("", {"prompt_cache_key": "x" * 2000}, "at most 1024 bytes"),
+        ("", {"generation_config": "{"}, "JSONDecodeError"),
+        ("", {"generation_config": 5}, "TypeError"),
+        ("", {"logit_bias": {"x": 1}}, "ValueError"),
+        ("", {"messages": [{"role": "assistant", "tool_calls": [{"function": {"arguments": "{"}}]}]}, "can't be read"),
+        ("", {"chat_template_kwargs": 5}, "can't be read"),
         ("", {"max_tokens": 5000}, "context window is 1,024"),
         ("", {"generation_config": '{"num_return_sequences": 2, "do_sample": true}'}, "one sequence"),
     ],
@@ -113,8 +118,14 @@ def test_a_body_that_is_none_and_paths_that_are_none(server: ApiServer) -> None:
         answer = server.ask("POST", "/v1/chat/completions", content=content)
         assert answer.status_code == 400, content
         assert answer.json()["error"]["message"]
-    for method, path in (("POST", "/load_model"), ("POST", "/reset"), ("POST", "/v1/systemone"), ("GET", "/docs")):
+    for method, path in (("POST", "/load_model/x"), ("POST", "/reset"), ("POST", "/v1/systemone"), ("GET", "/docs")):
         assert server.ask(method, path, json={}).status_code == 404
+
+
+def test_who_asks_to_load_the_model_hears_that_it_is_loaded(server: ApiServer) -> None:
+    answer = server.ask("POST", "/load_model", json={"model": "tiny"})
+    assert answer.text == 'data: {"status": "ready", "model": "tiny", "cached": true}\n\n'
+    assert server.ask("POST", "/load_model", json={"model": "other"}).status_code == 404
 
 
 def test_an_answer_is_as_long_as_the_window_leaves_room_for(server: ApiServer, plain: Plain) -> None:

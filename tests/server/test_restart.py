@@ -100,7 +100,7 @@ def test_mistakes_in_the_command_line_are_one_line(model_folder: Path, tmp_path:
     for options, said in (
         (["--keys", str(empty)], "there are no keys"),
         (["--chat-template-kwargs", "[]"], "is a JSON object"),
-        (["--model", str(tmp_path / "none"), "--port", "0"], "can't be loaded"),
+        (["--model", str(tmp_path / "none"), "--port", "0"], "there is no folder"),
         (["--host", "203.0.113.1"], "can't listen"),
     ):
         result = CliRunner().invoke(app, ["serve", *options], env={"COLUMNS": "200"})

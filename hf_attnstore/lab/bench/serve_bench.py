@@ -1,0 +1,173 @@
+"""A scripted client of two servers: `attnstore serve`, which is restarted on the way, and `transformers serve`."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from hf_attnstore.errors import AttentionStoreError
+
+_PATIENCE = 600
+_OURS = "from hf_attnstore.cli.app import app; app()"
+_THEIRS = "from transformers.cli.transformers import main; main()"
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One answer of one server, as its client saw it."""
+
+    text: str
+    prompt_tokens: int
+    cached_tokens: int
+    ttft_seconds: float
+    cpu_seconds: float
+    """CPU time of the server's process up to the first token: what a busy machine does not change."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """The same turn by both servers."""
+
+    ours: Answered
+    plain: Answered
+    restarted: bool
+    """Whether `attnstore serve` was started anew before it."""
+
+    @property
+    def same(self) -> bool:
+        """Whether both said the same."""
+        return self.ours.text == self.plain.text
+
+
+class Served:
+    """A server in a process of its own, on the loopback."""
+
+    def __init__(self, process: subprocess.Popen[bytes], port: int, name: str) -> None:
+        self._process = psutil.Process(process.pid)
+        self._url = f"http://127.0.0.1:{port}"
+        self._name = name
+        self._wait_until_it_answers(process)
+
+    def _wait_until_it_answers(self, process: subprocess.Popen[bytes]) -> None:
+        until = time.monotonic() + _PATIENCE
+        while time.monotonic() < until and process.poll() is None:
+            try:
+                httpx.get(f"{self._url}/health", timeout=_PATIENCE)
+                return
+            except httpx.TransportError:
+                time.sleep(0.1)
+        raise AttentionStoreError(f"the server of {self._name!r} did not start")
+
+    def ask(self, messages: Sequence[dict[str, str]], answer_tokens: int) -> Answered:
+        """One answer, streamed and greedy."""
+        body = {
+            "model": self._name,
+            "messages": messages,
+            "max_tokens": answer_tokens,
+            "temperature": 0,
+            "stream": True,
+        }
+        text, first = "", None
+        usage: dict[str, Any] = {}
+        began, cpu = time.perf_counter(), self._cpu()
+        with httpx.stream("POST", f"{self._url}/v1/chat/completions", json=body, timeout=_PATIENCE) as stream:
+            if stream.status_code != httpx.codes.OK:
+                raise AttentionStoreError(f"the server of {self._name!r} said: {stream.read().decode()}")
+            for line in stream.iter_lines():
+                if not line.startswith("data: {"):
+                    continue
+                chunk: dict[str, Any] = json.loads(line[6:])
+                if "error" in chunk:
+                    raise AttentionStoreError(f"the server of {self._name!r} said: {chunk['error']}")
+                choice = chunk["choices"][0]
+                said = choice["delta"].get("content") or ""
+                if first is None and (said or choice.get("finish_reason")):
+                    first = time.perf_counter() - began, self._cpu() - cpu
+                text += said
+                usage = chunk.get("usage") or usage
+        if first is None:
+            raise AttentionStoreError(f"the server of {self._name!r} answered nothing")
+        details = usage.get("prompt_tokens_details") or {}
+        return Answered(text, usage["prompt_tokens"], details.get("cached_tokens", 0), *first)
+
+    def _cpu(self) -> float:
+        times = self._process.cpu_times()
+        return times.user + times.system
+
+
+@contextmanager
+def _running(code: str, arguments: Sequence[object], port: int, name: str, log: Path) -> Iterator[Served]:
+    with log.open("ab") as written:
+        process = subprocess.Popen(  # noqa: S603
+            [sys.executable, "-c", code, "serve", *map(str, arguments)], stdout=written, stderr=written
+        )
+        try:
+            yield Served(process, port, name)
+        finally:
+            process.terminate()
+            process.wait(_PATIENCE)
+
+
+def converse(
+    source: str,
+    system: str,
+    messages: Sequence[str],
+    answer_tokens: int,
+    folder: Path,
+    *,
+    restart_before: int,
+    dtype: str,
+    device: str,
+    tell: Callable[[str], object],
+    heard: Callable[[Turn], object],
+) -> list[Turn]:
+    """Has the conversation with both servers, turn by turn.
+
+    Args:
+        source: what `from_pretrained` takes.
+        folder: for the store and the servers' logs.
+        restart_before: the number of the turn, counted from 0, before which `attnstore serve` is ended and started.
+        tell: what is being done.
+        heard: called with each turn.
+
+    Raises:
+        AttentionStoreError: a server did not start, or did not answer.
+    """
+    turns: list[Turn] = []
+    said: list[dict[str, str]] = [{"role": "system", "content": system}]
+    port, their_port = _free_port(), _free_port()
+    shared = ["--dtype", dtype, "--device", device]
+    ours = ["--model", source, "--store", folder / "store", "--port", port, *shared]
+    theirs = [source, "--port", their_port, "--host", "127.0.0.1", *shared]
+    parts = [messages[:restart_before], messages[restart_before:]]
+    tell("starting the servers")
+    with _running(_THEIRS, theirs, their_port, source, folder / "transformers.log") as plain:
+        for number, part in enumerate(parts):
+            with _running(_OURS, ours, port, Path(source).name, folder / "attnstore.log") as with_store:
+                for place, text in enumerate(part):
+                    tell(f"turn {len(turns) + 1} of {len(messages)}")
+                    said.append({"role": "user", "content": text})
+                    order = [with_store, plain] if len(turns) % 2 else [plain, with_store]
+                    answers = {server: server.ask(said, answer_tokens) for server in order}
+                    turn = Turn(answers[with_store], answers[plain], bool(number) and place == 0)
+                    said.append({"role": "assistant", "content": turn.ours.text})
+                    turns.append(turn)
+                    heard(turn)
+    return turns
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
