@@ -292,6 +292,8 @@ class UpcomingTurns(BlockStore):
     def _note_use(
         self, blocks: tuple[Key, ...], tokens: int, short: bool, went_on_from: Key | None, conversation: Session | None
     ) -> None:
+        if self._shared is not None:
+            self._shared.touch(blocks)
         policy, now = self._order.policy, self._clock.time()
         chain, end = (blocks[:-1], blocks[-1]) if short else (blocks, None)
         matched = self._place_of_end(went_on_from) if went_on_from is not None else None

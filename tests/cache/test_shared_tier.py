@@ -293,6 +293,20 @@ def test_a_full_engine_that_evicts_nothing_refuses_and_the_local_store_goes_on(
         server.kill()
 
 
+def test_a_turn_marks_what_it_used_though_all_of_it_was_in_memory(tmp_path: Path, url: str, server: Valkey) -> None:
+    model = make_model()
+    with machine(tmp_path, f"{url}?ttl=1000&timeout=30&lookup=30") as store:
+        prompt = turn(model, tokens(70), AttentionStoreCache(model, "alice", store)).sequences
+        store.flush()
+        names = [f"attnstore:b:{span.block.hex()}" for span in store.manifest("alice").spans]
+        for name in names:
+            server.ask("EXPIRE", name, "60")
+        turn(model, follow_up(prompt, 20, 2), AttentionStoreCache(model, "alice", store))
+        store.flush()
+        assert all(int(server.ask("TTL", name)[1:]) > 900 for name in names[:4])
+        assert store.stats()["shared_used"] > 1e6
+
+
 def test_what_waits_to_go_up_is_bounded_and_the_oldest_is_left_out(tmp_path: Path) -> None:
     model = make_model()
     with machine(tmp_path, "valkey://127.0.0.1:1?queue=20KiB") as store:  # nobody is there

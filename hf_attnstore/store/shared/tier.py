@@ -319,7 +319,10 @@ class SharedTier(Tier):
 
     def _touch(self, keys: list[Key]) -> None:
         # the end of a chain first: it is the first that may go
-        self.engine.touch([self.value(key) for key in reversed(keys)], Deadline(self.timeout), self._ttl)
+        names = [name for key in reversed(keys) for name in (self._followers(key), self.value(key))]
+        self.engine.touch(names, Deadline(self.timeout), self._ttl)
+        about = self.engine.about(Deadline(self.timeout))
+        self._about = about.capacity, about.used
 
     def delete(self, keys: Sequence[Key]) -> None:
         names = [self.value(key) for key in keys]
