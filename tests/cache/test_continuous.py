@@ -372,3 +372,32 @@ def test_the_seams_are_where_they_were() -> None:
         "write_index",
     ]
     assert hasattr(PagedAttentionCache, "evict_cached_blocks")
+
+
+def test_inference_mode_of_the_caller_is_that_of_the_loop(batches: Batches, store: AttentionStore) -> None:
+    attach(batches.model, store)
+    prompts = prompts_of(70, 40)
+    with torch.inference_mode():
+        first, _ = batches.run(prompts)
+        again, fed = batches.run(prompts)
+    assert first == again == batches.plain(prompts)[0]
+    assert fed == 2 * NEW
+    store.flush()
+    with torch.no_grad():
+        assert batches.run(prompts) == (first, 2 * NEW)
+
+
+@pytest.mark.parametrize("codec", ["lossless", "int8"])
+def test_codecs_hold_for_it_as_for_generate(batches: Batches, tmp_path: Path, codec: str) -> None:
+    if codec == "lossless":
+        pytest.importorskip("zstandard")
+    model, prompts = batches.model, prompts_of(70)
+    with AttentionStore(tmp_path, block_size=16, codec=codec) as store:
+        attach(model, store)
+        batches.run(prompts)
+        store.flush()
+        found, fed = batches.run(prompts)
+        assert fed == NEW
+        whole = model.generate(torch.tensor(prompts), max_new_tokens=NEW, do_sample=False)
+        assert found[0] == whole[0, 70:].tolist()
+        assert codec != "lossless" or found == batches.plain(prompts)[0]
