@@ -28,7 +28,7 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from .cache import AttentionStoreCache, TurnStats, attach, detach
+    from .cache import Attached, AttentionStoreCache, TurnStats, TurnTotals, attach, detach
     from .cache.inspection import describe
     from .cache.scoring import Score, score, score_tokens
     from .chat import ChatSession, leave_computing_to_others
@@ -55,7 +55,9 @@ else:
     _named, __dir__ = lazily(
         __name__,
         {
-            **dict.fromkeys(("AttentionStoreCache", "TurnStats", "attach", "detach"), ".cache"),
+            **dict.fromkeys(
+                ("Attached", "AttentionStoreCache", "TurnStats", "TurnTotals", "attach", "detach"), ".cache"
+            ),
             "describe": ".cache.inspection",
             **dict.fromkeys(("Score", "score", "score_tokens"), ".cache.scoring"),
             **dict.fromkeys(("ChatSession", "leave_computing_to_others"), ".chat"),
@@ -67,6 +69,7 @@ else:
     _meet_transformers()
 
 __all__ = [
+    "Attached",
     "AttentionStore",
     "AttentionStoreCache",
     "AttentionStoreError",
@@ -92,6 +95,7 @@ __all__ = [
     "TurnQueueError",
     "TurnStats",
     "TurnTimeoutError",
+    "TurnTotals",
     "UnsupportedModelError",
     "__version__",
     "attach",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -113,3 +115,34 @@ def test_what_a_face_names_is_there_and_listed(face: object) -> None:
     assert all(getattr(face, name) is not None for name in names)
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         face.nothing  # type: ignore[attr-defined]  # noqa: B018
+
+
+PUBLIC = [
+    hf_attnstore.AttentionStore, hf_attnstore.AttentionStoreCache, hf_attnstore.Attached, hf_attnstore.ChatSession,
+    hf_attnstore.SessionInfo, hf_attnstore.TurnStats, hf_attnstore.TurnTotals, hf_attnstore.TurnQueue,
+    hf_attnstore.Turn, hf_attnstore.QueueStats,
+]  # fmt: skip
+ROOT = Path(__file__).parent.parent
+
+
+def in_code(page: str) -> set[str]:
+    """The words of a page that stand in code within its text."""
+    page = re.sub(r"^```.*?^```", "", page, flags=re.MULTILINE | re.DOTALL)
+    return {word for code in re.findall(r"`[^`]+`", page) for word in re.findall(r"\w+", code)}
+
+
+@pytest.mark.parametrize("kind", PUBLIC, ids=lambda kind: kind.__name__)
+def test_every_public_name_of_a_class_is_in_the_documentation_and_says_what_it_is(kind: type) -> None:
+    above = {name for base in kind.__mro__ if not base.__module__.startswith("hf_attnstore") for name in dir(base)}
+    fields = set(getattr(kind, "__dataclass_fields__", {}))
+    names = {name for name in {*dir(kind), *fields} if not name.startswith("_")} - above
+    known = in_code("".join((ROOT / "docs" / page).read_text() for page in ("api.md", "serving.md")))
+    assert names - known == set()
+    values = {name: inspect.getattr_static(kind, name, None) for name in names}
+    said = {name for name, value in values.items() if inspect.isfunction(value) or isinstance(value, property)}
+    assert {name for name in said if not inspect.getdoc(values[name])} == set()
+
+
+def test_every_name_of_the_package_is_in_the_documentation() -> None:
+    pages = "".join(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))
+    assert set(hf_attnstore.__all__) - in_code(pages) == set()

@@ -210,6 +210,9 @@ def _layer_count(model: nn.Module) -> int:
 
 def owner_of(model: nn.Module) -> nn.Module:
     """The transformers model itself, below the wrappers of PEFT and of `torch.compile`, in whatever order."""
+    given: Any = model
+    if not isinstance(given, nn.Module):
+        raise CacheUseError(f"what takes a model was given a {type(given).__name__}: the model comes first")
     while True:
         base = getattr(uncompiled(model), "get_base_model", None)
         inner = base() if callable(base) else uncompiled(model)
@@ -271,9 +274,13 @@ def attach(
         CacheUseError: `checkpoint_every` is no number of tokens, or a tokenizer is missing.
         UnsupportedModelError: the model has layers that this version can't keep.
     """
+    owner = owner_of(model)
+    given: Any = store
+    if not isinstance(given, AttentionStore):
+        kind = type(given).__name__
+        raise CacheUseError(f"attach(model, store) takes a store, such as AttentionStore(), not a {kind}")
     checked_every(checkpoint_every)
     by_text = checked_tokenizer(resegment, tokenizer)
-    owner = owner_of(model)
     attachment = ensure_hooks(owner)
     attachment.resegments_with = by_text
     attachment.store, attachment.checkpoint_every = store, checkpoint_every

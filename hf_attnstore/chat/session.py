@@ -7,10 +7,13 @@ and this class keeps the messages beside it, under the same session name.
 from __future__ import annotations
 
 import logging
+import re
 import secrets
 import sys
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal
 
 import jinja2
@@ -20,7 +23,14 @@ from ..cache import AttentionStoreCache, TurnStats
 from ..cache.hooks import checked_every
 from ..cache.model.argument import as_generate_takes
 from ..cache.model.structure import is_encoder_decoder
-from ..errors import AttentionStoreError, ContextWindowError, SessionNotFoundError, StoreIOError, UnsupportedModelError
+from ..errors import (
+    AttentionStoreError,
+    CacheUseError,
+    ContextWindowError,
+    SessionNotFoundError,
+    StoreIOError,
+    UnsupportedModelError,
+)
 from ..session.chain import common_prefix
 from ..store import AttentionStore
 from ..timeline import Event
@@ -36,8 +46,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger("hf_attnstore")
 
 METADATA_KEY = "chat"
+BEGAN_KEY = "began"
+"""When a conversation began, in seconds since 1970, where its template writes the date."""
 ANNOTATIONS_KEY = "annotations"
 DEFAULT_MAX_NEW_TOKENS = 200
+_NOW = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 Stream = Callable[[str], None] | bool | None
 Finish = Literal["eos", "length", "window", "stopped", "interrupted"]
@@ -102,6 +115,10 @@ class ChatSession:
         reuse: False computes the whole conversation anew in each turn and keeps nothing but the messages: to see what
             a conversation costs without the store.
         record: whether `timeline` is to say what happened when.
+        messages: what was said before, as `{"role": …, "content": …}`, for a conversation that begins elsewhere. Of a
+            session that has messages already, those go on.
+        freeze_date: where the chat template writes the date, whether it is that of the conversation's beginning from
+            then on. Else each new day makes all of the conversation new.
         template_kwargs: passed to the chat template, such as `{"enable_thinking": False}`.
         generate_defaults: arguments for every `generate`, such as `do_sample` or `max_new_tokens` (200 if not said).
 
@@ -126,9 +143,12 @@ class ChatSession:
         checkpoint_every: int | None = None,
         reuse: bool = True,
         record: bool = False,
+        messages: Sequence[Message] = (),
+        freeze_date: bool = True,
         template_kwargs: dict[str, Any] | None = None,
         **generate_defaults: Any,
     ) -> None:
+        _check_order(model, tokenizer, store)
         if is_encoder_decoder(model):
             raise UnsupportedModelError(
                 f"{type(model).__name__} has an encoder: its conversations are not one text that goes on; use generate "
@@ -160,7 +180,9 @@ class ChatSession:
         self._warned = False
         self._timeline: list[Event] = []
         self._metadata = self._saved_metadata()
-        self._transcript = self._saved_transcript().with_system(system)
+        self._transcript = (self._saved_transcript() or Transcript(_checked(messages))).with_system(system)
+        if freeze_date and "strftime_now" in str(tokenizer.chat_template):
+            self.template_kwargs = {"chat_template": self._dated(str(tokenizer.chat_template)), **self.template_kwargs}
 
     @property
     def history(self) -> list[Message]:
@@ -192,10 +214,18 @@ class ChatSession:
         """
         return list(self._prompt(self._transcript, text, role).ids)
 
-    def send(self, text: str, stream: Stream = None, *, role: str = "user", **generate_kwargs: Any) -> str:
+    def add(self, text: str, *, role: str = "user") -> None:
+        """Adds a message that the next `send` is to be answered together with: the first of several results of tools,
+        say. It is kept with the session when that is."""
+        self._transcript = self._transcript.added(text, role)
+
+    def send(
+        self, text: str, stream: Stream = None, *, role: str = "user", begin: str = "", **generate_kwargs: Any
+    ) -> str:
         """Says `text` to the model and returns its answer.
 
         `role` is who says it: "tool", for instance, for what a tool gave, where the chat template has such a role.
+        `begin` is how the answer begins: the model goes on from there, and all of it is returned.
         `stream` gets the answer's text piece by piece while it is generated; `True` writes it to standard
         output. `generate_kwargs` go to `model.generate`, over the session's defaults. Message and answer never
         outgrow the context window: where no older tokens can make room, the answer is cut, and `stats.finish` is
@@ -209,7 +239,24 @@ class ChatSession:
             ChatTemplateError: the chat template refuses the messages, such as a system message that it has no
             place for.
         """
-        return self._answer(self._transcript, text, role, stream, generate_kwargs)
+        begun = encode(self.tokenizer, begin)
+        return self._answer(self._transcript, text, role, stream, generate_kwargs, begun)
+
+    def go_on(self, stream: Stream = None, **generate_kwargs: Any) -> str:
+        """Goes on with the last answer where it was cut, by `max_new_tokens` or an interruption, and returns all of it.
+        `stream` gets what is new.
+
+        Raises `ValueError` when there is no answer, or the model has ended it itself.
+        """
+        earlier, text = self._transcript.undone()
+        role = self._transcript.messages[len(earlier.messages)]["role"]
+        prompt, ids = self._prompt(earlier, text, role), self._transcript.ids
+        begun = ids[len(prompt.ids) :]
+        if not begun or ids[: len(prompt.ids)] != prompt.ids:
+            raise ValueError("the last answer can't be gone on with: its tokens are not known any more")
+        if begun[-1] in _end_ids(self.model, self.tokenizer):
+            raise ValueError("the last answer is complete: send a message instead")
+        return self._answer(earlier, text, role, stream, generate_kwargs, begun)
 
     def retry(self, stream: Stream = None, **generate_kwargs: Any) -> str:
         """Takes the last answer back and generates another one for the same message.
@@ -218,7 +265,8 @@ class ChatSession:
         generated, the old answer stays. Raises `ValueError` when there is no answer yet.
         """
         earlier, text = self._transcript.undone()
-        return self._answer(earlier, text, self._transcript.messages[-2]["role"], stream, generate_kwargs)
+        role = self._transcript.messages[len(earlier.messages)]["role"]
+        return self._answer(earlier, text, role, stream, generate_kwargs)
 
     def edit(self, turn: int, text: str, stream: Stream = None, **generate_kwargs: Any) -> str:
         """Says `text` in place of the message of turn `turn`, counted from 0, and returns the answer to that. What
@@ -235,12 +283,14 @@ class ChatSession:
         return self._answer(earlier, text, role, stream, generate_kwargs)
 
     def undo(self) -> str:
-        """Takes the last turn back, message and answer, and returns the message. Raises `ValueError` when
-        there is none.
+        """Takes the last turn back, messages and answer, or what was added since, and returns the (last) message.
+
+        Raises `ValueError` when there is none.
         """
-        earlier, text = self._transcript.undone()
+        added = self._transcript.open_messages
+        earlier, text = (self._transcript, added[-1]["content"]) if added else self._transcript.undone()
         self.close()
-        self._remember(earlier)
+        self._remember(earlier.closed())
         return text
 
     def annotation(self, key: str) -> Any:
@@ -267,14 +317,24 @@ class ChatSession:
         if self._background is not None:
             self._background.stop()
 
-    def _answer(self, before: Transcript, text: str, role: str, stream: Stream, generate_kwargs: dict[str, Any]) -> str:
+    def _answer(
+        self,
+        before: Transcript,
+        text: str,
+        role: str,
+        stream: Stream,
+        generate_kwargs: dict[str, Any],
+        begun: tuple[int, ...] = (),
+    ) -> str:
+        """Has the model answer the message `text`, after the tokens `begun` of its answer, and keeps both."""
         prompt = self._prompt(before, text, role)
+        fed = replace(prompt, ids=prompt.ids + begun)
         kwargs: dict[str, Any] = {
             "pad_token_id": self._pad_token_id(),
             **self.generate_defaults,
             **generate_kwargs,
         }
-        wanted = _wanted_tokens(kwargs, len(prompt.ids))
+        wanted = _wanted_tokens(kwargs, len(fed.ids))
         give_way(self.store, self.session)
         if self._background is not None and not self._background.cache_is_whole:
             self._cache = None
@@ -283,8 +343,8 @@ class ChatSession:
         boundaries = self._boundaries(before, prompt, text, role) if cache.granularity == "checkpoint" else None
         cache.describe_prompt(cuts, boundaries, lambda ids: decode(self.tokenizer, tuple(ids)))
         # a template that cuts the reasoning out of earlier answers makes all that follows new
-        known = common_prefix(np.asarray(before.ids), np.asarray(prompt.ids))
-        kwargs["max_new_tokens"] = self._fitting_tokens(wanted, cache, prompt, known, cuts)
+        known = common_prefix(np.asarray(before.ids), np.asarray(fed.ids))
+        kwargs["max_new_tokens"] = self._fitting_tokens(wanted, cache, fed, known, cuts)
         self._cache = None  # an interrupted turn's cache is not used again
         run = GenerateRun()
         finished = False
@@ -292,7 +352,7 @@ class ChatSession:
             timed_generate(
                 self.model,
                 self.tokenizer,
-                prompt.ids,
+                fed.ids,
                 run,
                 on_text=_stream_callback(stream),
                 **as_generate_takes(self.model, cache),
@@ -306,8 +366,8 @@ class ChatSession:
             self._timeline = list(cache.timeline)
             if run.ids:
                 finish = self._finish(run, wanted, kwargs["max_new_tokens"]) if finished else "interrupted"
-                self._turn = _turn(run, cache, len(prompt.ids), finish, BackgroundWork() if self.canonicalize else None)
-                self._remember(self._answered(before, text, prompt, tuple(run.ids), role))
+                self._turn = _turn(run, cache, len(fed.ids), finish, BackgroundWork() if self.canonicalize else None)
+                self._remember(self._answered(before, text, prompt, (*begun, *run.ids), role))
         if stream is True:
             sys.stdout.write("\n")
         if run.ids and self._turn is not None and self._turn.background is not None:
@@ -442,10 +502,19 @@ class ChatSession:
         except SessionNotFoundError:
             return {}
 
-    def _saved_transcript(self) -> Transcript:
+    def _dated(self, template: str) -> str:
+        """The template with the date of the conversation's beginning wherever it asks for that of now."""
+        began = self._metadata.get(BEGAN_KEY)
+        if began is None:
+            began = time.time()
+            self._metadata = {**self._metadata, BEGAN_KEY: began}  # kept with the first turn
+        then = datetime.fromtimestamp(began)
+        return _NOW.sub(lambda found: repr(then.strftime(found.group(2))), template)
+
+    def _saved_transcript(self) -> Transcript | None:
         saved = self._metadata.get(METADATA_KEY)
         if saved is None:
-            return Transcript()
+            return None
         try:
             return Transcript.from_json(saved, self.tokenizer)
         except NewerFormatError as error:
@@ -468,6 +537,32 @@ class ChatSession:
             self.store.set_metadata(self.session, self._metadata)
         except StoreIOError as error:  # the next turn tries again, with all messages
             logger.warning("the messages of session %r are not kept for now: %s", self.session, error)
+
+
+def _check_order(model: Any, tokenizer: Any, store: Any) -> None:
+    """Raises `CacheUseError` for arguments in another order, which would fail somewhere else."""
+    right = (hasattr(model, "generate"), hasattr(tokenizer, "decode"), isinstance(store, AttentionStore))
+    for name, given, fits in zip(("model", "tokenizer", "store"), (model, tokenizer, store), right, strict=True):
+        if not fits:
+            order = "ChatSession(model, tokenizer, store, session)"
+            raise CacheUseError(f"{order} takes them in this order: the {name} given is {_kind(given)}")
+
+
+def _kind(given: Any) -> str:
+    return f"the text {given[:40]!r}" if isinstance(given, str) else f"a {type(given).__name__}"
+
+
+def _checked(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """Messages to begin with.
+
+    Raises:
+        CacheUseError: they are none.
+    """
+    for message in messages:
+        known = isinstance(message, Mapping) and all(isinstance(message.get(n), str) for n in ("role", "content"))
+        if not known:
+            raise CacheUseError(f'a message is {{"role": …, "content": …}}, two texts, not {message!r}')
+    return tuple(dict(message) for message in messages)
 
 
 def annotation_in(metadata: dict[str, Any], key: str) -> Any:

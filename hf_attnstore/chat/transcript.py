@@ -70,6 +70,20 @@ class Transcript:
             return replace(self, messages=(system, *self.messages[1:]))
         return replace(self, messages=(system, *self.messages))
 
+    def added(self, text: str, role: str) -> Transcript:
+        """The same conversation with one more message, which is not answered yet."""
+        return replace(self, messages=(*self.messages, {"role": role, "content": text}))
+
+    @property
+    def open_messages(self) -> tuple[Message, ...]:
+        """The messages after the last answer; the system message is none of them."""
+        last = max((n for n, m in enumerate(self.messages) if m["role"] in ("assistant", "system")), default=-1)
+        return self.messages[last + 1 :]
+
+    def closed(self) -> Transcript:
+        """The same conversation up to its last answer."""
+        return replace(self, messages=self.messages[: len(self.messages) - len(self.open_messages)])
+
     def prompt(self, rendered: str, tokenizer: PreTrainedTokenizerBase) -> Prompt:
         """The ids for `rendered`, the chat template's rendering of this conversation and what follows.
 
@@ -115,10 +129,13 @@ class Transcript:
         )
 
     def undone(self) -> tuple[Transcript, str]:
-        """The conversation without its last turn, and the message that was answered in that turn.
+        """The conversation without its last answer and the message before that, and what this said; without what was
+        added since. What was added before that message is still there, and not answered.
 
         Raises `ValueError` when there is no turn to take back.
         """
+        if self.open_messages:
+            return self.closed().undone()
         if len(self.messages) < 2 or self.messages[-1]["role"] != "assistant":
             raise ValueError("there is no turn to take back")
         ids, characters = self.marks[-1] if self.marks else (0, 0)

@@ -232,13 +232,16 @@ class OpenStore:
             raise closed_error(self.path, self._left_behind)
 
     def check_not_left_behind(self) -> None:
-        """Raises:
-        StoreClosedError: the process is a child of the one that opened the store.
+        """Does nothing in the process that opened the store.
+
+        Raises:
+            StoreClosedError: this is a child of it.
         """
         if self._left_behind:
             self._check_open()
 
     def after_fork_in_child(self) -> None:
+        """This is a child of the process that opened the store: here it is closed."""
         self._end = threading.Event()
         self._end.set()
         self._left_behind = True
@@ -247,6 +250,7 @@ class OpenStore:
 
     @property
     def closed(self) -> bool:
+        """Whether `close` was called, in whatever namespace."""
         return self._end.is_set()
 
     def flush(self) -> None:
