@@ -24,6 +24,7 @@ class Halves:
 
     name: ClassVar[str] = "halves"
     lossy: ClassVar[bool] = True
+    stacks: ClassVar[bool] = True
 
     def encode(self, name: str, tensor: torch.Tensor, meta: BlockMeta) -> Mapping[str, torch.Tensor] | None:
         if meta.token_count < BLOCK or meta.state is not None:
@@ -39,6 +40,7 @@ class Planes:
 
     name: ClassVar[str] = "planes"
     lossy: ClassVar[bool] = False
+    stacks: ClassVar[bool] = False
 
     def encode(self, name: str, tensor: torch.Tensor, meta: BlockMeta) -> Mapping[str, torch.Tensor] | None:
         raw = tensor.view(torch.uint8).view(*tensor.shape, 4)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from ...errors import AttentionStoreError, LoadError
 from .block import Block, BlockMeta, TensorSpec
@@ -30,6 +30,9 @@ class Codec(Protocol):
     lossy: ClassVar[bool]
     """Whether `decode` gives something else than `encode` was given. Such a codec gets keys and values of plain
     attention only."""
+
+    stacks: ClassVar[bool]
+    """Whether `decode` takes parts and `out` with any number of equal dimensions before their own, too."""
 
     def encode(self, name: str, tensor: torch.Tensor, meta: BlockMeta) -> Mapping[str, torch.Tensor] | None:
         """Parts by name, without dots, of whatever dtypes and shapes, each contiguous; None where the tensor, `[heads,
@@ -53,6 +56,7 @@ class Raw:
 
     name: ClassVar[str] = RAW
     lossy: ClassVar[bool] = False
+    stacks: ClassVar[bool] = False
 
     def encode(self, name: str, tensor: torch.Tensor, meta: BlockMeta) -> None:
         return None
@@ -115,6 +119,8 @@ class CodedBlock(Block):
     """A block in host memory some tensors of which are coded: `tensors` has their parts, by `<tensor>.<part>`."""
 
     coded: Mapping[str, CodedTensor] = field(default_factory=dict)
+    batches: dict[tuple[str, ...], Any] = field(default_factory=dict, repr=False, compare=False)
+    """For who decodes it: what it decodes together, by the names of all it wants."""
 
     @cached_property
     def _specs(self) -> dict[str, TensorSpec]:
@@ -178,6 +184,8 @@ def encoded(block: Block) -> Block:
     """
     if not block.codable or isinstance(block, CodedBlock):
         return block
+    from .tensors import copy_bytes, host_memory
+
     codec = codec_named(block.meta.codec)
     tensors: dict[str, torch.Tensor] = {}
     coded: dict[str, CodedTensor] = {}
@@ -191,9 +199,15 @@ def encoded(block: Block) -> Block:
             tensors |= {f"{name}.{part}": made for part, made in parts.items()}
     if not coded:
         return block
-    # what is left as it is must not keep all of the memory that the block's tensors lie in
-    left = {name: whole.clone() if name in block.tensors else whole for name, whole in tensors.items()}
-    return CodedBlock(block.meta, left, coded=coded)
+    # in one piece of memory: what is left as it is must not keep all of the block's, and evenly spaced parts of layers
+    # are decoded together
+    room = host_memory(
+        [TensorSpec(name, part.dtype, tuple(part.shape)) for name, part in tensors.items()], pinned=False
+    )
+    for name, part in tensors.items():
+        copy_bytes(part.view(-1), room[name].view(-1))
+    wholes = {n: CodedTensor(spec, {part: room[f"{n}.{part}"] for part in parts}) for n, (spec, parts) in coded.items()}
+    return CodedBlock(block.meta, room, coded=wholes)
 
 
 def as_kept(block: Block) -> Block:

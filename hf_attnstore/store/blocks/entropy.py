@@ -17,7 +17,7 @@ import torch
 from ...errors import LoadError
 from .block import BlockMeta
 from .codecs import register
-from .rounding import Grouped, Int8, Parts, first_tokens, is_known, put_first, scaled
+from .rounding import Int8, Parts, first_tokens, is_known, put_first, scaled
 
 try:
     import zstandard
@@ -64,6 +64,7 @@ class Lossless:
 
     name: ClassVar[str] = "lossless"
     lossy: ClassVar[bool] = False
+    stacks: ClassVar[bool] = False
 
     def encode(self, name: str, tensor: torch.Tensor, meta: BlockMeta) -> Parts | None:
         if not is_known(tensor):
@@ -110,6 +111,7 @@ class SqueezedInt8(Int8):
     """int8 with a coarser step, an eighth of the group's deviation: the codes take five bits by Huffman's code."""
 
     name: ClassVar[str] = "int8z"
+    stacks: ClassVar[bool] = False
 
     def encode(self, name: str, tensor: torch.Tensor, meta: BlockMeta) -> Parts | None:
         found = self.rounded(name, tensor, meta)
@@ -124,7 +126,7 @@ class SqueezedInt8(Int8):
     def decode(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
         codes = torch.empty(out.shape, dtype=torch.int8)
         codes.view(-1).numpy()[:] = opened(parts["codes"], out.numel()).view(np.int8)
-        scaled(Grouped.of_steps(parts["scale"], out.shape), codes, parts["scale"], out)
+        scaled(codes, parts["scale"], out)
         put_first(parts, out)
 
 

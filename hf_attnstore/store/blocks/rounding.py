@@ -5,7 +5,8 @@ tokens that are large or small as a whole, and get theirs by token (as KIVI does
 a conversation, which all others attend to and which are far from all of them, are kept as they are.
 
 Steps are rounded up to 16 bits before anything is divided by them, so that nothing is clipped. Everything is computed
-in float32 and in pieces that torch computes with one thread: teams of threads in I/O threads would slow the model down.
+in float32; rounding in pieces that torch computes with one thread, as a team of threads for the thread that writes
+would slow the model down.
 """
 
 from __future__ import annotations
@@ -56,23 +57,6 @@ class Grouped:
         self.tokens_each = (GROUP if self.tokens % GROUP == 0 else self.tokens) if channels else 1
         self.channels_each = 1 if channels else GROUP if self.dim % GROUP == 0 and not whole_rows else self.dim
 
-    @classmethod
-    def of_steps(cls, steps: torch.Tensor, shape: torch.Size) -> Grouped:
-        """As it was when the steps, `[heads, tokens / a, dim / b]`, were found.
-
-        Raises:
-            LoadError: these are no steps of such a tensor.
-        """
-        made = cls.__new__(cls)
-        made.heads, made.tokens, made.dim = shape
-        if steps.ndim != 3 or len(shape) != 3 or steps.shape[0] != shape[0] or 0 in steps.shape:
-            raise LoadError(f"steps of shape {tuple(steps.shape)} are none of a tensor of shape {tuple(shape)}")
-        made.tokens_each, tokens_left = divmod(made.tokens, steps.shape[1])
-        made.channels_each, channels_left = divmod(made.dim, steps.shape[2])
-        if tokens_left or channels_left:
-            raise LoadError(f"steps of shape {tuple(steps.shape)} are none of a tensor of shape {tuple(shape)}")
-        return made
-
     def seen(self, tensor: torch.Tensor) -> torch.Tensor:
         """Some tokens of one head, `[tokens, dim]`, by group. A view."""
         tokens = tensor.shape[0]
@@ -114,21 +98,34 @@ def prepared(tensor: torch.Tensor, head: int, tokens: slice, meta: BlockMeta) ->
 def put_first(parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
     """Puts the first tokens in place, where there are any."""
     if "first" in parts:
-        out[:, :FIRST].copy_(parts["first"])
+        out[..., :FIRST, :].copy_(parts["first"])
 
 
-def scaled(grouped: Grouped, codes: torch.Tensor, steps: torch.Tensor, out: torch.Tensor) -> None:
-    """Writes codes times steps into `out`, which a head is contiguous in."""
-    factors = steps.float()
-    for head, tokens, rows in grouped.pieces():
-        target = out[head, tokens]
-        if target.dtype == torch.float32:
-            target.copy_(codes[head, tokens])
-            grouped.seen(target).mul_(factors[head, rows, None, :, None])
-        else:
-            exact = codes[head, tokens].float()
-            grouped.seen(exact).mul_(factors[head, rows, None, :, None])
-            target.copy_(exact)
+def by_group(tensor: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+    """`[..., tokens, dim]` as `[..., tokens / a, a, dim / b, b]`, for steps `[..., tokens / a, dim / b]`. A view.
+
+    Raises:
+        LoadError: these are no steps of such a tensor.
+    """
+    tokens, dim = tensor.shape[-2:]
+    if steps.shape[:-2] != tensor.shape[:-2] or tokens % max(steps.shape[-2], 1) or dim % max(steps.shape[-1], 1):
+        raise LoadError(f"steps of shape {tuple(steps.shape)} are none of a tensor of shape {tuple(tensor.shape)}")
+    rows, columns = steps.shape[-2:]
+    return tensor.unflatten(-1, (columns, dim // columns)).unflatten(-3, (rows, tokens // rows))
+
+
+def spread(steps: torch.Tensor) -> torch.Tensor:
+    """Steps as float32, to go with what `by_group` gives."""
+    return steps.float()[..., :, None, :, None]
+
+
+def scaled(codes: torch.Tensor, steps: torch.Tensor, out: torch.Tensor) -> None:
+    """Writes codes times steps into `out`, all of it by float32."""
+    exact = out if out.dtype == torch.float32 else torch.empty(out.shape)
+    exact.copy_(codes)
+    by_group(exact, steps).mul_(spread(steps))
+    if exact is not out:
+        out.copy_(exact)
 
 
 class Halves:
@@ -136,6 +133,7 @@ class Halves:
 
     name: ClassVar[str] = "fp16"
     lossy: ClassVar[bool] = True
+    stacks: ClassVar[bool] = True
 
     def encode(self, name: str, tensor: torch.Tensor, meta: BlockMeta) -> Parts | None:
         if tensor.dtype != torch.float32 or not is_known(tensor):
@@ -149,10 +147,7 @@ class Halves:
         return {"halves": halves}
 
     def decode(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
-        halves = parts["halves"]
-        for head in range(out.shape[0]):
-            for tokens in pieces(*out.shape[1:]):
-                out[head, tokens].copy_(halves[head, tokens])
+        out.copy_(parts["halves"])
 
 
 class Int8:
@@ -160,6 +155,7 @@ class Int8:
 
     name: ClassVar[str] = "int8"
     lossy: ClassVar[bool] = True
+    stacks: ClassVar[bool] = True
 
     def encode(self, name: str, tensor: torch.Tensor, meta: BlockMeta) -> Parts | None:
         found = self.rounded(name, tensor, meta)
@@ -187,8 +183,7 @@ class Int8:
         return groups.abs().amax(dim=(1, 3)) / 127
 
     def decode(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
-        codes, steps = parts["codes"], parts["scale"]
-        scaled(Grouped.of_steps(steps, out.shape), codes.view(out.shape), steps, out)
+        scaled(parts["codes"], parts["scale"], out)
         put_first(parts, out)
 
 
@@ -197,6 +192,7 @@ class Int4:
 
     name: ClassVar[str] = "int4"
     lossy: ClassVar[bool] = True
+    stacks: ClassVar[bool] = True
 
     def encode(self, name: str, tensor: torch.Tensor, meta: BlockMeta) -> Parts | None:
         if not is_known(tensor) or tensor.shape[2] % 2:
@@ -221,18 +217,12 @@ class Int4:
 
     def decode(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
         codes, half = parts["codes"], out.shape[-1] // 2
-        grouped = Grouped.of_steps(parts["scale"], out.shape)
-        steps, lowest = parts["scale"].float(), parts["lowest"].float()
-        for head, tokens, rows in grouped.pieces():
-            target = out[head, tokens]
-            exact = target if target.dtype == torch.float32 else torch.empty(target.shape)
-            packed = codes[head, tokens]
-            exact[:, :half].copy_(packed & 15)
-            exact[:, half:].copy_(packed >> 4)
-            groups = grouped.seen(exact)
-            groups.mul_(steps[head, rows, None, :, None]).add_(lowest[head, rows, None, :, None])
-            if exact is not target:
-                target.copy_(exact)
+        exact = out if out.dtype == torch.float32 else torch.empty(out.shape)
+        exact[..., :half].copy_(codes & 15)
+        exact[..., half:].copy_(codes >> 4)
+        by_group(exact, parts["scale"]).mul_(spread(parts["scale"])).add_(spread(parts["lowest"]))
+        if exact is not out:
+            out.copy_(exact)
         put_first(parts, out)
 
 

@@ -6,7 +6,7 @@ import struct
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -56,6 +56,15 @@ class Ranges(ABC):
 def failed(where: object, error: OSError) -> LoadError:
     """A file that is gone is gone; whatever else the system says may be otherwise the next time."""
     return LoadError(f"{where}: {error.strerror}", transient=not isinstance(error, FileNotFoundError))
+
+
+class Reading(NamedTuple):
+    """What is to be read of blocks that are written alike, and where to."""
+
+    wanted: Sequence[tuple[StoredTensor, Sequence[Bytes]]]
+    tensors: Mapping[str, torch.Tensor]
+    """What is written, by name."""
+    coded: Mapping[str, CodedTensor]
 
 
 class StoredBlock:
@@ -250,15 +259,31 @@ class StoredBlock:
         Raises:
             LoadError: see `fetch`.
         """
+        from .tensors import as_bytes
+
+        plain = [name for name in targets if name not in self.coded]
+        coded = self.reading([name for name in targets if name in self.coded])
+        self.read_adjacent([*((self.tensor(n), [as_bytes(targets[n]).reshape(-1)]) for n in plain), *coded.wanted])
+        for name, whole in coded.coded.items():
+            codec_named(self.layout.meta.codec).decode(whole.parts, targets[name])
+
+    def reading(self, names: Iterable[str], *, pinned: bool = False) -> Reading:
+        """Host memory for what is written of tensors, those that are coded in parts.
+
+        Raises:
+            LoadError: there is none of that name.
+        """
         from .tensors import as_bytes, host_memory
 
-        coded = {name: self.layout.written(name) for name in targets if name in self.layout.coded}
-        parts = host_memory([stored.spec for written in coded.values() for stored in written.values()], pinned=False)
-        whole = {name: target for name, target in targets.items() if name not in coded} | parts
-        self.read_adjacent([(self.tensor(name), [as_bytes(t).reshape(-1)]) for name, t in whole.items()])
-        for name, written in coded.items():
-            own = {part: parts[stored.spec.name] for part, stored in written.items()}
-            codec_named(self.layout.meta.codec).decode(own, targets[name])
+        names = list(names)
+        written = [
+            stored for name in names for stored in (self.layout.written(name) or {"": self.tensor(name)}).values()
+        ]
+        tensors = host_memory([stored.spec for stored in written], pinned=pinned)
+        wanted = [(stored, [as_bytes(tensors[stored.spec.name]).reshape(-1)]) for stored in written]
+        wholes = [(name, self.coded[name]) for name in names if name in self.coded]
+        coded = {n: CodedTensor(w.spec, {p: tensors[t.spec.name] for p, t in w.parts.items()}) for n, w in wholes}
+        return Reading(wanted, tensors, coded)
 
     @property
     def kept_bytes(self) -> int:
@@ -278,19 +303,12 @@ class StoredBlock:
         Raises:
             LoadError: see `fetch`.
         """
-        from .tensors import as_bytes, host_memory
-
         meta = self.read_meta()
         if not self.coded or not codec_named(meta.codec).lossy:
             return Block(meta, self.fetch(self.specs(), pinned=pinned), codable=frozenset(self.coded))
-        written = [stored for name, stored in self.layout.tensors.items() if name != TOKEN_IDS]
-        tensors = host_memory([stored.spec for stored in written], pinned=pinned)
-        self.read_adjacent([(stored, [as_bytes(tensors[stored.spec.name]).reshape(-1)]) for stored in written])
-        coded = {
-            name: CodedTensor(whole.spec, {part: tensors[one.spec.name] for part, one in whole.parts.items()})
-            for name, whole in self.coded.items()
-        }
-        return CodedBlock(meta, tensors, coded=coded)
+        reading = self.reading(self.specs(), pinned=pinned)
+        self.read_adjacent(list(reading.wanted))
+        return CodedBlock(meta, dict(reading.tensors), coded=reading.coded)
 
     def read_meta(self) -> BlockMeta:
         """The block's identity with its token ids, checked against its key."""

@@ -199,7 +199,9 @@ class Load:
             self._fail(error)
             raise
         pieces = deque((group, piece) for group in groups for piece in group.ways.files)
-        self._threads.share(partial(self._read_all, pieces), cores_to_spare())
+        # what decodes computes with torch's own team of threads
+        plain = not coded and not any(file.coded for file in files)
+        self._threads.share(partial(self._read_all, pieces), cores_to_spare() if plain else 0)
         reading = time.perf_counter() - began
         tiers = {file.tier for group in groups for file in group.ways.files}
         if self.error is None:

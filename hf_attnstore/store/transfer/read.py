@@ -14,7 +14,8 @@ from ..blocks.block import Bytes, TensorSpec
 from ..blocks.codecs import CodedBlock
 from ..blocks.format import StoredTensor
 from ..blocks.stored import StoredBlock
-from ..blocks.tensors import as_bytes, copy_bytes
+from ..blocks.tensors import as_bytes
+from .decoding import Decoding
 
 
 class _Target(NamedTuple):
@@ -32,7 +33,7 @@ class Rows:
     """The targets of a stage, `[heads, tokens, dim]` each and contiguous within a head, to be read into."""
 
     def __init__(self, targets: Mapping[str, torch.Tensor]) -> None:
-        self._tensors = targets
+        self._decoding = Decoding(targets)
         self._targets = []
         for name, target in targets.items():
             heads, _, dim = target.shape
@@ -72,22 +73,14 @@ class Rows:
         file.read_adjacent(wanted)
 
     def _decode(self, file: StoredBlock | CodedBlock, start: int, stop: int, first: int) -> None:
-        """The same of a block that is coded: straight into place where all of it is wanted."""
-        aside: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        targets: dict[str, torch.Tensor] = {}
+        """The same of a block that is coded."""
         for target in self._targets:
             spec = file.spec(target.name)
-            self._check(file, spec, target)
-            place = self._tensors[target.name][:, first : first + stop - start]
+            if spec is not self._fitting.get(target.name):
+                self._check(file, spec, target)
             if not 0 <= start <= stop <= spec.shape[1]:
                 raise LoadError(f"{file.path}: {target.name} has no tokens {start} to {stop}")
-            targets[target.name] = place
-            if stop - start < spec.shape[1] or target.name not in file.coded:
-                whole = targets[target.name] = torch.empty(spec.shape, dtype=spec.dtype)
-                aside[target.name] = place, whole[:, start:stop]
-        file.read_into(targets)
-        for place, found in aside.values():
-            copy_bytes(found, place)
+        self._decoding.bring(file, start, stop, first)
 
     def _check(self, file: StoredBlock | CodedBlock, spec: TensorSpec, target: _Target) -> None:
         if len(spec.shape) != 3 or (spec.shape[0], spec.shape[2], spec.dtype) != target[1:4]:

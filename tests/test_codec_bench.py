@@ -1,0 +1,47 @@
+"""`attnstore bench codecs`: what it says of codecs is what they do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from support.tiny_models import make_model, tokens
+from typer.testing import CliRunner
+
+from hf_attnstore.cli.app import app
+from hf_attnstore.lab.bench import codec_bench
+from hf_attnstore.lab.bench.codec_bench import quality, resume
+
+
+def test_finer_codecs_change_less_and_raw_is_not_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = quality(make_model(), None, [tokens(300)], ["raw", "fp16", "int8", "int4"], 256, 4, lambda what: None)
+    assert list(found) == ["fp16", "int8", "int4", "q8_0 (llama.cpp)", "q4_0 (llama.cpp)"]
+    assert 0 <= found["fp16"].kl[0] < found["int8"].kl[0] < found["int4"].kl[0]
+    assert found["fp16"].bytes == 0.5
+    assert 0.25 < found["int8"].bytes < 0.31
+    assert 0.125 < found["int4"].bytes < 0.2
+    assert found["fp16"].top == [1.0]
+    assert all(len(one.same) == 1 for one in found.values())
+
+
+def test_each_codec_is_resumed_from_each_medium(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = resume(
+        make_model(), tokens(300), ["raw", "int8"], ["memory", "page cache", "1 GB/s"], 20, 2, lambda what: None
+    )
+    assert found.history == 280
+    assert {medium: {name: len(all_) for name, all_ in times.items()} for medium, times in found.seconds.items()} == {
+        medium: {"raw": 2, "int8": 2} for medium in ("memory", "page cache", "1 GB/s")
+    }
+    assert found.ratio("memory", "raw") == 1.0
+
+
+def test_the_command_writes_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codec_bench, "CODECS", ("raw", "int8", "int4"))
+    arguments = "--history 256 --scored 32 --texts 1 --answers 2 --repeats 0 --no-floor --output".split()
+    done = CliRunner().invoke(app, ["bench", "codecs", *arguments, str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    record = json.loads((tmp_path / "codecs-small-model.json").read_text())
+    assert record["quality"]["int8"]["kl"][0] < record["quality"]["int4"]["kl"][0]
+    assert "| int8 |" in (tmp_path / "codecs-small-model.md").read_text()
+    assert (tmp_path / "codecs-small-model.png").exists()
