@@ -14,8 +14,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from hf_attnstore.lab.bench.dialogues_cli import dialogues
 from hf_attnstore.lab.bench.codec_cli import codecs
+from hf_attnstore.lab.bench.dialogues_cli import dialogues
 from hf_attnstore.lab.bench.gate_cli import gate
 from hf_attnstore.lab.bench.one_line import errors_in_one_line
 from hf_attnstore.lab.bench.overlap_cli import overlap, write_timeline
@@ -118,20 +118,13 @@ def bench(
 app.command("truncation", hidden=True)(truncation)
 app.command("thinking", hidden=True)(thinking)
 app.command("gate", hidden=True)(gate)
+app.command("codecs")(codecs)
 app.command("queue", hidden=True)(queue)
 app.command("overlap", hidden=True)(overlap)
 app.command("index", hidden=True)(index)
 app.command("store", hidden=True)(store)
 app.command("dialogues", hidden=True)(dialogues)
 app.command("peers")(peers)
-app.command("truncation")(truncation)
-app.command("thinking")(thinking)
-app.command("gate")(gate)
-app.command("codecs")(codecs)
-app.command("queue")(queue)
-app.command("overlap")(overlap)
-app.command("index")(index)
-app.command("store")(store)
 
 
 def parse_histories(values: list[str]) -> list[int]:
