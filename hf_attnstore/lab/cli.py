@@ -41,7 +41,7 @@ _STUDIES = {
     ),
     "serve": (
         "bench.serve_cli:serve",
-        "Talk to `attnstore serve`, restarted before the fifth turn, and to `transformers serve`, turn by turn.",
+        "Talk to `attnstore serve`, restarted on the way, and to `transformers serve`, turn by turn.",
     ),
     "overlap": (
         "bench.overlap_cli:overlap",

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ..cache import AttentionStoreCache
 from ..serving import TurnQueue
 from ..store import AttentionStore
 from .answer import Answer
@@ -39,6 +40,7 @@ class Service:
         self.began = int(time.time())
         self.modality: Any = loaded.get_model_modality(loaded.model, processor=loaded.processor)
         self.queue = TurnQueue(loaded.model, store, max_waiting=max_waiting, checkpoint_every=checkpoint_every)
+        AttentionStoreCache(loaded.model, store=store).model_fingerprint()  # of all weights: not for the first request
         self.metrics = Metrics(self.queue, store.stats)
         self.answers: dict[str, Answer] = {}
         """Those that a handler is about to start, by id."""

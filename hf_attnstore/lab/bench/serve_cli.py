@@ -28,10 +28,12 @@ def serve(
     ] = None,
     dtype: Annotated[str, typer.Option(help="In float32 both have to say the same.")] = "float32",
     device: Annotated[str, typer.Option(help="Such as cpu or cuda.")] = "cpu",
+    turns: Annotated[int, typer.Option(min=1, help="Turns of the conversation.")] = 8,
+    restart_before: Annotated[int, typer.Option(min=1, help="The turn before which the server is restarted.")] = 5,
     quick: Annotated[bool, typer.Option("--quick", help="A shorter conversation, as for the small model.")] = False,
     output: Annotated[Path | None, typer.Option(help="Folder for the report: JSON and Markdown.")] = None,
 ) -> None:
-    """Talk to `attnstore serve`, restarted before the fifth turn, and to `transformers serve`, turn by turn.
+    """Talk to `attnstore serve`, restarted on the way, and to `transformers serve`, turn by turn.
 
     Exits with 1 if an answer differs.
     """
@@ -46,13 +48,13 @@ def serve(
         script = EVENING if quick or Path(source).name == "small-model" else reading()
         others = ForeignLoad()
         with console.status("starting") as status:
-            turns = converse(
+            said = converse(
                 source,
                 script.system,
-                script.messages[:TURNS],
+                script.messages[:turns],
                 script.answer_tokens,
                 Path(folder),
-                restart_before=TURNS // 2,
+                restart_before=restart_before - 1,
                 dtype=dtype,
                 device=device,
                 tell=status.update,
@@ -61,21 +63,19 @@ def serve(
         share = others.share()
         machine = describe_machine(Path(folder))
     table = Table(*_COLUMNS, title=f"{model_title(source)}, {dtype}", caption="* after a restart")
-    for row in _rows(turns):
+    for row in _rows(said):
         table.add_row(*row)
     console.print(table)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
-        record = {"turns": [asdict(turn) for turn in turns], "machine": machine, "versions": versions()}
+        record = {"turns": [asdict(turn) for turn in said], "machine": machine, "versions": versions()}
         (output / "serve.json").write_text(json.dumps(record, indent=1) + "\n")
         about = f"{model_title(source)} in {dtype}, answers of up to {script.answer_tokens} tokens"
-        (output / "serve.md").write_text(_as_markdown(about, turns, in_words(machine), share))
-    if dtype == "float32" and not all(turn.same for turn in turns):
+        (output / "serve.md").write_text(_as_markdown(about, said, in_words(machine), share))
+    if dtype == "float32" and not all(turn.same for turn in said):
         console.print("[red]an answer differs[/]")
         raise typer.Exit(1)
 
-
-TURNS = 8
 
 _COLUMNS = ("turn", "prompt", "cached_tokens", "TTFT, s", "plain, s", "CPU, s", "plain CPU, s", "CPU ratio")
 
