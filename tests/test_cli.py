@@ -222,6 +222,11 @@ def test_inspect_says_what_happens_to_a_model(model: Path) -> None:
     assert "2 × full_attention" in result.output
     assert "rotated to their new places" in result.output
     assert "RoPE, half-split" in result.output
+    assert re.search(
+        r"KV +[\d.]+ (B|KiB) a token \(float32, codec raw\), 4,096 tokens take [\d.]+ [KM]iB", result.output
+    )
+    assert re.search(r"fits +conversations of 4,096 tokens: [\d,]+ in disk=50GiB, [\d,]+ in memory=2GiB", result.output)
+    assert re.search(r"here +512 tokens computed in [\d.]+ m?s, loaded in [\d.]+ m?s", result.output)
 
 
 def test_a_chat_with_a_small_window_says_what_was_dropped(model: Path, folder: Path) -> None:

@@ -102,15 +102,24 @@ def chat(
 
 
 @app.command(rich_help_panel=MEASURE, epilog="[dim]attnstore inspect --model Qwen/Qwen3-0.6B[/]")
-def inspect(model: Model = None, device: Device = None, dtype: Dtype = "auto") -> None:
-    """What the store makes of a model: its layers, its window, and how positions are in its keys."""
+def inspect(
+    model: Model = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    tokens: Annotated[int, typer.Option(min=1, help="Of the conversations to say the size of.")] = 4096,
+) -> None:
+    """What the store makes of a model: its layers, its window, how positions are in its keys, and what its KV takes."""
     from ..cache.inspection import describe
+    from ..cache.sizing import sizing
     from ..chat.model import load_chat_model
 
     console = Console(highlight=False, soft_wrap=True)
     with console.status("loading the model"):
         loaded, _ = load_chat_model(model, device=device, dtype=dtype)
     console.print(escape(describe(loaded)))
+    with console.status("trying what it takes to compute and to load"):
+        sizes = sizing(loaded, tokens)
+    console.print(escape(sizes))
 
 
 add_lazily(
