@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, model_source
 
-here = Path(__file__).parent
+CHAPTER = Path(__file__).parent.parent / "hf_attnstore" / "lab" / "demo" / "alice.txt"  # of a book, public domain
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("file", nargs="?", type=Path, default=here.parent / "docs" / "how-it-works.md")
-parser.add_argument("--ask", nargs="+", default=["What is a block?", "When is a key rotated?", "Who waits for whom?"])
+parser.add_argument("file", nargs="?", type=Path, default=CHAPTER)
+parser.add_argument("--ask", nargs="+", default=["Whom does Alice follow?", "Who is Dinah?", "What was on the table?"])
 parser.add_argument("--model", type=model_source, default="")
 parser.add_argument("--store", help="the store's directory; without it, attnstore in the Hugging Face home")
 args = parser.parse_args()
