@@ -8,7 +8,7 @@ import threading
 import types
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ from .model.cacheless import cacheless, is_generator
 from .model.compiled import outside_graphs, uncompiled
 from .model.ranks import Ranks
 from .model.structure import compute_device, decoder_layers, decoder_of, is_encoder_decoder
+from .outputs import Keep, KeptOutputs, forget_outputs, keep_outputs
 from .paged import notice
 from .positions.geometry import Geometry
 from .probing.continuing import CONTINUING, Continuing, is_verified, probe_continuing
@@ -250,6 +251,7 @@ def feed(model: nn.Module, cache: Any, ids: torch.Tensor) -> None:
         model(input_ids=ids, use_cache=True, **more)
 
 
+@overload
 def attach(
     model: nn.Module,
     store: AttentionStore,
@@ -257,7 +259,23 @@ def attach(
     checkpoint_every: int | None = None,
     resegment: bool = False,
     tokenizer: Any = None,
-) -> Attached:
+    keep: None = None,
+) -> Attached: ...
+
+
+@overload
+def attach(model: nn.Module, store: AttentionStore, *, keep: Keep) -> KeptOutputs: ...
+
+
+def attach(
+    model: nn.Module,
+    store: AttentionStore,
+    *,
+    checkpoint_every: int | None = None,
+    resegment: bool = False,
+    tokenizer: Any = None,
+    keep: Keep | None = None,
+) -> Attached | KeptOutputs:
     """Makes plain `model.generate(**inputs)` reuse and save through `store`, by content and without a session.
 
     Left-padded batches and padded prompts are kept row by row. What can't be (padding on the right, other caches …)
@@ -266,12 +284,15 @@ def attach(
     Args:
         checkpoint_every: as for `AttentionStoreCache`.
         resegment: as for `AttentionStoreCache`, with `tokenizer`.
+        keep: of an encoder, what its forward is called for: "last_hidden_state" (and the pooled output, if it has one)
+            or "pooler_output" alone. Outputs are then kept by content, of whole inputs, row by row, in eval mode and
+            without gradients; the other arguments have no effect.
 
     Returns:
-        What says how much was reused (`last`, `totals`), and detaches again; it need not be kept.
+        What says how much was reused, and detaches again; it need not be kept.
 
     Raises:
-        CacheUseError: `checkpoint_every` is no number of tokens, or a tokenizer is missing.
+        CacheUseError: `checkpoint_every` is no number of tokens, a tokenizer is missing, or `keep` is something else.
         UnsupportedModelError: the model has layers that this version can't keep.
     """
     owner = owner_of(model)
@@ -279,6 +300,8 @@ def attach(
     if not isinstance(given, AttentionStore):
         kind = type(given).__name__
         raise CacheUseError(f"attach(model, store) takes a store, such as AttentionStore(), not a {kind}")
+    if keep is not None:
+        return keep_outputs(owner, store, keep)
     checked_every(checkpoint_every)
     by_text = checked_tokenizer(resegment, tokenizer)
     attachment = ensure_hooks(owner)
@@ -312,6 +335,7 @@ def checked_every(tokens: int | None) -> int | None:
 def detach(model: nn.Module) -> None:
     """Takes everything off a model that `attach` or an `AttentionStoreCache` put on it. Harmless if nothing is."""
     model = owner_of(model)
+    forget_outputs(model)
     with _attaching:
         attachment = model.__dict__.pop(_ATTRIBUTE, None)
         if attachment is not None:

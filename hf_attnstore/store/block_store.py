@@ -22,6 +22,8 @@ from .blocks.tier import Source, Tier
 from .opened import OpenStore
 
 if TYPE_CHECKING:
+    import torch
+
     from .transfer.load import Load
     from .transfer.stages import Stage
 
@@ -248,6 +250,28 @@ class BlockStore(OpenStore):
             if opens is not None:
                 return opens()
         return None
+
+    def read(self, key: Key) -> Mapping[str, torch.Tensor] | None:
+        """A small block's tensors, all of them and at once, which nobody may write to; None where it is in no tier.
+
+        Raises:
+            LoadError: it is damaged, or could not be read.
+        """
+        if not self.known([key]):
+            return None
+        name, source = self._open([key])[key]
+        if isinstance(source, Block):
+            source.wait_ready()
+            self._memory.touch([key])
+            return source.tensors
+        try:
+            with source:
+                tensors = source.fetch(source.specs())
+        except LoadError as error:
+            self._reject(key, error, name)
+            raise
+        self.promote([key])
+        return tensors
 
     def _reject(self, key: Key, error: LoadError, name: str) -> None:
         """A block from the tier `name` could not be used, nor then what is above it, or a copy of it on disk."""

@@ -30,6 +30,8 @@ _NOT_OF_COMPUTING = frozenset(
 )
 _RANDOM = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
 """Modules of torch's that compute something else in training mode."""
+BESIDE = "_attnstore_computes_by"
+"""An attribute of forwards of ours in a module's place: gives what stood there before, if anything."""
 _PLACE = "_attnstore_computing"
 """Where a model keeps what is watched of it. Nobody else may: what is watched may know the model."""
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
@@ -274,6 +276,8 @@ def _forward_words(where: str, module: nn.Module, reader: CodeReader) -> str:
         if not known:
             raise UnknownCodeError(f"{where} has a {type(hook).__name__}, which may change what it computes")
     forward = module.__dict__.get("_old_forward" if mover is not None else "forward")
+    if hasattr(forward, BESIDE):  # one of ours: what stood there before it is what computes
+        forward = getattr(forward, BESIDE)(module)
     if forward is None or getattr(forward, "__func__", None) is type(module).forward:
         return ""
     reader.additions = True
