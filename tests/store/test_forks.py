@@ -52,6 +52,13 @@ def in_child(work: Callable[[], None]) -> str:
 
 
 USES: dict[str, Callable[[AttentionStore], object]] = {
+    "namespaces": lambda s: s.namespaces(),
+    "with_codec": lambda s: s.with_codec("raw"),
+    "bytes_only_in": lambda s: s.bytes_only_in("alice"),
+    "model_name": lambda s: s.model_name("0" * 40),
+    "set_model_name": lambda s: s.set_model_name("0" * 40, "a model"),
+    "clear_namespace": lambda s: s.clear_namespace(),
+    "session_codec": lambda s: s.session_codec("alice"),
     "flush": lambda store: store.flush(),
     "sessions": lambda store: store.sessions(),
     "session": lambda store: store.session("alice"),
