@@ -121,7 +121,7 @@ class SqueezedInt8(Int8):
         return {"codes": squeezed(codes.numpy()), "scale": steps, **first_tokens(tensor, meta)}
 
     def steps(self, groups: torch.Tensor) -> torch.Tensor:
-        return torch.maximum(super().steps(groups), groups.square().mean(dim=(1, 3)).sqrt() / 8)
+        return torch.maximum(super().steps(groups), groups.var(dim=(1, 3), correction=0).sqrt() / 8)
 
     def decode(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
         codes = torch.empty(out.shape, dtype=torch.int8)
