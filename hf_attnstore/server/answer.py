@@ -54,7 +54,6 @@ class Answer:
         """The name that its conversation is kept under; None: by content."""
         if self.session is not None:
             exchange.store.check_name(self.session)
-        self.streams = bool(body.get("stream"))
         self.stops: list[str] = body.pop("stop", [])
         """Texts that end it."""
         self.stopped = False

@@ -71,9 +71,12 @@ class Keys:
         if kind != "sha256":
             return hashlib.sha256(written.encode()).digest()
         try:
-            return bytes.fromhex(digest)
+            found = bytes.fromhex(digest)
         except ValueError:
-            raise AttentionStoreError(f"line {number} of the keys: {digest!r} is no digest in hex") from None
+            found = b""
+        if len(found) != hashlib.sha256().digest_size:
+            raise AttentionStoreError(f"line {number} of the keys: what follows sha256: is no digest in hex")
+        return found
 
     def name_of(self, authorization: str) -> str | None:
         """Whose an `Authorization` header is; None if nobody's."""

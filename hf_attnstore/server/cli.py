@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import socket
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -62,15 +63,13 @@ def serve(
     """Serve a model by OpenAI's API: conversations are reused between requests, and after a restart."""
     console = Console(highlight=False, soft_wrap=True)
     template = _template_kwargs(chat_template_kwargs)
-    from .seams import ServerUnavailableError  # says what is missing
-
-    del ServerUnavailableError
+    import_module(f"{__package__}.seams")  # says what is missing
     from .callers import Keys
 
     known = Keys.read(keys) if keys is not None else None
     if known is None and not _is_loopback(host):
         console.print(
-            f"[yellow]warning:[/] everybody who reaches {escape(host)} can use this model, and what others said in it; "
+            f"[yellow]warning:[/] everybody who reaches {escape(host)} can use this model and its sessions; "
             "--keys FILE asks for keys"
         )
     logging.getLogger("transformers.cli.serving").setLevel(logging.ERROR)  # a warning of theirs for each request

@@ -83,7 +83,7 @@ def test_nothing_is_shared_between_namespaces(guarded: ApiServer, plain: Plain) 
 
 
 def test_keys_that_make_no_sense_are_refused() -> None:
-    for text in ("", "# nobody\n", "alice", "alice a b", "alice x\nbob x", "alice sha256:xyz"):
+    for text in ("", "# nobody\n", "alice", "alice a b", "alice x\nbob x", "alice sha256:xyz", "alice sha256:00"):
         with pytest.raises(AttentionStoreError):
             Keys(text)
     with pytest.raises(AttentionStoreError, match="can't be read"):
