@@ -54,6 +54,7 @@ def in_child(work: Callable[[], None]) -> str:
 USES: dict[str, Callable[[AttentionStore], object]] = {
     "namespaces": lambda s: s.namespaces(),
     "with_codec": lambda s: s.with_codec("raw"),
+    "read": lambda s: s.read(b"k" * 32),
     "bytes_only_in": lambda s: s.bytes_only_in("alice"),
     "model_name": lambda s: s.model_name("0" * 40),
     "set_model_name": lambda s: s.set_model_name("0" * 40, "a model"),
