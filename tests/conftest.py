@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import logging
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,6 +24,9 @@ from hf_attnstore.store.transfer import load as transfer
 # what is reused must not depend on how fast the machine is just now; tests of that choice switch it on
 os.environ["ATTNSTORE_GATE"] = "off"
 os.environ["ATTNSTORE_MODEL"] = "small"  # nor on which models are on this machine
+_own_store = tempfile.mkdtemp(prefix="attnstore-tests-")
+atexit.register(shutil.rmtree, _own_store, ignore_errors=True)
+os.environ["ATTNSTORE_STORE"] = _own_store  # nor what is kept on it
 os.environ["XDG_CONFIG_HOME"] = os.devnull  # whoever runs the tests may have settings of their own
 settings.register_profile("no deadline", deadline=None)  # how long something takes is not for tests to say
 settings.load_profile("no deadline")

@@ -28,7 +28,7 @@ def test_the_examples_of_a_page_run(page: Path, tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     script = tmp_path / "page.py"
     script.write_text("\n".join(python_blocks(page)))
-    home = {"HOME": str(tmp_path), "HF_HOME": str(tmp_path / "home")}  # pages name folders below them
+    home = {"HOME": str(tmp_path), "ATTNSTORE_STORE": str(tmp_path / "own")}  # pages name folders below the first
     environment = {**os.environ, **home, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     done = fresh.run([sys.executable, script], cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
