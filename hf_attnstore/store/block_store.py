@@ -217,7 +217,7 @@ class BlockStore(OpenStore):
         bring: list[tuple[Key, StoredBlock, int]] = []
         for key, (name, source) in found.items():
             if name in eager and isinstance(source, StoredBlock):
-                size = sum(spec.nbytes for spec in source.specs().values())
+                size = source.kept_bytes
                 if not self.reserve(size):
                     break  # the rest comes layer by layer
                 bring.append((key, source, size))
@@ -227,7 +227,7 @@ class BlockStore(OpenStore):
             key, source, size = bring[0]
             name = found[key][0]
             try:
-                block = Block(source.read_meta(), source.fetch(source.specs()))
+                block = source.as_kept()
                 block.check_finite()
             except BaseException as error:
                 self._memory.release(sum(size for _, _, size in bring))

@@ -248,13 +248,13 @@ def test_a_short_block_that_is_superseded_between_look_up_and_opening_is_no_fail
     load = AttentionStore.load
     superseded: list[str] = []
 
-    def load_later(self: AttentionStore, stages: Any) -> Any:
+    def load_later(self: AttentionStore, *args: Any) -> Any:
         if self is store and not superseded:
             before = {path.name for path in store.path.glob("blocks/*/*/*")}
             with AttentionStore(store.path) as elsewhere:
                 turn(other, prompt, AttentionStoreCache(other, "bob", elsewhere))
             superseded.extend(before - {path.name for path in store.path.glob("blocks/*/*/*")})
-        return load(self, stages)
+        return load(self, *args)
 
     monkeypatch.setattr(AttentionStore, "load", load_later)
     cache = AttentionStoreCache(model, "alice", store)

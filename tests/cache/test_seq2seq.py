@@ -661,6 +661,9 @@ def test_settings_and_calls_that_make_no_sense_are_refused(store: AttentionStore
     class Tokenizer:
         chat_template = "{{ messages }}"
 
+        def decode(self, ids: Any) -> str:
+            return ""
+
     with pytest.raises(UnsupportedModelError, match="encoder"):
         ChatSession(model, Tokenizer(), store, "chat")  # type: ignore[arg-type]
 

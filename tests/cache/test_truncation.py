@@ -124,9 +124,9 @@ def test_dropping_reads_and_writes_no_file(store: AttentionStore, monkeypatch: p
     seen: list[int] = []
     start = AttentionStore.load
 
-    def load(self: AttentionStore, stages: Any) -> Any:
+    def load(self: AttentionStore, *args: Any) -> Any:
         seen.append(self.stats()["written_bytes"])
-        return start(self, stages)
+        return start(self, *args)
 
     monkeypatch.setattr(AttentionStore, "load", load)
     turn(model, follow_up(sequence, 9, 1), cache)
