@@ -140,7 +140,7 @@ def test_sessions_without_a_turn_for_so_many_days_go_in_all_namespaces(tmp_path:
 def test_the_command_says_what_is_set_and_by_whom(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ATTNSTORE_STORE", str(tmp_path / "mine"))
     file.write_text('memory = "3GiB"')
-    output = CliRunner().invoke(app, ["config"], env={"COLUMNS": "250"}).stdout
+    output = CliRunner().invoke(app, ["config"], env={"COLUMNS": "600"}).stdout
     assert re.search(rf"store .* {tmp_path}/mine .* ATTNSTORE_STORE ", output)
     assert re.search(rf"memory .* 3GiB .* {file} ", output)
     assert re.search(r"disk .* 50GiB .* default ", output)
