@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -136,7 +137,7 @@ def write_picture(result: DemoResult, output: Path) -> Path | None:
     axes.set_axisbelow(True)
     axes.legend(frameon=False, loc="upper left")
     figure.suptitle("Time to first token, each turn in a new process", fontsize=13, fontweight="bold")
-    axes.set_title(_in_words(result, output), fontsize=8.5, color=QUIET)
+    axes.set_title(fill(_in_words(result, output), 110), fontsize=8.5, color=QUIET)
     path = output / "demo.png"
     figure.savefig(path)
     return path
