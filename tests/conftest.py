@@ -25,9 +25,10 @@ from hf_attnstore.store.transfer import load as transfer
 os.environ["ATTNSTORE_GATE"] = "off"
 os.environ["ATTNSTORE_MODEL"] = "small"  # nor on which models are on this machine
 _own_store = tempfile.mkdtemp(prefix="attnstore-tests-")
-atexit.register(shutil.rmtree, _own_store, ignore_errors=True)
+for _folder in (_own_store, f"{_own_store}-config"):
+    atexit.register(shutil.rmtree, _folder, ignore_errors=True)
 os.environ["ATTNSTORE_STORE"] = _own_store  # nor what is kept on it
-os.environ["XDG_CONFIG_HOME"] = os.devnull  # whoever runs the tests may have settings of their own
+os.environ["XDG_CONFIG_HOME"] = f"{_own_store}-config"  # whoever runs the tests may have settings of their own
 settings.register_profile("no deadline", deadline=None)  # how long something takes is not for tests to say
 settings.load_profile("no deadline")
 torch.set_num_threads(1)  # the models are tiny; two test runs side by side must not fight for cores

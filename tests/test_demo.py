@@ -22,6 +22,8 @@ from hf_attnstore.lab.demo import DemoError, DemoResult, TurnResult, run_demo, r
 from hf_attnstore.lab.demo.kept import KeptCache, KeptTask, run_kept
 from hf_attnstore.lab.demo.turn import TurnTask, first_difference, run_turn
 
+pytest.importorskip("matplotlib.font_manager")  # asks the system for fonts when it is first imported, by a process
+
 MESSAGES = ("the old prince looked at the letter and said nothing to the others", "and then", "what did the mother say")
 SHORT = script.Script("You answer as a voice in an old novel.", MESSAGES, answer_tokens=48, repeats=3)
 SMALL_MODEL = Path(__file__).parent.parent / "examples" / "small-model"
