@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+from support.engines import Valkey
 
 from hf_attnstore import AttentionStore, detach
 from hf_attnstore.chat.pretrained import ModelNotFoundError, real_model_path
@@ -62,6 +63,14 @@ def store(tmp_path: Path) -> Iterator[AttentionStore]:
     """An open store with blocks of 16 tokens."""
     with AttentionStore(tmp_path / "store", block_size=16) as opened:
         yield opened
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
+    """A Valkey server for all tests of a module; skips them where its package is not installed."""
+    started = Valkey(tmp_path_factory.mktemp("valkey"))
+    yield started
+    started.kill()
 
 
 @pytest.fixture(scope="session")

@@ -237,18 +237,25 @@ def ensure_hooks(model: nn.Module) -> Attachment:
         return attachment
 
 
-def feed(model: nn.Module, cache: Any, ids: torch.Tensor) -> None:
-    """Runs tokens `[rows, tokens]` through an attached model for the sake of its cache alone."""
+def feed(model: nn.Module, cache: Any, ids: torch.Tensor, wanted: int = 1) -> Any:
+    """Runs tokens `[rows, tokens]`, which come after what a cache holds, through an attached model.
+
+    Args:
+        wanted: of how many of the last ones logits are needed, where the model leaves out the others.
+
+    Returns:
+        The model's output; most have no use for it, and want what is in the cache then.
+    """
     attachment = attachment_of(model)
     assert attachment is not None
     more: dict[str, Any] = {attachment.cache_name: cache}
     if "logits_to_keep" in attachment.parameter_names:
-        more["logits_to_keep"] = 1
+        more["logits_to_keep"] = wanted
     if "position_ids" in attachment.parameter_names:  # as `generate` does: not all models ask the cache
         start = cache.get_seq_length()
         more["position_ids"] = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
     with torch.no_grad():
-        model(input_ids=ids, use_cache=True, **more)
+        return model(input_ids=ids, use_cache=True, **more)
 
 
 @overload

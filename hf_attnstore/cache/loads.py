@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
@@ -62,7 +63,7 @@ def plan_load(turn: Turn, spans: Sequence[Span], length: int, checkpoint: Checkp
     began = time.perf_counter()
     load = plan_restore(
         held.layers, attachment.devices, spans, length, held.whole_from(length), setup.store, attachment.pace, geometry,
-        checkpoint, setup.gate.estimate(length) if setup.gate.enabled else None,
+        checkpoint, partial(setup.gate.estimate, length) if setup.gate.enabled else None,
     )  # fmt: skip
     held.states_at = length
     if checkpoint is not None:

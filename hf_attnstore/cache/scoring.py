@@ -18,7 +18,7 @@ from ..errors import CacheUseError, UnsupportedModelError
 from ..session.chain import common_prefix
 from ..store.store import AttentionStore
 from .cache import AttentionStoreCache
-from .hooks import attachment_of
+from .hooks import feed
 from .model.structure import device_of, is_encoder_decoder, position_limit
 
 
@@ -182,15 +182,7 @@ class _Scorer:
 
     def _forward(self, ids: torch.Tensor, cache: AttentionStoreCache, wanted: int) -> torch.Tensor:
         """The logits of the last `wanted` tokens."""
-        model, attachment = self._model, attachment_of(self._model)
-        assert attachment is not None
-        start = cache.get_seq_length()
-        more: dict[str, Any] = {attachment.cache_name: cache}
-        if "logits_to_keep" in attachment.parameter_names:
-            more["logits_to_keep"] = wanted
-        if "position_ids" in attachment.parameter_names:
-            more["position_ids"] = torch.arange(start, start + ids.shape[1], device=device_of(model))[None]
-        logits: torch.Tensor = model(input_ids=ids.to(device_of(model)), use_cache=True, **more).logits
+        logits: torch.Tensor = feed(self._model, cache, ids.to(device_of(self._model)), wanted).logits
         return logits[:, -wanted:]
 
     def _alone(self, ids: np.ndarray) -> torch.Tensor:

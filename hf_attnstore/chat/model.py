@@ -91,7 +91,7 @@ def load_chat_model(
     source = model_source(model)
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise AttentionStoreError(f"dtype is auto, or such as float32 or bfloat16, not {dtype!r}")
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    place = device or default_device()
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(source)
         loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
@@ -103,6 +103,13 @@ def load_chat_model(
         raise AttentionStoreError(
             f"the model can't be put on {place!r}: {first_line(error)}; cpu is always there"
         ) from error
+
+
+def default_device() -> str:
+    """Where a model computes, unless somebody says so: on CUDA where there is one, else on the CPU."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def first_line(error: BaseException) -> str:

@@ -15,6 +15,7 @@ from rich.markup import escape
 
 from ..cli.options import CheckpointEvery, Device, Disk, Dtype, Memory, Model, OnDevice, Store
 from ..errors import AttentionStoreError
+from ..listening import bound_socket, is_loopback
 
 
 def serve(
@@ -67,14 +68,14 @@ def serve(
     from .callers import Keys
 
     known = Keys.read(keys) if keys is not None else None
-    if known is None and not _is_loopback(host):
+    if known is None and not is_loopback(host):
         console.print(
             f"[yellow]warning:[/] everybody who reaches {escape(host)} can use this model and its sessions; "
             "--keys FILE asks for keys"
         )
     logging.getLogger("transformers.cli.serving").setLevel(logging.ERROR)  # a warning of theirs for each request
-    listening = _listening_socket(host, port)
-    from ..chat.model import first_line, model_source
+    listening = bound_socket(host, port)
+    from ..chat.model import default_device, first_line, model_source
     from ..store import AttentionStore
     from .app import application
     from .generating import LoadedModel
@@ -86,7 +87,7 @@ def serve(
         loaded = LoadedModel(
             source,
             name or (model if model and not Path(model).is_dir() else Path(source).name),
-            device=device or _default_device(),
+            device=device or default_device(),
             dtype=dtype,
             attn_implementation=attn_implementation,
         )
@@ -106,33 +107,6 @@ def _template_kwargs(given: str | None) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise AttentionStoreError("--chat-template-kwargs is a JSON object")
     return found
-
-
-def _default_device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _is_loopback(host: str) -> bool:
-    import ipaddress
-
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _listening_socket(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    opened = socket.socket(family, socket.SOCK_STREAM)
-    opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        opened.bind((host, port))
-    except OSError as error:
-        opened.close()
-        raise AttentionStoreError(f"can't listen on {host}:{port} ({error}); choose another with --port") from error
-    return opened
 
 
 def _url(listening: socket.socket) -> str:

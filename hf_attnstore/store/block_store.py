@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -169,15 +169,12 @@ class BlockStore(OpenStore):
             self._accounts.count_all({**counts, "code_microseconds": round((time.perf_counter() - began) * 1e6)})
         return kept
 
-    def _code(self, block: Block) -> None:
-        """Has memory keep what a lossy codec makes of a block."""
-        self._as_kept(block)
-
-    def load(self, stages: Sequence[Stage], patience: float | None = None) -> Load:
+    def load(self, stages: Sequence[Stage], patience: Callable[[], float | None] | None = None) -> Load:
         """Opens the blocks of all stages and returns a load, of which nothing is requested yet.
 
         Args:
-            patience: seconds that an engine may be waited for, all told: what computing would take.
+            patience: tells for how many seconds an engine may be waited, all told: what computing would take. Not asked
+                where none has to be waited for.
 
         Raises:
             LoadError: a block is missing or damaged.
@@ -187,10 +184,12 @@ class BlockStore(OpenStore):
         keys = list(dict.fromkeys(key for stage in stages for key in stage.needs()))
         found = self._open(keys)
         names = {key: name for key, (name, _) in found.items()}
-        if patience is not None:
-            for _, source in found.values():
-                if isinstance(source, StoredBlock):
-                    source.wait_at_most(patience)
+        afar = {tier.name for tier in self._lower if tier.shared}
+        awaited = [source for name, source in found.values() if name in afar and isinstance(source, StoredBlock)]
+        seconds = patience() if patience is not None and awaited else None
+        if seconds is not None:
+            for source in awaited:
+                source.wait_at_most(seconds)
         if all(stage.device is None or stage.device.type == "cpu" for stage in stages):
             self._bring_whole(found)
         self._memory.touch(keys)
@@ -338,7 +337,7 @@ class BlockStore(OpenStore):
         """Takes over a complete block, whose bytes were reserved, that is on disk already."""
         self._memory.put(block, dirty=False)
         if block.codable:
-            self._writer.submit(partial(self._guarded, partial(self._code, block)))
+            self._writer.submit(partial(self._guarded, partial(self._as_kept, block)))
 
     def touch(self, keys: Sequence[Key]) -> None:
         """Marks blocks as just used."""

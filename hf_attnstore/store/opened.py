@@ -441,7 +441,7 @@ class OpenStore:
             with suppress(AttentionStoreError):
                 self._disk.index.set_note(self._policy_note, json.dumps(learned))
 
-    def _guarded(self, change: Callable[[], None]) -> None:
+    def _guarded(self, change: Callable[[], object]) -> None:
         """Runs an index change in the writer thread, which must outlive whatever happens there."""
         try:
             change()

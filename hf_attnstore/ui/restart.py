@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 
 from ..errors import AttentionStoreError
+from ..listening import bound_socket
 
 SOCKET = "ATTNSTORE_UI_SOCKET"
 """Environment variable with the number of the socket that was handed over."""
@@ -67,14 +68,7 @@ def listening_socket(host: str, port: int) -> socket.socket:
     handed_over = os.environ.pop(SOCKET, "")
     if handed_over:
         return socket.socket(fileno=int(handed_over))
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    opened = socket.socket(family, socket.SOCK_STREAM)
-    opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        opened.bind((host, port))
-    except OSError as error:
-        opened.close()
-        raise AttentionStoreError(f"can't listen on {host}:{port} ({error}); choose another with --port") from error
+    opened = bound_socket(host, port)
     opened.listen(128)
     return opened
 

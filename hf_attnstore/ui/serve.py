@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import secrets
 import socket
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from fastapi import FastAPI
 from starlette.background import BackgroundTask
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 
+from ..listening import is_loopback
 from ..store import AttentionStore
 from .app import LEAVING, STYLE, build, theme
 from .identity import IdentityCookie
@@ -25,16 +25,6 @@ from .turns import Turns
 
 GRACE_SECONDS = 1
 """How long open connections (pages that listen for news) may hold up the end of the process."""
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches what listens on `host`."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def web_app(page: gr.Blocks, restart: Restart, accounts: Sequence[tuple[str, str]] = ()) -> FastAPI:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,6 @@ from support.turns import Reference, assert_reused, assert_same, expected_load, 
 from hf_attnstore import AttentionStore, AttentionStoreCache, ChatSession
 from hf_attnstore.errors import EncryptionKeyError
 from hf_attnstore.store.shared import tier
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
-    server = Valkey(tmp_path_factory.mktemp("valkey"))
-    yield server
-    server.kill()
 
 
 @pytest.fixture

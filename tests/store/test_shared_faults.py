@@ -22,13 +22,6 @@ SLACK = 10.0
 """Seconds; the machine may be busy. What hangs takes the test's own limit."""
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
-    server = Valkey(tmp_path_factory.mktemp("valkey"))
-    yield server
-    server.kill()
-
-
 @pytest.fixture
 def proxy(server: Valkey) -> Iterator[FaultyProxy]:
     server.ask("FLUSHALL")

@@ -15,13 +15,6 @@ from hf_attnstore.errors import AttentionStoreError, SessionNotFoundError
 from hf_attnstore.store import AttentionStore
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
-    server = Valkey(tmp_path_factory.mktemp("valkey"))
-    yield server
-    server.kill()
-
-
 @pytest.fixture
 def url(server: Valkey) -> str:
     server.ask("FLUSHALL")

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -62,19 +62,14 @@ class _Saving:
     ) -> None:
         self.computed_by = computed_by
         self.chain = chain
-        self._known: dict[tuple[int, int], Runs] = {}
-
-        def where(start: int, stop: int) -> Runs:
-            if (start, stop) not in self._known:  # all layers ask for the same one after the other
-                self._known = {(start, stop): pages.runs(request_id, start, stop)}
-            return self._known[start, stop]
-
+        # all layers ask for the same one after the other
+        self._where = where = lru_cache(maxsize=1)(partial(pages.runs, request_id))
         layers = [_Layer(pages, number, where, may) for number, may in enumerate(pages.may_be_rounded)]
         self.saver = BlockSaver(layers, chain, store, computed_by[0])
 
     def grow(self, ids: list[int]) -> None:
         """The request holds the KV of these tokens by now."""
-        self._known = {}  # pages of equal content are made one now and then
+        self._where.cache_clear()  # pages of equal content are made one now and then
         self.chain.append(ids[len(self.chain) :])
 
 
@@ -102,23 +97,24 @@ class StoredRequests:
 
     # what is known of a request
 
-    def notice_changes(self) -> None:
-        """Before a request is given pages that another one has computed: lets go of those if the model has changed."""
-        self._safely("the model", self._identify)
+    def identify(self) -> str:
+        """The identity of what computes now, empty where nothing is to be reused. To be asked before a request is given
+        pages that another one has computed: lets go of those if the model has changed."""
+        return self._safely("the model", self._identify) or ""
 
-    def fill(self, request: Any, most: int) -> int:
+    def fill(self, request: Any, most: int, model: str) -> int:
         """Puts what the store knows of a request's prompt into its pages, beyond what it has there already.
 
         Args:
             most: tokens that the request may have then.
+            model: what `identify` has just said.
 
         Returns:
             The tokens that its pages hold more than before; nothing else of the request has changed.
         """
-        return self._safely("a prompt", partial(self._fill, request, most)) or 0
+        return self._safely("a prompt", partial(self._fill, request, most, model)) or 0
 
-    def _fill(self, request: Any, most: int) -> int:
-        model = self._identify()
+    def _fill(self, request: Any, most: int, model: str) -> int:
         if not model or self._pages is None:
             return 0
         ids, have = np.array(request.initial_tokens), request.position_offset

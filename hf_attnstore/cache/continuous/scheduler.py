@@ -29,14 +29,13 @@ def with_store(base: type[Scheduler]) -> type[Scheduler]:
 
         def _infer_request_tokens(self, state: Any, gone: set[str]) -> list[int]:
             fresh = state.status == RequestStatus.PENDING and not state.is_cpu_offloaded
-            if fresh:
-                self._stored.notice_changes()
+            model = self._stored.identify() if fresh else ""
             tokens: list[int] = super()._infer_request_tokens(state, gone)
             if not fresh:
                 return tokens
             # a request that is to be forked has to be fed one token before that, and one after
             most = len(state.initial_tokens) - (2 if state.num_children else 1)
-            filled = self._stored.fill(state, most)
+            filled = self._stored.fill(state, most, model)
             if filled:
                 self.active_requests[state.request_id] = state
                 self.waiting_requests.pop(state.request_id, None)

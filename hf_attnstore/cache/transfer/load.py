@@ -152,7 +152,7 @@ def plan_restore(
     pace: Pace,
     geometry: Geometry | None = None,
     checkpoint: Checkpoint | None = None,
-    patience: float | None = None,
+    patience: Callable[[], float | None] | None = None,
 ) -> Restore | None:
     """Makes every layer hold what it needs at `length` tokens; what is missing is loaded from `spans`.
 
@@ -160,7 +160,8 @@ def plan_restore(
         whole_from: position from which all layers need their KV, for the sake of saving.
         geometry: how keys are moved, for spans that are not where they were made.
         checkpoint: where the running states at `length` come from; None where the layers have them, or have none.
-        patience: seconds that it may be waited for where other machines have it; None for as long as that tier says.
+        patience: tells how many seconds it may be waited for where other machines have it; None for as long as that
+            tier says.
 
     Returns:
         The load that brings it, not started; None where nothing is missing.

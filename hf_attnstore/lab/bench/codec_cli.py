@@ -14,8 +14,6 @@ from rich.markdown import Markdown
 
 from hf_attnstore.lab.bench.one_line import errors_in_one_line
 
-_OWN_TEXT = Path(__file__).parents[1] / "demo" / "alice.txt"
-
 
 def codecs(
     model: Annotated[
@@ -43,8 +41,10 @@ def codecs(
     """Measure codecs: bytes, what becomes of the next tokens, and the time to the first one from several media."""
     console = Console()
     with errors_in_one_line():
+        from hf_attnstore.lab.demo.script import CHAPTER
+
         _codecs(
-            console, model, text or [_OWN_TEXT], history, scored, texts, answers, repeats, floor, output, dtype, device
+            console, model, text or [CHAPTER], history, scored, texts, answers, repeats, floor, output, dtype, device
         )  # fmt: skip
 
 
