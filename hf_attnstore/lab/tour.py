@@ -22,7 +22,6 @@ from rich.markup import escape
 
 from ..errors import AttentionStoreError
 from ..store import AttentionStore
-from ..ui.app import build
 from ..ui.model import Loaded, ModelLoader
 from ..ui.restart import Restart, listening_socket
 from ..ui.serve import web_app
@@ -54,7 +53,7 @@ def served(load: Callable[[], Loaded], store: AttentionStore, **options: Any) ->
     listening = listening_socket("127.0.0.1", 0)
     turns = Turns(store, ModelLoader(load), **options)
     restart = Restart(allowed=True)
-    app = web_app(build(store, turns, restart, model_name="the small model"), restart)
+    app = web_app(turns, restart, model_name="the small model")
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False, timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()

@@ -52,13 +52,14 @@ def _digest(kind: str, what: str) -> str:
 
 
 class IdentityCookie:
-    """ASGI middleware: gives each browser its cookie with the page, and the same one again at each visit."""
+    """ASGI middleware: gives each browser its cookie with the page at `path`, and the same one again at each visit."""
 
-    def __init__(self, app: Any) -> None:
+    def __init__(self, app: Any, path: str = "/") -> None:
         self.app = app
+        self.paths = {path, path.rstrip("/"), path.rstrip("/") + "/"}
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http" or scope["method"] != "GET" or scope["path"] not in ("", "/"):
+        if scope["type"] != "http" or scope["method"] != "GET" or scope["path"] not in self.paths:
             await self.app(scope, receive, send)
             return
         secret = _sent_secret(scope) or new_secret()

@@ -7,7 +7,7 @@ import secrets
 import socket
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import gradio as gr
 import uvicorn
@@ -27,14 +27,54 @@ GRACE_SECONDS = 1
 """How long open connections (pages that listen for news) may hold up the end of the process."""
 
 
-def web_app(page: gr.Blocks, restart: Restart, accounts: Sequence[tuple[str, str]] = ()) -> FastAPI:
-    """The page and what is beside it, as an ASGI application.
+def mount(
+    app: FastAPI,
+    turns: Turns,
+    *,
+    path: str = "/",
+    model_name: str = "the model",
+    restart: Restart | None = None,
+    accounts: Sequence[tuple[str, str]] = (),
+) -> FastAPI:
+    """Puts the page into an ASGI application, beside what that serves already. Who made `turns` closes it.
+
+    For an application with a model and a queue of its own:
+
+        turns = Turns(store, ModelLoader(lambda: (model, tokenizer)), queue=queue)
+        mount(app, turns, path="/ui", model_name="SmolLM2")
 
     Args:
+        path: where the page is.
+        model_name: shown on the page.
+        restart: what the page asks for a new process; None offers none.
         accounts: names and passwords; without any, whoever reaches the page may use it.
     """
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    path = "/" + path.strip("/")
+    restart = restart or Restart(allowed=False)
+    served: Any = gr.mount_gradio_app(
+        app,
+        build(turns.store, turns, restart, model_name=model_name),
+        path=path,
+        auth=list(accounts) or None,
+        theme=theme(),
+        css=STYLE.read_text(),
+        head=f"<script>{LEAVING.read_text()}</script>",
+        footer_links=[],
+        run_history=False,
+        enable_monitoring=False,
+        show_error=False,
+        ssr_mode=False,
+        max_file_size="1kb",
+    )
+    served.add_middleware(IdentityCookie, path=path)
+    return cast(FastAPI, served)
 
+
+def web_app(
+    turns: Turns, restart: Restart, *, model_name: str = "the model", accounts: Sequence[tuple[str, str]] = ()
+) -> FastAPI:
+    """The page alone, and the routes by which its process is restarted, as an ASGI application; see `mount`."""
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     began = secrets.token_hex(8)
 
     @app.get("/process")
@@ -48,23 +88,7 @@ def web_app(page: gr.Blocks, restart: Restart, accounts: Sequence[tuple[str, str
             return RedirectResponse("./")
         return HTMLResponse(RESTARTING_PAGE, background=BackgroundTask(restart.redeem, ticket))
 
-    served: Any = gr.mount_gradio_app(
-        app,
-        page,
-        path="/",
-        auth=list(accounts) or None,
-        theme=theme(),
-        css=STYLE.read_text(),
-        head=f"<script>{LEAVING.read_text()}</script>",
-        footer_links=[],
-        run_history=False,
-        enable_monitoring=False,
-        show_error=False,
-        ssr_mode=False,
-        max_file_size="1kb",
-    )
-    served.add_middleware(IdentityCookie)
-    return served
+    return mount(app, turns, model_name=model_name, restart=restart, accounts=accounts)
 
 
 class _Server(uvicorn.Server):
@@ -93,7 +117,7 @@ def serve(
     Args:
         load: returns model and tokenizer; called at once, in a thread.
         store: is closed at the end.
-        accounts: see `web_app`.
+        accounts: see `mount`.
         ready: is told the address when the page can be asked for.
         options: of every `ChatSession`, such as `max_new_tokens`.
 
@@ -107,7 +131,7 @@ def serve(
         closing.callback(store.close)
         turns = Turns(store, ModelLoader(load), **options)
         closing.callback(turns.close)
-        app = web_app(build(store, turns, restart, model_name=model_name), restart, accounts)
+        app = web_app(turns, restart, model_name=model_name, accounts=accounts)
         server = _Server(
             uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_SECONDS)
         )

@@ -94,16 +94,20 @@ class Turns:
     Args:
         store: the store, in any namespace.
         model: what loads the model; turns wait for it.
+        queue: where turns of others than this page's run on that model, too; it is closed by who made it. None makes
+            one when the model is there.
         options: for every `ChatSession`.
     """
 
-    def __init__(self, store: AttentionStore, model: ModelLoader, **options: Any) -> None:
+    def __init__(
+        self, store: AttentionStore, model: ModelLoader, *, queue: TurnQueue | None = None, **options: Any
+    ) -> None:
         self.store = store
         self.model = model
         self.options = options
         self.expectations = Expectations()
         self._lock = threading.Lock()
-        self._queue: TurnQueue | None = None
+        self._queue, self._owned = queue, queue is None
         self._busy: set[tuple[str, str]] = set()
         """Namespace and name of conversations on which something is done."""
         self._running: dict[tuple[str, str], Running] = {}
@@ -172,8 +176,10 @@ class Turns:
         """Stops all turns, keeps what is complete, and ends the loading of the model."""
         self._closing = True
         with self._lock:
-            queue = self._queue
-        if queue is not None:
+            queue, running = self._queue, list(self._running.values())
+        for turn in running:
+            turn.stop()
+        if queue is not None and self._owned:
             queue.close(cancel=True)
         self.model.close()
 

@@ -14,7 +14,6 @@ import pytest
 import uvicorn
 
 from hf_attnstore import AttentionStore
-from hf_attnstore.ui.app import build
 from hf_attnstore.ui.model import ModelLoader
 from hf_attnstore.ui.restart import Restart, listening_socket
 from hf_attnstore.ui.serve import web_app
@@ -58,7 +57,7 @@ def served(
     listening = listening_socket("127.0.0.1", 0)
     turns = Turns(store, ModelLoader(load), **options)
     restart = Restart(allowed=False)
-    app = web_app(build(store, turns, restart, model_name="a tiny model"), restart, accounts)
+    app = web_app(turns, restart, model_name="a tiny model", accounts=accounts)
     server = uvicorn.Server(
         uvicorn.Config(app, log_level="error", access_log=False, timeout_graceful_shutdown=1, lifespan="on")
     )
