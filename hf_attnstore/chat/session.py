@@ -348,26 +348,29 @@ class ChatSession:
         self._cache = None  # an interrupted turn's cache is not used again
         run = GenerateRun()
         finished = False
-        try:
-            timed_generate(
-                self.model,
-                self.tokenizer,
-                fed.ids,
-                run,
-                on_text=_stream_callback(stream),
-                **as_generate_takes(self.model, cache),
-                **kwargs,
-            )
-            finished = True
-            # who asked for a device tier has it decide whose KV stays on the device
-            tier = self.store.device_tier
-            self._cache = cache if self.reuse and (tier.host_only or not tier.capacity) else None
-        finally:
-            self._timeline = list(cache.timeline)
-            if run.ids:
-                finish = self._finish(run, wanted, kwargs["max_new_tokens"]) if finished else "interrupted"
-                self._turn = _turn(run, cache, len(fed.ids), finish, BackgroundWork() if self.canonicalize else None)
-                self._remember(self._answered(before, text, prompt, (*begun, *run.ids), role))
+        with self.store.one_step(self.session):
+            try:
+                timed_generate(
+                    self.model,
+                    self.tokenizer,
+                    fed.ids,
+                    run,
+                    on_text=_stream_callback(stream),
+                    **as_generate_takes(self.model, cache),
+                    **kwargs,
+                )
+                finished = True
+                # who asked for a device tier has it decide whose KV stays on the device
+                tier = self.store.device_tier
+                self._cache = cache if self.reuse and (tier.host_only or not tier.capacity) else None
+            finally:
+                self._timeline = list(cache.timeline)
+                if run.ids:
+                    finish = self._finish(run, wanted, kwargs["max_new_tokens"]) if finished else "interrupted"
+                    self._turn = _turn(
+                        run, cache, len(fed.ids), finish, BackgroundWork() if self.canonicalize else None
+                    )
+                    self._remember(self._answered(before, text, prompt, (*begun, *run.ids), role))
         if stream is True:
             sys.stdout.write("\n")
         if run.ids and self._turn is not None and self._turn.background is not None:

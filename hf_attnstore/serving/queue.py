@@ -445,7 +445,7 @@ class TurnQueue:
             return None
         try:
             give_way(turn.store, turn.session)
-            turn.store.lock_session(turn.session, wait=0).release()
+            turn.store.lock_session(turn.session, wait=0, patient=False).release()
         except SessionBusyError as error:
             now = time.monotonic()
             with self._changed:

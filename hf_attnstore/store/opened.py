@@ -163,7 +163,7 @@ class OpenStore:
         """Keys the names of blocks; empty without encryption."""
         self._right_of_way = RightOfWay()
         self._shared = self._open_shared(where)
-        self._shared_sessions = SharedSessions(self._shared) if self._shared is not None else None
+        self._shared_sessions = SharedSessions(self._shared, self.path) if self._shared is not None else None
         self._whole_manifests: dict[tuple[str, str], Manifest] = {}
         """What sessions consist of that are shared, where the index may know of fewer blocks: by namespace and name."""
         self._disk, self._open_lock = open_disk_store(
@@ -279,6 +279,8 @@ class OpenStore:
                 return
             self._end.set()
             try:
+                if self._shared_sessions is not None:
+                    self._shared_sessions.leases.close()
                 self._end_threads()
                 self._keep_totals()
                 self._keep_learned()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -271,7 +272,7 @@ class AttentionStore(UpcomingTurns):
             SessionNotFoundError: there is no such session.
         """
         self._settle()
-        self._learn((self.namespace, name))
+        self._learn((self.namespace, name), settled=True)
         return self._disk.index.sessions.metadata(self.namespace, name)
 
     def set_metadata(self, name: str, metadata: dict[str, Any]) -> None:
@@ -410,8 +411,11 @@ class AttentionStore(UpcomingTurns):
         roots = (chain_root(row.fingerprint, self.namespace, codec, self.secret) for codec in known_codecs())
         return next((codec for codec, root in zip(known_codecs(), roots, strict=True) if root == row.parent), None)
 
-    def lock_session(self, name: str, wait: float) -> SessionLock:
-        """Takes the lock of a session, which need not exist; `wait` in seconds.
+    def lock_session(self, name: str, wait: float, *, patient: bool = True) -> SessionLock:
+        """Takes the lock of a session, which need not exist, on all machines of a shared tier; `wait` in seconds.
+
+        Args:
+            patient: waits a moment, whatever `wait`, for a turn of another machine that may just have ended.
 
         Raises:
             SessionNameError: see `check_name`.
@@ -420,8 +424,34 @@ class AttentionStore(UpcomingTurns):
         """
         self._check_open()
         lock = self._locks.acquire(self.namespace, name if is_part(name) else self.check_name(name), wait)
-        self._learn((self.namespace, name))
+        shared, place = self._shared_sessions, (self.namespace, name)
+        if shared is not None and not is_part(name):
+            try:
+                reads = place not in self._committing
+                self._take_in(place, partial(shared.begin, wait=wait, patient=patient, reads=reads))
+            except BaseException:
+                lock.release()
+                raise
+            lock.then = partial(shared.leases.end, place)
         return lock
+
+    def give_way(self, name: str) -> None:
+        """The turn that runs on a session is one that other machines need not wait for."""
+        if self._shared_sessions is not None:
+            self._shared_sessions.leases.give_way((self.namespace, name))
+
+    @contextmanager
+    def one_step(self, name: str) -> Iterator[None]:
+        """What is done to a session meanwhile is one step for other machines: a turn, and what is kept of it."""
+        place, shared = (self.namespace, name), self._shared_sessions
+        if shared is None:
+            yield
+            return
+        shared.leases.keep(place)
+        try:
+            yield
+        finally:
+            shared.leases.let_go(place)
 
     # turns
 
@@ -434,6 +464,9 @@ class AttentionStore(UpcomingTurns):
         place = self.namespace, session
         pending = self._committing[place] = (fingerprint, manifest)
         hold = self._locks.keep(self.namespace, session)
+        shared = self._shared_sessions
+        if shared is not None:
+            shared.leases.keep(place)
 
         def change() -> None:
             try:
@@ -444,6 +477,8 @@ class AttentionStore(UpcomingTurns):
                 if self._committing.get(place) is pending:
                     del self._committing[place]
                 self._publish(place)
+                if shared is not None:
+                    shared.leases.let_go(place)
                 if hold is not None:
                     hold.done()
 

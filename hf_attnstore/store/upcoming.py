@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import zip_longest
+from typing import Literal, TypeAlias
 
 from ..errors import SessionNotFoundError, StoreIOError
 from .block_store import BlockStore
@@ -20,6 +21,9 @@ from .shared.sessions import as_record
 
 Session = tuple[str, str]
 """Namespace and name."""
+
+LastUsed: TypeAlias = Callable[[], float | None]
+SessionNews: TypeAlias = SessionRecord | Literal[False] | None
 
 
 @dataclass
@@ -131,12 +135,15 @@ class UpcomingTurns(BlockStore):
             return pending[1]
         return self._whole_manifests.get(session) or self._disk.manifest(*session)
 
-    def _learn(self, session: Session) -> None:
-        """Takes in what other machines made of a session."""
+    def _learn(self, session: Session, *, settled: bool = False) -> None:
+        """Takes in what other machines made of a session; `settled`: that of a turn that has just ended, too."""
         if self._shared_sessions is None or is_part(session[1]) or session in self._committing:
             return
+        self._take_in(session, partial(self._shared_sessions.news, settled=settled))
+
+    def _take_in(self, session: Session, news_of: Callable[[Session, LastUsed], SessionNews]) -> None:
         try:
-            news = self._shared_sessions.news(session, partial(self._disk.index.sessions.last_used, *session))
+            news = news_of(session, partial(self._disk.index.sessions.last_used, *session))
             if news is None:
                 return
             if news is False:

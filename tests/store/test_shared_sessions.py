@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from threading import Timer
 
 import pytest
 from support.engines import Valkey
 from support.store_blocks import make_chain, save
 
-from hf_attnstore.errors import AttentionStoreError, SessionNotFoundError
+from hf_attnstore.errors import AttentionStoreError, SessionBusyError, SessionNotFoundError
 from hf_attnstore.store import AttentionStore
+from hf_attnstore.store.disk.surroundings import Clock, Surroundings
+from hf_attnstore.store.shared import leases
+from hf_attnstore.store.shared.engine import Engine, EngineError, Put
+from hf_attnstore.store.shared.valkey import ValkeyEngine
 
 
 @pytest.fixture
@@ -25,6 +31,14 @@ def url(server: Valkey) -> str:
 def machines(tmp_path: Path, url: str) -> Iterator[tuple[AttentionStore, AttentionStore]]:
     with machine(tmp_path / "one", url) as one, machine(tmp_path / "two", url) as two:
         yield one, two
+
+
+@pytest.fixture(params=["has a clock", "has none"])
+def clock(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that tells when a hold is over, and one on which others have to find out."""
+    if request.param == "has none":
+        for name in ("take", "renew"):
+            monkeypatch.setattr(ValkeyEngine, name, getattr(Engine, name))
 
 
 def machine(folder: Path, url: str, **settings: object) -> AttentionStore:
@@ -79,23 +93,103 @@ def test_a_session_is_forked_renamed_and_deleted_from_any_machine(
     assert two.tokens("alice") == list(range(5))
 
 
-def test_of_two_machines_that_go_on_at_once_the_first_keeps_the_name_and_nothing_is_mixed(
+@pytest.mark.usefixtures("clock")
+def test_a_session_in_the_middle_of_a_turn_on_another_machine_is_waited_for(
+    machines: tuple[AttentionStore, AttentionStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "_GRACE", 0.01)
+    one, two = machines
+    lock = one.lock_session("alice", wait=0)
+    for change in (partial(two.lock_session, wait=0), two.delete, partial(two.rename, dst="bob")):
+        with pytest.raises(SessionBusyError, match="on another machine"):
+            change("alice")
+    save(one, make_chain(list(range(40)), 16), "alice")
+    ending = Timer(0.2, lock.release)
+    ending.start()
+    two.lock_session("alice", wait=60).release()  # and until what the turn made is there
+    assert two.tokens("alice") == list(range(40))
+    ending.join()
+
+
+def test_a_turn_that_gives_way_is_overtaken_at_once(
     machines: tuple[AttentionStore, AttentionStore], log: pytest.LogCaptureFixture
 ) -> None:
     one, two = machines
+    in_the_background = one.lock_session("alice", wait=0)
+    one.give_way("alice")
+    a_turn(two, "alice", list(range(40)))
+    save(one, make_chain(list(range(20)), 16), "alice")
+    in_the_background.release()
+    one.flush()
+    assert [store.tokens("alice") for store in machines] == [list(range(40))] * 2
+    assert not log.records
+
+
+def test_no_clock_says_which_of_two_states_of_a_session_is_the_newer(tmp_path: Path, url: str) -> None:
+    class Ahead(Clock):
+        def time(self) -> float:
+            return super().time() + 10_000
+
+    for folder, ids, skew in (("one", 20, Ahead), ("two", 40, Clock), ("one", 60, Ahead), ("two", 80, Clock)):
+        with machine(tmp_path / folder, url, surroundings=Surroundings(clock=skew())) as store:
+            if ids > 20:
+                assert store.tokens("alice") == list(range(ids - 20))
+            a_turn(store, "alice", list(range(ids)))
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_holder_that_was_taken_for_dead_cannot_commit(
+    machines: tuple[AttentionStore, AttentionStore], log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = machines
     a_turn(one, "alice", list(range(32)))
-    locks = [store.lock_session("alice", wait=0) for store in machines]
-    for store, last in ((one, 1), (two, 2)):
-        save(store, make_chain([*range(32), *[last] * 16], 16), "alice")
-        store.flush()
-    for lock in locks:
-        lock.release()
+    held = one._shared_sessions.leases
+    monkeypatch.setattr(held, "_seconds", 0.05)
+    monkeypatch.setattr(held, "_renew", lambda session: None)  # it is asleep
+    late = one.lock_session("alice", wait=0)
+    a_turn(two, "alice", [*range(32), *[2] * 16])
+    monkeypatch.undo()
+    save(one, make_chain([*range(32), *[1] * 16], 16), "alice")
+    one.flush()
+    late.release()
     assert len([record for record in log.records if "which keeps its name" in record.getMessage()]) == 1
     for store in machines:
         store.lock_session("alice", wait=0).release()
-        assert store.tokens("alice") == [*range(32), *[1] * 16]
-    keys = [block.meta.key for block in make_chain([*range(32), *[2] * 16], 16)]
-    assert one.known(keys) == 3  # what the other computed is found by its text
+        assert store.tokens("alice") == [*range(32), *[2] * 16]
+    keys = [block.meta.key for block in make_chain([*range(32), *[1] * 16], 16)]
+    assert two.known(keys) == 3  # what it computed is found by its text
+
+
+def test_a_record_is_not_published_before_all_of_its_blocks_are_there(
+    machines: tuple[AttentionStore, AttentionStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = machines
+    a_turn(one, "alice", list(range(32)))
+    chain = make_chain([*range(32), *range(90, 130)], 16)
+    engine, failing = one._shared.engine, one._shared.value(chain[3].meta.key)
+    put = engine.put
+
+    def fails(name: str, *arguments: object) -> Put:
+        if name == failing:
+            raise EngineError("no")
+        return put(name, *arguments)  # type: ignore[arg-type]
+
+    for broken in (fails, lambda name, *rest: Put.FULL if name == failing else put(name, *rest)):
+        monkeypatch.setattr(engine, "put", broken)
+        a_turn(one, "alice", [*range(32), *range(90, 130)])
+        wait_until(lambda: one._shared.breaker.well)
+        assert two.tokens("alice") == list(range(32))
+    monkeypatch.setattr(engine, "put", put)
+    a_turn(one, "alice", [*range(32), *range(90, 130)])
+    assert two.tokens("alice") == [*range(32), *range(90, 130)]
+    assert two.known([block.meta.key for block in chain]) == len(chain)
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    until = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 def test_what_another_machine_has_is_fetched_for_who_is_expected(
@@ -104,10 +198,7 @@ def test_what_another_machine_has_is_fetched_for_who_is_expected(
     one, two = machines
     a_turn(one, "alice", list(range(64)))
     two.expect("alice")
-    until = time.monotonic() + 60
-    while two.stats()["fetched_blocks"] < 4:
-        assert time.monotonic() < until
-        time.sleep(0.01)
+    wait_until(lambda: two.stats()["fetched_blocks"] >= 4)
     assert two.residence("alice")["memory"] == sum(block.nbytes for block in make_chain(list(range(64)), 16))
 
 

@@ -33,6 +33,8 @@ def prefill(cache: AttentionStoreCache, ids: np.ndarray, go_on: Callable[[], boo
     cache.begin_turn(ids, limit=len(ids), checked=True)
     try:
         cache.hold_back()
+        if cache.store is not None and cache.session is not None:
+            cache.store.give_way(cache.session)
         if cache.unidentified or not cache.continues_in_parts:
             return False
         return _feed(cache, cache.prompt_in_view(ids), go_on)

@@ -7,7 +7,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ logger = logging.getLogger("hf_attnstore")
 
 _OPEN_SECONDS = 30.0
 _WRITE_SECONDS = 60.0
-_DRAIN_SECONDS = 20.0
+DRAIN_SECONDS = 20.0
 _POLL_SECONDS = 0.01
 _NAME_DIGITS = 32
 
@@ -167,11 +167,14 @@ class SessionLock:
         self._locks = locks
         self._name = name
         self._released = False
+        self.then: Callable[[], None] = lambda: None
+        """Called when the turn is over."""
 
     def release(self) -> None:
         if not self._released:
             self._released = True
             self._locks._end(self._name, turn=True)
+            self.then()
 
     __del__ = release
 
@@ -231,7 +234,7 @@ class SessionLocks:
 
     def _between_processes(self, name: str, session: str, deadline: float) -> FileLock | None:
         lock = FileLock(self._folder / f"{name}.lock", mode=0o600, thread_local=False)
-        patience = time.monotonic() + _DRAIN_SECONDS
+        patience = time.monotonic() + DRAIN_SECONDS
         was_draining = True
         while True:
             try:

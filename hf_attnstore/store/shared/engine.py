@@ -19,8 +19,8 @@ from ..blocks.block import Bytes
 from .deadline import Deadline
 from .url import SharedURL
 
-TAG_BYTES = 16
-"""With which values begin that are compared before they are set."""
+TAG_BYTES = 32
+"""With which values begin that are compared before they are set: what is in them, and who may change it (`leases`)."""
 GROUP = "hf_attnstore.engines"
 _OWN = dict.fromkeys(("valkey", "valkeys", "redis", "rediss"), "hf_attnstore.store.shared.valkey:ValkeyEngine")
 
@@ -38,6 +38,17 @@ class EngineError(OSError):
 
 class FullError(EngineError):
     """There is no room for what was to be written; the engine is well."""
+
+
+class Taken(NamedTuple):
+    """A hold on a record that somebody wants."""
+
+    holder: bytes
+    kin: int
+    """So many bytes of a holder say which others may be taken over at once."""
+    milliseconds: int
+    known: bytes
+    """The tag of what is known of the record."""
 
 
 class Put(Enum):
@@ -179,8 +190,29 @@ class Engine(ABC):
         self, name: str, old: bytes, new: bytes, listed: str, member: bytes, entry: bytes, deadline: Deadline
     ) -> bool:
         """Sets a value whose first `TAG_BYTES` bytes are its tag, if that of the value there is `old` (empty: if there
-        is none), and with it, in one step, an entry of a list that `noted` tells, which has no limit."""
+        is none), and with it, in one step, an entry of a list that `noted` tells, which has no limit; with an empty
+        `listed` no entry."""
         return False
+
+    # holds on records, for an engine that has a clock; without, `value` and `replace` do
+
+    def take(self, name: str, taken: Taken, deadline: Deadline) -> bytes | None:
+        """Takes the hold on a record, whose layout `leases` tells, if it is free, over, or one of kin.
+
+        Returns:
+            The value as it is then, or its head alone if that says enough; None from an engine that has no clock.
+        """
+        return None
+
+    def renew(
+        self, name: str, fence: bytes, holder: bytes, milliseconds: int, state: int, deadline: Deadline
+    ) -> int | None:
+        """Has the hold of number and holder `fence` go on from now, or be `holder`'s.
+
+        Returns:
+            Until when, by the engine's clock; -1 if it is another's; None from an engine that has no clock.
+        """
+        return None
 
     def close(self) -> None:  # noqa: B027
         """Lets go of all connections."""

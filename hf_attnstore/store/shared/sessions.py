@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 from ...errors import LoadError
@@ -16,19 +18,66 @@ from ..records.manifest import Manifest
 from ..records.session_record import SessionRecord, decode_record, encode_record
 from .deadline import Deadline
 from .engine import TAG_BYTES, EngineError
+from .leases import Head, Leases, Session, body_of
 from .tier import SharedTier
 
-Session = tuple[str, str]
-"""Namespace and name."""
+GONE = b"-"
+"""With which the record of a deleted session begins, and its time follows: others have to learn of it."""
+
+NOTHING = bytes(16)
+"""The tag of no record."""
+
+
+class Seen:
+    """The tags of the records that this store's folder has taken in or published last: for all processes that use it,
+    and those that are to come. `NOTHING` for a session that another machine went on with: there its record holds."""
+
+    def __init__(self, folder: Path, names: Callable[[Session], tuple[str, str, bytes]]) -> None:
+        self._folder, self._names = folder, names
+        self._tags: dict[Session, bytes] = {}
+
+    def _path(self, session: Session) -> Path:
+        return self._folder / self._names(session)[2].hex()[:40]
+
+    def get(self, session: Session) -> bytes | None:
+        """None for one that was never shared from here."""
+        return self._tags.get(session) or self._read(session)
+
+    def _read(self, session: Session) -> bytes | None:
+        with suppress(OSError):
+            tag = self._path(session).read_bytes()
+            if len(tag) == len(NOTHING):
+                self._tags[session] = tag
+                return tag
+        return None
+
+    def has(self, session: Session, tag: bytes) -> bool:
+        """Whether that is the one, for this process or another."""
+        return tag in (self._tags.get(session), self._read(session))
+
+    def set(self, session: Session, tag: bytes) -> None:
+        """That is the one from now on. Where it can't be written, for this process."""
+        self._tags[session] = tag
+        with suppress(OSError):
+            self._folder.mkdir(mode=0o700, exist_ok=True)
+            fd = os.open(self._path(session), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                os.pwrite(fd, tag, 0)
+            finally:
+                os.close(fd)
 
 
 class SharedSessions:
-    """The records that an engine keeps, for one store. Nothing here raises for want of an engine."""
+    """The records that an engine keeps, for one store. Nothing here raises for want of an engine.
 
-    def __init__(self, tier: SharedTier) -> None:
+    Args:
+        folder: the store's.
+    """
+
+    def __init__(self, tier: SharedTier, folder: Path) -> None:
         self._tier = tier
-        self._tags: dict[Session, bytes] = {}
-        """Of the record that this machine has taken in or published last."""
+        self.leases = Leases(tier, folder, tier.lease)
+        self._seen = Seen(folder / "shared", self._names)
         self._usable: bool | None = None
 
     def _names(self, session: Session) -> tuple[str, str, bytes]:
@@ -38,7 +87,7 @@ class SharedSessions:
         space = name_digest("space", session[0], secret=secret)
         return f"{self._tier.prefix}:s:{member.hex()}", f"{self._tier.prefix}:n:{space.hex()}", member
 
-    def _can(self) -> bool:
+    def can(self) -> bool:
         """Whether the engine really compares before it sets; tried once, as some say that they do and do not."""
         tier = self._tier
         if not tier.breaker.well or self._usable is not None:
@@ -59,36 +108,66 @@ class SharedSessions:
 
     # reading
 
-    def news(self, session: Session, last_used: Callable[[], float | None]) -> SessionRecord | Literal[False] | None:
+    def begin(
+        self, session: Session, last_used: Callable[[], float | None], wait: float, *, patient: bool, reads: bool
+    ) -> SessionRecord | Literal[False] | None:
+        """Has the session to this machine, until `leases.end`. Returns what `news` does, if it `reads`.
+
+        Raises:
+            SessionBusyError: a turn on it runs on another machine.
+        """
+        if not self.can():
+            return None
+        known = self._seen.get(session) or b""
+        value = self.leases.begin(session, self._names(session)[0], known, wait, patient=patient)
+        return self._read(session, value, last_used) if value is not None and reads else None
+
+    def news(
+        self, session: Session, last_used: Callable[[], float | None], *, settled: bool = False
+    ) -> SessionRecord | Literal[False] | None:
         """The record of a session, if it is another than this machine knows; False if it was deleted; None if there is
         nothing new, or nobody knows.
 
         Args:
-            last_used: when the session was last used here. A process that has just begun does not know which of both
-                came after the other, and goes by that.
+            last_used: when the session was last used here, for one that was never shared before: of two that were made
+                under one name, that stays which was used last.
+            settled: waits for what a turn of another machine made that is just over.
         """
-        if not self._can():
+        if not self.can() or self.leases.current(session) is not None:
             return None
-        name = self._names(session)[0]
-        with suppress(EngineError, LoadError), self._tier.asking():
-            value = self._tier.engine.value(name, Deadline(self._tier.lookup))
-            tag, encoded = value[:TAG_BYTES], value[TAG_BYTES:]
-            if not tag or tag == self._tags.get(session):
-                return None
-            record = decode_record(encoded, self._tier.vault) if encoded else None
-            if record is not None and (record.namespace, record.name) != session:
-                return None
-            known = session in self._tags
-            self._tags[session] = tag
-            if record is None:
-                return False
-            here = last_used() if not known else None
-            return record if here is None or here <= record.last_used else None
+        with suppress(EngineError), self._tier.asking():
+            name = self._names(session)[0]
+            value = self.leases.settled(session, name) if settled else self.leases.value(name)
+            return self._read(session, value, last_used)
         return None
+
+    def _read(
+        self, session: Session, value: bytes, last_used: Callable[[], float | None]
+    ) -> SessionRecord | Literal[False] | None:
+        tag, encoded = Head.of(value).tag, body_of(value)
+        if not encoded or self._seen.has(session, tag):
+            return None
+        try:
+            record = self._decoded(encoded)
+        except LoadError:
+            return None
+        if record is not None and (record.namespace, record.name) != session:
+            return None
+        here = last_used() if self._seen.get(session) is None else None
+        self._seen.set(session, tag)
+        if record is None:
+            return False
+        return record if here is None or here <= record.last_used else None
+
+    def _decoded(self, encoded: bytes) -> SessionRecord | None:
+        """Raises:
+        LoadError: it is no record.
+        """
+        return None if encoded.startswith(GONE) else decode_record(encoded, self._tier.vault)
 
     def changed(self, namespace: str) -> list[str]:
         """The names of the sessions of a namespace of which there may be `news`."""
-        if not self._can():
+        if not self.can():
             return []
         found: list[str] = []
         with suppress(EngineError), self._tier.asking():
@@ -96,47 +175,80 @@ class SharedSessions:
             for sealed in listed.values():
                 with suppress(LoadError, ValueError):
                     space, name, tag = json.loads(self._tier.vault.unseal(sealed))
-                    if space == namespace and self._tags.get((space, name), b"").hex() != tag:
+                    if space == namespace and not self._seen.has((space, name), bytes.fromhex(tag)):
                         found.append(name)
         return found
 
     # writing, behind the turn
 
     def publish(self, session: Session, record: Callable[[], SessionRecord | None], done: Callable[[], None]) -> None:
-        """Has a session's record go up after all blocks that were handed over before, those of it included.
+        """Has a session's record go up after all of its blocks.
 
         Args:
             record: what it is by then; None for one that is deleted.
             done: called when it is known by all, or that it will not be.
         """
+        self.leases.keep(session)
         self._tier.behind(partial(self._publish, session, record, done))
 
     def _publish(self, session: Session, record: Callable[[], SessionRecord | None], done: Callable[[], None]) -> None:
         try:
-            if not self._can():
+            if not self.can():
                 return
             found = record()
-            if found is not None:
-                self._tier.complete([span.block for span in found.manifest.spans if span.block])
-            name, listed, member = self._names(session)
-            tag, old = os.urandom(TAG_BYTES), self._tags.get(session, b"")
-            value = tag + (encode_record(found, self._tier.vault) if found is not None else b"")
-            entry = self._tier.vault.seal(json.dumps([*session, tag.hex()]).encode())
+            if found is not None and not self._tier.complete([s.block for s in found.manifest.spans if s.block]):
+                self._tier.warn(
+                    "incomplete", f"session {session[1]!r} is not shared for now: not all of its KV could be sent"
+                )
+                return
             with self._tier.asking():
-                swap = self._tier.engine.replace
-                published = swap(name, old, value, listed, member, entry, Deadline(self._tier.timeout))
-            if published:
-                self._tags[session] = tag
-            else:
+                self._replace(session, found)
+        except (EngineError, LoadError):
+            return
+        finally:
+            self.leases.let_go(session)
+            done()
+
+    def _replace(self, session: Session, record: SessionRecord | None) -> None:
+        """Puts a record in the place of the one that this machine knows, under its hold."""
+        name, known = self._names(session)[0], self._seen.get(session) or b""
+        hold, yields = self.leases.current(session), self.leases.yields(session)
+        head = hold or Head.of(self.leases.take(session, name, known))
+        fits = head.tag == NOTHING or self._seen.has(session, head.tag)
+        if self.leases.is_ours(head) and fits and self._put(session, record, head):
+            return
+        value = self._tier.engine.value(name, Deadline(self._tier.timeout))
+        head = Head.of(value)
+        # another process with this folder, or a turn that has begun since: what is published is what the folder has
+        if hold is not None and self.leases.is_ours(head) and self._put(session, record, head):
+            return
+        self.leases.drop(session)
+        if body_of(value):
+            with suppress(LoadError):
+                if self._decoded(body_of(value)) == record:
+                    self._seen.set(session, head.tag)
+                    return
+            self._seen.set(session, NOTHING)
+            if not yields:
                 self._tier.warn(
                     f"shared session {session}",
                     f"session {session[1]!r} was continued on another machine meanwhile, which keeps its name; what "
                     "was computed here is still found by its text",
                 )
-        except (EngineError, LoadError):
-            return
-        finally:
-            done()
+
+    def _put(self, session: Session, record: SessionRecord | None, head: Head) -> bool:
+        name, listed, member = self._names(session)
+        tag = os.urandom(16)
+        new = self.leases.after(session, head, tag)
+        gone = GONE + b"%d" % time.time()
+        body = encode_record(record, self._tier.vault) if record is not None else gone
+        entry = self._tier.vault.seal(json.dumps([*session, tag.hex()]).encode())
+        swap, deadline = self._tier.engine.replace, Deadline(self._tier.timeout)
+        done = swap(name, head.compared, new.encoded + body, listed, member, entry, deadline)
+        if done:
+            self._seen.set(session, tag)
+            self.leases.replaced(session, new)
+        return done
 
 
 def as_record(record: SessionRecord, manifest: Manifest) -> SessionRecord:

@@ -47,7 +47,8 @@ class SharedTier(Tier):
 
     `prefix` (begins all names, `attnstore` if not said), `timeout` (seconds that a turn waits for it in all, 1),
     `lookup` (seconds for one look-up, 0.25), `ttl` (seconds after which what nobody used may go; never),
-    `queue` (bytes that wait to go up, 256MiB).
+    `queue` (bytes that wait to go up, 256MiB), `lease` (seconds after which a machine that runs a turn and gives no
+    sign of life is taken for dead, 10).
 
     Args:
         block_size: of the store: tokens of a block at most.
@@ -70,7 +71,7 @@ class SharedTier(Tier):
         self.url = url
         self.prefix = url.option("prefix", "attnstore")
         self.timeout, self.lookup = url.number("timeout", 1.0), url.number("lookup", 0.25)
-        self._ttl = int(url.number("ttl", 0))
+        self._ttl, self.lease = int(url.number("ttl", 0)), url.number("lease", 10.0)
         most = int(url.number("queue", 256 << 20, "bytes"))
         self.engine: Engine = open_engine(url)
         url.check_options()
@@ -353,11 +354,27 @@ class SharedTier(Tier):
         """Has something done after all that was put in before."""
         self._uploads.submit(Task(task))
 
-    def complete(self, keys: Sequence[Key]) -> None:
-        """Sends those of these blocks that are not there, if they are here; for what runs `behind`."""
-        for key in keys:
-            if not self._is_fresh(key):
-                self._send(key, None)
+    def complete(self, keys: Sequence[Key]) -> bool:
+        """Sends those of these blocks that are not there, if they are here; for what runs `behind`. Whether all are
+        there then.
+
+        Raises:
+            EngineError: it is not known.
+        """
+        keys = list(dict.fromkeys(keys))
+        for key in self._absent(keys):
+            self._send(key, None)
+        return not self._absent(keys)
+
+    def _absent(self, keys: Sequence[Key]) -> list[Key]:
+        """Those of these blocks that the engine does not have, as it says now."""
+        ask = [key for key in keys if not self._is_fresh(key)]
+        if not ask:
+            return []
+        with self.asking():
+            found = self.engine.sizes([self.value(key) for key in ask], Deadline(self.timeout))
+        self._saw({key: size for key, size in zip(ask, found, strict=True) if size})
+        return [key for key, size in zip(ask, found, strict=True) if not size]
 
     def warn(self, kind: str, message: str) -> None:
         """Warns once of something."""

@@ -16,7 +16,7 @@ from ...errors import SharedTierError
 from ...sizes import format_bytes
 from ..blocks.block import Bytes
 from .deadline import Deadline
-from .engine import TAG_BYTES, About, Edges, Engine, EngineError, FullError, Put, Stream
+from .engine import TAG_BYTES, About, Edges, Engine, EngineError, FullError, Put, Stream, Taken
 from .resp import Connection, Refused, Reply, command, open_bulk
 from .url import SharedURL
 
@@ -38,8 +38,38 @@ return 1"""
 
 _REPLACE = f"""if redis.call('GETRANGE', KEYS[1], 0, {TAG_BYTES - 1}) ~= ARGV[1] then return 0 end
 redis.call('SET', KEYS[1], ARGV[2])
-redis.call('HSET', KEYS[2], ARGV[3], ARGV[4])
+if KEYS[2] then redis.call('HSET', KEYS[2], ARGV[3], ARGV[4]) end
 return 1"""
+
+_NOW = """local t = redis.call('TIME')
+local now = t[1] * 1000 + math.floor(t[2] / 1000)
+"""
+_TAKE = (
+    _NOW
+    + """local head = redis.call('GETRANGE', KEYS[1], 0, 47)
+local number, free = 0, true
+if #head == 48 then
+  local holder, till, length, state
+  number, holder, till, length, state = struct.unpack('>I8c8I8I4I4', head, 17)
+  local kin = tonumber(ARGV[2])
+  free = holder == string.rep('\\0', 8) or till <= now or state == 2
+    or string.sub(holder, 1, kin) == string.sub(ARGV[1], 1, kin)
+end
+if not free then return head end
+local till = now + tonumber(ARGV[3])
+local hold = struct.pack('>I8c8I8I4I4', number + 1, ARGV[1], till, tonumber(ARGV[3]), 0)
+if #head < 48 then redis.call('SET', KEYS[1], string.rep('\\0', 16) .. hold)
+else redis.call('SETRANGE', KEYS[1], 16, hold) end
+return redis.call('GETRANGE', KEYS[1], 0, string.sub(head, 1, 16) == ARGV[4] and 47 or -1)"""
+)
+_RENEW = (
+    _NOW
+    + """if redis.call('GETRANGE', KEYS[1], 16, 31) ~= ARGV[1] then return -1 end
+local till = now + tonumber(ARGV[3])
+local hold = struct.pack('>c8I8I4I4', ARGV[2], till, tonumber(ARGV[3]), tonumber(ARGV[4]))
+redis.call('SETRANGE', KEYS[1], 24, hold)
+return till"""
+)
 
 
 class ValkeyEngine(Engine):
@@ -154,7 +184,22 @@ class ValkeyEngine(Engine):
     def replace(
         self, name: str, old: bytes, new: bytes, listed: str, member: bytes, entry: bytes, deadline: Deadline
     ) -> bool:
-        return self._ask([("EVAL", _REPLACE, 2, name, listed, old, new, member, entry)], deadline) == [1]
+        names = (2, name, listed) if listed else (1, name)
+        return self._ask([("EVAL", _REPLACE, *names, old, new, member, entry)], deadline) == [1]
+
+    def take(self, name: str, taken: Taken, deadline: Deadline) -> bytes | None:
+        (reply,) = self._ask([("EVAL", _TAKE, 1, name, *taken)], deadline)
+        if not isinstance(reply, bytes):
+            raise self._error("its answer makes no sense")
+        return reply
+
+    def renew(
+        self, name: str, fence: bytes, holder: bytes, milliseconds: int, state: int, deadline: Deadline
+    ) -> int | None:
+        (reply,) = self._ask([("EVAL", _RENEW, 1, name, fence, holder, milliseconds, state)], deadline)
+        if not isinstance(reply, int):
+            raise self._error("its answer makes no sense")
+        return reply
 
     # what it is
 
