@@ -66,7 +66,8 @@ class Machine:
     def _read(self) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            self.lines.append(line.strip())
+            if line.endswith("\n"):  # it may have been killed in the middle of it
+                self.lines.append(line.strip())
 
     def said(self, what: str) -> list[int]:
         """The turns of which it said so."""
