@@ -16,12 +16,18 @@ logger = logging.getLogger("hf_attnstore")
 _KIND = "PagedAttentionCache"
 _seen: "weakref.WeakKeyDictionary[Any, str]" = weakref.WeakKeyDictionary()
 """What computed last for a manager's cache."""
+_looked_after: "weakref.WeakSet[Any]" = weakref.WeakSet()
+
+
+def look_after(cache: Any) -> None:
+    """Somebody else sees to it that a manager's cache goes on with nothing of other weights."""
+    _looked_after.add(cache)
 
 
 def notice(fingerprint: Fingerprint, kwargs: Mapping[str, Any]) -> None:
     """A forward of an attached model without a cache of ours begins."""
     cache = next((value for value in kwargs.values() if type(value).__name__ == _KIND), None)
-    if cache is None:
+    if cache is None or cache in _looked_after:
         return
     if kwargs.get("max_length_q") == 1 and cache in _seen and fingerprint.glance():  # nobody begins with old pages here
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ from ..errors import LoadError, NotFiniteError
 from ..sizes import format_bytes
 from ..timeline import Timeline
 from .blocks.block import Block, BlockMeta, Match, TensorSpec
-from .blocks.codecs import as_kept
+from .blocks.codecs import CodedBlock, as_kept, as_kept_already
 from .blocks.keys import Key, chain_root, decode_tokens, encode_tokens
 from .blocks.stored import StoredBlock
 from .blocks.tier import Source, Tier
@@ -61,12 +61,16 @@ class BlockStore(OpenStore):
         *others, last = self._tiers
         return next((tier.name for tier in others if tier.find([key])), last.name)
 
-    def nearest(self, parent: Key, ids: Sequence[int]) -> Match | None:
-        """The block after `parent` that shares the longest beginning with `ids`; None if none shares a token."""
+    def nearest(self, parent: Key, ids: Sequence[int], *, resident: bool = False) -> Match | None:
+        """The block after `parent` that shares the longest beginning with `ids`; None if none shares a token.
+
+        Args:
+            resident: only what is in memory is asked for, so that nothing is waited for.
+        """
         self._check_open()
         tokens = encode_tokens(ids)
         best: Match | None = None
-        for tier in self._tiers:
+        for tier in self._tiers[:1] if resident else self._tiers:
             best = tier.nearest(parent, tokens, best.common if best else 0) or best
         return best
 
@@ -242,6 +246,38 @@ class BlockStore(OpenStore):
             if self._memory.put(block):
                 self._writer.submit(partial(self._write, block, None))
 
+    def resident(self, key: Key) -> Block | None:
+        """A block that is in memory as it is to be used; None where it is not, or is coded there."""
+        self._check_open()
+        block = self._memory.get(key)
+        return block if block is not None and type(block) is Block and as_kept_already(block) else None
+
+    def bring(self, keys: Sequence[Key]) -> Iterator[Block]:
+        """Blocks as they are to be used, one after the other, in host memory: in that tier, where it has room. May take
+        as long as disks and networks do.
+
+        Raises:
+            LoadError: one is missing or damaged.
+        """
+        for key in keys:
+            block = self.resident(key)
+            if block is None:
+                self._promote_one(key)
+                block = self.resident(key)
+            yield block if block is not None else self._read_whole(key)
+
+    def _read_whole(self, key: Key) -> Block:
+        """A block that memory has no room for, or has coded."""
+        name, source = self._open([key])[key]
+        try:
+            if not isinstance(source, StoredBlock):
+                return Block(source.meta, source.fetch(source.specs())) if isinstance(source, CodedBlock) else source
+            with source:
+                return Block(source.read_meta(), source.fetch(source.specs()))
+        except LoadError as error:
+            self._reject(key, error, name)
+            raise
+
     def _local_source(self, key: Key) -> Source | None:
         """Where a block is in memory or on disk; None if it is in neither."""
         for tier in (self._memory, self._disk):
@@ -278,6 +314,10 @@ class BlockStore(OpenStore):
         for tier in self._tiers[: last + 1]:
             if tier.name == name or tier.find([key]):
                 tier.failed(key, error)
+
+    def fetching(self, task: Callable[[], None]) -> None:
+        """Has a task run that looks something up, or fetches it, beside who computes."""
+        self._readers.submit(task)
 
     # saving blocks
 

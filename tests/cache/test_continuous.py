@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,20 @@ pytest.importorskip(
 )
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
+from transformers.generation.continuous_batching.cache_allocators.cache_allocator import (
+    BlockLedger,
+    CacheAllocator,
+    compute_block_hash,
+)
+from transformers.generation.continuous_batching.distributed import DistributedHelper
+from transformers.generation.continuous_batching.requests import RequestState
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, Scheduler
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, LoadError, attach, detach
-from hf_attnstore.cache.continuous import requests
+from hf_attnstore.cache.continuous import admission, requests, saving
+from hf_attnstore.cache.continuous.manager import told_to
+from hf_attnstore.cache.continuous.pages import Pages
+from hf_attnstore.store.disk.surroundings import Disk, OpenFile, Surroundings
 
 NEW = 6
 
@@ -68,6 +80,32 @@ def batches() -> Iterator[Batches]:
     made = Batches()
     yield made
     detach(made.model)
+
+
+@contextmanager
+def managed(batches: Batches, **settings: Any) -> Iterator[Any]:
+    """A manager that runs meanwhile."""
+    manager = batches.model.init_continuous_batching(
+        generation_config=GenerationConfig(
+            **{"max_new_tokens": NEW, "do_sample": False, "eos_token_id": -1, **settings}
+        ),
+        continuous_batching_config=batches.config(),
+    )
+    manager.start()
+    try:
+        yield manager
+    finally:
+        manager.stop(block=True, timeout=60)
+
+
+def result_of(manager: Any, name: str) -> list[int]:
+    """A request's answer, when it is there."""
+    while True:
+        output = manager.get_result(timeout=60)
+        assert output is not None
+        if output.request_id == name and output.is_finished():
+            assert output.error is None
+            return list(output.generated_tokens)
 
 
 def prompts_of(*lengths: int, seed: int = 0) -> list[list[int]]:
@@ -207,14 +245,15 @@ def test_weights_that_change_in_a_pause_leave_no_old_page_behind(
         pytest.skip("the manager of this transformers can't be paused")
     manager.start()
 
-    def ask() -> list[int]:
+    def ask() -> tuple[list[int], int]:
+        batches.fed.clear()
         name = manager.add_request(prompt)
         output = manager.get_result(name, timeout=60)
         assert output is not None
-        return list(output.generated_tokens)
+        return list(output.generated_tokens), sum(batches.fed)
 
     try:
-        before = ask()
+        before, _ = ask()
         with manager.pause(), torch.no_grad():
             model.lm_head.weight.copy_(model.lm_head.weight.roll(7, 0))
             for layer in model.model.layers:
@@ -223,10 +262,56 @@ def test_weights_that_change_in_a_pause_leave_no_old_page_behind(
         again = ask()
     finally:
         manager.stop(block=True, timeout=60)
-    expected = batches.plain([prompt])[0][0]
-    assert before != expected
-    assert after == again == expected
-    assert "shares no pages any more" in log.text
+    expected, _ = batches.plain([prompt])
+    assert before != expected[0]
+    assert after == (expected[0], 100 + NEW - 1)
+    assert again == (expected[0], NEW)
+    assert "go on with KV of before" not in log.text, "none ran"
+
+
+def test_requests_that_run_while_weights_change_leave_nothing_to_others(
+    batches: Batches, store: AttentionStore, log: pytest.LogCaptureFixture
+) -> None:
+    model = batches.model
+    attach(model, store)
+    prompt = tokens(100)[0].tolist()
+    with managed(batches, max_new_tokens=300) as manager:
+        if not hasattr(manager, "pause"):
+            pytest.skip("the manager of this transformers can't be paused")
+        running = manager.add_request(prompt, streaming=True)
+        assert manager.get_result(running, timeout=60) is not None
+        with manager.pause(), torch.no_grad():
+            for layer in model.model.layers:
+                layer.self_attn.v_proj.weight.mul_(-3.0)
+        answer = result_of(manager, manager.add_request(prompt, max_new_tokens=NEW))
+        manager.cancel_request(running)
+    assert answer == batches.plain([prompt])[0][0]
+    assert "1 requests of continuous batching that run now go on with KV of before" in log.text
+    batches.fed.clear()
+    assert batches.run([prompt])[0][0] == answer
+
+
+def test_one_manager_serves_several_namespaces_and_none_gets_what_another_computed(
+    batches: Batches, store: AttentionStore
+) -> None:
+    attach(batches.model, store)
+    prompt = tokens(100)[0].tolist()
+    views = {name: store.in_namespace(name) for name in ("alice", "bob")}
+    answers, fed, reused = [], [], []
+    with managed(batches) as manager:
+        told = told_to(manager)
+        assert told is not None
+        for number, user in enumerate(("alice", "bob", "alice", "bob", "alice")):
+            stats = told.expect(f"{user}-{number}", views[user])
+            batches.fed.clear()
+            answers.append(result_of(manager, manager.add_request(prompt, request_id=f"{user}-{number}")))
+            fed.append(sum(batches.fed))
+            reused.append(stats.reused_tokens)
+    assert answers == 5 * batches.plain([prompt])[0]
+    assert fed == [100 + NEW - 1] * 2 + [NEW] * 3
+    assert reused == [0, 0, 99, 99, 99]
+    attach(batches.model, store)
+    assert batches.run([prompt])[1] == 100 + NEW - 1, "the store's own namespace has none of it"
 
 
 @pytest.mark.parametrize("fault", ["load", "anything", "save", "identity"])
@@ -241,11 +326,11 @@ def test_a_fault_costs_the_store_and_not_the_loop(
         raise LoadError("made up") if fault == "load" else RuntimeError("made up")
 
     if fault == "save":
-        monkeypatch.setattr(requests.BlockSaver, "finish", fail)
+        monkeypatch.setattr(saving.BlockSaver, "finish", fail)
     elif fault == "identity":
         monkeypatch.setattr(requests, "adapter_problem", fail)
     else:
-        monkeypatch.setattr(type(store), "load", fail)
+        monkeypatch.setattr(Pages, "fill", fail)
     answers, fed = batches.run(prompts)
     monkeypatch.undo()
     expected, without = batches.plain(prompts)
@@ -297,16 +382,87 @@ def test_pages_of_a_failed_batch_are_not_kept(
 
 
 @pytest.mark.parametrize("kind", ["mistral", "gemma3"])
-def test_models_with_other_layers_are_served_without(
-    kind: str, store: AttentionStore, log: pytest.LogCaptureFixture
+@pytest.mark.parametrize("length", [9, 16, 31, 32, 75])
+def test_layers_whose_attention_slides_find_what_generate_saved_and_the_other_way_round(
+    kind: str, length: int, tmp_path: Path
 ) -> None:
+    """Rings of pages hold a window, blocks hold every token."""
     batches = Batches(kind)
+    model = batches.model
+    with AttentionStore(tmp_path, block_size=8) as store:
+        attach(model, store)
+        prompts = prompts_of(length, length + 3)
+        answers, fed = batches.run(prompts)
+        assert answers == batches.plain(prompts)[0]
+        assert fed == fed_after(0, prompts)
+        following = torch.tensor([prompts[0] + answers[0] + [8, 9]])
+        batches.fed.clear()
+        found = model.generate(following, max_new_tokens=NEW, do_sample=False)
+        assert batches.fed[0] == 3
+        detach(model)
+        assert torch.equal(found, model.generate(following, max_new_tokens=NEW, do_sample=False))
+        attach(model, store)
+        longer = [[*found[0].tolist(), 5, 6, 7], *go_on(prompts[1:], answers[1:])]
+        again, fed = batches.run(longer)
+        assert again == batches.plain(longer)[0]
+        assert fed == 2 * (4 + NEW - 1)
+        assert batches.run(go_on(longer, again))[1] == 2 * (4 + NEW - 1), "what came after a restore was kept"
+
+
+def test_a_window_that_is_smaller_than_blocks_is_served_without_and_said(
+    tmp_path: Path, log: pytest.LogCaptureFixture
+) -> None:
+    batches = Batches("gemma3")
     prompts = prompts_of(60)
     expected = batches.run(prompts)
-    attach(batches.model, store)
-    assert batches.run(prompts) == expected
-    assert batches.run(prompts) == expected
-    assert "goes on without the store" in log.text
+    with AttentionStore(tmp_path, block_size=32) as store:
+        attach(batches.model, store)
+        assert batches.run(prompts) == expected
+        assert batches.run(prompts) == expected
+        assert "AttentionStore(block_size=24) has smaller ones" in log.text
+
+
+class HeldUp(Disk):
+    """A disk that gives nothing before it is let go."""
+
+    def __init__(self) -> None:
+        self.may = threading.Event()
+        self.may.set()
+
+    def open(self, path: str | Path) -> OpenFile:
+        assert self.may.wait(timeout=60)
+        return super().open(path)
+
+
+@pytest.mark.parametrize("in_time", [True, False])
+def test_a_slow_disk_stops_nobody_else(
+    batches: Batches, tmp_path: Path, in_time: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, other = prompts_of(90, 40)
+    with AttentionStore(tmp_path, block_size=16) as store:
+        attach(batches.model, store)
+        batches.run([first])
+    disk = HeldUp()
+    monkeypatch.setattr(admission, "PATIENCE", 60.0 if in_time else 0.05)
+    with AttentionStore(tmp_path, surroundings=Surroundings(disk=disk)) as store:
+        attach(batches.model, store)
+        disk.may.clear()
+        batches.fed.clear()
+        with managed(batches) as manager:
+            told = told_to(manager)
+            assert told is not None
+            stats = told.expect("first", store)
+            manager.add_request(first, request_id="first")
+            answers = [result_of(manager, manager.add_request(other))]
+            assert (in_time, stats.prompt_tokens) in ((True, 0), (False, 0), (False, 90))
+            if in_time:
+                assert sum(batches.fed) == 40 + NEW - 1
+                disk.may.set()
+            answers.append(result_of(manager, "first"))
+            disk.may.set()
+        assert answers == batches.plain([other, first])[0]
+        assert stats.reused_tokens == (89 if in_time else 0)
+        assert stats.blocks_from == ({"disk": 6} if in_time else {})
 
 
 def test_what_another_namespace_computed_is_not_found(batches: Batches, tmp_path: Path) -> None:
@@ -361,17 +517,47 @@ def test_the_seams_are_where_they_were() -> None:
 
     assert names(Scheduler.__init__)[:2] == ["self", "cache"]
     assert names(Scheduler._infer_request_tokens)[:2] == ["self", "state"]
+    assert names(Scheduler._get_waiting_candidates) == ["self"]
+    assert names(Scheduler._schedule_request)[:4] == ["self", "state", "request_tokens", "token_budget"]
     assert names(Scheduler.finish_request) == ["self", "request_id"]
     assert names(Scheduler.clear_cancelled_requests) == ["self"]
-    assert names(PagedAttentionCache.can_store_request_tokens)[:3] == ["self", "state", "request_len"]
-    assert names(PagedAttentionCache.extend_read_and_write_indices)[1:] == [
-        "request_id",
-        "past_length",
-        "query_length",
-        "read_index",
-        "write_index",
-    ]
+    assert names(PagedAttentionCache.can_store_request_tokens) == ["self", "state", "request_len", "dry_run"]
     assert hasattr(PagedAttentionCache, "evict_cached_blocks")
+    assert names(CacheAllocator.acquire_prefix_blocks) == ["self", "request_id", "prefix_len", "block_ids"]
+    assert names(BlockLedger.register_new_hash) == ["self", "block_id", "block_hash"]
+    assert names(compute_block_hash) == ["parent_hash", "tokens"]
+    assert {"hash_to_block", "block_to_hash"} <= {*vars(BlockLedger())}
+    source = inspect.getsource(PagedAttentionCache.count_new_complete_blocks)
+    assert "if not self.use_prefix_sharing" in source
+
+
+@pytest.mark.parametrize("kind", ["llama-gqa", "gemma3"])
+def test_tokens_lie_where_transformers_writes_them(kind: str) -> None:
+    made = Batches(kind)
+    model = made.model
+    cache = PagedAttentionCache(
+        model.config.get_text_config(),
+        made.config(max_memory_percent=0.5),
+        "cpu",
+        DistributedHelper(None, None),
+        model.dtype,
+    )
+    request = RequestState("a", list(range(75)))
+    assert cache.can_store_request_tokens(request, 75)
+    pages = Pages(cache, model.config.get_text_config().num_hidden_layers, 16)
+    held = 0
+    for count in (40, 3, 20, 12):
+        rows: list[list[int]] = [[] for _ in pages._groups]
+        cache.extend_read_and_write_indices("a", held, count, None, rows)
+        held += count
+        for group, wanted in zip(pages._groups, rows, strict=True):
+            stride, start = group.allocator.block_physical_stride, max(held - count, group.kept_from(held))
+            runs = list(group.runs("a", start, held))
+            found = [run.page * stride + run.offset + n for run in runs for n in range(run.tokens)]
+            assert found == wanted[-len(found) :]
+            assert len(found) == held - start
+            first, layer = group.pages[runs[0].page, 0, runs[0].offset], group.layers[0]
+            assert first.data_ptr() == group.allocator._kv_token_views[layer][0][found[0]].data_ptr()
 
 
 def test_inference_mode_of_the_caller_is_that_of_the_loop(batches: Batches, store: AttentionStore) -> None:

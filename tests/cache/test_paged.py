@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from support.tiny_models import make_model, tokens
@@ -37,6 +39,10 @@ def test_weights_that_change_between_its_forwards_lead_to_a_word(
 
 @pytest.mark.skipif(
     not hasattr(ContinuousBatchingManager, "pause"), reason="the manager of this transformers can't be paused"
+)
+@pytest.mark.skipif(
+    find_spec("transformers.generation.continuous_batching.cache_allocators") is not None,
+    reason="the store looks after the manager of this transformers",
 )
 def test_the_manager_itself_leads_to_a_word_too(store: AttentionStore, log: pytest.LogCaptureFixture) -> None:
     from transformers.generation.configuration_utils import ContinuousBatchingConfig

@@ -11,11 +11,12 @@ import weakref
 from typing import Any
 
 from ..hooks import attachment_of
+from .told import Told
 
 logger = logging.getLogger("hf_attnstore")
 
 _numbers = itertools.count()
-_served: "weakref.WeakSet[Any]" = weakref.WeakSet()
+_served: "weakref.WeakKeyDictionary[Any, Told]" = weakref.WeakKeyDictionary()
 
 
 def init_with_store(model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -37,11 +38,23 @@ def init_with_store(model: Any, *args: Any, **kwargs: Any) -> Any:
         name = f"attnstore-{next(_numbers)}"
         base = SCHEDULER_MAPPING.get(config.scheduler_type, FIFOScheduler)
         scheduler: Any = with_store(base)
-        SCHEDULER_MAPPING[name] = functools.partial(scheduler, weakref.ref(model), attachment.store)  # type: ignore[assignment]
+        told = _served[manager] = Told()
+        wake = getattr(manager, "_wake_up_loop", None)
+        SCHEDULER_MAPPING[name] = functools.partial(  # type: ignore[assignment]
+            scheduler, weakref.ref(model), attachment.store, told, wake.set if wake is not None else _not_awake
+        )
         weakref.finalize(manager, SCHEDULER_MAPPING.pop, name, None)
         config.scheduler_type = name
-        _served.add(manager)
     return manager
+
+
+def _not_awake() -> None:
+    """The loop looks by itself now and then."""
+
+
+def told_to(manager: Any) -> Told | None:
+    """By what a manager's requests can be told which namespace they are in; None where the store does not serve it."""
+    return _served.get(manager)
 
 
 init_with_store.__name__ = "init_continuous_batching"  # see `generate_with_store`

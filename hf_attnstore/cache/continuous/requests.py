@@ -2,234 +2,292 @@
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from ...errors import LoadError, UnsupportedModelError
-from ...session.chain import TokenChain
-from ...session.matching import match_prefix
-from ...session.spans import Span, crop, overlapping, total_tokens
+from ...session.spans import Span, overlapping, total_tokens
+from ...store.blocks.block import Block
+from ...store.blocks.keys import RAW
 from ...store.store import AttentionStore
-from ...store.transfer.stages import Piece, Stage
 from ..hooks import Attachment
 from ..identity.adapters import adapter_problem
-from ..layers.by_token import FullLayer
+from ..layers.by_token import FullLayer, SlidingLayer
 from ..layers.kinds import make_layers
 from ..model.ranks import ranks_of
 from ..model.structure import position_limit
-from ..transfer.names import tensor_name
-from ..transfer.save import BlockSaver
-from .pages import Pages, Runs
+from ..paged import look_after
+from .admission import Known
+from .pages import Pages
+from .saving import ComputedBy, Saving
+from .told import Told
 
 T = TypeVar("T")
 
 logger = logging.getLogger("hf_attnstore")
 
-
-class _Layer:
-    """A layer of one request, for `BlockSaver`."""
-
-    def __init__(self, pages: Pages, number: int, where: Callable[[int, int], Runs], may_be_rounded: bool) -> None:
-        self._pages, self._number, self._where = pages, number, where
-        self.may_be_rounded = may_be_rounded
-
-    def holds(self, start: int, stop: int) -> bool:
-        return True
-
-    def piece(self, start: int, stop: int) -> dict[str, torch.Tensor]:
-        return self._pages.take(self._number, self._where(start, stop))
-
-    def tensors(self) -> list[torch.Tensor]:
-        return []
-
-    def keep_until_saved(self, position: int | None) -> None:
-        pass
-
-
-class _Saving:
-    """What is kept of one request.
-
-    Args:
-        computed_by: the model's fingerprint, and how often it had changed.
-    """
-
-    def __init__(
-        self, pages: Pages, request_id: str, chain: TokenChain, store: AttentionStore, computed_by: tuple[str, int]
-    ) -> None:
-        self.computed_by = computed_by
-        self.chain = chain
-        # all layers ask for the same one after the other
-        self._where = where = lru_cache(maxsize=1)(partial(pages.runs, request_id))
-        layers = [_Layer(pages, number, where, may) for number, may in enumerate(pages.may_be_rounded)]
-        self.saver = BlockSaver(layers, chain, store, computed_by[0])
-
-    def grow(self, ids: list[int]) -> None:
-        """The request holds the KV of these tokens by now."""
-        self._where.cache_clear()  # pages of equal content are made one now and then
-        self.chain.append(ids[len(self.chain) :])
+AHEAD = 4
+"""Prompts that are fetched at once: what memory has no room for is held beside it."""
 
 
 class StoredRequests:
     """The requests of one paged cache. Used by the thread that computes.
 
     Nothing that goes wrong here may leave: it would end the loop for everybody. What fails is said once, and from
-    then on requests are served as without a store.
+    then on requests are served as without a store, and share no pages.
+
+    Args:
+        told: which of the store's namespaces requests belong to, and where they are told what was reused.
+        wake: ends the waiting of a loop that has nothing to do. Called from any thread.
     """
 
-    def __init__(self, model: Any, attachment: Attachment, store: AttentionStore, cache: Any) -> None:
+    def __init__(
+        self, model: Any, attachment: Attachment, store: AttentionStore, cache: Any, told: Told, wake: Callable[[], Any]
+    ) -> None:
         self._model, self._attachment, self._store, self._paged = model, attachment, store, cache
+        self._told, self._wake = told, wake
         self._limit = position_limit(model.config.get_text_config(decoder=True))
-        self._saving: dict[str, _Saving] = {}
+        self._saving: dict[str, Saving] = {}
+        self._known: dict[str, Known] = {}
+        self._ended = 0
+        self._model_now: str | None = None
         self._fingerprint = ""
         self._off = False
+        self._may_be_rounded: list[bool] = []
         self._pages = self._safely(type(model).__name__, self._find_pages)
 
     def _find_pages(self) -> Pages:
         layers = make_layers(self._model)
-        others = {layer.kind for layer in layers if type(layer) is not FullLayer}
+        others = {layer.kind for layer in layers if type(layer) not in (FullLayer, SlidingLayer)}
         if others:
             raise UnsupportedModelError(f"it has layers of kind {', '.join(sorted(others))}")
-        return Pages(self._paged, [layer.may_be_rounded for layer in layers])
+        self._may_be_rounded = [layer.may_be_rounded for layer in layers]
+        pages = Pages(self._paged, len(layers), self._store.block_size)
+        look_after(self._paged)
+        return pages
+
+    def reset(self) -> None:
+        """No request of before is there any more."""
+        for request_id in [*self._saving, *self._known]:
+            self.drop(request_id)
+
+    def begin_batch(self) -> None:
+        """A batch is about to be put together: the model may have changed since the one before."""
+        self._model_now = None
 
     # what is known of a request
 
-    def identify(self) -> str:
-        """The identity of what computes now, empty where nothing is to be reused. To be asked before a request is given
-        pages that another one has computed: lets go of those if the model has changed."""
-        return self._safely("the model", self._identify) or ""
-
-    def fill(self, request: Any, most: int, model: str) -> int:
-        """Puts what the store knows of a request's prompt into its pages, beyond what it has there already.
+    def is_ready(self, request: Any, *, others: bool) -> bool:
+        """Whether a request that waits may begin: what the store knows of it is in memory, or will not come in time,
+        and there is room for it.
 
         Args:
-            most: tokens that the request may have then.
-            model: what `identify` has just said.
+            others: whether there are requests whose end would make room.
+        """
+        ready = self._safely("a prompt", partial(self._is_ready, request, others))
+        return True if ready is None else ready
+
+    def _is_ready(self, request: Any, others: bool) -> bool:
+        known = self._known.get(request.request_id)
+        if known is None or (not known.fetched and known.asked != self._ended):
+            if sum(1 for one in self._known.values() if one.fetched) >= AHEAD:
+                return not others
+            known = self._known[request.request_id] = self._look_up(request)
+        if known.is_awaited:
+            return False
+        found = total_tokens([span for span, _ in known.at_hand()])
+        if not (found and others) or self._pages is None:
+            return True
+        return self._pages.has_room(request, found + 1)
+
+    def _look_up(self, request: Any) -> Known:
+        store = self._told.store_of(request.request_id) or self._store
+        model, ids = self._identify(), np.array(request.initial_tokens)
+        fits = self._limit is None or len(ids) <= self._limit
+        root = store.root(model) if model and fits and self._pages is not None else b""
+        return Known(store, ids[: _most(request)], root, self._ended, self._wake)
+
+    def admit(self, request: Any) -> int:
+        """A request that has no pages is about to begin: gives it those that others have computed, and puts what else
+        the store knows of its prompt into its own.
 
         Returns:
-            The tokens that its pages hold more than before; nothing else of the request has changed.
+            The tokens that its pages hold then; nothing else of the request has changed.
         """
-        return self._safely("a prompt", partial(self._fill, request, most, model)) or 0
+        return self._safely("a prompt", partial(self._admit, request)) or 0
 
-    def _fill(self, request: Any, most: int, model: str) -> int:
-        if not model or self._pages is None:
+    def _admit(self, request: Any) -> int:
+        pages, saving = self._pages, self.begin(request)
+        if pages is None or saving is None:
             return 0
-        ids, have = np.array(request.initial_tokens), request.position_offset
-        saving = self._begin(request, model)
-        if self._limit is not None and len(ids) > self._limit:
-            return 0
-        spans = crop(match_prefix(ids, saving.chain.root, self._store.block_size, self._store), most)
-        found = total_tokens(spans)
-        began, loaded = time.perf_counter(), 0
-        if found > have and self._pages.make_room(request, found - have):
-            try:
-                loaded = self._load(self._pages, request.request_id, spans, have)
-            except LoadError:  # the store has said what it is; the prompt is computed
-                found = have
-        else:
-            found = have
-        seconds = time.perf_counter() - began if loaded else 0.0
-        self._store.count_turn(found, len(ids), loaded, seconds, seconds)
-        return found - have
-
-    def _load(self, pages: Pages, request_id: str, spans: list[Span], have: int) -> int:
-        """Loads tokens from `have` on; returns the bytes.
-
-        Raises:
-            LoadError: a block could not be read.
-        """
-        found = total_tokens(spans)
-        pieces = [Piece(span.block, span.start, span.stop) for span in overlapping(spans, have, found)]
-        runs = pages.runs(request_id, have, found)
-        staging = pages.staging(0, found - have)  # one after the other, layers share it
-        stages = [
-            Stage(pieces, {tensor_name(number, name): target for name, target in staging.items()})
-            for number in range(pages.layers)
-        ]
-        load = self._store.load(stages)
+        known = self._known.get(request.request_id) or self._look_up(request)
+        began = time.perf_counter()
+        ids, most = request.initial_tokens, _most(request)
+        have = pages.share(request.request_id, ids, most, saving.salt)
+        parts = known.at_hand()
+        found = max(have, total_tokens([span for span, _ in parts]))
+        request.position_offset, before = have, request.position_offset
         try:
-            for number in range(pages.layers):
-                load.request(number + 2)  # files are read ahead by the kernel, and nothing is written yet
-                load.wait(number)
-                pages.fill(number, runs, staging)
+            loaded = 0
+            if found > have and pages.make_room(request, found - have):
+                loaded = self._fill(pages, request.request_id, parts, have, found)
+            else:
+                found = have
+        except LoadError:  # the store has said what it is; the prompt is computed
+            found = have
         finally:
-            load.finish()
-        return load.stats.bytes
+            request.position_offset = before
+        self._account(request, saving, known, parts, found, loaded, time.perf_counter() - began)
+        return found
+
+    def _fill(self, pages: Pages, request_id: str, parts: list[tuple[Span, Block]], have: int, found: int) -> int:
+        """Puts tokens `[have, found)` in place; returns the bytes."""
+        blocks = {span.block: block for span, block in parts}
+        for block in blocks.values():
+            block.wait_ready()
+        pages.settle()
+        nbytes = 0
+        for span in overlapping([span for span, _ in parts], have, found):
+            nbytes += pages.fill(request_id, blocks[span.block], span.start, span.stop, span.first, found)
+        pages.settle()
+        return nbytes
+
+    def _account(
+        self,
+        request: Any,
+        saving: Saving,
+        known: Known,
+        parts: list[tuple[Span, Block]],
+        found: int,
+        loaded: int,
+        seconds: float,
+    ) -> None:
+        """Says what a request has reused."""
+        self._close(request.request_id)
+        used = [span.block for span, _ in parts if span.first < found]
+        seconds = seconds if loaded else 0.0
+        if request._true_initial_tokens:  # it had begun before, and had to give way
+            return
+        store = known.store
+        store.count_turn(found, len(request.initial_tokens), loaded, seconds, seconds)
+        if used:
+            saving.went_on_from = used[-1]
+            store.touch(used)
+        stats = self._told.stats_of(request.request_id)
+        stats.prompt_tokens, stats.reused_tokens = len(request.initial_tokens), found
+        stats.prefilled_tokens = stats.prompt_tokens - found
+        stats.loaded_bytes, stats.load_seconds = loaded, seconds
+        if loaded:
+            stats.blocks_from = Counter(known.tiers.get(key, "memory") for key in used)
+        stats.rounded_by = store.codec if found and store.codec != RAW and store.is_lossy else ""
 
     # what is kept of it
+
+    def begin(self, request: Any) -> Saving | None:
+        """From now on a request's KV is kept."""
+        return self._safely("a request", partial(self._begin, request))
+
+    def _begin(self, request: Any) -> Saving | None:
+        model, request_id = self._identify(), request.request_id
+        self._stop_saving(request_id)  # it may be begun again
+        if not model or self._pages is None:
+            return None
+        store = self._told.store_of(request_id) or self._store
+        computed_by = ComputedBy(model, self._attachment.fingerprint.changes)
+        saving = Saving(self._pages, request_id, store, store.root(model), computed_by, self._may_be_rounded)
+        self._saving[request_id] = saving
+        return saving
 
     def save_complete(self, request: Any) -> None:
         """Hands over the blocks of a request that are complete by now, behind the next batch."""
         saving = self._saving.get(request.request_id)
-        held = _held(request)
-        if saving is None or held // self._store.block_size <= len(saving.chain) // self._store.block_size:
+        if saving is None:
             return
-        self._safely("complete blocks", partial(self._hand_over, saving, _ids(request)[:held], whole=False))
+        held = _held(request)
+        if saving.is_due(held):
+            self._safely("complete blocks", partial(self._hand_over, saving, _ids(request)[:held], whole=False))
+
+    def most_at_once(self, request: Any) -> int | None:
+        """How many of its tokens may be fed in one batch, for what it computes to be kept; None for any number."""
+        if self._pages is None or request.request_id not in self._saving:
+            return None
+        return self._pages.most_at_once(request.position_offset)
 
     def finish(self, request: Any) -> None:
         """Hands over all that a request has computed. Its pages must be there still."""
         saving = self._saving.pop(request.request_id, None)
-        if saving is None:
-            return
-        if self._pages is not None and self._pages.holds(request.request_id):
-            self._safely("a request", partial(self._hand_over, saving, _ids(request)[: _held(request)], whole=True))
-        saving.saver.release()
+        if saving is not None:
+            if self._pages is not None and self._pages.holds(request.request_id):
+                self._safely("a request", partial(self._hand_over, saving, _ids(request)[: _held(request)], whole=True))
+            saving.release()
+        self._end(request.request_id)
 
-    def _hand_over(self, saving: _Saving, ids: list[int], *, whole: bool) -> None:
+    def _hand_over(self, saving: Saving, ids: list[int], *, whole: bool) -> None:
         """Hands over the KV of tokens: all of it, or that of complete blocks."""
         if (self._identify(), self._attachment.fingerprint.changes) != saving.computed_by:
             return  # something of it was computed by another model
-        saving.grow(ids[: self._limit])
-        if whole:
-            saving.saver.finish(len(saving.chain))
-        else:
-            saving.saver.begin_forward(saving.chain.full_blocks())
-            saving.saver.end_forward()
+        saving.hand_over(ids, self._limit, whole=whole)
 
     def drop(self, request_id: str) -> None:
-        """A request has failed: what its pages have may be anything."""
+        """A request has failed, or never began: what its pages have may be anything."""
+        self._stop_saving(request_id)
+        self._end(request_id)
+
+    def _stop_saving(self, request_id: str) -> None:
         saving = self._saving.pop(request_id, None)
         if saving is not None:
-            saving.saver.release()
+            saving.release()
 
-    def _begin(self, request: Any, model: str) -> _Saving:
-        self.drop(request.request_id)  # it may be begun again
-        assert self._pages is not None
-        root = self._store.root(model)
-        chain = TokenChain(root, self._store.block_size, secret=self._store.secret)
-        computed_by = model, self._attachment.fingerprint.changes
-        saving = _Saving(self._pages, request.request_id, chain, self._store, computed_by)
-        saving.saver.begin_turn(0, None)
-        self._saving[request.request_id] = saving
-        return saving
+    def _end(self, request_id: str) -> None:
+        self._close(request_id)
+        self._ended += 1
+
+    def _close(self, request_id: str) -> None:
+        """A request waits no more."""
+        known = self._known.pop(request_id, None)
+        if known is not None:
+            known.give_up()
 
     # whose it is
 
     def _identify(self) -> str:
-        """The identity of what computes now; empty where it has none, or nothing is to be kept."""
+        """The identity of what computes now; empty where it has none, or nothing is to be kept. Found out once for a
+        batch."""
+        if self._model_now is None:
+            self._model_now = self._find_identity()
+        return self._model_now
+
+    def _find_identity(self) -> str:
         if self._off or self._store.closed or self._model.training or adapter_problem(self._model) is not None:
             return ""
         fingerprint = self._attachment.fingerprint
         now = fingerprint.current()
         if fingerprint.computing.additions or not ranks_of(self._model).alone:
             return ""
-        if self._fingerprint not in ("", now) and self._pages is not None:
-            logger.warning("the model's weights or settings changed: continuous batching shares no pages any more")
-            self._pages.stop_sharing()
+        if self._fingerprint not in ("", now) and self._saving:
+            logger.warning(
+                "the model's weights or settings changed: %d requests of continuous batching that run now go on with "
+                "KV of before, and are not kept",
+                len(self._saving),
+            )
         self._fingerprint = now
         return now
 
     def _safely(self, what: str, do: Callable[[], T]) -> T | None:
         try:
-            return do()
+            with torch.no_grad():
+                return do()
         except Exception as error:
             self._switch_off(what, error)
             return None
 
     def _switch_off(self, what: str, error: Exception) -> None:
+        self._model_now = None
         if not self._off:
             self._off = True
             reason = str(error) if isinstance(error, UnsupportedModelError) else repr(error)
@@ -242,4 +300,11 @@ def _ids(request: Any) -> list[int]:
 
 def _held(request: Any) -> int:
     """Tokens of a request whose KV is in its pages for sure: of the newest, another batch may be on its way."""
-    return min(request.position_offset, max(len(_ids(request)) - bool(request.generated_tokens), 0))
+    length = len(request.initial_tokens) + len(request.generated_tokens)
+    return min(request.position_offset, max(length - bool(request.generated_tokens), 0))
+
+
+def _most(request: Any) -> int:
+    """Tokens of a prompt that may be there already: one is fed, and of a request that is to be forked one before that
+    and one after."""
+    return len(request.initial_tokens) - (2 if request.num_children else 1)

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Protocol
 
@@ -40,16 +40,20 @@ class SavedLayer(Protocol):
     def keep_until_saved(self, position: int | None) -> None: ...
 
 
-class _Piecewise:
+class Piecewise:
     """A block that is being put together, layer by layer."""
 
-    def __init__(self, layers: int) -> None:
+    def __init__(self, layers: int, reserved: int = 0) -> None:
         self.layers: dict[int, dict[str, torch.Tensor]] = {}
-        self.reserved = 0
+        self.reserved = reserved
         self.arriving: list[torch.cuda.Event] = []
         self._layers = layers
         self._room: torch.Tensor | None = None
         self._used = 0
+
+    def add(self, number: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """A layer has contributed these, by its own names."""
+        self.layers[number] = {tensor_name(number, name): tensor for name, tensor in tensors.items()}
 
     def take(self, like: torch.Tensor) -> torch.Tensor:
         """Host memory for a tensor of the block. All layers' lies together: one large piece of memory is much
@@ -83,7 +87,7 @@ class BlockSaver:
         self._fingerprint = fingerprint
         self._continues = continues
         self._next = 0
-        self._open: dict[int, _Piecewise] = {}
+        self._open: dict[int, Piecewise] = {}
         self._known: dict[int, bool] = {}
         self._tail: tuple[int, Key] | None = None
         self._superseded: set[Key] = set()
@@ -191,10 +195,9 @@ class BlockSaver:
             return
         began = time.perf_counter()
         while self._next < self._until:
-            if not self._in_store(self._next):
-                complete = all(self._copy(self._next, number, wait=False) for number in range(len(self._layers)))
-                if not complete or not self._put(self._next):
-                    break
+            block = self._next
+            if not self._in_store(block) and not (self._copy_all(block, wait=False) and self._put(block)):
+                break
             self._next += 1
         self._mark_saved()
         self.due = False
@@ -209,11 +212,15 @@ class BlockSaver:
             self._known[block] = known
         return self._known[block]
 
+    def _copy_all(self, block: int, *, wait: bool) -> bool:
+        """Copies what is missing of a block to host memory; False if there is no room for it, or it is not there."""
+        return all(self._copy(block, number, wait=wait) for number in range(len(self._layers)))
+
     def _copy(self, block: int, number: int, *, wait: bool) -> bool:
         """Copies one layer's part of a block to host memory; False if there is no room for it."""
         if self._stalled or (self._unfit is not None and block >= self._unfit):
             return False
-        piecewise = self._open.setdefault(block, _Piecewise(len(self._layers)))
+        piecewise = self._open.setdefault(block, Piecewise(len(self._layers)))
         if number in piecewise.layers:
             return True
         layer = self._layers[number]
@@ -231,10 +238,8 @@ class BlockSaver:
                 self._stalled = not wait
             return False
         piecewise.reserved += size
-        piecewise.layers[number] = {
-            tensor_name(number, name): copy_to_host(tensor, piecewise.arriving, piecewise.take)
-            for name, tensor in source.items()
-        }
+        copies = {name: copy_to_host(t, piecewise.arriving, piecewise.take) for name, t in source.items()}
+        piecewise.add(number, copies)
         return True
 
     def _put(self, block: int) -> bool:
@@ -252,8 +257,7 @@ class BlockSaver:
         )
         made = Block(meta, tensors, piecewise.arriving, self._codable(block, piecewise))
         try:
-            if not made.arriving:  # else it is looked through when it is there, before anything is done with it
-                made.check_finite()
+            self._check(made)
         except NotFiniteError:
             self._store.release(piecewise.reserved)
             self._unfit = block
@@ -273,7 +277,12 @@ class BlockSaver:
             self._tail = None
         return True
 
-    def _codable(self, block: int, piecewise: _Piecewise) -> frozenset[str]:
+    def _check(self, made: Block) -> None:
+        """Looks through a block before it is handed over. Raises NotFiniteError."""
+        if not made.arriving:  # else that is done when it is there, before anything is done with it
+            made.check_finite()
+
+    def _codable(self, block: int, piecewise: Piecewise) -> frozenset[str]:
         """What of a block the codec may have: nothing of a short one, which is written anew when it grows."""
         start, stop = self._chain.bounds(block)
         if self._store.codec == RAW or stop - start < self._chain.block_size:
@@ -307,12 +316,10 @@ class BlockSaver:
         while self._chain.bounds(self._next)[0] < tokens:
             block = self._next
             start, stop = self._chain.bounds(block)
-            if not self._in_store(block):
-                complete = all(self._copy(block, number, wait=True) for number in range(len(self._layers)))
-                if not complete or not self._put(block):
-                    self._drop_open()
-                    logger.debug("KV from token %d on is not saved: no room, not there any more, or not finite", start)
-                    break
+            if not self._in_store(block) and not (self._copy_all(block, wait=True) and self._put(block)):
+                self._drop_open()
+                logger.debug("KV from token %d on is not saved: no room, not there any more, or not finite", start)
+                break
             if stop - start < size:
                 self._known.pop(block, None)  # the tail's key changes when it grows
                 self._mark_saved()

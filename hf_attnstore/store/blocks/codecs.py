@@ -212,10 +212,15 @@ def encoded(block: Block) -> Block:
 
 def as_kept(block: Block) -> Block:
     """A block as memory keeps it."""
-    if not block.codable or isinstance(block, CodedBlock) or not codec_named(block.meta.codec).lossy:
+    if as_kept_already(block):
         return block
     block.wait_ready()
     return encoded(block)
+
+
+def as_kept_already(block: Block) -> bool:
+    """Whether memory keeps a block as it is."""
+    return not block.codable or isinstance(block, CodedBlock) or not codec_named(block.meta.codec).lossy
 
 
 register(Raw())
