@@ -8,7 +8,7 @@ SUPPORTED ?= 5.17.0 5.23.0
 COMPAT_TESTS ?= tests/cache tests/test_chat.py tests/test_turn_queue.py tests/test_families.py tests/test_family_modes.py
 STAMP := $(VENV)/.installed
 
-.PHONY: demo serve-demo shared-demo ui chat-model real test bench lint format slow-test compat clean
+.PHONY: demo serve-demo shared-demo ui chat-model real test bench lint format slow-test compat docs clean
 
 demo: chat-model
 	$(BIN)/attnstore demo
@@ -62,6 +62,12 @@ format: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/attnstore bench
 
+# The documentation as a site, into site/, with an environment of its own: it needs nothing of the package but its sources.
+docs:
+	test -e .venv-docs/bin/mkdocs || { $(PYTHON) -m venv .venv-docs \
+	    && .venv-docs/bin/python -m pip install --quiet "mkdocs-material" "mkdocstrings[python]" ruff; }
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
 # torch goes first and by itself: resolved together with the rest, pip may prefer another build of it than the
 # one an index or a wheel folder of this machine offers.
 $(STAMP): pyproject.toml constraints.txt
@@ -71,4 +77,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis attnstore-demo build *.egg-info
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis attnstore-demo build site *.egg-info

@@ -167,3 +167,55 @@ def test_arguments_in_another_order_are_named(store: AttentionStore, tmp_path: P
     with pytest.raises(AttentionStoreError, match="takes a store"):
         attach(MODEL, tmp_path)  # type: ignore[arg-type]
     assert torch.is_grad_enabled()
+
+
+SYSTEM = "the letter " * 25
+
+
+def in_namespace(store: AttentionStore, name: str, **options: Any) -> ChatSession:
+    """A chat of one turn; without loss it says what a model without a store does."""
+    chat = ChatSession(MODEL, TOKENIZER, store.in_namespace(name), "talk", SYSTEM, **GREEDY, **options)
+    prompt = chat.prompt_ids("and then")
+    chat.send("and then")
+    assert store.is_lossy or chat.token_ids == prompt + plain_answer(PLAIN, prompt, **GREEDY)
+    return chat
+
+
+@pytest.mark.parametrize("codec", ["raw", "int8"])
+def test_a_system_prompt_is_shared_between_namespaces_and_nothing_else_is(store: AttentionStore, codec: str) -> None:
+    store = store.with_codec(codec)
+    first = in_namespace(store, "ann", system_from="house")
+    assert first.stats is not None
+    assert first.stats.reused_tokens == 0
+    both = rendered([{"role": "system", "content": SYSTEM}, {"role": "user", "content": ""}])
+    shared = len(both) // store.block_size * store.block_size  # whole blocks, and nothing of the message
+    assert shared >= 16
+    second = in_namespace(store, "bob", system_from="house")
+    assert second.stats is not None
+    assert (second.stats.reused_tokens, second.stats.cache.loaded_bytes > 0) == (shared, True)
+    for name, options in (("carl", {}), ("dora", {"system_from": "hut"})):  # nobody else's
+        apart = in_namespace(store, name, **options)
+        assert apart.stats is not None
+        assert apart.stats.reused_tokens == 0
+    house, said = store.in_namespace("house"), first.token_ids
+    cache = AttentionStoreCache(MODEL, None, house, save=False)
+    assert cache.match(torch.tensor([said])) == shared, "what was said is not there"
+    assert house.sessions() == []
+    store.flush()
+    store.drop_memory()
+    third = in_namespace(store, "emma", system_from="house")  # from disk
+    assert third.stats is not None
+    assert third.stats.reused_tokens == shared
+    assert third.token_ids == second.token_ids
+
+
+def test_what_a_conversation_from_elsewhere_has_said_is_not_shared(store: AttentionStore) -> None:
+    said = [{"role": "user", "content": SYSTEM}, {"role": "assistant", "content": "and the room"}]
+    chat = ChatSession(MODEL, TOKENIZER, store.in_namespace("ann"), "a", messages=said, system_from="house", **GREEDY)
+    chat.send("and then")
+    cache = AttentionStoreCache(MODEL, None, store.in_namespace("house"), save=False)
+    assert cache.match(torch.tensor([chat.token_ids])) == 0
+    other = ChatSession(MODEL, TOKENIZER, store.in_namespace("bob"), "b", messages=said, system_from="house", **GREEDY)
+    other.send("and then")
+    assert other.stats is not None
+    assert other.stats.reused_tokens == 0

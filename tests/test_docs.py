@@ -1,12 +1,15 @@
-"""Every Python example in the README and the docs runs, in the order of its page."""
+"""Every Python example in the README and the docs runs, in the order of its page, and the pages make a site."""
 
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from support import fresh
+
+import hf_attnstore
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -39,3 +42,25 @@ def test_local_links_of_a_page_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         if "://" not in target:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning_and_has_every_page_picture_and_public_name(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocstrings", reason="the site needs the extra docs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    pages = {path.relative_to(ROOT / "docs").with_suffix(".html") for path in (ROOT / "docs").rglob("*.md")}
+    assert {page for page in pages if not (tmp_path / page).is_file()} == set()
+    for picture in re.findall(r'<img[^>]* src="([^"]+)"', (tmp_path / "index.html").read_text()):
+        assert (tmp_path / picture).is_file(), picture
+    reference = (tmp_path / "reference.html").read_text()
+    names = {name for name in hf_attnstore.__all__ if not name.startswith("__")}
+    assert {name for name in names if f'id="hf_attnstore.{name}"' not in reference} == set()
+
+
+def test_every_page_is_in_the_contents_of_the_site() -> None:
+    listed = re.findall(r"^ +- (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), flags=re.MULTILINE)
+    assert len(listed) == len(set(listed))
+    made = {"reference.md", "CONTRIBUTING.md", "CHANGELOG.md"}
+    assert set(listed) - made == {path.name for path in (ROOT / "docs").glob("*.md")}

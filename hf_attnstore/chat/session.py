@@ -27,6 +27,7 @@ from ..errors import (
     AttentionStoreError,
     CacheUseError,
     ContextWindowError,
+    LoadError,
     SessionNotFoundError,
     StoreIOError,
     UnsupportedModelError,
@@ -117,6 +118,9 @@ class ChatSession:
         record: whether `timeline` is to say what happened when.
         messages: what was said before, as `{"role": …, "content": …}`, for a conversation that begins elsewhere. Of a
             session that has messages already, those go on.
+        system_from: a namespace of the store where the KV of the system part is kept for conversations of all others,
+            in whole blocks: it is computed once for all whose system message is the same. Nothing that a user says
+            gets there, but a first answer that comes soon tells that somebody else has this system message.
         freeze_date: where the chat template writes the date, whether it is that of the conversation's beginning from
             then on. Else each new day makes all of the conversation new.
         template_kwargs: passed to the chat template, such as `{"enable_thinking": False}`.
@@ -144,6 +148,7 @@ class ChatSession:
         reuse: bool = True,
         record: bool = False,
         messages: Sequence[Message] = (),
+        system_from: str | None = None,
         freeze_date: bool = True,
         template_kwargs: dict[str, Any] | None = None,
         **generate_defaults: Any,
@@ -171,6 +176,7 @@ class ChatSession:
         self.canonicalize = canonicalize and reuse
         self.checkpoint_every = checked_every(checkpoint_every)
         self.reuse = reuse
+        self._common = store.in_namespace(system_from) if system_from is not None and reuse else None
         self.record = record
         self.template_kwargs = template_kwargs or {}
         self.generate_defaults = generate_defaults
@@ -235,9 +241,10 @@ class ChatSession:
         produced so far becomes the answer and stays in `history`; if nothing was, the message is dropped, as
         if it had not been sent. Either way the exception goes on to the caller and the session can be used.
 
-        Raises: ContextWindowError: no room for an answer in the context window. The session is as it was.
+        Raises:
+            ContextWindowError: no room for an answer in the context window. The session is as it was.
             ChatTemplateError: the chat template refuses the messages, such as a system message that it has no
-            place for.
+                place for.
         """
         begun = encode(self.tokenizer, begin)
         return self._answer(self._transcript, text, role, stream, generate_kwargs, begun)
@@ -342,6 +349,8 @@ class ChatSession:
         cuts = self._cuts(before, prompt, text, role)
         boundaries = self._boundaries(before, prompt, text, role) if cache.granularity == "checkpoint" else None
         cache.describe_prompt(cuts, boundaries, lambda ids: decode(self.tokenizer, tuple(ids)))
+        common = self._common_ids(before, prompt, role)
+        self._share(common, cache, self._common, self.store)
         # a template that cuts the reasoning out of earlier answers makes all that follows new
         known = common_prefix(np.asarray(before.ids), np.asarray(fed.ids))
         kwargs["max_new_tokens"] = self._fitting_tokens(wanted, cache, fed, known, cuts)
@@ -371,11 +380,29 @@ class ChatSession:
                         run, cache, len(fed.ids), finish, BackgroundWork() if self.canonicalize else None
                     )
                     self._remember(self._answered(before, text, prompt, (*begun, *run.ids), role))
+        self._share(common, cache, self.store, self._common)
         if stream is True:
             sys.stdout.write("\n")
         if run.ids and self._turn is not None and self._turn.background is not None:
             self._prefill_next(cache, self._turn.background)
         return self._transcript.messages[-1]["content"]
+
+    def _common_ids(self, before: Transcript, prompt: Prompt, role: str) -> list[int]:
+        """The ids of the system part, whatever the message says; of a conversation that has others already, none."""
+        if self._common is None or any(message["role"] != "system" for message in before.messages):
+            return []
+        return certain_beginning([prompt.ids, *(self._prompt(before, text, role).ids for text in PLACEHOLDERS)])
+
+    def _share(
+        self, ids: list[int], cache: AttentionStoreCache, source: AttentionStore | None, target: AttentionStore | None
+    ) -> None:
+        """Copies the system part from one namespace to another."""
+        if not ids or source is None or target is None:
+            return
+        try:
+            target.copy_beginning(ids, cache.model_fingerprint(), source)
+        except LoadError as error:  # it is computed, then
+            logger.warning("session %r: the system part that others have can't be read: %s", self.session, error)
 
     def _new_cache(self) -> AttentionStoreCache:
         options: dict[str, Any] = {"window": self.window, "drop": self.drop, "record": self.record}

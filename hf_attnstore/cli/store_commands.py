@@ -21,6 +21,7 @@ from rich.table import Table
 
 from ..errors import AttentionStoreError
 from ..sizes import format_bytes, parse_bytes
+from .group import Command
 from .options import Store
 
 if TYPE_CHECKING:
@@ -493,4 +494,4 @@ def add_to(app: typer.Typer, panel: str) -> None:
     commands: dict[str, Any] = {f.__name__: f for f in (ls, show, rm, rename, fork, export)}
     commands |= {"import": import_, **{f.__name__: f for f in (verify, repair, gc, stats, config)}}
     for name, command in commands.items():
-        app.command(name, rich_help_panel=panel, epilog=f"[dim]{_EXAMPLES[name]}[/]")(command)
+        app.command(name, cls=Command, rich_help_panel=panel, epilog=f"[dim]{_EXAMPLES[name]}[/]")(command)

@@ -6,17 +6,17 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from ..errors import LoadError, NotFiniteError
+from ..lazy import np
 from ..sizes import format_bytes
 from ..timeline import Timeline
 from .blocks.block import Block, BlockMeta, Match, TensorSpec
 from .blocks.codecs import CodedBlock, as_kept, as_kept_already
-from .blocks.keys import Key, chain_root, decode_tokens, encode_tokens
+from .blocks.keys import Key, block_key, chain_root, decode_tokens, encode_tokens
 from .blocks.stored import StoredBlock
 from .blocks.tier import Source, Tier
 from .opened import OpenStore
@@ -378,6 +378,37 @@ class BlockStore(OpenStore):
         self._memory.put(block, dirty=False)
         if block.codable:
             self._writer.submit(partial(self._guarded, partial(self._as_kept, block)))
+
+    def copy_beginning(self, ids: Sequence[int], fingerprint: str, source: BlockStore) -> int:
+        """Copies to this namespace what another has of a text's beginning and this one has not, in whole blocks. In
+        memory both have the same tensors.
+
+        Args:
+            source: this store, seen from the other namespace.
+
+        Returns:
+            How many tokens of the beginning are here now.
+
+        Raises:
+            LoadError: a block of the other is damaged, or can't be read.
+        """
+        own, theirs = self.root(fingerprint), source.root(fingerprint)
+        for start in range(0, len(ids) - self.block_size + 1, self.block_size):
+            tokens = encode_tokens(ids[start : start + self.block_size])
+            parent, own, theirs = own, *(block_key(root, tokens, self.secret) for root in (own, theirs))
+            if self.has(own):
+                continue
+            if not source.known([theirs]):
+                return start
+            _, found = source._open([theirs])[theirs]
+            if isinstance(found, StoredBlock):
+                with found:
+                    found = found.as_kept()
+            if not self.reserve(found.nbytes):
+                return start
+            meta = replace(found.meta, key=own, parent=parent)
+            self.put(replace(found, meta=meta, arriving=list(found.arriving), _together={}))
+        return len(ids) // self.block_size * self.block_size
 
     def touch(self, keys: Sequence[Key]) -> None:
         """Marks blocks as just used."""

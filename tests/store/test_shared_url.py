@@ -12,7 +12,6 @@ from support.store_blocks import make_chain, save
 
 from hf_attnstore.errors import SharedTierError
 from hf_attnstore.store import AttentionStore
-from hf_attnstore.store.shared import engine
 from hf_attnstore.store.shared.engine import Engine, open_engine
 from hf_attnstore.store.shared.url import SharedURL
 
@@ -80,7 +79,9 @@ def test_engines_of_others_are_found_by_scheme(monkeypatch: pytest.MonkeyPatch) 
     class Point:
         name, value = "mine", f"{__name__}:Mine"
 
-    monkeypatch.setattr(engine, "entry_points", lambda group: [Point] if group == "hf_attnstore.engines" else [])
+    monkeypatch.setattr(
+        "importlib.metadata.entry_points", lambda group: [Point] if group == "hf_attnstore.engines" else []
+    )
     assert isinstance(open_engine(SharedURL("mine://host")), Mine)
     with pytest.raises(SharedTierError, match="only for mine, redis, rediss, valkey, valkeys"):
         open_engine(SharedURL("yours://host"))

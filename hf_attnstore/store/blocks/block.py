@@ -11,11 +11,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
-
-import numpy as np
+from typing import TYPE_CHECKING, Union
 
 from ...errors import NotFiniteError
+from ...lazy import np
 from .keys import RAW, Key
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 TOKEN_IDS = "token_ids"
 """The tensor of a block's file that holds its ids."""
 
-Bytes = np.ndarray | memoryview
+Bytes = Union["np.ndarray", memoryview]
 """A contiguous buffer of uint8."""
 
 

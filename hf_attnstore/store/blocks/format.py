@@ -15,10 +15,10 @@ from functools import cache, lru_cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 import xxhash
 
 from ...errors import LoadError
+from ...lazy import np
 from .block import TOKEN_IDS, Block, BlockMeta, TensorSpec
 from .codecs import CodedBlock, encoded
 from .keys import decode_tokens

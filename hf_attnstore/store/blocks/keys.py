@@ -4,11 +4,13 @@ All digests are BLAKE2b. With a `secret` they are keyed: who does not have it ca
 see whether it is in the store, nor tell anything from a name but equality.
 """
 
+from __future__ import annotations
+
 import hashlib
 import struct
 from collections.abc import Iterable, Sequence
 
-import numpy as np
+from ...lazy import np
 
 RAW = "raw"
 """The codec that stores tensors as they are."""

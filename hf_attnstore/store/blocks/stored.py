@@ -8,9 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-
 from ...errors import LoadError, NotFiniteError
+from ...lazy import np
 from .block import TOKEN_IDS, Block, BlockMeta, Bytes, TensorSpec, is_finite
 from .codecs import CodedBlock, CodedTensor, codec_named
 from .format import MAX_HEADER_BYTES, Coded, Layout, StoredTensor, parse_header

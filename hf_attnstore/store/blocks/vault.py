@@ -5,6 +5,8 @@ by keyed BLAKE2b: one makes names (see `keys`), one seals small records, one is 
 which every file has its own.
 """
 
+from __future__ import annotations
+
 import base64
 import binascii
 import hashlib
@@ -14,10 +16,10 @@ import struct
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
-import numpy as np
 import xxhash
 
 from ...errors import EncryptionKeyError, LoadError
+from ...lazy import np
 from .block import BlockMeta, Bytes, TensorSpec, identity
 
 KEY_VARIABLE = "ATTNSTORE_KEY"

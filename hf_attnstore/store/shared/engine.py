@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from importlib import import_module
-from importlib.metadata import entry_points
 from typing import NamedTuple, cast
 
 from ...errors import SharedTierError
@@ -229,6 +228,8 @@ def open_engine(url: SharedURL) -> Engine:
     """
     dotted = _OWN.get(url.scheme)
     if dotted is None:
+        from importlib.metadata import entry_points
+
         announced = {point.name: point.value for point in entry_points(group=GROUP)}
         dotted = announced.get(url.scheme)
         if dotted is None:

@@ -1,10 +1,12 @@
 """The conversations that may come back."""
 
+from __future__ import annotations
+
 from collections import OrderedDict
 from collections.abc import Hashable
 from typing import NamedTuple
 
-import numpy as np
+from ....lazy import np
 
 _EMPTY = -1
 

@@ -1,14 +1,18 @@
 """Keeping what is likely to be used again, as far as use itself has shown."""
 
+from __future__ import annotations
+
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from ....lazy import np
 from .base import Place, Policy, Use
 from .ends import End, Ends
-from .returns import Returns, bin_of
+
+if TYPE_CHECKING:
+    from .returns import Returns
 
 _SHORT_TURN = 2048
 """Tokens: a turn that adds more is rather a new text with a known beginning than the next of a conversation."""
@@ -37,9 +41,7 @@ class Predictive(Policy):
     newcomers = _FIRST
 
     def __init__(self) -> None:
-        self._returns = Returns(self.groups)
-        self._ends = Ends()
-        """Every conversation that may come back, least recent first: by its name, or else by its last whole block."""
+        self._recalled: Mapping[str, Any] = {}
         self._gone_on: OrderedDict[Hashable, None] = OrderedDict()
         """Blocks at which a conversation ended that then went on. A second one that ends there shares its beginning
         with others, such as a system prompt: nobody can tell which of them goes on."""
@@ -48,6 +50,21 @@ class Predictive(Policy):
         self._turns = 0
         self._counted_at = self._now = 0.0
         self._refresh_at = 16
+
+    # made when they are first used, with numpy: whoever only looks at a store waits for neither
+
+    @cached_property
+    def _returns(self) -> Returns:
+        from .returns import Returns
+
+        found = Returns(self.groups)
+        found.recall(self._recalled)
+        return found
+
+    @cached_property
+    def _ends(self) -> Ends:
+        """Every conversation that may come back, least recent first: by its name, or else by its last whole block."""
+        return Ends()
 
     def group(self, use: Use) -> int:
         now = use.now
@@ -125,11 +142,16 @@ class Predictive(Policy):
         return follower if follower.group else Place(place.group, follower.stamp)
 
     def worth(self, place: Place, now: float) -> float:
-        return self._returns.worth[place.group][bin_of(now - place.stamp)]
+        return self._returns.worth_at(place.group, now - place.stamp)
 
     def learned(self) -> dict[str, Any]:
+        if not self._turns:
+            return {}
         self._count_waiting(self._now)
         return self._returns.learned()
 
     def recall(self, learned: Mapping[str, Any]) -> None:
-        self._returns.recall(learned)
+        if "_returns" in vars(self):
+            self._returns.recall(learned)
+        else:
+            self._recalled = learned

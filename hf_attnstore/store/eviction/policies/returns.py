@@ -47,6 +47,10 @@ class Returns:
         self.worth = np.tile(_unknown(), (groups, 1)).tolist()
         """By group and bin of the age: expected returns per second of keeping."""
 
+    def worth_at(self, group: int, age: float) -> float:
+        """That of a conversation which has been away for `age` seconds."""
+        return float(self.worth[group][bin_of(age)])
+
     def returned(self, group: int, age: float, since: float = 0.0) -> None:
         """A conversation of `group` came back after `age` seconds; up to the age `since` it was counted as waiting."""
         self._back.append((group, min(since, age), age))  # clocks are set back at times
