@@ -130,7 +130,7 @@ class AttentionStoreCache(Cache):
         checked_every(checkpoint_every)
         check_generator(owner)
         layers = make_layers(owner)
-        attachment = ensure_hooks(owner)
+        attachment = ensure_hooks(model)
         store = store or attachment.store or _default_store()
         config: Any = owner.config
         # what an encoder takes can't be told by tokens

@@ -22,7 +22,7 @@ from .model.argument import CACHE_NAMES, cache_name, generate_cache_name, take_c
 from .model.cacheless import cacheless, is_generator
 from .model.compiled import outside_graphs, uncompiled
 from .model.ranks import Ranks
-from .model.structure import compute_device, decoder_layers, decoder_of, is_encoder_decoder
+from .model.structure import cache_writer, compute_device, decoder_layers, decoder_of, is_encoder_decoder
 from .outputs import Keep, KeptOutputs, forget_outputs, keep_outputs
 from .paged import notice
 from .positions.geometry import Geometry
@@ -37,11 +37,11 @@ _ATTRIBUTE = "_attnstore_attachment"
 _attaching = threading.Lock()
 _stand_ins: dict[str, Callable[..., Any]] = {}
 """What stands in for methods of an attached model, by their names."""
-_before: list[Callable[[], object]] = []
+_before: list[Callable[[nn.Module], object]] = []
 """What is done before a model is given those."""
 
 
-def stand_in(name: str, method: Callable[..., Any], *prepare: Callable[[], object]) -> None:
+def stand_in(name: str, method: Callable[..., Any], *prepare: Callable[[nn.Module], object]) -> None:
     """Sets what stands in for a method of models that are attached from now on, and what is done before that."""
     _stand_ins[name] = method
     _before.extend(prepare)
@@ -88,6 +88,8 @@ class Attachment:
         self.computes_on_cpu = all(device is None or device.type == "cpu" for device in self.devices)
         self.replaced: dict[str, Any] = {}
         """Attributes of the instance that were there before, under the names of what stands in for them now."""
+        self.whole = model
+        """The model that has the `generate`; what the hooks are on may be a part of it."""
         self._install(model, layers)
 
     def _install(self, model: nn.Module, layers: list[nn.Module]) -> None:
@@ -98,9 +100,14 @@ class Attachment:
         for number, layer in enumerate(layers):
             layer.register_forward_pre_hook(functools.partial(_before_layer, number), with_kwargs=True)
             layer.register_forward_hook(functools.partial(_after_layer, number), with_kwargs=True)
+        self.stand_in_for(model)
+
+    def stand_in_for(self, model: nn.Module) -> None:
+        """Puts what stands in for methods on the model that has them."""
+        self.whole = model
         if is_generator(model):
             for prepare in _before:
-                prepare()
+                prepare(model)
             for name, method in _stand_ins.items():
                 if hasattr(model, name):
                     if name in model.__dict__:
@@ -140,11 +147,13 @@ class Attachment:
         # by what they are, not by handle: in a deep copy of a model, the handles are still those of the original
         for module in model.modules():
             _remove_hooks(module)
+        attributes = self.whole.__dict__
+        attributes.pop(_ATTRIBUTE, None)
         for name, method in _stand_ins.items():
-            if getattr(model.__dict__.get(name), "__func__", None) is method:
-                del model.__dict__[name]
+            if getattr(attributes.get(name), "__func__", None) is method:
+                del attributes[name]
                 if name in self.replaced:
-                    model.__dict__[name] = self.replaced[name]
+                    attributes[name] = self.replaced[name]
 
     def original(self, model: nn.Module, name: str) -> Callable[..., Any]:
         """The method that is stood in for."""
@@ -163,6 +172,7 @@ class Attachment:
         twin.replaced = copy.deepcopy(self.replaced, memo)
         original = self.fingerprint.model
         twin.fingerprint = fingerprint_of(memo.get(id(original), original))
+        twin.whole = memo.get(id(self.whole), self.whole)
         twin.pace = Pace()
         twin.parked = Owner()
         twin.last, twin.totals = None, TurnTotals()
@@ -210,7 +220,12 @@ def _layer_count(model: nn.Module) -> int:
 
 
 def owner_of(model: nn.Module) -> nn.Module:
-    """The transformers model itself, below the wrappers of PEFT and of `torch.compile`, in whatever order."""
+    """The model whose forwards a cache sees: what is below the wrappers of PEFT and of `torch.compile`, in whatever
+    order, or the part of it that adds to its cache."""
+    return cache_writer(_unwrapped(model))
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
     given: Any = model
     if not isinstance(given, nn.Module):
         raise CacheUseError(f"what takes a model was given a {type(given).__name__}: the model comes first")
@@ -229,11 +244,15 @@ def attachment_of(model: nn.Module) -> Attachment | None:
 
 def ensure_hooks(model: nn.Module) -> Attachment:
     """Attaches the hooks, once."""
+    whole = _unwrapped(model)
+    owner = cache_writer(whole)
     with _attaching:
-        attachment = attachment_of(model)
+        attachment = attachment_of(owner)
         if attachment is None:
-            attachment = Attachment(model)
-            model.__dict__[_ATTRIBUTE] = attachment
+            attachment = owner.__dict__[_ATTRIBUTE] = Attachment(owner)
+        if whole is not owner and attachment_of(whole) is not attachment:
+            attachment.stand_in_for(whole)
+            whole.__dict__[_ATTRIBUTE] = attachment
         return attachment
 
 
@@ -311,7 +330,7 @@ def attach(
         return keep_outputs(owner, store, keep)
     checked_every(checkpoint_every)
     by_text = checked_tokenizer(resegment, tokenizer)
-    attachment = ensure_hooks(owner)
+    attachment = ensure_hooks(model)
     attachment.resegments_with = by_text
     attachment.store, attachment.checkpoint_every = store, checkpoint_every
     return Attached(owner, attachment)

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
-from ..errors import CacheUseError, LoadError, NotFiniteError, StoreClosedError, UnsupportedModelError
+from ..errors import CacheUseError, NotFiniteError, StoreClosedError, UnsupportedModelError
 from ..session.units import unit_ids
 from ..store.blocks.block import Block, BlockMeta
 from ..store.blocks.keys import Key, block_key, encode_tokens, input_root
@@ -250,6 +250,8 @@ class KeptOutputs:
         plain = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
         mask = plain.get("attention_mask")
         trims = mask is not None and self._trims
+        described = [(f"{name} {plain[name].dtype} ", plain[name]) for name in sorted(plain)]
+        begin = hashlib.blake2b(repr(sorted(settings)).encode(), digest_size=32, person=b"attnstore-input")
         rows = []
         for number in range(len(ids)):
             length = ids.shape[1]
@@ -257,11 +259,10 @@ class KeptOutputs:
                 ones = int((mask[number] == 1).sum())
                 whole = ones and bool((mask[number, :ones] == 1).all()) and not mask[number, ones:].any()
                 length = ones if whole else length
-            hasher = hashlib.blake2b(repr(sorted(settings)).encode(), digest_size=32, person=b"attnstore-input")
-            for name in sorted(plain):
-                values = plain[name][number, :length]
-                hasher.update(f"{name} {values.dtype} {values.shape}".encode())
-                hasher.update(values.tobytes())
+            hasher = begin.copy()
+            for words, values in described:
+                hasher.update(f"{words}({length},)".encode())
+                hasher.update(values[number, :length].tobytes())
             rows.append(_Row(hasher.digest(), length))
         return rows, tensors
 
@@ -272,19 +273,13 @@ class KeptOutputs:
         return input_root(root, self.keep, row.digest, self.store.secret)
 
     def _look_up(self, keys: list[Key]) -> dict[Key, Mapping[str, torch.Tensor]]:
-        found: dict[Key, Mapping[str, torch.Tensor]] = {}
         try:
-            for key in dict.fromkeys(keys):
-                try:
-                    tensors = self.store.read(key)
-                except LoadError as error:
-                    logger.warning("an encoder's output could not be read, it is computed again: %s", error)
-                    continue
-                if tensors is not None:
-                    found[key] = {name.rpartition(".")[2]: tensor for name, tensor in tensors.items()}
+            found = self.store.read(list(dict.fromkeys(keys)))
         except StoreClosedError:
             raise _NotKnownError("the store is closed") from None
-        return found
+        return {
+            key: {name.rpartition(".")[2]: tensor for name, tensor in tensors.items()} for key, tensors in found.items()
+        }
 
     def _rows_of(
         self, output: Any, rows: int, columns: int, lengths: list[int]

@@ -286,27 +286,36 @@ class BlockStore(OpenStore):
                 return opens()
         return None
 
-    def read(self, key: Key) -> Mapping[str, torch.Tensor] | None:
-        """A small block's tensors, all of them and at once, which nobody may write to; None where it is in no tier.
+    def read(self, keys: Sequence[Key]) -> dict[Key, Mapping[str, torch.Tensor]]:
+        """The tensors of small blocks, all of them and at once, which nobody may write to. Those that are in no tier,
+        or can't be read, are left out."""
+        self._check_open()
+        found: dict[Key, Mapping[str, torch.Tensor]] = {}
+        from_below: list[Key] = []
+        for tier in self._tiers:
+            left = [key for key in keys if key not in found]
+            there = tier.find(left)
+            for key, opens in tier.sources([key for key in left if key in there]).items():
+                try:
+                    source = self._as_kept(opens())
+                    if isinstance(source, Block):
+                        source.wait_ready()
+                        found[key] = source.tensors
+                    else:
+                        with source:
+                            found[key] = source.fetch(source.specs())
+                        from_below.append(key)
+                except LoadError as error:
+                    logger.warning("a block could not be read, it is computed again: %s", error)
+                    self._reject(key, error, tier.name)
+        self._memory.touch([key for key in found if key not in from_below] if from_below else list(found))
+        if from_below:
+            self._writer.submit(partial(self._promote_each, from_below))
+        return found
 
-        Raises:
-            LoadError: it is damaged, or could not be read.
-        """
-        if not self.known([key]):
-            return None
-        name, source = self._open([key])[key]
-        if isinstance(source, Block):
-            source.wait_ready()
-            self._memory.touch([key])
-            return source.tensors
-        try:
-            with source:
-                tensors = source.fetch(source.specs())
-        except LoadError as error:
-            self._reject(key, error, name)
-            raise
-        self.promote([key])
-        return tensors
+    def _promote_each(self, keys: Sequence[Key]) -> None:
+        for key in keys:
+            self._promote_one(key)
 
     def _reject(self, key: Key, error: LoadError, name: str) -> None:
         """A block from the tier `name` could not be used, nor then what is above it, or a copy of it on disk."""

@@ -14,6 +14,7 @@ from ..identity.adapters import adapter_problem
 from ..inputs.content import NotIdentifiedError, read_content
 from ..inputs.foreign import asks_for_all, foreign_input
 from ..model.cacheless import needs_all_states
+from ..model.structure import in_canvases
 from ..positions.spatial import places_in_space
 from ..stats import TurnStats
 from .settings import setting
@@ -47,6 +48,8 @@ def is_batch(model: nn.Module, prompt: Any, arguments: Mapping[str, Any]) -> boo
         return False
     others = {name: value for name, value in arguments.items() if name not in ("attention_mask", "input_ids", "inputs")}
     if foreign_input(others) is not None or adapter_problem(model) is not None or places_in_space(model):
+        return False
+    if in_canvases(model) is not None:
         return False
     if any(others.get(name) is not None for name in ("position_ids", "cache_position", "assistant_model", "streamer")):
         return False

@@ -9,28 +9,32 @@ turn goes around what stands inside.
 """
 
 import functools
-import itertools
 import types
 from typing import Any
 
+from torch import nn
 from transformers import GenerationMixin
 
 from ..cache import AttentionStoreCache
 from ..hooks import attachment_of
 from ..model.argument import cache_in
+from ..model.structure import in_canvases
 from .wrapper import generate_around, pass_on
 
 _DISPATCHED = "_attnstore_dispatched"
-_installed = itertools.count()
+_installed: set[type] = set()
+"""Classes that were made to pass on calls, once or again."""
 
 
-def install() -> None:
-    """Makes transformers' `generate` pass on calls with a cache of ours. Harmless when repeated: it is needed again
-    where somebody put back what was there before."""
-    original = GenerationMixin.generate
+def install(model: nn.Module | None = None) -> None:
+    """Makes transformers' `generate` of a model pass on calls with a cache of ours. Harmless when repeated: it is
+    needed again where somebody put back what was there before."""
+    mixin: Any = (in_canvases(model) if model is not None else None) or GenerationMixin
+    original = mixin.generate
     if hasattr(original, _DISPATCHED):  # itself, or what `functools.wraps` says is around it
         return
-    innermost = next(_installed) == 0
+    innermost = mixin not in _installed
+    _installed.add(mixin)
 
     @functools.wraps(original)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -42,4 +46,4 @@ def install() -> None:
         return generate_around(self, functools.partial(pass_on, types.MethodType(original, self)), args, kwargs)
 
     setattr(generate, _DISPATCHED, True)
-    GenerationMixin.generate = generate  # type: ignore[method-assign]
+    mixin.generate = generate

@@ -22,3 +22,7 @@ class WholePromptStreamer:
 
     def end(self) -> None:
         self._streamer.end()
+
+    def __getattr__(self, name: str) -> Any:
+        """What else it has, such as `put_draft`, of which `generate` asks whether it is there."""
+        return getattr(self._streamer, name)

@@ -18,7 +18,9 @@ from ..inputs.foreign import asks_for_all, brings_features, foreign_input, mask_
 from ..inputs.held import HeldContent
 from ..loads import MAX_ATTEMPTS
 from ..model.cacheless import needs_all_states
+from ..model.structure import in_canvases
 from ..positions.spatial import places_in_space, spatial_positions
+from .canvases import canvas_tokens
 from .settings import setting as _setting
 from .streamer import WholePromptStreamer
 
@@ -42,7 +44,7 @@ def generate_prompt(
         for attempt in range(MAX_ATTEMPTS + 1):
             try:
                 for part in parts:
-                    feed(model, cache, part)
+                    feed(cache.model, cache, part)
                 before, streamed = streamed, True
                 output = turn.run(original, args, kwargs, streamed=before)
                 cache.end_of_generate()
@@ -152,7 +154,7 @@ def _feeds_whole_prompts(model: nn.Module, kwargs: Mapping[str, Any]) -> bool:
 
 def _would_be_masked(model: nn.Module, prompt: torch.Tensor, kwargs: Mapping[str, Any]) -> bool:
     """Whether `generate`, given no mask, would take some of the prompt for padding."""
-    pad = _setting(model, kwargs, "pad_token_id")
+    pad = _setting(model, kwargs, "pad_token_id") if in_canvases(model) is None else None  # these take all for text
     if pad is None or not bool((prompt == int(pad)).any()):
         return False
     ends = _setting(model, kwargs, "eos_token_id")
@@ -216,9 +218,12 @@ class _Turn:
             self._reusable = 0
         if self._asks_for_all and not self._history:
             self._reusable = 0
-        new_tokens = _setting(model, kwargs, "max_new_tokens")
+        if in_canvases(model) is not None:
+            self._new_tokens = canvas_tokens(model, setting, len(self._ids))
+            return
+        new_tokens = setting("max_new_tokens")
         if new_tokens is None:
-            longest = _setting(model, kwargs, "max_length")
+            longest = setting("max_length")
             new_tokens = max(0, longest - len(self._ids)) if longest else 0
         self._new_tokens = int(new_tokens)
 

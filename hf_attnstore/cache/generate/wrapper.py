@@ -11,11 +11,12 @@ from ...errors import CacheUseError
 from ...store.store import AttentionStore
 from ..batch import BatchCache
 from ..cache import AttentionStoreCache
-from ..hooks import attachment_of
+from ..hooks import attachment_of, owner_of
 from ..model.argument import cache_in, take_cache
-from ..model.structure import is_encoder_decoder
+from ..model.structure import in_canvases, is_encoder_decoder
 from .attached import is_batch, kind_of, say_left_alone, settings_problem
 from .batch import generate_batch
+from .canvases import behind_what_is_held
 from .encoder_decoder import generate_from_encoder
 from .resegmenting import generate_resegmented
 from .settings import setting
@@ -54,6 +55,8 @@ def generate_around(
     assert attachment is not None
     if is_encoder_decoder(model):
         return generate_from_encoder(model, original, attachment, args, kwargs)
+    if in_canvases(model) is not None:
+        original, args, kwargs = behind_what_is_held(model, original, args, kwargs)
     cache = take_cache(kwargs)
     if cache is not None:
         kwargs[attachment.generate_cache_name] = cache
@@ -80,7 +83,7 @@ def generate_around(
     elif not isinstance(cache, AttentionStoreCache):
         say_left_alone(attachment, "another cache", f"it was given a {type(cache).__name__}", prompt)
         return original(*args, **kwargs)
-    if cache.model is not model:
+    if cache.model is not owner_of(model):
         raise CacheUseError(f"the cache was made for another model than this {type(model).__name__}")
     if attachment.cacheless:
         return _without(cache, attachment.cacheless, original, args, kwargs)
@@ -88,6 +91,8 @@ def generate_around(
         logger.warning("use_cache=False: this generate runs without its cache, nothing is reused or saved")
         take_cache(kwargs)  # not even None in its place, which beam search takes for a cache that it can't reorder
         return original(*args, **kwargs)
+    if isinstance(cache, BatchCache) and in_canvases(model) is not None:
+        raise CacheUseError(f"of {type(model).__name__} one conversation at a time is kept: give the cache one session")
     if isinstance(cache, BatchCache):
         return generate_batch(model, cache, original, prompt, args, kwargs, partial(setting, model, dict(kwargs)))
     go_on = partial(generate_prompt, model, cache, original)

@@ -15,11 +15,12 @@ _KNOWN_VARIANTS = ("DoraLinearVariant", "DoraEmbeddingVariant")
 
 def is_adapted(module: nn.Module) -> bool:
     """Whether a module is a layer that has adapters, or stands for one that a fine-tuning replaced."""
-    return _has_adapters(type(module))  # type: ignore[arg-type]
+    return has_adapters(type(module))  # type: ignore[arg-type]
 
 
 @cache
-def _has_adapters(kind: type) -> bool:
+def has_adapters(kind: type) -> bool:
+    """Whether modules of a class are such layers."""
     return isinstance(getattr(kind, "active_adapters", None), property) and isinstance(
         getattr(kind, "disable_adapters", None), property
     )

@@ -6,14 +6,14 @@ The version counter, the address and a few values of every tensor; settings, ada
 import weakref
 from collections.abc import Iterator, Sequence
 from itertools import chain
-from operator import is_, itemgetter
+from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..model.structure import has_length_dependent_rope
-from .adapters import is_adapted, state_of
+from .adapters import has_adapters, is_adapted, state_of
 from .samples import comparable, few_values, peephole, raw_bytes, seen_through
 from .weights import Part, attribute_parts, hidden_parts, offloaded_in_memory, plain_parts
 
@@ -23,6 +23,8 @@ Versions = list[tuple[int, Any]]
 """The identity and the version counter of each parameter."""
 _PLACES = itemgetter("_modules", "_parameters", "_buffers")
 """Where a module has modules and tensors."""
+_VERSION = attrgetter("_version")
+_PLACED = (_VERSION, torch.Tensor.data_ptr, attrgetter("nbytes"), torch.Tensor.is_contiguous)
 _VARIES = "inv_freq"
 """How buffers end that are made anew where frequencies depend on the length of the text: these are not looked at."""
 
@@ -62,7 +64,8 @@ class Watch:
             self._last = _Unchanged(modules, seen.tensors, varying=self._varying) if seen.usual else None
         seen = self._seen
         visited += modules
-        adapters = [state_of(module) for module in modules if is_adapted(module)]
+        adapted = any(map(has_adapters, set(map(type, modules))))
+        adapters = [state_of(module) for module in modules if is_adapted(module)] if adapted else []
         autocast = [autocast_dtype(kind) for kind in sorted(seen.device_types)]
         return (settings, autocast, model.training, adapters, seen.marks, seen.values()), seen.versions
 
@@ -204,8 +207,7 @@ class _Unchanged:
     def versions_unchanged(self) -> bool:
         """Whether no tensor that was seen has been written to since, as far as version counters tell."""
         tensors = [tensor() for tensor in self._tensors]
-        versions = [tensor._version if tensor is not None else None for tensor in tensors]
-        return versions == [version for version, *_ in self._placed]
+        return all(one is not None for one in tensors) and list(map(_VERSION, tensors)) == self._placed[0]
 
     def _contents(self, modules: Sequence[nn.Module]) -> tuple[list[int], list[str], list[Any]]:
         """How many entries there are in each of the modules' places, what they are called, and what there is."""
@@ -224,7 +226,7 @@ class _Unchanged:
 
 def _placed(tensors: Sequence[torch.Tensor]) -> list[Any]:
     """Version counters, and where in memory the tensors are, in which shape."""
-    return [(t._version, t.data_ptr(), t.nbytes, t.is_contiguous()) for t in tensors]
+    return [list(map(look, tensors)) for look in _PLACED]
 
 
 def _few_values(tensors: Sequence[torch.Tensor]) -> list[bytes]:

@@ -116,6 +116,7 @@ _SIZED = (Modality("pixel_values", _IMAGE, 1, by_size, ("image_sizes",), _within
 
 STYLES: Mapping[str, tuple[Modality, ...]] = {
     "aya_vision": _EQUAL,
+    "diffusion_gemma": (Modality("pixel_values", _IMAGE, 1, one_run, ("image_position_ids",), whole_runs=True),),
     "gemma3": (Modality("pixel_values", _IMAGE, 1, equal, whole_runs=True),),
     "internvl": _EQUAL,
     "llava": _SIZED,

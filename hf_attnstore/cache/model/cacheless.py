@@ -9,12 +9,14 @@ from transformers import GenerationMixin
 
 from ...errors import UnsupportedModelError
 from .argument import CACHE_NAMES, generate_cache_name
+from .structure import in_canvases
 
 
 def is_generator(model: nn.Module) -> bool:
-    """Whether a model's `generate` is transformers' own, perhaps with a model's changes. Others have another contract
-    with their caches, such as those that refine whole blocks of tokens."""
-    return isinstance(model, GenerationMixin) and callable(getattr(model, "generate", None))
+    """Whether a model's `generate` is transformers' own, perhaps with a model's changes, or one that refines whole
+    blocks of tokens. Others have another contract with their caches."""
+    ours = isinstance(model, GenerationMixin) or in_canvases(model) is not None
+    return ours and callable(getattr(model, "generate", None))
 
 
 def check_generator(model: nn.Module) -> None:

@@ -34,6 +34,21 @@ def decoder_config(model: nn.Module) -> Any:
     return getattr(decoder_of(model), "config", None) or model.config
 
 
+def in_canvases(model: nn.Module) -> type | None:
+    """The class that a model has its `generate` from, if that refines whole blocks of tokens (DiffusionGemma): there
+    an encoder writes the cache, and a decoder that sees all of a block reads it only. Else None."""
+    return next((cls for cls in type(model).__mro__ if cls.__name__ == "DiffusionGemmaGenerationMixin"), None)
+
+
+def cache_writer(model: nn.Module) -> nn.Module:
+    """The part of a model whose forwards add to its cache: the model itself, where it does not refine blocks."""
+    if in_canvases(model) is None:
+        return model
+    get_encoder: Any = getattr(getattr(model, "model"), "get_encoder")  # noqa: B009
+    writer: nn.Module = get_encoder()
+    return writer
+
+
 def decoder_layers(model: nn.Module, count: int) -> list[nn.Module]:
     """The modules that each hold the attention of one cache layer, in order; empty if they can't be told apart."""
     for module in model.modules():
