@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.engines import Valkey
@@ -54,6 +55,42 @@ def test_a_conversation_moves_between_two_machines(tmp_path: Path) -> None:
         assert turn["alone"]["reused"] < turn["with"]["reused"]
         assert turn["with"]["ids"] == turn["alone"]["ids"]
         assert turn["with"]["down"] > 0
+
+
+def test_what_is_shared_is_counted_listed_and_collected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Valkey(tmp_path)
+    try:
+        with AttentionStore(tmp_path / "one", block_size=16, shared=server.url) as store:
+            save(store, make_chain(list(range(40)), 16), "alice")
+            save(store, make_chain(list(range(50, 70)), 16), "bob")
+            save(store, make_chain(list(range(90, 100)), 16))
+            store.flush()
+            store.delete("bob")
+        AttentionStore(tmp_path / "two", block_size=16, shared="").close()
+        monkeypatch.setenv("ATTNSTORE_SHARED", server.url)
+
+        def asked(*words: str) -> dict[str, Any]:
+            result = CliRunner().invoke(app, [*words, "--shared", "--json", "--store", str(tmp_path / "two")])
+            assert result.exit_code == 0, result.output
+            return json.loads(result.output)  # type: ignore[no-any-return]
+
+        stats = asked("stats")
+        assert (stats["blocks"], stats["sessions"], stats["held_sessions"]) == (6, 1, 0)
+        (alice,) = asked("ls")["sessions"]
+        assert (alice["name"], alice["tokens"], alice["there"], alice["blocks"]) == ("alice", 40, 3, 3)
+        assert asked("gc", "--dry-run") == {"unowned_blocks": 0, "bytes": 0, "entries": 0, "deleted_sessions": 0}
+        assert asked("gc", "--unowned")["unowned_blocks"] == 3
+        assert len(server.keys("attnstore:b:*")) == len(server.keys("attnstore:f:*")) == 3
+        name = server.keys("attnstore:b:*")[0]
+        server.ask("DEL", name)
+        assert asked("gc")["entries"] == 1
+        assert asked("ls")["sessions"][0]["there"] == 2
+        for command, says in (("stats", "2 blocks"), ("ls", "1 of 3 blocks are not there"), ("gc", "0 blocks of no")):
+            shown = CliRunner().invoke(app, [command, "--shared", "--store", str(tmp_path / "two")])
+            assert shown.exit_code == 0, shown.output
+            assert says in shown.output
+    finally:
+        server.kill()
 
 
 def test_verify_reads_what_is_shared_and_ls_lists_sessions_of_other_machines(

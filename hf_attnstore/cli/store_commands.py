@@ -35,6 +35,9 @@ Account = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")]
+Shared = Annotated[
+    bool, typer.Option("--shared", help="What machines share instead, on the engine that ATTNSTORE_SHARED names.")
+]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
 _EXAMPLES = {
@@ -110,10 +113,14 @@ def ls(
     everything: Annotated[bool, typer.Option("--all", "-a", help="Those of all namespaces.")] = False,
     limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 50,
     offset: Annotated[int, typer.Option(min=0, help="Leave out so many of those used last.")] = 0,
+    shared: Shared = False,
     as_json: Json = False,
 ) -> None:
     """The conversations in a store, last used first."""
     with opened(store, _space(namespace, account)) as it:
+        if shared:
+            _list_shared(it, None if everything else it.namespace, slice(offset, offset + limit), as_json)
+            return
         views = [it.in_namespace(name) for name in it.namespaces()] if everything else [it]
         total = sum(view.session_count() for view in views)
         found = [(view.namespace, info) for view in views for info in view.sessions(offset + limit)]
@@ -136,6 +143,26 @@ def ls(
         console.print(f"{total:,} conversations, {format_bytes(together)} together: what they share counts once")
         if offset + len(shown) < total:
             console.print(f"{offset + 1} to {offset + len(shown)} of {total:,}; --offset {offset + len(shown)} goes on")
+
+
+def _list_shared(it: AttentionStore, namespace: str | None, page: slice, as_json: bool) -> None:
+    """The sessions that machines share, of a namespace or of all."""
+    found = [each for each in it.shared_upkeep().sessions() if namespace in (None, each.namespace)]
+    shown = found[page]
+    if as_json:
+        sessions = [{**asdict(each), **asdict(each.info)} for each in shown]
+        _print_json({"total": len(found), "sessions": [{k: v for k, v in s.items() if k != "info"} for s in sessions]})
+        return
+    models = {each.info.fingerprint: it.model_name(each.info.fingerprint) for each in shown}
+    spaces = [each.namespace for each in shown] if namespace is None else None
+    console = _console()
+    console.print(sessions_table([each.info for each in shown], models=models, namespaces=spaces))
+    for each in shown:
+        if each.there < each.blocks:
+            console.print(f"{escape(each.info.name)}: {each.blocks - each.there} of {each.blocks} blocks are not there")
+        if each.held:
+            console.print(f"{escape(each.info.name)}: a machine is at it, or was when it ended")
+    console.print(f"{len(found):,} conversations are shared")
 
 
 def show(
@@ -246,9 +273,7 @@ def fork(src: str, dst: str, store: Store = None, namespace: Namespace = "") -> 
 
 def verify(
     store: Store = None,
-    shared: Annotated[
-        bool, typer.Option("--shared", help="Read the blocks of the shared tier (ATTNSTORE_SHARED) instead.")
-    ] = False,
+    shared: Shared = False,
     as_json: Json = False,
 ) -> None:
     """Read everything in a store and say what is not as it was written. Changes nothing; exits with 1 if anything is
@@ -307,11 +332,17 @@ def gc(
         typer.Option(min=0, help="Also delete conversations of the namespace not used for so many days."),
     ] = None,
     unowned: Annotated[bool, typer.Option("--unowned", help="Also delete KV that belongs to no conversation.")] = False,
+    shared: Shared = False,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Remove what nobody needs: unknown files, the quarantine, unused locks, free room in the index."""
     with opened(store, namespace) as it, _bar("collecting") as tell:
+        if shared and older_than is not None:
+            raise AttentionStoreError("--older-than deletes conversations wherever they are: use it without --shared")
+        if shared:
+            _collect_shared(it, tell, unowned, dry_run, as_json)
+            return
         old = []
         if older_than is not None:
             limit = time.time() - older_than * 86400
@@ -334,8 +365,30 @@ def gc(
     console.print(f"would remove {what}" if dry_run else f"removed {what}")
 
 
+def _collect_shared(it: AttentionStore, tell: Told, unowned: bool, dry_run: bool, as_json: bool) -> None:
+    upkeep = it.shared_upkeep()
+    found = upkeep.unneeded(unowned=unowned, progress=tell)
+    if not dry_run:
+        upkeep.remove(found)
+    counts = {
+        "unowned_blocks": len(found.blocks),
+        "bytes": found.nbytes,
+        "entries": len(found.entries),
+        "deleted_sessions": len(found.gone),
+    }
+    if as_json:
+        _print_json(counts)
+        return
+    _console().print(
+        f"{'would remove' if dry_run else 'removed'} {len(found.blocks)} blocks of no session "
+        f"({format_bytes(found.nbytes)}), {len(found.entries)} entries of blocks that are gone, "
+        f"{len(found.gone)} records of sessions deleted long ago"
+    )
+
+
 def stats(
     store: Store = None,
+    shared: Shared = False,
     as_json: Json = False,
     prometheus: Annotated[bool, typer.Option("--prometheus", help="In Prometheus' text format.")] = False,
 ) -> None:
@@ -344,6 +397,10 @@ def stats(
 
     with opened(store) as it:
         now, totals = it.stats(), it.totals()
+        there = it.shared_upkeep().stats() if shared else None
+    if there is not None:
+        _show_shared(there, {name: totals[name] for name in totals if name.startswith("shared_")}, as_json)
+        return
     if prometheus:
         _print_metrics({**now, **totals})
         return
@@ -380,6 +437,30 @@ def stats(
         ("errors when reading, writing", f"{totals['read_errors']:,}, {totals['write_errors']:,}"),
     ]
     for row in rows:
+        table.add_row(*row)
+    _console().print(table)
+
+
+def _show_shared(there: Mapping[str, int | str], totals: Mapping[str, int | float], as_json: bool) -> None:
+    """What machines share, and what this store has sent there and got from there."""
+    if as_json:
+        _print_json({**there, **totals})
+        return
+    used, room = int(there["engine_used"]), int(there["engine_capacity"])
+    table = Table(show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for row in (
+        ("engine", escape(str(there["engine"]))),
+        ("in use there", format_bytes(used) + (f" of {format_bytes(room)}" if room else "")),
+        ("shared under this prefix", f"{format_bytes(int(there['bytes']))} in {there['blocks']:,} blocks"),
+        ("sessions", f"{there['sessions']:,}"),
+        ("of these, some machine has", f"{there['held_sessions']:,}"),
+        ("sent from here", f"{format_bytes(totals['shared_bytes'])} in {totals['shared_blocks']:,} blocks"),
+        ("read from here", format_bytes(totals["shared_read_bytes"])),
+        ("blocks left out, refused", f"{totals['shared_dropped_blocks']:,}, {totals['shared_refused_blocks']:,}"),
+        ("errors", f"{totals['shared_errors']:,}"),
+    ):
         table.add_row(*row)
     _console().print(table)
 

@@ -163,9 +163,12 @@ class OpenStore:
         """Keys the names of blocks; empty without encryption."""
         self._right_of_way = RightOfWay()
         self._shared = self._open_shared(where)
-        self._shared_sessions = SharedSessions(self._shared, self.path) if self._shared is not None else None
         self._whole_manifests: dict[tuple[str, str], Manifest] = {}
         """What sessions consist of that are shared, where the index may know of fewer blocks: by namespace and name."""
+        self._shared_sessions: SharedSessions | None = None
+        if self._shared is not None:
+            whole = self._whole_manifests
+            self._shared_sessions = SharedSessions(self._shared, self.path, lambda session: session not in whole)
         self._disk, self._open_lock = open_disk_store(
             folder, parse_bytes(disk), self._accounts, self._order, surroundings, sync=durability == "power"
         )

@@ -33,6 +33,8 @@ from .upcoming import UpcomingTurns
 
 if TYPE_CHECKING:
     from .disk.portable import Exported
+    from .shared.tier import SharedTier
+    from .shared.upkeep import Upkeep
 
 logger = logging.getLogger("hf_attnstore")
 
@@ -347,8 +349,7 @@ class AttentionStore(UpcomingTurns):
         self._settle()
         if not shared:
             return verify(self._disk, progress)
-        if self._shared is None:
-            raise SharedTierError("there is no shared tier: name one with shared=, or in ATTNSTORE_SHARED")
+        tier = self._needs_shared()
         report = Report()
 
         def note(name: str, nbytes: int, error: LoadError | None) -> None:
@@ -357,8 +358,24 @@ class AttentionStore(UpcomingTurns):
             if error is not None:
                 report.add("damaged block", name, error)
 
-        self._shared.check(note, progress)
+        tier.check(note, progress)
         return report
+
+    def _needs_shared(self) -> SharedTier:
+        self._check_open()
+        if self._shared is None:
+            raise SharedTierError("there is no shared tier: name one with shared=, or in ATTNSTORE_SHARED")
+        return self._shared
+
+    def shared_upkeep(self) -> Upkeep:
+        """For who looks after what machines share.
+
+        Raises:
+            SharedTierError: there is no shared tier.
+        """
+        from .shared.upkeep import Upkeep
+
+        return Upkeep(self._needs_shared())
 
     def collect_garbage(
         self, *, unowned: bool = False, dry_run: bool = False, progress: Progress = no_progress

