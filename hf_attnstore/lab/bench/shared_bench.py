@@ -110,7 +110,7 @@ def values(urls: Mapping[str, str], repeats: int, folder: Path, progress: Progre
 
 def _by_turns(found: Found, what: str, steps: Steps, repeats: int) -> None:
     for number in range(repeats + 1):
-        for name in list(steps) if number % 2 else reversed(steps):
+        for name in sorted(steps, reverse=bool(number % 2)):
             times = found.setdefault(what, {}).setdefault(name, Times())
             (times if number else Times()).of(steps[name])
 
