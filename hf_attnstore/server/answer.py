@@ -24,6 +24,7 @@ from .parameters import Penalties
 from .seams import DirectStreamer
 
 if TYPE_CHECKING:
+    from .batching import BatchTurn
     from .service import Service
 
 _PREFIXES = {"chat": "chatcmpl-", "completions": "cmpl-", "responses": ""}
@@ -66,10 +67,11 @@ class Answer:
         self._when_over = when_over
         self._loop = asyncio.get_running_loop()
         self._begun, self._over = asyncio.Event(), asyncio.Event()
-        self._cache: AttentionStoreCache | None = None
+        self._turned: AttentionStoreCache | BatchTurn | None = None
+        """What has the numbers of its turn."""
         self._first_token: float | None = None
         self._prompt_tokens = 0
-        self.turn: Turn[Any] | None = None
+        self.turn: Turn[Any] | BatchTurn | None = None
         self.keeps: list[dict[str, Any]] | None = None
         """For a response that is to be kept: what it answers."""
         exchange.when_left(self.cancel)
@@ -86,7 +88,7 @@ class Answer:
             QueueFullError, TurnQueueError: see `TurnQueue.run`.
         """
         prompt_tokens = self._prompt_tokens = inputs["input_ids"].shape[-1]
-        config.max_new_tokens = self._fitting(model, prompt_tokens, config.max_new_tokens)
+        config.max_new_tokens = self._fitting(model, prompt_tokens, config.max_new_tokens or _MOST_NEW)
         given: dict[str, Any] = {**inputs, "generation_config": config, "tokenizer": processor}
         if hasattr(model, "has_talker"):  # as transformers' server does: text only
             given["generation_mode"] = "text"
@@ -103,6 +105,18 @@ class Answer:
         tokenizer = getattr(processor, "tokenizer", processor)
         if self.stops:
             given["stopping_criteria"] = StoppingCriteriaList([_StopTexts(self, prompt_tokens, tokenizer._tokenizer)])
+        if self._service.batches is not None:
+            self.turn = self._turned = self._service.batches.run(
+                self.id, self.exchange.store, self.session, given, seed=self._seed, timeout=self._service.deadline
+            )
+        else:
+            self.turn = self._queued(model, tokenizer, given)
+        if self.exchange.left:
+            self.turn.cancel()
+        self.turn.add_done_callback(lambda _: self._loop.call_soon_threadsafe(self._end))
+
+    def _queued(self, model: Any, tokenizer: Any, given: dict[str, Any]) -> Turn[Any]:
+        """Its turn among those that run one at a time."""
         service = self._service
 
         def work(turn: Turn[Any]) -> Any:
@@ -112,13 +126,10 @@ class Answer:
             # nobody asked for a window, so nothing is dropped: the answer is that of plain `generate`
             cache = AttentionStoreCache(model, self.session, turn.store, drop=0, checkpoint_every=every)
             cache.describe_prompt(decode=lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=False)))
-            self._cache = cache
+            self._turned = cache
             return turn_work.generate(turn, cache, model, given)
 
-        self.turn = service.queue.run(self.session, work, store=self.exchange.store, timeout=service.deadline)
-        if self.exchange.left:
-            self.turn.cancel()
-        self.turn.add_done_callback(lambda _: self._loop.call_soon_threadsafe(self._end))
+        return service.queue.run(self.session, work, store=self.exchange.store, timeout=service.deadline)
 
     def _fitting(self, model: Any, prompt_tokens: int, wanted: int) -> int:
         window = context_window(model)
@@ -192,7 +203,7 @@ class Answer:
     @property
     def stats(self) -> TurnStats:
         """What its turn did, as far as it has come."""
-        return self._cache.stats if self._cache is not None else TurnStats()
+        return self._turned.stats if self._turned is not None else TurnStats()
 
     @property
     def ttft_seconds(self) -> float | None:
@@ -223,6 +234,8 @@ class Answer:
         return ", ".join(said)
 
 
+_MOST_NEW = 1024
+"""Tokens of an answer where nothing says how many."""
 _LONGEST = 300
 """Characters of a reason in a header."""
 

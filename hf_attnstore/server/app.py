@@ -76,6 +76,8 @@ def _add_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/health")
     async def health() -> Response:
+        if service.batches is not None and not service.batches.is_alive:
+            return JSONResponse({"status": "the loop that computes has ended"}, 503)
         return JSONResponse({"status": "ok"})
 
     @app.get("/metrics")

@@ -41,6 +41,25 @@ def serve(
     disk: Disk = None,
     on_device: OnDevice = None,
     checkpoint_every: CheckpointEvery = None,
+    continuous_batching: Annotated[
+        bool, typer.Option("--continuous-batching", help="Answer several requests at a time.")
+    ] = False,
+    cache_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=512,
+            help="With continuous batching: tokens that its paged cache has room for.",
+            show_default="16384 on a CPU; else what the device has room for",
+        ),
+    ] = None,
+    batch_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="With continuous batching: tokens that are fed at once at most.",
+            show_default="1024 on a CPU; else 8192",
+        ),
+    ] = None,
     max_waiting: Annotated[
         int, typer.Option(min=0, help="Requests that may wait beside the one that is answered; others get 429.")
     ] = 100,
@@ -94,7 +113,21 @@ def serve(
     except (OSError, ValueError) as error:
         raise AttentionStoreError(f"the model can't be loaded: {first_line(error)}") from error
     opened = AttentionStore(store, memory=memory, disk=disk, on_device=on_device)
-    service = Service(loaded, opened, max_waiting=max_waiting, deadline=deadline, checkpoint_every=checkpoint_every)
+    batched = None
+    if continuous_batching:
+        on_cpu = loaded.model.device.type == "cpu"  # of host memory transformers would take a large part
+        batched = {
+            "cache_tokens": cache_tokens or (16384 if on_cpu else None),
+            "batch_tokens": batch_tokens or (1024 if on_cpu else None),
+        }
+    service = Service(
+        loaded,
+        opened,
+        max_waiting=max_waiting,
+        deadline=deadline,
+        checkpoint_every=checkpoint_every,
+        batched=batched,
+    )
     said = f"serving [bold]{escape(service.name)}[/] at {_url(listening)}"
     run(application(service, known, template), listening, grace, lambda: console.print(said))
 

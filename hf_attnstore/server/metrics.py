@@ -14,6 +14,7 @@ from ..store.index.counts import MISSED
 if TYPE_CHECKING:
     from ..serving import TurnQueue
     from .answer import Answer
+    from .batching import Batches
 
 _TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
@@ -88,7 +89,7 @@ class Metrics:
         stats: asked for what the store says.
     """
 
-    def __init__(self, queue: TurnQueue, stats: Callable[[], Mapping[str, int | float]]) -> None:
+    def __init__(self, queue: TurnQueue | Batches, stats: Callable[[], Mapping[str, int | float]]) -> None:
         self._registry = registry = CollectorRegistry()
         self._queue = queue
         self._ttft = Histogram(

@@ -91,6 +91,8 @@ def checked(kind: str, body: Mapping[str, Any]) -> dict[str, Any]:
         raise ApiError(400, "seed is a whole number", param="seed")
     if "stop" in given:
         given["stop"] = _stops(given["stop"])
+    if isinstance(given.get("logit_bias"), dict):  # transformers takes no whole numbers
+        given["logit_bias"] = {k: float(v) if type(v) is int else v for k, v in given["logit_bias"].items()}
     _choose_tools(given)
     return given
 

@@ -49,12 +49,18 @@ from transformers.cli.serving.utils import (  # noqa: E402
     Modality,
     _StreamError,
 )
+from transformers.generation.configuration_utils import ContinuousBatchingConfig as BatchSettings  # noqa: E402
+from transformers.generation.continuous_batching.cb_logits_processors import (  # noqa: E402
+    ContinuousBatchingLogitsProcessorList as BatchProcessors,
+)
 
 StreamError = _StreamError
 
 __all__ = [
     "BaseGenerateManager",
     "BaseHandler",
+    "BatchProcessors",
+    "BatchSettings",
     "ChatCompletionHandler",
     "CompletionHandler",
     "DirectStreamer",

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from ..cache import AttentionStoreCache
+from ..errors import AttentionStoreError
 from ..serving import TurnQueue
 from ..store import AttentionStore
 from .answer import Answer
+from .batching import Batches
 from .generating import LoadedModel, TurnState
 from .metrics import Metrics
+from .seams import Modality
 
 
 class Service:
@@ -24,6 +27,10 @@ class Service:
         max_waiting: requests that may wait beside the one that is answered; others get 429.
         deadline: seconds that an answer may take, waiting included; None for any.
         checkpoint_every: as for `AttentionStoreCache`.
+        batched: answers are made several at a time, by continuous batching; with what `Batches` takes.
+
+    Raises:
+        AttentionStoreError: the model can't be served so.
     """
 
     def __init__(
@@ -34,6 +41,7 @@ class Service:
         max_waiting: int = 100,
         deadline: float | None = None,
         checkpoint_every: int | None = None,
+        batched: Mapping[str, Any] | None = None,
     ) -> None:
         self.loaded, self.store, self.name = loaded, store, loaded.name
         self.deadline, self.checkpoint_every = deadline, checkpoint_every
@@ -41,7 +49,12 @@ class Service:
         self.modality: Any = loaded.get_model_modality(loaded.model, processor=loaded.processor)
         self.queue = TurnQueue(loaded.model, store, max_waiting=max_waiting, checkpoint_every=checkpoint_every)
         AttentionStoreCache(loaded.model, store=store).model_fingerprint()  # of all weights: not for the first request
-        self.metrics = Metrics(self.queue, store.stats)
+        self.batches: Batches | None = None
+        if batched is not None:
+            if self.modality != Modality.LLM:
+                raise AttentionStoreError("continuous batching is for models of text")
+            self.batches = Batches(loaded.model, store, max_waiting=max_waiting, **batched)
+        self.metrics = Metrics(self.batches or self.queue, store.stats)
         self.answers: dict[str, Answer] = {}
         """Those that a handler is about to start, by id."""
         self.state = TurnState(self)
@@ -62,11 +75,13 @@ class Service:
     @property
     def retry_after(self) -> int:
         """Seconds after which there may be room: as long as a turn has taken so far."""
-        stats = self.queue.stats()
+        stats = (self.batches or self.queue).stats()
         ended = stats.done + stats.failed + stats.cancelled + stats.timed_out
         return max(1, math.ceil(stats.running_seconds / ended)) if ended else 1
 
     def close(self) -> None:
         """What runs stops at the next token; all that is complete is on disk after that."""
+        if self.batches is not None:
+            self.batches.close()
         self.queue.close(cancel=True)
         self.store.close()

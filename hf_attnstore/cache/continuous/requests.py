@@ -22,10 +22,11 @@ from ..layers.kinds import make_layers
 from ..model.ranks import ranks_of
 from ..model.structure import position_limit
 from ..paged import look_after
+from ..stats import TurnStats
 from .admission import Known
 from .pages import Pages
 from .saving import ComputedBy, Saving
-from .told import Told
+from .told import Kept, Told
 
 T = TypeVar("T")
 
@@ -178,7 +179,7 @@ class StoredRequests:
         if used:
             saving.went_on_from = used[-1]
             store.touch(used)
-        stats = self._told.stats_of(request.request_id)
+        stats = self._told.stats_of(request.request_id) or TurnStats()
         stats.prompt_tokens, stats.reused_tokens = len(request.initial_tokens), found
         stats.prefilled_tokens = stats.prompt_tokens - found
         stats.loaded_bytes, stats.load_seconds = loaded, seconds
@@ -219,19 +220,24 @@ class StoredRequests:
         return self._pages.most_at_once(request.position_offset)
 
     def finish(self, request: Any) -> None:
-        """Hands over all that a request has computed. Its pages must be there still."""
-        saving = self._saving.pop(request.request_id, None)
+        """Hands over all that a request has computed. Who had to give way for others has no pages any more, and comes
+        back."""
+        request_id = request.request_id
+        if self._pages is not None and not self._pages.holds(request_id):
+            self._stop_saving(request_id)
+            return
+        saving, kept = self._saving.get(request_id), None
         if saving is not None:
-            if self._pages is not None and self._pages.holds(request.request_id):
-                self._safely("a request", partial(self._hand_over, saving, _ids(request)[: _held(request)], whole=True))
-            saving.release()
-        self._end(request.request_id)
+            ids = _ids(request)[: _held(request)]
+            kept = self._safely("a request", partial(self._hand_over, saving, ids, whole=True))
+        self._stop_saving(request_id)
+        self._end(request_id, kept)
 
-    def _hand_over(self, saving: Saving, ids: list[int], *, whole: bool) -> None:
+    def _hand_over(self, saving: Saving, ids: list[int], *, whole: bool) -> Kept | None:
         """Hands over the KV of tokens: all of it, or that of complete blocks."""
         if (self._identify(), self._attachment.fingerprint.changes) != saving.computed_by:
-            return  # something of it was computed by another model
-        saving.hand_over(ids, self._limit, whole=whole)
+            return None  # something of it was computed by another model
+        return saving.hand_over(ids, self._limit, whole=whole)
 
     def drop(self, request_id: str) -> None:
         """A request has failed, or never began: what its pages have may be anything."""
@@ -243,9 +249,10 @@ class StoredRequests:
         if saving is not None:
             saving.release()
 
-    def _end(self, request_id: str) -> None:
+    def _end(self, request_id: str, kept: Kept | None = None) -> None:
         self._close(request_id)
         self._ended += 1
+        self._safely("who waits for a request", partial(self._told.over, request_id, kept))
 
     def _close(self, request_id: str) -> None:
         """A request waits no more."""

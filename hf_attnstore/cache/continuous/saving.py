@@ -7,11 +7,13 @@ import torch
 
 from ...session.chain import TokenChain
 from ...store.blocks.keys import Key
+from ...store.records.manifest import Manifest, SpanRow
 from ...store.store import AttentionStore
 from ..layers.buffers import empty
 from ..transfer.save import BlockSaver, Piecewise
 from ..transfer.streams import copy_to_host
 from .pages import Pages
+from .told import Kept
 
 
 class ComputedBy(NamedTuple):
@@ -107,12 +109,15 @@ class Saving:
         size, page = self._store.block_size, self._pages.page_size
         return held // size > len(self._chain) // size or held // page > self._offered // page
 
-    def hand_over(self, ids: list[int], limit: int | None, *, whole: bool) -> None:
+    def hand_over(self, ids: list[int], limit: int | None, *, whole: bool) -> Kept | None:
         """Hands over the KV of a request's tokens: all of it, or that of complete blocks.
 
         Args:
             ids: those whose KV it holds.
             limit: tokens that are kept at most.
+
+        Returns:
+            What was handed over, if that is all of it.
         """
         self._pages.offer(self._request_id, ids, self.salt)
         self._offered = self._saver.held = len(ids)
@@ -121,10 +126,13 @@ class Saving:
         if not whole:
             self._saver.begin_forward(chain.full_blocks())
             self._saver.end_forward()
-            return
+            return None
         saved = self._saver.finish(len(chain))
-        blocks = [chain.key(number) for number in range(-(-saved // chain.block_size))]
-        self._store.used(blocks, saved, short=saved % chain.block_size > 0, went_on_from=self.went_on_from)
+        numbers = range(-(-saved // chain.block_size))
+        rows = [SpanRow(chain.key(n), 0, min(saved, chain.bounds(n)[1]) - chain.bounds(n)[0]) for n in numbers]
+        short = saved % chain.block_size > 0
+        self._store.used([row.block for row in rows], saved, short=short, went_on_from=self.went_on_from)
+        return Kept(self.computed_by.fingerprint, Manifest(tuple(rows), length=len(ids)))
 
     def release(self) -> None:
         """Nothing more is kept."""
