@@ -1,4 +1,4 @@
-"""Answers by continuous batching over HTTP: each as if it were alone, in its caller's namespace, with its own settings."""
+"""Answers by continuous batching over HTTP: each as if it were alone, with its own settings, in its caller's namespace."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_nobody_gets_what_was_computed_in_another_namespace(running: ApiServer) 
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ({"generation_config": '{"num_beams": 2}'}, "num_beams"),
+        ({"generation_config": '{"num_beams": 2}'}, "beams"),
         ({"generation_config": '{"stop_strings": ["a"]}'}, "stop_strings"),
         ({"generation_config": '{"max_time": 3}'}, "max_time"),
         ({"n": 2}, "n=2"),
