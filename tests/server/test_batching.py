@@ -1,4 +1,4 @@
-"""Answers by continuous batching over HTTP: each as if it were alone, with its own settings, in its caller's namespace."""
+"""Answers by continuous batching over HTTP: each as if it were alone, with its own settings and namespace."""
 
 from __future__ import annotations
 
