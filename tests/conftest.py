@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import settings
 from support.engines import Valkey
+from support.seaweed import Seaweed
 
 from hf_attnstore import AttentionStore, detach
 from hf_attnstore.chat.pretrained import ModelNotFoundError, real_model_path
@@ -69,6 +70,14 @@ def store(tmp_path: Path) -> Iterator[AttentionStore]:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
     """A Valkey server for all tests of a module; skips them where its package is not installed."""
     started = Valkey(tmp_path_factory.mktemp("valkey"))
+    yield started
+    started.kill()
+
+
+@pytest.fixture(scope="session")
+def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
+    """A SeaweedFS server, which takes seconds to start; skips tests where its packages are not installed."""
+    started = Seaweed(tmp_path_factory.mktemp("seaweed"))
     yield started
     started.kill()
 

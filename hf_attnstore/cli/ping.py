@@ -76,7 +76,7 @@ def _measured(engine: Engine, prefix: str) -> dict[str, str]:
             raise EngineError("what it gives back is not what it was given: do not use it")
         one, all_ = (
             _median(lambda: engine.sizes(many[:1], Deadline(_SECONDS))),
-            _median(lambda: engine.sizes(many, Deadline(_SECONDS))),
+            _median(lambda: engine.leading(many, Deadline(_SECONDS))),
         )
     finally:
         engine.delete([name], Deadline(_SECONDS))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support.chat_fixtures import tiny_model, tiny_tokenizer
-from support.engines import Valkey
+from support.engines import Valkey, empty_server
 from support.faulty import Fault, FaultyProxy
 from support.tiny_models import BLOCK, make_model, tokens
 from support.turns import Reference, assert_reused, assert_same, expected_load, follow_up, turn
@@ -21,9 +21,9 @@ from hf_attnstore.store.shared import tier
 
 
 @pytest.fixture
-def url(server: Valkey) -> str:
-    server.ask("FLUSHALL")
-    return server.url
+def url(request: pytest.FixtureRequest) -> str:
+    """Of a server with nothing in it; a parameter is the fixture that has it."""
+    return empty_server(request, "timeout=30&lookup=30" if hasattr(request, "param") else "").rstrip("?")
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +35,11 @@ def machine(folder: Path, url: str, **settings: object) -> AttentionStore:
     return AttentionStore(folder, block_size=BLOCK, shared=url, **settings)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("family", ["llama-gqa", "gemma3", "deepseek-v3"])
+@pytest.mark.parametrize(
+    ("family", "url"),
+    [("llama-gqa", "server"), ("llama-gqa", "seaweed"), ("gemma3", "server"), ("deepseek-v3", "server")],
+    indirect=["url"],
+)
 def test_a_conversation_that_moves_between_machines_every_turn_computes_only_what_is_new(
     family: str, tmp_path: Path, url: str
 ) -> None:
@@ -77,6 +81,7 @@ def assert_goes_on(store: AttentionStore, prompt: torch.Tensor, held: int) -> At
     return cache
 
 
+@pytest.mark.parametrize("url", ["server", "seaweed"], indirect=True)
 def test_what_memory_has_no_room_for_comes_layer_by_layer(tmp_path: Path, url: str) -> None:
     prompt = converse(tmp_path / "one", url)
     with machine(tmp_path / "two", url, memory=BLOCK * 384 + 100) as store:

@@ -10,7 +10,7 @@ from pathlib import Path
 from threading import Timer
 
 import pytest
-from support.engines import Valkey
+from support.engines import Valkey, empty_server
 from support.store_blocks import make_chain, save
 
 from hf_attnstore.errors import AttentionStoreError, SessionBusyError, SessionNotFoundError
@@ -22,9 +22,9 @@ from hf_attnstore.store.shared.valkey import ValkeyEngine
 
 
 @pytest.fixture
-def url(server: Valkey) -> str:
-    server.ask("FLUSHALL")
-    return server.url + "?timeout=30&lookup=30"  # the machine may be busy
+def url(request: pytest.FixtureRequest) -> str:
+    """Of a server with nothing in it; a parameter is the fixture that has it."""
+    return empty_server(request, "timeout=30&lookup=30")  # the machine may be busy
 
 
 @pytest.fixture
@@ -71,6 +71,7 @@ def test_a_session_is_known_to_other_machines_with_all_that_belongs_to_it(
         assert one.metadata("alice") == {"title": "a walk"}
 
 
+@pytest.mark.parametrize("url", ["server", "seaweed"], indirect=True)
 def test_a_session_is_forked_renamed_and_deleted_from_any_machine(
     machines: tuple[AttentionStore, AttentionStore],
 ) -> None:
@@ -244,7 +245,16 @@ def test_names_and_ids_of_an_encrypted_store_are_not_to_be_read(tmp_path: Path, 
         assert two.metadata("alice in clear") == {"title": "words in clear"}
 
 
-@pytest.mark.parametrize("turns", [40, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("url", "turns"),
+    [
+        ("server", 40),
+        ("seaweed", 12),
+        pytest.param("server", 1000, marks=pytest.mark.slow),
+        pytest.param("seaweed", 200, marks=pytest.mark.slow),
+    ],
+    indirect=["url"],
+)
 def test_no_turn_is_lost_and_none_mixed_where_sessions_move_at_random(
     turns: int, machines: tuple[AttentionStore, AttentionStore]
 ) -> None:

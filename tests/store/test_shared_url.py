@@ -75,21 +75,20 @@ def test_a_password_is_in_no_file_log_or_error_even_where_it_is_refused(
         assert file.is_dir() or SECRET.encode() not in file.read_bytes()
 
 
-def test_engines_of_others_are_found_by_scheme(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Point:
-        name, value = "mine", f"{__name__}:Mine"
-
-    monkeypatch.setattr(
-        "importlib.metadata.entry_points", lambda group: [Point] if group == "hf_attnstore.engines" else []
+def test_engines_of_others_are_found_by_scheme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package of somebody else, as pip installs it."""
+    described = tmp_path / "somebody_s_engine-1.0.dist-info"
+    described.mkdir()
+    (described / "METADATA").write_text("Metadata-Version: 2.1\nName: somebody-s-engine\nVersion: 1.0\n")
+    (described / "entry_points.txt").write_text("[hf_attnstore.engines]\nmine = somebody_s_engine:Mine\n")
+    (tmp_path / "somebody_s_engine.py").write_text(
+        "from hf_attnstore.store.shared.engine import Engine\n\n"
+        "class Mine(Engine):\n    def __init__(self, url):\n        self.url = url\n\n"
+        "Mine.__abstractmethods__ = frozenset()\n"
     )
-    assert isinstance(open_engine(SharedURL("mine://host")), Mine)
-    with pytest.raises(SharedTierError, match="only for mine, redis, rediss, valkey, valkeys"):
+    monkeypatch.syspath_prepend(tmp_path)
+    found = open_engine(SharedURL("mine://host"))
+    assert type(found).__module__ == "somebody_s_engine"
+    assert isinstance(found, Engine)
+    with pytest.raises(SharedTierError, match="only for mine, redis, rediss, s3, valkey, valkeys"):
         open_engine(SharedURL("yours://host"))
-
-
-class Mine(Engine):
-    def __init__(self, url: SharedURL) -> None:
-        self.url = url
-
-
-Mine.__abstractmethods__ = frozenset()  # type: ignore[misc]

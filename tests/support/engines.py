@@ -37,9 +37,17 @@ class Valkey:
                 assert time.monotonic() < until, "the server does not start"
                 time.sleep(0.01)
 
+    def at(self, port: int) -> str:
+        """Its URL, by whatever port it is reached."""
+        return f"valkey://127.0.0.1:{port}"
+
     @property
     def url(self) -> str:
-        return f"valkey://127.0.0.1:{self.port}"
+        return self.at(self.port)
+
+    def empty(self) -> None:
+        """Removes everything."""
+        self.ask("FLUSHALL")
 
     def ask(self, *words: str | bytes) -> bytes:
         """What it answers to a command, as it is written; at most a few KiB."""
@@ -60,3 +68,10 @@ class Valkey:
     def kill(self) -> None:
         self._process.kill()
         self._process.wait()
+
+
+def empty_server(request: pytest.FixtureRequest, options: str = "") -> str:
+    """The URL of a server with nothing in it: that of the fixture that the parameter names, `server` without one."""
+    found = request.getfixturevalue(getattr(request, "param", "server"))
+    found.empty()
+    return "".join([found.url, "&" if "?" in found.url else "?", options])

@@ -21,7 +21,10 @@ from .url import SharedURL
 TAG_BYTES = 32
 """With which values begin that are compared before they are set: what is in them, and who may change it (`leases`)."""
 GROUP = "hf_attnstore.engines"
-_OWN = dict.fromkeys(("valkey", "valkeys", "redis", "rediss"), "hf_attnstore.store.shared.valkey:ValkeyEngine")
+_OWN = {
+    **dict.fromkeys(("valkey", "valkeys", "redis", "rediss"), "hf_attnstore.store.shared.valkey:ValkeyEngine"),
+    "s3": "hf_attnstore.store.shared.s3:S3Engine",
+}
 
 
 class EngineError(OSError):
@@ -125,6 +128,8 @@ class Engine(ABC):
 
     largest = 1 << 62
     """Bytes of a value at most."""
+    fresh = 5.0
+    """Seconds for which it is believed that a value is where it was just seen."""
 
     @abstractmethod
     def __init__(self, url: SharedURL) -> None: ...
@@ -140,6 +145,11 @@ class Engine(ABC):
     @abstractmethod
     def sizes(self, names: Sequence[str], deadline: Deadline) -> list[int]:
         """The bytes of each value; 0 where there is none."""
+
+    def leading(self, names: Sequence[str], deadline: Deadline) -> list[int]:
+        """As `sizes`, of a chain from its first on: who would have to ask for each may suppose that there are no gaps,
+        and that they are about as large as others that it has asked for."""
+        return self.sizes(names, deadline)
 
     @abstractmethod
     def edges(self, names: Sequence[str], head: int, tail: int, deadline: Deadline) -> list[Edges]:
@@ -189,8 +199,8 @@ class Engine(ABC):
         self, name: str, old: bytes, new: bytes, listed: str, member: bytes, entry: bytes, deadline: Deadline
     ) -> bool:
         """Sets a value whose first `TAG_BYTES` bytes are its tag, if that of the value there is `old` (empty: if there
-        is none), and with it, in one step, an entry of a list that `noted` tells, which has no limit; with an empty
-        `listed` no entry."""
+        is none), and with it, in one step or just before, an entry of a list that `noted` tells, which has no limit;
+        with an empty `listed` no entry."""
         return False
 
     # holds on records, for an engine that has a clock; without, `value` and `replace` do

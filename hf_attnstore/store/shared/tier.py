@@ -30,10 +30,8 @@ from .values import Reading, Value
 
 HEAD = 16 << 10
 """Bytes of a block that are asked for first: most headers are in them."""
-_FRESH = 5.0
-"""Seconds for which it is believed that a block is where it was just seen."""
-_GONE = 30.0
-"""Seconds for which a block that could not be used is not looked for again."""
+_FAILED, _GONE = 5.0, 30.0
+"""Seconds for which a block that did not come, or that could not be used, is not looked for again."""
 _SLOWEST = 16 << 20
 """Bytes a second below which a put is given up."""
 _PATIENT = 60.0
@@ -166,14 +164,14 @@ class SharedTier(Tier):
                     known[key] = size
         if ask:
             with suppress(EngineError), self.asking():
-                found = self.engine.sizes([self.value(key) for key in ask], Deadline(self.lookup))
+                found = self.engine.leading([self.value(key) for key in ask], Deadline(self.lookup))
                 there = {key: size for key, size in zip(ask, found, strict=True) if size}
                 self._saw(there)
                 known |= there
         return known
 
-    def _saw(self, sizes: Mapping[Key, int], seconds: float = _FRESH) -> None:
-        until = self._clock() + seconds
+    def _saw(self, sizes: Mapping[Key, int], seconds: float | None = None) -> None:
+        until = self._clock() + (self.engine.fresh if seconds is None else seconds)
         with self._lock:
             for key, size in sizes.items():
                 self._seen[key] = size, until
@@ -201,6 +199,7 @@ class SharedTier(Tier):
         with self.asking():
             names = [self.value(key) for key in wanted]
             edges = self.engine.edges(names, HEAD, self._tail, Deadline(seconds))
+        self._saw({key: 0 for key, edge in zip(wanted, edges, strict=True) if not edge.size}, _FAILED)
         came = partial(self._accounts.count, "shared_read_bytes")
         came(sum(len(edge.head) + len(edge.tail) for edge in edges))
         reading = Reading(self.engine, seconds, self._went, came)
@@ -224,7 +223,7 @@ class SharedTier(Tier):
 
     def failed(self, key: Key, error: LoadError) -> None:
         """A block that is not what it should be is removed for everybody: whoever computes it next puts it there."""
-        self._saw({key: 0}, _FRESH if error.transient else _GONE)
+        self._saw({key: 0}, _FAILED if error.transient else _GONE)
         if not error.transient:
             self._accounts.count("rejected")
             self._accounts.warn_once("rejected", f"a block of the shared tier can't be used, it is recomputed: {error}")
@@ -278,9 +277,7 @@ class SharedTier(Tier):
 
     def longest_beginning(self, parent: Key, tokens: bytes) -> tuple[Key, int] | None:
         found = [(len(t), key) for key, t in self._noted([parent])[0].items() if tokens.startswith(t)]
-        there = self.find([key for _, key in found])
-        count, key = max(((n // 4, key) for n, key in found if key in there), default=(0, b""))
-        return (key, count) if key else None
+        return next(((key, nbytes // 4) for nbytes, key in sorted(found, reverse=True) if self.find([key])), None)
 
     def _noted(self, parents: Sequence[Key]) -> list[dict[Key, bytes]]:
         """By parent the blocks that are said to follow it, with their ids, which their keys prove."""
