@@ -194,7 +194,7 @@ class BlockStore(OpenStore):
         if seconds is not None:
             for source in awaited:
                 source.wait_at_most(seconds)
-        if all(stage.device is None or stage.device.type == "cpu" for stage in stages):
+        if all(stage.in_host_memory for stage in stages):
             self._bring_whole(found)
         self._memory.touch(keys)
         further = {tier.name for tier in self._lower[1:]}

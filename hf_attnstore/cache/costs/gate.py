@@ -233,9 +233,11 @@ class Gate:
             surprise = costs.observe_load(tier, nbytes, seconds)
             learned.exploration.loaded(tier, surprise=surprise)
         self._events, self._computed, self._loaded = [], [], []
-        sizes = [_token_bytes(layer) for layer in layers]
-        if any(sizes):
-            costs.layer_bytes = sizes
+        known = costs.layer_bytes
+        if len(known) != len(layers) or not all(known):  # those of a fingerprint stay the same
+            sizes = [_token_bytes(layer) for layer in layers]
+            if any(sizes):
+                costs.layer_bytes = sizes
         costs.refresh()
         if store is not None and costs.worth_keeping():
             store.set_note(note_name(self._fingerprint, self._label), learned.costs.to_json())

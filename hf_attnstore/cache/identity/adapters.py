@@ -3,7 +3,7 @@
 Nothing here imports PEFT: a layer with adapters is known by the properties that PEFT gives it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -15,12 +15,18 @@ _KNOWN_VARIANTS = ("DoraLinearVariant", "DoraEmbeddingVariant")
 
 def is_adapted(module: nn.Module) -> bool:
     """Whether a module is a layer that has adapters, or stands for one that a fine-tuning replaced."""
-    return has_adapters(type(module))  # type: ignore[arg-type]
+    return _has_adapters(type(module))  # type: ignore[arg-type]
+
+
+def adapted_of(modules: Sequence[nn.Module]) -> Sequence[nn.Module]:
+    """Those of some modules that are adapted. Most models are made of a few kinds, none of which is."""
+    if not any(map(_has_adapters, set(map(type, modules)))):
+        return ()
+    return [module for module in modules if is_adapted(module)]
 
 
 @cache
-def has_adapters(kind: type) -> bool:
-    """Whether modules of a class are such layers."""
+def _has_adapters(kind: type) -> bool:
     return isinstance(getattr(kind, "active_adapters", None), property) and isinstance(
         getattr(kind, "disable_adapters", None), property
     )

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..model.structure import has_length_dependent_rope
-from .adapters import has_adapters, is_adapted, state_of
+from .adapters import adapted_of, state_of
 from .samples import comparable, few_values, peephole, raw_bytes, seen_through
 from .weights import Part, attribute_parts, hidden_parts, offloaded_in_memory, plain_parts
 
@@ -64,8 +64,7 @@ class Watch:
             self._last = _Unchanged(modules, seen.tensors, varying=self._varying) if seen.usual else None
         seen = self._seen
         visited += modules
-        adapted = any(map(has_adapters, set(map(type, modules))))
-        adapters = [state_of(module) for module in modules if is_adapted(module)] if adapted else []
+        adapters = [state_of(module) for module in adapted_of(modules)]
         autocast = [autocast_dtype(kind) for kind in sorted(seen.device_types)]
         return (settings, autocast, model.training, adapters, seen.marks, seen.values()), seen.versions
 

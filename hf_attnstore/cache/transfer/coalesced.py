@@ -60,8 +60,8 @@ def _groups(layers: Sequence[KeptLayer], specs: Mapping[int, Mapping[str, Tensor
     nbytes, alike = 0, None
     most = max(len(layers) // _PARTS, 1)
     for number, own in specs.items():
-        kinds = {(spec.dtype, spec.shape[1:]) for spec in own.values() if len(spec.shape) == 3}
-        fits = type(layers[number]) is FullLayer and len(kinds) == 1 and all(len(s.shape) == 3 for s in own.values())
+        kinds = {(spec.dtype, spec.shape[1:]) for spec in own.values()}
+        fits = type(layers[number]) is FullLayer and len(kinds) == 1 and len(next(iter(kinds))[1]) == 2
         full = nbytes >= _ENOUGH or len(group) == most
         if group and (full or not fits or number != group[-1] + 1 or kinds != alike):
             yield group

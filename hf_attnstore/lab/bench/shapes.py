@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedModel
@@ -52,9 +51,6 @@ class ModelSpec:
     seed: int
     max_tokens: int
     dtype: str = "auto"
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
     @property
     def label(self) -> str:

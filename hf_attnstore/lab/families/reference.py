@@ -45,11 +45,6 @@ class Reference:
         """Whether a `DynamicCache` continues this model correctly."""
         return not self.reason
 
-    @property
-    def split_exact(self) -> bool:
-        """Whether splitting a prefill changes nothing but rounding."""
-        return self.split_difference <= _TOLERANCE
-
 
 def examine(model: Any) -> Reference:
     """Continues a model with a `DynamicCache`, in a loop and in `generate`, and compares with computing everything.

@@ -8,7 +8,7 @@ a name of its own (`state_root`), so that neither is ever found in the place of 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Union
@@ -130,7 +130,11 @@ class Block:
         return self._whole
 
     def specs(self) -> dict[str, TensorSpec]:
-        return {name: TensorSpec(name, t.dtype, tuple(t.shape)) for name, t in self.tensors.items()}
+        return self._specs
+
+    @cached_property
+    def _specs(self) -> dict[str, TensorSpec]:
+        return specs_of(self.tensors)
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,11 @@ class Match:
     """Number of leading tokens that agree."""
     token_count: int
     """Number of tokens in the block."""
+
+
+def specs_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, TensorSpec]:
+    """What there is to be known of tensors by name."""
+    return {name: TensorSpec(name, t.dtype, tuple(t.shape)) for name, t in tensors.items()}
 
 
 def _as_one(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:

@@ -16,7 +16,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from ...errors import AttentionStoreError, LoadError
-from .block import Block, BlockMeta, TensorSpec
+from .block import Block, BlockMeta, TensorSpec, specs_of
 from .keys import RAW
 
 if TYPE_CHECKING:
@@ -125,12 +125,9 @@ class CodedBlock(Block):
     @cached_property
     def _specs(self) -> dict[str, TensorSpec]:
         owners = {name: name.rpartition(".")[0] for name in self.tensors}
-        found = super().specs()
+        found = specs_of(self.tensors)
         names = [owner if (owner := owners[name]) in self.coded else name for name in found]
         return {name: self.coded[name].spec if name in self.coded else found[name] for name in names}
-
-    def specs(self) -> dict[str, TensorSpec]:
-        return self._specs
 
     def spec(self, name: str) -> TensorSpec:
         """One of its tensors.

@@ -172,10 +172,6 @@ class MemoryTier(Tier):
         with self._changed:
             self._book.order.touch(keys, self._clock())
 
-    def has_followers(self, key: Key) -> bool:
-        """Whether a block here follows this one."""
-        return self._book.order.followers(key) > 0
-
     def reschedule(self, schedule: Callable[[], Iterable[Hashable]]) -> None:
         """Changes the look-ahead, by a function that says for which blocks that changes something."""
         with self._changed:

@@ -74,7 +74,7 @@ class Load:
         self._on_failure = on_failure
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
-        self._here = [stage.device is None or stage.device.type == "cpu" for stage in self._stages]
+        self._here = [stage.in_host_memory for stage in self._stages]
         self._in_place = [not stage.needs() for stage in self._stages]
         self._remaining = [len(stage.needs()) for stage in self._stages]
         self._devices = DeviceCopies(t for stage in self._stages for t in stage.all_targets())

@@ -51,9 +51,10 @@ class Stage:
     """What it and those after it have in common, in the first of them."""
 
     @property
-    def device(self) -> torch.device | None:
-        """Where the targets lie; None for a stage that brings nothing."""
-        return next((target.device for target in self.all_targets()), None)
+    def in_host_memory(self) -> bool:
+        """Whether the targets lie there, or there are none."""
+        target = next(iter(self.targets.values() or self.whole.values()), None)
+        return target is None or target.device.type == "cpu"
 
     def all_targets(self) -> Iterator[torch.Tensor]:
         return chain(self.targets.values(), self.whole.values())
