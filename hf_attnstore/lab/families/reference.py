@@ -37,8 +37,6 @@ class Reference:
     """What else is to be said of it: `generate` may fail to continue what a loop does."""
     cache_argument: str = ""
     """The name under which the forward takes its cache."""
-    split_difference: float = 0.0
-    """By how much the last logits of a prefill change if its last token is fed by itself; relative."""
 
     @property
     def continues(self) -> bool:
@@ -66,7 +64,7 @@ def examine(model: Any) -> Reference:
             return Reference(f"{what}: {problem}", cache_argument=name)
     problem = _tried(_generates, model)
     note = f"generate does not continue a DynamicCache ({problem}), a loop does" if problem else ""
-    return Reference("", note=note, cache_argument=name, split_difference=_split_difference(model))
+    return Reference("", note=note, cache_argument=name)
 
 
 def _tried(step: Callable[[Any], str], model: Any) -> str:
@@ -142,10 +140,3 @@ def _generates(model: Any) -> str:
             return f"in the {turn} turn {how}"
         prompt = torch.cat([kept.sequences, some_ids(_SECOND, 3)], dim=1)
     return ""
-
-
-def _split_difference(model: Any) -> float:
-    ids = some_ids(_FIRST, 1)
-    whole = feed_parts(model, ids, [_FIRST], new_cache(model), places=True)
-    split = feed_parts(model, ids, [_FIRST - 1, 1], new_cache(model), places=True)
-    return difference(split[:, -1], whole[:, -1])
