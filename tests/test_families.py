@@ -62,7 +62,7 @@ OUT = {
     "doge": "tokens that come later",
     "moshi": "logits differ",
     "openai-gpt": "takes no cache",
-    "rwkv": "takes no cache",
+    "rwkv": "a name of its own",
 }
 """Families that no DynamicCache continues, and what is to be said of them."""
 FEWEST_REFERENCES = 120

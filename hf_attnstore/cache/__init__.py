@@ -1,6 +1,6 @@
 """The transformers side: a `Cache` whose layers come from a store and go back to it."""
 
-from . import batch, encoder_decoder  # noqa: F401 each says which models and sessions it serves
+from . import batch, encoder_decoder, own_states  # noqa: F401 each says which models and sessions it serves
 from .cache import AttentionStoreCache
 from .continuous.manager import init_with_store
 from .generate.dispatch import install

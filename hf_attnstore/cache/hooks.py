@@ -22,7 +22,7 @@ from .model.argument import CACHE_NAMES, cache_name, generate_cache_name, take_c
 from .model.cacheless import cacheless, is_generator
 from .model.compiled import outside_graphs, uncompiled
 from .model.ranks import Ranks
-from .model.structure import cache_writer, compute_device, decoder_layers, decoder_of, is_encoder_decoder
+from .model.structure import cache_writer, compute_device, decoder_layers, decoder_of, is_encoder_decoder, own_state
 from .outputs import Keep, KeptOutputs, forget_outputs, keep_outputs
 from .paged import notice
 from .positions.geometry import Geometry
@@ -128,7 +128,7 @@ class Attachment:
     def is_verified(self, model: nn.Module, fingerprint: str) -> bool:
         """Whether the model, as it is now, is known to continue its cache, and need not be asked."""
         if self._verified[0] != fingerprint:
-            known = is_encoder_decoder(model)  # those have a probe of their own
+            known = is_encoder_decoder(model) or bool(own_state(model))  # the former have a probe of their own
             self._verified = fingerprint, known or is_verified(model, len(self.devices))
         return self._verified[1]
 

@@ -18,7 +18,7 @@ from hf_attnstore.lab.families.others import build_other
 from hf_attnstore.lab.families.tiny import build, families
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
-CACHELESS = ("minimax", "openai-gpt", "xlm", "xlnet", "reformer", "xlstm", "rwkv")
+CACHELESS = ("minimax", "openai-gpt", "xlm", "xlnet", "reformer")
 
 
 def made(family: str) -> Any:

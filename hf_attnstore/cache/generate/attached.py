@@ -14,7 +14,7 @@ from ..identity.adapters import adapter_problem
 from ..inputs.content import NotIdentifiedError, read_content
 from ..inputs.foreign import asks_for_all, foreign_input
 from ..model.cacheless import needs_all_states
-from ..model.structure import in_canvases
+from ..model.structure import takes_one_conversation
 from ..positions.spatial import places_in_space
 from ..stats import TurnStats
 from .settings import setting
@@ -49,7 +49,7 @@ def is_batch(model: nn.Module, prompt: Any, arguments: Mapping[str, Any]) -> boo
     others = {name: value for name, value in arguments.items() if name not in ("attention_mask", "input_ids", "inputs")}
     if foreign_input(others) is not None or adapter_problem(model) is not None or places_in_space(model):
         return False
-    if in_canvases(model) is not None:
+    if takes_one_conversation(model):
         return False
     if any(others.get(name) is not None for name in ("position_ids", "cache_position", "assistant_model", "streamer")):
         return False

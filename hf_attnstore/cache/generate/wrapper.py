@@ -13,7 +13,7 @@ from ..batch import BatchCache
 from ..cache import AttentionStoreCache
 from ..hooks import attachment_of, owner_of
 from ..model.argument import cache_in, take_cache
-from ..model.structure import in_canvases, is_encoder_decoder
+from ..model.structure import in_canvases, is_encoder_decoder, takes_one_conversation
 from .attached import is_batch, kind_of, say_left_alone, settings_problem
 from .batch import generate_batch
 from .canvases import behind_what_is_held
@@ -91,7 +91,7 @@ def generate_around(
         logger.warning("use_cache=False: this generate runs without its cache, nothing is reused or saved")
         take_cache(kwargs)  # not even None in its place, which beam search takes for a cache that it can't reorder
         return original(*args, **kwargs)
-    if isinstance(cache, BatchCache) and in_canvases(model) is not None:
+    if isinstance(cache, BatchCache) and takes_one_conversation(model):
         raise CacheUseError(f"of {type(model).__name__} one conversation at a time is kept: give the cache one session")
     if isinstance(cache, BatchCache):
         return generate_batch(model, cache, original, prompt, args, kwargs, partial(setting, model, dict(kwargs)))

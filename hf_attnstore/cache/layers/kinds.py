@@ -10,11 +10,11 @@ from torch import nn
 from transformers import DynamicCache
 
 from ...errors import UnsupportedModelError
-from ..model.structure import decoder_config, decoder_layers, decoder_of, is_encoder_decoder
+from ..model.structure import decoder_config, decoder_layers, decoder_of, is_encoder_decoder, own_state
 from .by_token import FullLayer, SlidingLayer
 from .indexed import IndexedLayer, SparseIndexLayer
 from .kept import KeptLayer
-from .states import HybridLayer, HybridSlidingLayer, SharedLayer, StateLayer, snapshot_of
+from .states import HybridLayer, HybridSlidingLayer, OwnState, SharedLayer, StateLayer, snapshot_of
 
 logger = logging.getLogger("hf_attnstore")
 
@@ -63,6 +63,9 @@ def make_layers(model: nn.Module) -> list[KeptLayer]:
     Raises:
         UnsupportedModelError: the model does not say which layers it has.
     """
+    own = own_state(model)
+    if own:  # RWKV's has all of its layers in five tensors
+        return [_own_layer(own) for _ in range(1 if own == "rwkv" else model.config.num_hidden_layers)]  # type: ignore
     layers = []
     text = decoder_config(model).get_text_config(decoder=True)
     plain = not getattr(text, "kv_lora_rank", None) and not is_encoder_decoder(model)
@@ -75,6 +78,12 @@ def make_layers(model: nn.Module) -> list[KeptLayer]:
             _warn(decoder_config(model).model_type, number, kind, type(template).__name__)
         layers.append(layer)
     return layers
+
+
+def _own_layer(kind: str) -> KeptLayer:
+    layer = OwnState()
+    layer.kind = kind
+    return layer
 
 
 @dataclass(frozen=True)

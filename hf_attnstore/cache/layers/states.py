@@ -281,6 +281,20 @@ class HybridSlidingLayer(ConvolutionState, LinearAttentionLayer, SlidingLayer): 
     activate_past_recording = SlidingLayer.activate_past_recording
 
 
+class OwnState(RunningState):
+    """A running state that a model keeps under a name of its own, in tensors `[rows, …]` that it writes to in place."""
+
+    state_names = ("states",)
+
+    def __init__(self) -> None:
+        self.states: dict[int, torch.Tensor] = {}
+        self.remember_fresh()
+
+    def begin(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Takes on what a model begins with."""
+        self.states = dict(enumerate(tensors))
+
+
 _Dummy: Any = getattr(cache_utils, "DummyLayer", object)
 """Older transformers (5.17) have none: there a cache has no layer where nothing is kept."""
 

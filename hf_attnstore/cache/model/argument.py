@@ -12,8 +12,8 @@ from typing import Any
 
 from transformers import GenerationMixin
 
-CACHE_NAMES = ("cache", "past_key_values", "cache_params")
-"""Every name, the newest first."""
+CACHE_NAMES = ("cache", "past_key_values", "cache_params", "state")
+"""Every name, the newest first; the last is RWKV's."""
 
 
 def cache_name(parameters: Collection[str]) -> str | None:
@@ -28,6 +28,8 @@ def _generate_renamed() -> bool:
 
 def generate_cache_name(forward_name: str | None) -> str:
     """The name under which `generate` takes the cache of a model whose forward takes it as `forward_name`."""
+    if forward_name == "state":
+        return forward_name
     return "cache" if _generate_renamed() else forward_name or "past_key_values"
 
 

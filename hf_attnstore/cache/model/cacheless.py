@@ -9,7 +9,7 @@ from transformers import GenerationMixin
 
 from ...errors import UnsupportedModelError
 from .argument import CACHE_NAMES, generate_cache_name
-from .structure import in_canvases
+from .structure import in_canvases, own_state
 
 
 def is_generator(model: nn.Module) -> bool:
@@ -37,7 +37,7 @@ def cacheless(model: nn.Module) -> str:
     if not any(names & set(signature(forward).parameters) for forward in _forwards(model)):
         return f"the forward of {type(model).__name__} takes no cache"
     supports: Any = getattr(model, "_supports_default_dynamic_cache", None)
-    if supports is not None and not supports():
+    if supports is not None and not supports() and not own_state(model):
         return f"{type(model).__name__} makes a cache of its own"
     return ""
 

@@ -34,10 +34,23 @@ def decoder_config(model: nn.Module) -> Any:
     return getattr(decoder_of(model), "config", None) or model.config
 
 
+def own_state(model: nn.Module) -> str:
+    """The type of a model that keeps a running state under a name of its own (RWKV, xLSTM); empty for others, and for
+    code that is not transformers' own."""
+    kind = str(getattr(getattr(model, "config", None), "model_type", ""))
+    known = kind in ("rwkv", "xlstm") and type(model).__module__.startswith(f"transformers.models.{kind}.")
+    return kind if known else ""
+
+
 def in_canvases(model: nn.Module) -> type | None:
     """The class that a model has its `generate` from, if that refines whole blocks of tokens (DiffusionGemma): there
     an encoder writes the cache, and a decoder that sees all of a block reads it only. Else None."""
     return next((cls for cls in type(model).__mro__ if cls.__name__ == "DiffusionGemmaGenerationMixin"), None)
+
+
+def takes_one_conversation(model: nn.Module) -> bool:
+    """Whether what is kept of a model's conversations can't be put together in the rows of a batch."""
+    return in_canvases(model) is not None or bool(own_state(model))
 
 
 def cache_writer(model: nn.Module) -> nn.Module:
