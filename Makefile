@@ -13,9 +13,10 @@ STAMP := $(VENV)/.installed
 demo: chat-model
 	$(BIN)/attnstore demo
 
-# A conversation that moves between two machines (two processes), on a Valkey that comes by pip.
+# A conversation that moves between two machines (two processes), on a Valkey that comes by pip; ENGINE=s3 for SeaweedFS.
+ENGINE ?= valkey
 shared-demo: $(STAMP)
-	$(BIN)/attnstore lab shared --model small
+	$(BIN)/attnstore lab shared --model small --engine $(ENGINE)
 
 ui: chat-model
 	$(BIN)/attnstore ui

