@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,28 @@ def pin(name: str) -> str:
     return found.group()
 
 
+def copy_sources(source: Path) -> Path:
+    """What a wheel is built of, elsewhere: building leaves files beside what is built."""
+    shutil.copytree(ROOT / "hf_attnstore", source / "hf_attnstore", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    return source
+
+
+def test_the_wheel_has_everything_that_the_package_reads_and_its_command(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools", minversion="77", reason="the wheel is built by setuptools 77 or newer")
+    source = copy_sources(tmp_path / "source")
+    build = f"from setuptools.build_meta import build_wheel; build_wheel({str(tmp_path)!r})"
+    run(sys.executable, "-c", build, cwd=source)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as packed:
+        names = set(packed.namelist())
+        entries = packed.read(next(name for name in names if name.endswith("entry_points.txt"))).decode()
+    files = {path.relative_to(source).as_posix() for path in (source / "hf_attnstore").rglob("*") if path.is_file()}
+    assert files - names == set()
+    assert "attnstore = hf_attnstore.cli.app:app" in entries
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_lines_of_the_readme_reuse_in_a_fresh_environment_with_the_newest_transformers(tmp_path: Path) -> None:
@@ -37,11 +60,7 @@ def test_the_lines_of_the_readme_reuse_in_a_fresh_environment_with_the_newest_tr
         pytest.skip("no package index can be reached")
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     environment |= {"HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "ATTNSTORE_GATE": "off"}
-    source = tmp_path / "source"  # building leaves files beside what is built
-    shutil.copytree(ROOT / "hf_attnstore", source / "hf_attnstore")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    run(*pip, "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, source)
+    run(*pip, "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, copy_sources(tmp_path / "source"))
     (wheel,) = tmp_path.glob("*.whl")
     run(sys.executable, "-m", "venv", tmp_path / "venv")
     python = tmp_path / "venv" / "bin" / "python"
