@@ -22,6 +22,7 @@ from ...cache.hooks import feed
 from ...store import AttentionStore
 from ...store.shared.deadline import Deadline
 from ...store.shared.engine import Edges, Engine, Put, open_engine
+from ...store.shared.tier import HEAD
 from ...store.shared.url import SharedURL
 from ...store.shared.values import Reading, Value
 from .methods import check_reuse
@@ -139,16 +140,20 @@ class _Values:
             raise BenchError(f"{self._name} has no room for {data.nbytes >> 20} MiB.")
 
     def get(self, target: memoryview) -> None:
+        """As the tier does: the beginning and the end first, and then the rest."""
+        name, size = f"{self._prefix}:value", target.nbytes
+        ((_, head, tail),) = self._engine.edges([name], HEAD, HEAD, Deadline(_SECONDS))
         stream = self._engine.open_stream(Deadline(_SECONDS))
-        stream.ask(f"{self._prefix}:value", 0, target.nbytes, Deadline(_SECONDS))
-        came = stream.take([target], Deadline(_SECONDS))
+        stream.ask(name, len(head), size - len(head) - len(tail), Deadline(_SECONDS))
+        came = stream.take([target[len(head) : size - len(tail)]], Deadline(_SECONDS))
         stream.close(reuse=True)
-        if came != target.nbytes:
-            raise BenchError(f"{self._name} gave {came} of {target.nbytes} bytes.")
+        if came != size - len(head) - len(tail):
+            raise BenchError(f"{self._name} gave {came} of {size} bytes.")
 
     def put_blocks(self, data: memoryview) -> None:
         for number in range(BLOCKS):
             self.put(data[: LAYERS * LAYER], f"block {number}")
+        self._engine.edges(self._names[-BLOCKS:], HEAD, HEAD, Deadline(_SECONDS))
 
     def layers(self, what: str) -> None:
         """Reads the blocks as a load does, by layers or whole."""
