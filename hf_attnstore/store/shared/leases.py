@@ -117,6 +117,17 @@ class Leases:
         self._begin()
         self._ended = True
 
+    def works(self, name: str) -> bool:
+        """Whether a hold on this record, of which nobody knows, is refused to others.
+
+        Raises:
+            EngineError: it is not known.
+        """
+        holders = os.urandom(8), os.urandom(8)
+        takes = [Taken(holder, 4, 60_000, b"") for holder in holders]
+        values = [self._tier.engine.take(name, taken, Deadline(self._tier.timeout)) for taken in takes]
+        return all(value is None or Head.of(value).holder == holders[0] for value in values)
+
     # a turn
 
     def begin(self, session: Session, name: str, known: bytes, wait: float, *, patient: bool) -> bytes | None:

@@ -115,6 +115,7 @@ class SharedSessions:
 
         with suppress(EngineError), tier.asking():
             self._usable = swap(b"", one) and not swap(b"", two) and not swap(two, two) and swap(one, two)
+            self._usable = self._usable and self.leases.works(name)
             tier.engine.delete([name, f"{name}:list"], Deadline(tier.timeout))
         if self._usable is False:
             tier.warn(

@@ -73,7 +73,7 @@ class SharedTier(Tier):
         most = int(url.number("queue", 256 << 20, "bytes"))
         self.engine: Engine = open_engine(url)
         url.check_options()
-        self._accounts, self._clock, self._local = accounts, clock, local
+        self._accounts, self._clock, self._local, self._right_of_way = accounts, clock, local, right_of_way
         self._tail = 8 * block_size
         self.breaker = Breaker(clock)
         self._lock = threading.Lock()
@@ -202,7 +202,7 @@ class SharedTier(Tier):
         self._saw({key: 0 for key, edge in zip(wanted, edges, strict=True) if not edge.size}, _FAILED)
         came = partial(self._accounts.count, "shared_read_bytes")
         came(sum(len(edge.head) + len(edge.tail) for edge in edges))
-        reading = Reading(self.engine, seconds, self._went, came)
+        reading = Reading(self.engine, seconds, self._went, came, self._right_of_way)
         return {
             key: partial(self._open, key, reading, edge) for key, edge in zip(wanted, edges, strict=True) if edge.size
         }

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ..blocks.block import Bytes
 from ..blocks.stored import Ranges
+from ..processes.threads import RightOfWay
 from .deadline import Deadline
 from .engine import Edges, Engine, EngineError, Stream
 
@@ -37,6 +38,7 @@ class Reading:
         patience: those seconds. Time in which nobody waits does not count.
         on_end: told, at the first failure or when all values are closed, what failed, if anything.
         on_bytes: told how many bytes came.
+        right_of_way: what goes up stands back while there are open values.
     """
 
     def __init__(
@@ -45,8 +47,9 @@ class Reading:
         patience: float,
         on_end: Callable[[EngineError | None], None],
         on_bytes: Callable[[int], None],
+        right_of_way: RightOfWay | None = None,
     ) -> None:
-        self._engine = engine
+        self._engine, self._right_of_way = engine, right_of_way
         self._patience = patience
         self._on_end, self._on_bytes = on_end, on_bytes
         self._lock = threading.Lock()
@@ -61,11 +64,15 @@ class Reading:
 
     def opened(self) -> None:
         self._open += 1
+        if self._right_of_way is not None:
+            self._right_of_way.take(self)
 
     def closed(self) -> None:
         with self._lock:
             self._open -= 1
             if not self._open:
+                if self._right_of_way is not None:
+                    self._right_of_way.give(self)
                 if self._stream is not None:
                     self._stream.close(reuse=self._error is None)
                 if self._error is None:
