@@ -32,7 +32,8 @@ def pin(name: str) -> str:
 
 def copy_sources(source: Path) -> Path:
     """What a wheel is built of, elsewhere: building leaves files beside what is built."""
-    shutil.copytree(ROOT / "hf_attnstore", source / "hf_attnstore", ignore=shutil.ignore_patterns("__pycache__"))
+    built = shutil.ignore_patterns("__pycache__", "*.so")
+    shutil.copytree(ROOT / "hf_attnstore", source / "hf_attnstore", ignore=built)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     return source

@@ -19,7 +19,9 @@ from transformers import DynamicCache
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, AttentionStoreError
 from hf_attnstore.cache.transfer import save
+from hf_attnstore.errors import LoadError
 from hf_attnstore.lab.families.encoder_decoders import encoder_input, make_seq2seq
+from hf_attnstore.store.blocks import kernels
 from hf_attnstore.store.blocks.block import BlockMeta
 from hf_attnstore.store.blocks.codecs import codec_named
 
@@ -85,15 +87,24 @@ def test_what_comes_back_is_within_half_a_step(
         return
     exact = kv.float()
     heads, count, dim = shape
-    if what.endswith("keys"):  # groups of 64 tokens of one channel
-        groups = exact.view(heads, -1, 64 if count % 64 == 0 else count, dim).transpose(2, 3)
+    if what.endswith("keys"):  # groups of tokens of one channel
+        group = 128 if codec == "int8" else 64
+        groups = exact.view(heads, -1, group if count % group == 0 else count, dim).transpose(2, 3)
     else:
         groups = exact.view(heads, count, -1, 64 if codec == "int4" and dim % 64 == 0 else dim)
+    levels = torch.tensor(15.0)
+    if codec == "int4" and what.endswith("keys") and dim > 1:
+        parts = codec_named(codec).encode(what, kv, meta(count))
+        widths = torch.cat([parts["widths"], 8 - parts["widths"]], dim=-1).float()
+        bits = torch.empty(heads, dim).scatter_(1, parts["order"].long(), widths)
+        assert (bits.sum(-1) == 4 * dim).all()
+        assert (bits[:, 0] < bits[:, -1]).all() or dim < 4 or count < 2  # varies least, most
+        levels = (2**bits - 1)[:, None]
     size = {
         "fp16": groups.abs().amax(-1) * 2**-10,
         "int8": groups.abs().amax(-1) / 127,
         "int8z": torch.maximum(groups.abs().amax(-1) / 127, groups.var(-1, correction=0).sqrt() / 8),
-        "int4": (groups.amax(-1) - groups.amin(-1)) / 15 + groups.abs().amax(-1) * 2**-9,
+        "int4": (groups.amax(-1) - groups.amin(-1)) / levels + groups.abs().amax(-1) * 2**-9,
     }[codec]
     rounding = groups.abs() * torch.finfo(dtype).eps
     error = (
@@ -103,6 +114,40 @@ def test_what_comes_back_is_within_half_a_step(
     )
     assert (error.abs() <= (size * 0.501)[..., None] + rounding + 6e-8).all()
     assert (found != exact).any() == (codec != "fp16" or dtype == torch.float32) or max(shape) < 16
+
+
+@pytest.mark.skipif(kernels.library() is None, reason="the package was built without a compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(2, 16, 12), (3, 64, 8), (1, 128, 256), (2, 100, 66), (1, 256, 320)], ids=str)
+@pytest.mark.parametrize("what", ["layers.0.keys", "layers.0.values"])
+@pytest.mark.parametrize("codec", ["int8", "int4", *EVERY[-2:]])
+def test_compiled_loops_give_the_bits_that_torch_gives(
+    codec: str, what: str, shape: tuple[int, int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kv, calls, real = some_kv(*shape, dtype), [], kernels.library
+    monkeypatch.setattr(kernels, "library", lambda: calls.append(real()) or calls[-1])
+    compiled = there_and_back(codec, kv, what, start=0)
+    assert calls
+    monkeypatch.setattr(kernels, "library", lambda: None)
+    assert torch.equal(compiled.view(torch.uint8), there_and_back(codec, kv, what, start=0).view(torch.uint8))
+
+
+def test_int4_blocks_whose_channels_have_four_bits_each_are_still_read() -> None:
+    codec, generator = codec_named("int4"), torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 256, (2, 64, 8), dtype=torch.uint8, generator=generator)
+    steps, lowest = torch.rand(2, 1, 16, generator=generator).half(), torch.rand(2, 1, 16, generator=generator).half()
+    found = torch.empty(2, 64, 16)
+    codec.decode({"codes": codes, "scale": steps, "lowest": lowest}, found)
+    whole = torch.cat([codes & 15, codes >> 4], dim=-1).float()
+    assert torch.equal(found, whole * steps.float() + lowest.float())
+
+
+def test_an_order_that_is_none_is_refused() -> None:
+    codec = codec_named("int4")
+    parts = dict(codec.encode("layers.0.keys", some_kv(1, 64, 8), meta(64)))
+    for order in (torch.full((1, 8), 200, dtype=torch.uint8), torch.zeros(1, 8, dtype=torch.uint8)):
+        with pytest.raises(LoadError):
+            codec.decode(parts | {"order": order}, torch.empty(1, 64, 8))
 
 
 @pytest.mark.parametrize("codec", EVERY)

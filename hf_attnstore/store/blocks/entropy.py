@@ -15,9 +15,10 @@ import numpy as np
 import torch
 
 from ...errors import LoadError
+from . import kernels
 from .block import BlockMeta
 from .codecs import register
-from .rounding import Int8, Parts, first_tokens, is_known, put_first, scaled
+from .rounding import GROUP, Int8, Parts, first_tokens, is_known, put_first, scaled
 
 try:
     import zstandard
@@ -42,20 +43,25 @@ def squeezed(plane: np.ndarray) -> torch.Tensor:
     return torch.frombuffer(bytearray(frame), dtype=torch.uint8)
 
 
-def opened(frame: torch.Tensor, count: int) -> np.ndarray:
-    """The bytes of a zstd frame.
+def opened(frame: torch.Tensor, count: int) -> torch.Tensor:
+    """The bytes of a zstd frame, uint8.
 
     Raises:
         LoadError: it is none of so many bytes.
     """
     if not hasattr(_own, "decompressor"):
         _own.decompressor = zstandard.ZstdDecompressor()
+    plane = torch.empty(count, dtype=torch.uint8)
+    room, done = plane.numpy(), 0
     try:
-        plane = np.frombuffer(_own.decompressor.decompress(frame.numpy().data, max_output_size=count), np.uint8)
+        with _own.decompressor.stream_reader(frame.numpy()) as reader:
+            while done < count and (more := reader.readinto(room[done:])):
+                done += more
+            done += len(reader.read(1))
     except zstandard.ZstdError as error:
         raise LoadError(f"a coded tensor can't be read: {error}") from None
-    if len(plane) != count:
-        raise LoadError(f"a coded tensor has {len(plane)} values instead of {count}")
+    if done != count:
+        raise LoadError(f"a coded tensor has other than {count} values")
     return plane
 
 
@@ -82,11 +88,14 @@ class Lossless:
         return parts
 
     def decode(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
-        exponents = opened(parts["exponents"], out.numel()).reshape(out.shape)
-        mantissas = parts["mantissas"].numpy()
-        low = parts["low"].numpy().view(np.uint16) if "low" in parts else None
-        if (low is not None) != (out.itemsize == 4):
+        first = opened(parts["exponents"], out.numel()).view(out.shape)
+        second, third = parts["mantissas"], parts.get("low")
+        if (third is not None) != (out.itemsize == 4):
             raise LoadError(f"these are no parts of a tensor of {out.dtype}")
+        if kernels.joined(first, second, third, out):
+            return
+        exponents, mantissas = first.numpy(), second.numpy()
+        low = third.numpy().view(np.uint16) if third is not None else None
         width = 8 * out.itemsize
         for head in range(out.shape[0]):
             turned = exponents[head].astype(np.uint32 if low is not None else np.uint16)
@@ -112,6 +121,7 @@ class SqueezedInt8(Int8):
 
     name: ClassVar[str] = "int8z"
     stacks: ClassVar[bool] = False
+    group: ClassVar[int] = GROUP
 
     def encode(self, name: str, tensor: torch.Tensor, meta: BlockMeta) -> Parts | None:
         found = self.rounded(name, tensor, meta)
@@ -124,9 +134,7 @@ class SqueezedInt8(Int8):
         return torch.maximum(super().steps(groups), groups.var(dim=(1, 3), correction=0).sqrt() / 8)
 
     def decode(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
-        codes = torch.empty(out.shape, dtype=torch.int8)
-        codes.view(-1).numpy()[:] = opened(parts["codes"], out.numel()).view(np.int8)
-        scaled(codes, parts["scale"], out)
+        scaled(opened(parts["codes"], out.numel()).view(torch.int8).view(out.shape), parts["scale"], out)
         put_first(parts, out)
 
 

@@ -1,6 +1,6 @@
 """Codecs that round keys and values of attention: `fp16`, `int8`, `int4`.
 
-Keys have channels that are large for all tokens, so that they get a step for each channel and 64 tokens; values have
+Keys have channels that are large for all tokens, so that they get a step for each channel and some tokens; values have
 tokens that are large or small as a whole, and get theirs by token (as KIVI does, arXiv 2402.02750). The first tokens of
 a conversation, which all others attend to and which are far from all of them, are kept as they are.
 
@@ -17,6 +17,7 @@ from typing import ClassVar
 import torch
 
 from ...errors import LoadError
+from . import kernels
 from .block import BlockMeta
 from .codecs import register
 
@@ -24,6 +25,8 @@ FIRST = 4
 """Tokens at the beginning of a conversation that are kept as they are."""
 GROUP = 64
 """Tokens, or channels, that share a step."""
+LONG_GROUP = 128
+"""Tokens that do with `int8`, whose steps are small enough."""
 _KNOWN = (torch.float32, torch.bfloat16, torch.float16)
 _PIECE = 32_768
 """Values: of no more torch computes with one thread."""
@@ -38,7 +41,7 @@ def by_channel(name: str) -> bool:
 
 def pieces(tokens: int, dim: int) -> Iterator[slice]:
     """Runs of tokens of one head that are small enough, in whole groups."""
-    step = max(_PIECE // max(dim, 1) // GROUP, 1) * GROUP
+    step = max(_PIECE // max(dim, 1) // LONG_GROUP, 1) * LONG_GROUP
     return (slice(start, start + step) for start in range(0, tokens, step))
 
 
@@ -52,9 +55,9 @@ class Grouped:
     """What is rounded in groups that share a step: `[heads, tokens, dim]` seen as `[tokens / a, a, dim / b, b]` by
     head."""
 
-    def __init__(self, shape: tuple[int, ...], *, channels: bool, whole_rows: bool) -> None:
+    def __init__(self, shape: tuple[int, ...], *, channels: bool, whole_rows: bool, group: int = GROUP) -> None:
         self.heads, self.tokens, self.dim = shape
-        self.tokens_each = (GROUP if self.tokens % GROUP == 0 else self.tokens) if channels else 1
+        self.tokens_each = (group if self.tokens % group == 0 else self.tokens) if channels else 1
         self.channels_each = 1 if channels else GROUP if self.dim % GROUP == 0 and not whole_rows else self.dim
 
     def seen(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -66,7 +69,7 @@ class Grouped:
 
     def pieces(self) -> Iterator[tuple[int, slice, slice]]:
         """Head, tokens and rows of steps of every piece."""
-        whole = self.tokens_each not in (1, GROUP)
+        whole = self.tokens_each not in (1, GROUP, LONG_GROUP)
         for head in range(self.heads):
             for tokens in [slice(0, self.tokens)] if whole else pieces(self.tokens, self.dim):
                 yield head, tokens, slice(tokens.start // self.tokens_each, -(-tokens.stop // self.tokens_each))
@@ -111,19 +114,22 @@ def by_group(tensor: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
     if steps.shape[:-2] != tensor.shape[:-2] or tokens % max(steps.shape[-2], 1) or dim % max(steps.shape[-1], 1):
         raise LoadError(f"steps of shape {tuple(steps.shape)} are none of a tensor of shape {tuple(tensor.shape)}")
     rows, columns = steps.shape[-2:]
-    return tensor.unflatten(-1, (columns, dim // columns)).unflatten(-3, (rows, tokens // rows))
+    return tensor.view(*tensor.shape[:-2], rows, tokens // rows, columns, dim // columns)
 
 
 def spread(steps: torch.Tensor) -> torch.Tensor:
     """Steps as float32, to go with what `by_group` gives."""
-    return steps.float()[..., :, None, :, None]
+    return steps.float().unsqueeze(-2).unsqueeze(-1)
 
 
 def scaled(codes: torch.Tensor, steps: torch.Tensor, out: torch.Tensor) -> None:
     """Writes codes times steps into `out`, all of it by float32."""
+    groups = by_group(out, steps)
+    if kernels.scaled(codes, steps, None, out):
+        return
     exact = out if out.dtype == torch.float32 else torch.empty(out.shape)
     exact.copy_(codes)
-    by_group(exact, steps).mul_(spread(steps))
+    (groups if exact is out else by_group(exact, steps)).mul_(spread(steps))
     if exact is not out:
         out.copy_(exact)
 
@@ -156,6 +162,8 @@ class Int8:
     name: ClassVar[str] = "int8"
     lossy: ClassVar[bool] = True
     stacks: ClassVar[bool] = True
+    group: ClassVar[int] = LONG_GROUP
+    """Tokens of a channel of keys that share a step."""
 
     def encode(self, name: str, tensor: torch.Tensor, meta: BlockMeta) -> Parts | None:
         found = self.rounded(name, tensor, meta)
@@ -165,7 +173,7 @@ class Int8:
         """Codes and steps; None where these would not do."""
         if not is_known(tensor):
             return None
-        grouped = Grouped(tuple(tensor.shape), channels=by_channel(name), whole_rows=True)
+        grouped = Grouped(tuple(tensor.shape), channels=by_channel(name), whole_rows=True, group=self.group)
         codes, steps = torch.empty(tensor.shape, dtype=torch.int8), grouped.new_steps()
         for head, tokens, rows in grouped.pieces():
             piece = prepared(tensor, head, tokens, meta)
@@ -188,7 +196,9 @@ class Int8:
 
 
 class Int4:
-    """Half a byte a value: one of 16 that are evenly spaced between the least and the greatest of the group."""
+    """Half a byte a value: evenly spaced numbers between the least and the greatest of the group. Of values 16; of keys
+    two channels share a byte, and the one that varies more has the more bits of it, which makes the error of what
+    attention makes of them three times smaller."""
 
     name: ClassVar[str] = "int4"
     lossy: ClassVar[bool] = True
@@ -199,31 +209,72 @@ class Int4:
             return None
         grouped = Grouped(tuple(tensor.shape), channels=by_channel(name), whole_rows=False)
         half = tensor.shape[2] // 2
+        sharing = Sharing(grouped, tensor, meta) if by_channel(name) and tensor.shape[2] <= 256 else None
         codes = torch.empty((*tensor.shape[:2], half), dtype=torch.uint8)
         steps, lowest = grouped.new_steps(), grouped.new_steps()
         for head, tokens, rows in grouped.pieces():
             piece = prepared(tensor, head, tokens, meta)
             groups = grouped.seen(piece)
+            most = sharing.most[head] if sharing is not None else torch.full((1,), 15.0)
             low = groups.amin(dim=(1, 3)).half()
-            step = rounded_up((groups.amax(dim=(1, 3)) - low.float()).clamp_(min=0) / 15)
-            bound = low.float().abs() + 15 * step.float()
+            step = rounded_up((groups.amax(dim=(1, 3)) - low.float()).clamp_(min=0) / most)
+            bound = low.float().abs() + most * step.float()
             if not bound.le(torch.finfo(tensor.dtype).max).all():
                 return None
             steps[head, rows], lowest[head, rows] = step, low
             groups.sub_(low.float()[:, None, :, None]).div_(step.float().masked_fill(step == 0, 1)[:, None, :, None])
-            found = piece.round_().clamp_(0, 15).to(torch.uint8)
-            codes[head, tokens] = found[:, :half] | (found[:, half:] << 4)
-        return {"codes": codes, "scale": steps, "lowest": lowest, **first_tokens(tensor, meta)}
+            found = torch.minimum(piece.round_().clamp_(min=0), most).to(torch.uint8)
+            if sharing is not None:
+                found = found[:, sharing.order[head].long()]
+            codes[head, tokens] = found[:, :half] | (found[:, half:] << (sharing.widths[head] if sharing else 4))
+        shared = {"order": sharing.order, "widths": sharing.widths} if sharing is not None else {}
+        return {"codes": codes, "scale": steps, "lowest": lowest, **shared, **first_tokens(tensor, meta)}
 
     def decode(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
-        codes, half = parts["codes"], out.shape[-1] // 2
-        exact = out if out.dtype == torch.float32 else torch.empty(out.shape)
-        exact[..., :half].copy_(codes & 15)
-        exact[..., half:].copy_(codes >> 4)
-        by_group(exact, parts["scale"]).mul_(spread(parts["scale"])).add_(spread(parts["lowest"]))
-        if exact is not out:
-            out.copy_(exact)
+        codes, steps, lowest = parts["codes"], parts["scale"], parts["lowest"]
+        order, widths = parts.get("order"), parts.get("widths")
+        groups = by_group(out, steps)
+        if lowest.shape != steps.shape or not kernels.scaled(codes, steps, lowest, out, order, widths):
+            exact = out if out.dtype == torch.float32 else torch.empty(out.shape)
+            exact.copy_(_unpacked(codes, order, widths))
+            (groups if exact is out else by_group(exact, steps)).mul_(spread(steps)).add_(spread(lowest))
+            if exact is not out:
+                out.copy_(exact)
         put_first(parts, out)
+
+
+class Sharing:
+    """How the channels of each head share bytes: the one that varies most with the one that varies least, and so on."""
+
+    def __init__(self, grouped: Grouped, tensor: torch.Tensor, meta: BlockMeta) -> None:
+        ranges = torch.zeros(grouped.heads, grouped.dim)
+        for head, tokens, _ in grouped.pieces():
+            groups = grouped.seen(prepared(tensor, head, tokens, meta))
+            range_ = (groups.amax(dim=(1, 3)) - groups.amin(dim=(1, 3))).amax(dim=0)
+            ranges[head] = torch.maximum(ranges[head], range_)
+        falling = ranges.argsort(dim=-1, descending=True, stable=True)
+        half = grouped.dim // 2
+        order = torch.cat([falling[:, :half], falling[:, half:].flip(-1)], dim=-1)
+        size = ranges.gather(1, order).clamp_(min=torch.finfo(torch.float32).tiny).log2_()
+        widths = (4 + (size[:, :half] - size[:, half:]) / 2).nan_to_num_(4).round_().clamp_(4, 7)
+        self.order, self.widths = order.to(torch.uint8), widths.to(torch.uint8)
+        """`[heads, dim]`: the channels that have the low bits, then those that have the high ones. `[heads, dim / 2]`:
+        how many bits are low."""
+        both = torch.cat([widths, 8 - widths], dim=-1)
+        self.most = torch.empty_like(ranges).scatter_(1, order, both.exp2_() - 1)
+        """The greatest code of each channel."""
+
+
+def _unpacked(codes: torch.Tensor, order: torch.Tensor | None, widths: torch.Tensor | None) -> torch.Tensor:
+    """Codes of two channels in a byte, `[..., tokens, dim / 2]`, as `[..., tokens, dim]`."""
+    if order is None or widths is None:
+        return torch.cat([codes & 15, codes >> 4], dim=-1)
+    places = torch.arange(order.shape[-1]).expand(order.shape)
+    if not torch.equal(order.long().sort(dim=-1).values, places) or widths.shape[-1] * 2 != order.shape[-1]:
+        raise LoadError("codes are in an order that is none")
+    low = widths.unsqueeze(-2)
+    both = torch.cat([codes & ((1 << low) - 1), codes >> low], dim=-1)
+    return both.gather(-1, order.long().argsort(dim=-1).unsqueeze(-2).expand(both.shape))
 
 
 for codec in (Halves(), Int8(), Int4()):

@@ -5,6 +5,7 @@ together have parts of equal shapes, evenly spaced in memory: seen as one tensor
 together.
 """
 
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ from ..blocks.tensors import copy_bytes
 class _Batch:
     """Tensors that are decoded together."""
 
-    names: list[str]
+    names: tuple[str, ...]
     spec: TensorSpec
     """Of each."""
     parts: Mapping[str, torch.Tensor]
@@ -32,8 +33,9 @@ class Decoding:
 
     def __init__(self, targets: Mapping[str, torch.Tensor]) -> None:
         self._targets = targets
-        self._alike: tuple[object, Reading, list[_Batch]] | None = None
-        """What was made for the last file: blocks alike share the description of their tensors."""
+        self._names = tuple(targets)
+        self._together: dict[tuple[str, ...], torch.Tensor | None] = {}
+        """Targets as one, by their names; None where they are not evenly spaced."""
 
     def bring(self, file: StoredBlock | CodedBlock, start: int, stop: int, first: int) -> None:
         """Puts tokens `[start, stop)` of a coded block, which were checked, in place behind `first` tokens of others.
@@ -44,15 +46,12 @@ class Decoding:
         if isinstance(file, CodedBlock):
             codec, batches = codec_named(file.meta.codec), file.batches
             kept: Mapping[str, torch.Tensor] = file.tensors
-            if batches.get(tuple(self._targets)) is None:
-                batches[tuple(self._targets)] = _batches(codec, self._targets, file.coded)
-            found: list[_Batch] = batches[tuple(self._targets)]
+            if self._names not in batches:
+                batches[self._names] = _batches(codec, self._targets, file.coded)
+            found: list[_Batch] = batches[self._names]
         else:
             codec = codec_named(file.layout.meta.codec)
-            if self._alike is None or self._alike[0] is not file.layout.coded:
-                reading = file.reading(self._targets)
-                self._alike = file.layout.coded, reading, _batches(codec, self._targets, reading.coded)
-            _, reading, found = self._alike
+            reading, found = _prepared(file, codec, self._names)
             kept = reading.tensors
             file.read_adjacent(list(reading.wanted))
         for batch in found:
@@ -64,18 +63,41 @@ class Decoding:
         return self._targets[name][:, first : first + stop - start]
 
     def _decode(self, codec: Codec, batch: _Batch, start: int, stop: int, first: int) -> None:
-        places = [self._place(name, start, stop, first) for name in batch.names]
-        whole = stop - start == batch.spec.shape[1]
-        several = len(places) > 1
-        target = (stacked(places) if several else places[0]) if whole else None
+        whole, several = stop - start == batch.spec.shape[1], len(batch.names) > 1
+        target = self._target(batch.names) if whole else None
         if target is not None:
-            codec.decode(batch.parts, target)
+            codec.decode(batch.parts, target.narrow(-2, first, stop - start))
             return
-        shape = (len(places), *batch.spec.shape) if several else batch.spec.shape
+        shape = (len(batch.names), *batch.spec.shape) if several else batch.spec.shape
         aside = torch.empty(shape, dtype=batch.spec.dtype)
         codec.decode(batch.parts, aside)
-        for place, found in zip(places, aside if several else [aside], strict=True):
-            copy_bytes(found[:, start:stop], place)
+        for name, found in zip(batch.names, aside if several else [aside], strict=True):
+            copy_bytes(found[:, start:stop], self._place(name, start, stop, first))
+
+    def _target(self, names: tuple[str, ...]) -> torch.Tensor | None:
+        if names not in self._together:
+            targets = [self._targets[name] for name in names]
+            self._together[names] = stacked(targets) if len(names) > 1 else targets[0]
+        return self._together[names]
+
+
+_own = threading.local()
+_MOST = 64
+"""Pieces of memory that a thread keeps to read into, each for what of one kind of block is put in place together."""
+
+
+def _prepared(file: StoredBlock, codec: Codec, names: tuple[str, ...]) -> tuple[Reading, list[_Batch]]:
+    """Where tensors of a file are read to, and what is decoded together then. For the next file and the next turn, too:
+    blocks alike share the description of their tensors, and to prepare takes as long as to decode."""
+    known: dict[tuple[int, tuple[str, ...]], tuple[object, Reading, list[_Batch]]]
+    known = _own.__dict__.setdefault("known", {})
+    place = id(file.layout.coded), names
+    if place not in known:
+        if len(known) == _MOST:
+            known.clear()
+        reading = file.reading(names)
+        known[place] = file.layout.coded, reading, _batches(codec, names, reading.coded)
+    return known[place][1:]
 
 
 def stacked(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
@@ -109,7 +131,7 @@ def _batches(codec: Codec, names: Iterable[str], coded: Mapping[str, CodedTensor
         }
         whole = {part: tensor for part, tensor in together.items() if tensor is not None}
         if len(whole) == len(together):
-            found.append(_Batch(group, coded[group[0]].spec, whole))
+            found.append(_Batch(tuple(group), coded[group[0]].spec, whole))
         else:
-            found += [_Batch([name], coded[name].spec, coded[name].parts) for name in group]
+            found += [_Batch((name,), coded[name].spec, coded[name].parts) for name in group]
     return found
