@@ -82,6 +82,11 @@ def test_ls_says_whose_they_are_and_what_they_share(folder: Path) -> None:
     assert all(name in everything for name in ("alice", "dora", "eve", "team", "5 conversations"))
     assert "eve" in run("ls", "--store", folder, "--account", "ada")
     assert run_json("ls", "--store", folder, "--all")["total"] == 5
+    of_ada = ("--store", folder, "--account", "ada")
+    run("rename", "eve", "fay", *of_ada)
+    run("fork", "fay", "gus", *of_ada)
+    run("rm", "gus", "--yes", *of_ada)
+    assert [info["name"] for info in run_json("ls", *of_ada)["sessions"]] == ["fay"]
 
 
 def test_show_has_what_was_said(folder: Path) -> None:

@@ -235,6 +235,7 @@ def rm(
     names: Annotated[list[str], typer.Argument(help="The conversations to delete.")],
     store: Store = None,
     namespace: Namespace = "",
+    account: Account = None,
     secure: Annotated[
         bool,
         typer.Option("--secure", help="Leave nothing of it in any file of the store; empties the quarantine too."),
@@ -244,7 +245,7 @@ def rm(
 ) -> None:
     """Delete conversations, and the KV that only they use."""
     console = _console()
-    with opened(store, namespace) as it:
+    with opened(store, _space(namespace, account)) as it:
         found = [it.session(name) for name in dict.fromkeys(names)]
         for info in found:
             console.print(f"{escape(info.name)}: {info.tokens:,} tokens, {format_bytes(info.bytes)}")
@@ -259,15 +260,15 @@ def rm(
     console.print("deleted")
 
 
-def rename(src: str, dst: str, store: Store = None, namespace: Namespace = "") -> None:
+def rename(src: str, dst: str, store: Store = None, namespace: Namespace = "", account: Account = None) -> None:
     """Give a conversation another name."""
-    with opened(store, namespace) as it:
+    with opened(store, _space(namespace, account)) as it:
         it.rename(src, dst)
 
 
-def fork(src: str, dst: str, store: Store = None, namespace: Namespace = "") -> None:
+def fork(src: str, dst: str, store: Store = None, namespace: Namespace = "", account: Account = None) -> None:
     """Copy a conversation under another name; its KV is shared, not copied."""
-    with opened(store, namespace) as it:
+    with opened(store, _space(namespace, account)) as it:
         it.fork(src, dst)
 
 
@@ -327,6 +328,7 @@ def _show_report(report: Report, as_json: bool) -> None:
 def gc(
     store: Store = None,
     namespace: Namespace = "",
+    account: Account = None,
     older_than: Annotated[
         float | None,
         typer.Option(min=0, help="Also delete conversations of the namespace not used for so many days."),
@@ -337,7 +339,7 @@ def gc(
     as_json: Json = False,
 ) -> None:
     """Remove what nobody needs: unknown files, the quarantine, unused locks, free room in the index."""
-    with opened(store, namespace) as it, _bar("collecting") as tell:
+    with opened(store, _space(namespace, account)) as it, _bar("collecting") as tell:
         if shared and older_than is not None:
             raise AttentionStoreError("--older-than deletes conversations wherever they are: use it without --shared")
         if shared:
@@ -482,12 +484,13 @@ def export(
     output: Annotated[Path, typer.Argument(help="The file to write, such as alice.safetensors.")],
     store: Store = None,
     namespace: Namespace = "",
+    account: Account = None,
     force: Annotated[bool, typer.Option("--force", help="Write over a file that exists.")] = False,
 ) -> None:
     """Write a conversation, with its KV, to one portable safetensors file. The file is not encrypted."""
     if output.exists() and not force:
         raise AttentionStoreError(f"{output} exists; --force writes over it")
-    with opened(store, namespace) as it, Console(stderr=True).status(f"exporting {escape(name)}"):
+    with opened(store, _space(namespace, account)) as it, Console(stderr=True).status(f"exporting {escape(name)}"):
         done = it.export_session(name, output)
     _console().print(
         f"{escape(done.session)}: {done.tokens:,} tokens, {format_bytes(done.bytes)} in {escape(str(output))}"
@@ -498,6 +501,7 @@ def import_(
     file: Annotated[Path, typer.Argument(help="A file that `export` wrote.")],
     store: Store = None,
     namespace: Namespace = "",
+    account: Account = None,
     name: Annotated[
         str | None, typer.Option(help="What to call it; by default what it was called.", show_default=False)
     ] = None,
@@ -505,7 +509,7 @@ def import_(
 ) -> None:
     """Take a conversation from a file, after all of it was checked."""
     with (
-        opened(store, namespace, parse_bytes(disk) if disk else _UNLIMITED) as it,
+        opened(store, _space(namespace, account), parse_bytes(disk) if disk else _UNLIMITED) as it,
         Console(stderr=True).status(f"importing {escape(str(file))}"),
     ):
         done = it.import_session(file, name)

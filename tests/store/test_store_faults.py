@@ -556,3 +556,20 @@ def test_nothing_in_the_package_pickles() -> None:
             assert "pickle." not in text.replace("be pickled", "")
             assert "torch.save(" not in text
             assert "torch.load(" not in text
+
+
+def test_over_the_cap_there_is_one_warning_however_much_small_fits_between(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, logger="hf_attnstore")
+    with AttentionStore(tmp_path, disk="600KiB", block_size=8192) as store:
+        for turn in range(4):
+            small, large = make_chain([turn] * 20, 8192), make_chain([100 + turn] * 8192, 8192)
+            assert large[0].nbytes > 600 << 10 > small[0].nbytes
+            save(store, small, f"small {turn}")
+            save(store, large)
+            store.flush()
+        assert store.session_count() == 4
+    assert [record.message for record in caplog.records if "is full" in record.message] == [
+        f"the store {tmp_path} is full, new KV is not kept on disk (cap 600.0 KiB)"
+    ]

@@ -77,6 +77,8 @@ class DiskStore(Tier):
         self.vault = folder.vault
         self.sync = sync
         self._folder = folder
+        self._too_large = 0
+        """Bytes of the last block for which there was no room."""
         self._accounts = accounts
         self._order = order
         self._clock = surroundings.clock
@@ -361,6 +363,7 @@ class DiskStore(Tier):
                 return False
             if not found_room:
                 if self.capacity:
+                    self._too_large = expected
                     cap = format_bytes(self.capacity)
                     self._accounts.warn_once(
                         "full", f"the store {self.root} is full, new KV is not kept on disk (cap {cap})"
@@ -446,7 +449,8 @@ class DiskStore(Tier):
             self.index.remove_blocks(chosen, self._order.policy)
             self._remove_files(chosen)
             self._accounts.count("evicted_blocks", len(chosen))
-        self._accounts.over("full")
+        if nbytes >= self._too_large:  # that something small fits says nothing
+            self._accounts.over("full")
         return True
 
     def _make_room_for_record(self, nbytes: int) -> None:
