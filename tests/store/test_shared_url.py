@@ -90,5 +90,5 @@ def test_engines_of_others_are_found_by_scheme(tmp_path: Path, monkeypatch: pyte
     found = open_engine(SharedURL("mine://host"))
     assert type(found).__module__ == "somebody_s_engine"
     assert isinstance(found, Engine)
-    with pytest.raises(SharedTierError, match="only for mine, redis, rediss, s3, valkey, valkeys"):
+    with pytest.raises(SharedTierError, match="only for mine, mooncake, redis, rediss, s3, valkey, valkeys"):
         open_engine(SharedURL("yours://host"))

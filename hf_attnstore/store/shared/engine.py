@@ -24,6 +24,7 @@ GROUP = "hf_attnstore.engines"
 _OWN = {
     **dict.fromkeys(("valkey", "valkeys", "redis", "rediss"), "hf_attnstore.store.shared.valkey:ValkeyEngine"),
     "s3": "hf_attnstore.store.shared.s3:S3Engine",
+    "mooncake": "hf_attnstore.store.shared.mooncake:MooncakeEngine",
 }
 
 
