@@ -4,6 +4,7 @@ is nowhere else, over networks that are simulated."""
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import socket
 import time
@@ -193,7 +194,8 @@ def turns(
     model: Any, urls: Mapping[str, str], links: Sequence[Link], history: int, repeats: int, folder: Path,
     progress: Progress,
 ) -> Turns:  # fmt: skip
-    """Times the first token of turns whose KV is in an engine only, against disk and recomputing.
+    """Times the first token of turns whose KV is in an engine only, against disk and recomputing. Links lead to servers
+    of 127.0.0.1.
 
     Raises:
         BenchError: a turn did not do what is measured, or gave other tokens.
@@ -209,15 +211,17 @@ def turns(
         for name, url in urls.items():
             with AttentionStore(folder / f"computed {name} {history}", shared=patient(url), **settings) as writer:
                 _save(model, writer, ids[:, :history])
-            for link in (None, *links):
-                label = name if link is None else f"{name}, {link.name}"
-                where = url
-                if link is not None:
-                    parts = urlsplit(url)
-                    port = stack.enter_context(through(link, parts.port or 6379))
-                    where = parts._replace(netloc=f"{parts.netloc.rpartition(':')[0]}:{port}").geturl()
+            port = re.search(r"(?<=127\.0\.0\.1:)\d+", url)
+            for link in (None, *(links if port else ())):
+                label, where = name, url
+                if link is not None and port is not None:
+                    label = f"{name}, {link.name}"
+                    near = stack.enter_context(through(link, int(port[0])))
+                    where = f"{url[: port.start()]}{near}{url[port.end() :]}"
                 # nothing is kept here, so that the next turn finds it there only, too
-                reader = AttentionStore(folder / f"{label} {history}", shared=patient(where), disk=0, **settings)
+                reader = AttentionStore(
+                    folder / f"{len(afar)} {name} {history}", shared=patient(where), disk=0, **settings
+                )
                 afar[label] = stack.enter_context(reader)
         plain = timed_generate(model, ids, 1, lambda: None)[0]
         result.samples["recomputed"] = [plain]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 
 from ...errors import SharedTierError
+from .seaweed import Seaweed
 
 
 @contextmanager
@@ -29,5 +32,16 @@ def valkey() -> Iterator[str]:
         server.stop()
 
 
-SERVERS: dict[str, Callable[[], AbstractContextManager[str]]] = {"valkey": valkey}
+@contextmanager
+def s3() -> Iterator[str]:
+    """The same of an S3. It is not the fastest engine: it is waited for longer."""
+    with tempfile.TemporaryDirectory() as folder:
+        server = Seaweed(Path(folder))
+        try:
+            yield f"{server.url}&timeout=5&lookup=1"
+        finally:
+            server.kill()
+
+
+SERVERS: dict[str, Callable[[], AbstractContextManager[str]]] = {"valkey": valkey, "s3": s3}
 """By the name of the engine."""

@@ -22,9 +22,8 @@ from ...chat.model import model_source
 from ...cli.options import Model
 from ...errors import SharedTierError
 from ...sizes import format_bytes
-from .engines import valkey
+from .engines import SERVERS
 from .script import EVENING, Script
-from .seaweed import Seaweed
 
 _TURNS = 6
 
@@ -51,7 +50,7 @@ def shared_demo(
     console = Console(highlight=False)
     with ExitStack() as stack, console.status("starting two machines"):
         if not url:
-            url = stack.enter_context(valkey())
+            url = stack.enter_context(SERVERS[engine]())
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         source = model_source(model)
         machines = [stack.enter_context(_machine(source, folder / name, url)) for name in ("a", "b")]
@@ -65,17 +64,6 @@ def shared_demo(
         console.print("[dim]no picture: pip install 'hf-attnstore\\[bench]'[/]")
     if any(turn["with"]["ids"] != turn["alone"]["ids"] for turn in turns):
         raise typer.Exit(1)
-
-
-@contextmanager
-def _seaweed() -> Iterator[str]:
-    """The same of an S3. It is not the fastest engine: it is waited for longer."""
-    with tempfile.TemporaryDirectory() as folder:
-        server = Seaweed(Path(folder))
-        try:
-            yield f"{server.url}&timeout=5&lookup=1"
-        finally:
-            server.kill()
 
 
 @contextmanager

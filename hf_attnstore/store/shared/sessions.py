@@ -211,9 +211,14 @@ class SharedSessions:
             done: called when it is known by all, or that it will not be.
         """
         self.leases.keep(session)
-        self._tier.behind(partial(self._publish, session, record, done))
 
-    def _publish(self, session: Session, record: Callable[[], SessionRecord | None], done: Callable[[], None]) -> None:
+        def over() -> None:
+            self.leases.let_go(session)
+            done()
+
+        self._tier.behind(partial(self._publish, session, record, over), over)
+
+    def _publish(self, session: Session, record: Callable[[], SessionRecord | None], over: Callable[[], None]) -> None:
         try:
             if not self.can():
                 return
@@ -228,8 +233,7 @@ class SharedSessions:
         except (EngineError, LoadError):
             return
         finally:
-            self.leases.let_go(session)
-            done()
+            over()
 
     def _replace(self, session: Session, record: SessionRecord | None) -> None:
         """Puts a record in the place of the one that this machine knows, under its hold."""

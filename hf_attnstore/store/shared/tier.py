@@ -347,9 +347,9 @@ class SharedTier(Tier):
         except EngineError as error:
             raise SharedTierError(f"blocks may still be in the shared tier: {error.strerror}") from error
 
-    def behind(self, task: Callable[[], None]) -> None:
-        """Has something done after all that was put in before."""
-        self._uploads.submit(Task(task))
+    def behind(self, task: Callable[[], None], left_out: Callable[[], None]) -> None:
+        """Has something done after all that was put in before; `left_out` instead, where too much waits."""
+        self._uploads.submit(Task(task, left_out=left_out))
 
     def complete(self, keys: Sequence[Key]) -> bool:
         """Sends those of these blocks that are not there, if they are here; for what runs `behind`. Whether all are

@@ -20,6 +20,8 @@ class Task:
     run: Callable[[], None]
     nbytes: int = 0
     """How much it would send: what counts against the cap. Tasks of 0 bytes are not dropped for others."""
+    left_out: Callable[[], None] | None = None
+    """Called instead, if it is dropped."""
 
 
 class Uploads:
@@ -60,7 +62,7 @@ class Uploads:
 
     def submit(self, task: Task) -> None:
         """Has a task run, unless it is dropped before; returns at once."""
-        dropped = 0
+        dropped: list[Task] = []
         with self._changed:
             if self._ended:
                 return
@@ -71,10 +73,13 @@ class Uploads:
                 oldest = next((t for t in self._tasks if t.nbytes), self._tasks[0])
                 self._tasks.remove(oldest)
                 self._nbytes -= oldest.nbytes
-                dropped += 1
+                dropped.append(oldest)
             self._changed.notify_all()
         if dropped:
-            self._dropped(dropped)
+            self._dropped(len(dropped))
+        for each in dropped:
+            if each.left_out is not None:
+                each.left_out()
 
     def drain(self) -> bool:
         """Waits until everything is up, or the engine fails. Whether everything is."""
