@@ -62,13 +62,12 @@ class Transcript:
         return sum(message["role"] == "assistant" for message in self.messages)
 
     def with_system(self, content: str | None) -> Transcript:
-        """The same conversation under the system message `content`; `None` leaves what is there."""
+        """The same conversation under the system message `content`; `None` leaves what is there, "" takes it away."""
         if content is None:
             return self
         system: Message = {"role": "system", "content": content}
-        if self.messages and self.messages[0]["role"] == "system":
-            return replace(self, messages=(system, *self.messages[1:]))
-        return replace(self, messages=(system, *self.messages))
+        has_one = bool(self.messages) and self.messages[0]["role"] == "system"
+        return replace(self, messages=(*([system] if content else []), *self.messages[has_one:]))
 
     def added(self, text: str, role: str) -> Transcript:
         """The same conversation with one more message, which is not answered yet."""

@@ -1,4 +1,4 @@
-"""The page: what is where, and which event calls which handler."""
+"""The page: which event calls which handler."""
 
 from __future__ import annotations
 
@@ -8,14 +8,19 @@ from typing import Any
 import gradio as gr
 
 from ..store import AttentionStore
-from .handlers import Handlers, Parts, title
-from .panel import conversation_panel
+from .answering import Answering
+from .keeping import Keeping
+from .layout import Controls, Offered, lay_out
+from .pages import Pages
 from .restart import Restart
 from .turns import Turns
+from .view import Parts, View
 
 STATIC = Path(__file__).parent / "static"
 STYLE = STATIC / "style.css"
 LEAVING = STATIC / "leaving.js"
+EXPORTS_FOR = 3600
+"""Seconds for which an exported conversation can be downloaded."""
 
 _READ_ADDRESS = """() => {
   const narrow = window.innerWidth < 768
@@ -24,112 +29,112 @@ _READ_ADDRESS = """() => {
   return decodeURIComponent(location.hash.slice(1))
 }"""
 """What the address says is open. On a phone there is room for the chat alone, so what is beside it is closed first."""
-_WRITE_ADDRESS = (
-    "(name) => { history.replaceState(null, '', name ? '#' + encodeURIComponent(name) : location.pathname) }"
-)
+_FOLLOW_NAME = """(name, draft) => {
+  history.replaceState(null, "", name ? "#" + encodeURIComponent(name) : location.pathname)
+  document.title = name ? name + " · hf-attnstore" : "hf-attnstore"
+  return name ? String(Date.now()) : draft
+}"""
+"""Address and title are those of what is open, and the next new conversation is another one."""
+_ECHO = """(text, chat) => {
+  const said = text.trim()
+  if (!said) return [chat, text]
+  const sent = (window.attnstoreSent ??= {count: 0, waiting: []})
+  sent.waiting.push(`${sent.count++} ${said}`)
+  return [[...(chat || []), {role: "user", content: [{type: "text", text: said}], metadata: {}, options: []}], ""]
+}"""
+"""A message is shown before the server knows of it, and waits to be sent. It has a number, as requests of a browser
+overtake each other."""
+_SEND = "(sent, ...others) => [window.attnstoreSent?.waiting.shift() ?? '', ...others]"
+"""The first message that waits: who types quickly may have several there."""
 _RESTART = "(ticket) => { if (ticket) location.href = 'restarting?ticket=' + ticket + location.hash }"
+
+_COMMON: dict[str, Any] = {
+    "show_progress": "hidden",
+    "trigger_mode": "multiple",
+    "concurrency_limit": None,
+    "api_visibility": "private",
+}
+"""Of all events: handlers take turns by themselves; a page may ask for the next thing while it follows an answer."""
+_AT_ONCE: dict[str, Any] = {**_COMMON, "queue": False}
 
 
 def theme() -> Any:
-    """Gradio's, with fonts that every machine has: nothing is fetched from elsewhere."""
-    return gr.themes.Soft(
+    """Gradio's, with fonts that every machine has (nothing is fetched from elsewhere), and colours that contrast enough
+    to be read by all."""
+    soft = gr.themes.Soft(
         primary_hue="teal",
         font=["system-ui", "sans-serif"],
         font_mono=["ui-monospace", "monospace"],
     )
+    strong = ("button_primary_background_fill", "checkbox_label_background_fill_selected")
+    colours = {f"{name}{mode}": "*primary_700" for name in strong for mode in ("", "_dark")}
+    colours |= {f"button_primary_background_fill_hover{mode}": "*primary_800" for mode in ("", "_dark")}
+    colours |= {f"block_title_text_color{mode}": "*body_text_color" for mode in ("", "_dark")}
+    colours |= {f"block_title_background_fill{mode}": "transparent" for mode in ("", "_dark")}
+    colours |= {"block_info_text_color": "*neutral_600", "body_text_color_subdued": "*neutral_600"}
+    return soft.set(**colours, button_secondary_background_fill_hover_dark="*neutral_600")
 
 
 def build(
-    store: AttentionStore, turns: Turns, restart: Restart, *, model_name: str, store_every: float = 5.0
+    store: AttentionStore, turns: Turns, restart: Restart, offered: Offered, *, store_every: float = 5.0
 ) -> gr.Blocks:
     """The page, for all users.
 
     Args:
-        model_name: shown at the top.
         store_every: seconds after which the store's numbers are shown anew.
     """
-    with gr.Blocks(title="hf-attnstore", analytics_enabled=False, fill_height=True, fill_width=True) as page:
-        current = gr.Textbox(visible=False)
-        ticket = gr.Textbox(visible=False)
-        with gr.Sidebar(width=270, position="left", elem_id="left"):
-            gr.HTML("<h2>Conversations</h2>")
-            new = gr.Button("New conversation", variant="primary", size="sm")
-            search = gr.Textbox(placeholder="Search", show_label=False, container=False, elem_id="search")
-            entries = gr.Radio([], show_label=False, elem_id="entries", container=False, interactive=True)
-            more = gr.HTML()
-            with gr.Row():
-                rename = gr.Button("Rename", size="sm", min_width=60)
-                fork = gr.Button("Fork", size="sm", min_width=60)
-                delete = gr.Button("Delete", size="sm", min_width=60)
-            with gr.Group(visible=False) as rename_row:
-                new_name = gr.Textbox(label="New name", max_lines=1, elem_id="new-name")
-                rename_now = gr.Button("Rename it", size="sm", variant="primary")
-            with gr.Group(visible=False) as delete_row:
-                delete_now = gr.Button("Delete it for good", size="sm", variant="stop")
-        with gr.Sidebar(width=310, position="right", elem_id="right"):
-            gr.HTML("<h2>What it took</h2>")
-            panel = gr.HTML(conversation_panel(None))
-            numbers = gr.HTML(elem_id="numbers")
-            restart_now = gr.Button("Restart the process", size="sm", visible=restart.allowed)
-        with gr.Row(elem_id="head"):
-            heading = gr.HTML(title(""), elem_id="title")
-            without = gr.Checkbox(label="without the store", elem_id="without", container=False)
-        chat = gr.Chatbot(
-            elem_id="chat",
-            show_label=False,
-            editable="user",
-            latex_delimiters=[],
-            buttons=["copy"],
-            feedback_options=None,
-            allow_tags=False,
-            allow_file_downloads=False,
-            reasoning_tags=[("<think>", "</think>")],
-            placeholder=f"Say something to {model_name}.",
-            height="100%",
-        )
-        note = gr.HTML(elem_id="note")
-        box = gr.Textbox(
-            placeholder="Your message",
-            show_label=False,
-            lines=1,
-            max_lines=8,
-            submit_btn=True,
-            elem_id="message",
-        )
-        parts = Parts(
-            current=current, title=heading, chat=chat, note=note, box=box, entries=entries, search=search, more=more,
-            panel=panel, store=numbers, rename_row=rename_row, new_name=new_name, delete_row=delete_row,
-        )  # fmt: skip
-        on = Handlers(store, turns, restart, parts)
-        everything = parts.all()
-        # handlers take turns by themselves; a page may ask for the next thing while it follows an answer
-        common: dict[str, Any] = {
-            "show_progress": "hidden",
-            "trigger_mode": "multiple",
-            "concurrency_limit": None,
-            "api_visibility": "private",
-        }
-        at_once: dict[str, Any] = {**common, "queue": False}
-
-        page.load(on.loaded, current, everything, js=_READ_ADDRESS, **common)
-        current.change(None, current, None, js=_WRITE_ADDRESS)
-        # what was chosen holds at once: a message that is sent before it is open is for it
-        entries.input(None, entries, current, js="(name) => name")
-        entries.select(on.selected, search, everything, **common)
-        new.click(None, None, current, js="() => ''")
-        new.click(on.new, search, everything, **common)
-        search.change(on.searched, [search, current], [entries, more, note], **common)
-        gr.on([box.input, box.focus], on.typing, current, None, **{**at_once, "trigger_mode": "once"})
-        box.submit(on.send, [box, current, without, search], everything, **common)
-        box.stop(on.stop, current, None, **at_once)
-        chat.retry(on.retry, [current, without, search], everything, **common)
-        chat.undo(on.undo, [current, search], everything, **common)
-        chat.edit(on.edit, [chat, current, without, search], everything, **common)
-        rename.click(on.ask_name, current, [rename_row, delete_row, new_name, note], **at_once)
-        delete.click(on.ask_delete, current, [rename_row, delete_row, note], **at_once)
-        gr.on([rename_now.click, new_name.submit], on.rename, [current, new_name, search], everything, **common)
-        fork.click(on.fork, [current, search], everything, **common)
-        delete_now.click(on.delete, [current, search], everything, **common)
-        gr.Timer(store_every).tick(on.tick, None, numbers, **at_once)
-        restart_now.click(on.arm_restart, None, [ticket, note], **at_once).then(None, ticket, None, js=_RESTART)
+    with gr.Blocks(
+        title="hf-attnstore",
+        analytics_enabled=False,
+        fill_height=True,
+        fill_width=True,
+        delete_cache=(EXPORTS_FOR // 4, EXPORTS_FOR),
+    ) as page:
+        parts, controls = lay_out(offered, turns.settings)
+        pages = Pages(store, turns, View(parts, turns.settings))
+        _chat_events(page, pages, Answering(pages), controls)
+        _list_events(pages, Keeping(pages, restart), controls)
+        ticks = gr.Timer(store_every).tick
+        ticks(pages.tick, [parts.search, parts.current], [parts.numbers, parts.entries, parts.more], **_AT_ONCE)
     return page
+
+
+def _chat_events(page: gr.Blocks, pages: Pages, on: Answering, controls: Controls) -> None:
+    parts: Parts = pages.parts
+    shown, asked = parts.shown(), parts.asked()
+    page.load(pages.loaded, parts.current, shown, js=_READ_ADDRESS, **_COMMON)
+    parts.current.change(None, [parts.current, parts.draft], parts.draft, js=_FOLLOW_NAME)
+    gr.on([parts.box.input, parts.box.focus], pages.typing, parts.current, None,
+          **{**_AT_ONCE, "trigger_mode": "once"})  # fmt: skip
+    parts.box.submit(None, [parts.box, parts.chat], [parts.chat, parts.box], js=_ECHO, **_AT_ONCE)
+    # what is told to a handler by component comes in the order in which the page has it: what is sent is the first
+    parts.box.submit(on.send, asked | {parts.sent}, shown, js=_SEND, **_COMMON)
+    parts.box.stop(on.stop, parts.current, None, **_AT_ONCE)
+    parts.go_on.click(on.go_on, asked, shown, **_COMMON)
+    parts.chat.retry(on.retry, asked, shown, **_COMMON)
+    parts.chat.undo(on.undo, [parts.current, parts.search], shown, **_COMMON)
+    parts.chat.edit(on.edit, asked | {parts.chat}, shown, **_COMMON)
+    controls.edit_now.click(on.edit_now, asked | {parts.edited}, shown, **_COMMON)
+    controls.edit_copy.click(on.edit_copy, asked | {parts.edited}, shown, **_COMMON)
+    controls.edit_not.click(pages.view.nothing_asked, None, shown, **_AT_ONCE)
+
+
+def _list_events(pages: Pages, on: Keeping, controls: Controls) -> None:
+    parts = pages.parts
+    shown, current, search = parts.shown(), parts.current, parts.search
+    # what was chosen holds at once: a message that is sent before it is open is for it
+    parts.entries.input(None, parts.entries, current, js="(name) => name")
+    parts.entries.select(pages.selected, search, shown, **_COMMON)
+    controls.new.click(None, None, current, js="() => ''")
+    controls.new.click(pages.new, search, shown, **_COMMON)
+    search.change(pages.searched, [search, current], [parts.entries, parts.more, parts.note], **_COMMON)
+    controls.rename.click(on.ask_name, current, shown, **_AT_ONCE)
+    controls.delete.click(on.ask_delete, current, shown, **_AT_ONCE)
+    named = [controls.rename_now.click, parts.new_name.submit]
+    gr.on(named, on.rename, [current, parts.new_name, search], shown, **_COMMON)
+    controls.fork.click(on.fork, [current, search], shown, **_COMMON)
+    controls.delete_now.click(on.delete, [current, search], shown, **_COMMON)
+    controls.export.click(on.export, current, shown, **_COMMON)
+    controls.take_in.upload(on.take_in, [controls.take_in, search], shown, **_COMMON)
+    armed = controls.restart.click(on.arm_restart, None, [controls.ticket, parts.note], **_AT_ONCE)
+    armed.then(None, controls.ticket, None, js=_RESTART)

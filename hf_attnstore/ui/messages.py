@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .records import TurnRecord, footer
 from .sessions import Exchange
+
+if TYPE_CHECKING:
+    from .turns import Running
 
 Message = dict[str, Any]
 
@@ -26,20 +29,35 @@ def shown(exchanges: Sequence[Exchange]) -> list[Message]:
     return messages
 
 
-def running(exchanges: Sequence[Exchange], message: str, answer: str, position: int | None) -> list[Message]:
-    """A conversation whose last turn waits or runs. `position` is how many turns of others come first."""
-    messages = [*shown(exchanges), _message("user", message)]
-    if answer:
-        return [*messages, _message("assistant", answer)]
+def running(turns: Sequence[Running]) -> list[Message]:
+    """A conversation with the turns of it that wait or run, in order."""
+    first = turns[0]
+    messages = [*shown(first.earlier or ()), _message("user", first.message)]
+    if first.answer:
+        messages.append(_message("assistant", first.answer))
+    words = progress(first)
+    return [*messages, *([aside(words, "turn")] if words else []), *(_message("user", t.message) for t in turns[1:])]
+
+
+def progress(turn: Running) -> str:
+    """What a turn is at, until there is an answer; empty where there is nothing to say."""
+    position, prefill = turn.turn.position, turn.prefill
     if position is not None:
-        others = "the turn that runs" if position == 0 else f"{position + 1} other turns"
-        return [*messages, aside(f"waiting for {others}", "turn")]
-    return messages
+        return "waiting for " + ("the turn that runs" if position == 0 else f"{position + 1} other turns")
+    if prefill is not None and prefill[0] > 1:
+        return f"computing {prefill[0]:,} tokens: {prefill[1]:.0%}"
+    return ""
 
 
 def aside(words: str, kind: str) -> Message:
     """What is not part of the conversation: "turn" for a footer, "wrong" for an error."""
     return _message("assistant", f'<p class="aside {kind}">{escape(words)}</p>')
+
+
+def question(later: int) -> str:
+    """What is asked before an edit that drops so many turns."""
+    those = f"the {later} turns" if later > 1 else "the turn"
+    return f'<p role="alert">This takes back {those} after the message.</p>'
 
 
 def turn_at(messages: Sequence[Any], index: Any) -> int:

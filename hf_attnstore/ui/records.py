@@ -54,6 +54,11 @@ class TurnRecord:
         return self.prompt - self.dropped
 
     @property
+    def cut(self) -> bool:
+        """Whether the answer can go on: it was ended by its length or by the user."""
+        return self.finish in ("length", "stopped", "interrupted")
+
+    @property
     def ttft_without(self) -> float | None:
         """Measured without the store."""
         return self.other_ttft if self.with_store else self.ttft
@@ -173,11 +178,9 @@ def footer(records: Sequence[TurnRecord | None], number: int) -> list[str]:
         parts.append(
             f"{format_bytes(record.loaded_bytes)} from {' and '.join(sorted(record.blocks_from)) or 'the store'}"
         )
-    cost = cost_of_recomputing(records, number)
-    if record.with_store and cost is not None and (record.reused or record.other_ttft is not None):
-        parts.append(f"recomputing: {format_seconds(cost[0])} ({cost[1]})")
-    elif not record.with_store and record.ttft_with is not None:
-        parts.append(f"with the store: {format_seconds(record.ttft_with)} (measured)")
+    if record.tokens_per_second is not None:
+        parts.append(f"{record.tokens_per_second:,.0f} tokens/s")
+    parts.append(_compared(records, number))
     if record.fetched_bytes:
         said = f"{format_bytes(record.fetched_bytes)} fetched before you sent it"
         if record.fetched_seconds is not None:
@@ -198,3 +201,20 @@ def footer(records: Sequence[TurnRecord | None], number: int) -> list[str]:
     if record.finish in ends:
         parts.append(ends[record.finish])
     return parts
+
+
+def _compared(records: Sequence[TurnRecord | None], number: int) -> str:
+    """What the turn would have taken the other way: with the store, or without it."""
+    record = records[number]
+    assert record is not None
+    if not record.with_store:
+        other = record.ttft_with
+        return f"with the store: {format_seconds(other)} (measured)" if other is not None else "computed as a whole"
+    cost = cost_of_recomputing(records, number)
+    if not record.reused and record.other_ttft is None:
+        return "recomputing: the same, as nothing was reused"
+    if cost is None:
+        return "recomputing: not known yet"
+    times = cost[0] / record.ttft if record.ttft else 0.0
+    sooner = f", {times:,.0f} × as long" if times >= 2 else ""
+    return f"recomputing: {format_seconds(cost[0])} ({cost[1]}){sooner}"

@@ -15,10 +15,12 @@ from fastapi import FastAPI
 from starlette.background import BackgroundTask
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 
+from ..cache import AttentionStoreCache
 from ..listening import is_loopback
 from ..store import AttentionStore
 from .app import LEAVING, STYLE, build, theme
 from .identity import IdentityCookie
+from .layout import Offered
 from .model import Loaded, ModelLoader
 from .restart import RESTARTING_PAGE, Restart, listening_socket, replace_process
 from .turns import Turns
@@ -48,12 +50,16 @@ def mount(
         model_name: shown on the page.
         restart: what the page asks for a new process; None offers none.
         accounts: names and passwords; without any, whoever reaches the page may use it.
+
+    Conversations can be imported where not everybody may use the page: what is uploaded takes room on the disk.
     """
     path = "/" + path.strip("/")
     restart = restart or Restart(allowed=False)
+    imports = restart.allowed or bool(accounts)
+    offered = Offered(model_name, restart=restart.allowed, imports=imports, log_out=bool(accounts))
     served: Any = gr.mount_gradio_app(
         app,
-        build(turns.store, turns, restart, model_name=model_name),
+        build(turns.store, turns, restart, offered),
         path=path,
         auth=list(accounts) or None,
         theme=theme(),
@@ -64,7 +70,7 @@ def mount(
         enable_monitoring=False,
         show_error=False,
         ssr_mode=False,
-        max_file_size="1kb",
+        max_file_size=int(turns.store.stats().get("disk_capacity") or 0) if imports else 1024,
     )
     served.add_middleware(IdentityCookie, path=path)
     return cast(FastAPI, served)
@@ -126,10 +132,16 @@ def serve(
     """
     listening = listening_socket(host, port)
     restart = Restart(allowed=is_loopback(host))
+
+    def prepared() -> Loaded:
+        loaded = load()
+        AttentionStoreCache(loaded[0], store=store).model_fingerprint()  # of all weights: not for the first turn
+        return loaded
+
     # uvicorn passes an interruption on after it has ended in order
     with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as closing:
         closing.callback(store.close)
-        turns = Turns(store, ModelLoader(load), **options)
+        turns = Turns(store, ModelLoader(prepared), **options)
         closing.callback(turns.close)
         app = web_app(turns, restart, model_name=model_name, accounts=accounts)
         server = _Server(

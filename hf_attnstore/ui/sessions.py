@@ -5,9 +5,11 @@ Everything here works on a store in that user's namespace, so a name of somebody
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..chat.session import METADATA_KEY, annotation_in
@@ -15,11 +17,13 @@ from ..errors import AttentionStoreError, SessionNotFoundError
 from ..sizes import format_bytes
 from ..store import AttentionStore, SessionInfo
 from .records import TIMELINE, TURNS, TurnRecord, from_json
+from .settings import SETTINGS, Settings
 
 MOST_LISTED = 50
 MOST_SEARCHED = 300
 """How many conversations, last used first, are searched for what was said in them."""
 MOST_NAME_CHARACTERS = 60
+EXPORTED = ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,9 @@ class Conversation:
     exchanges: tuple[Exchange, ...] = ()
     timeline: tuple[tuple[str, str, float, float], ...] = ()
     """Of the last turn: track, name, begin and end in seconds."""
+    system: str = ""
+    settings: Any = None
+    """As they are kept with it; None where none are."""
 
     @property
     def records(self) -> list[TurnRecord | None]:
@@ -128,7 +135,16 @@ class UserSessions:
             Exchange(pair.message, pair.answer, pair.thinking, record)
             for pair, record in zip(pairs, records, strict=True)
         )
-        return Conversation(name, tuple(exchanges), timeline)
+        first = next(iter(self._messages(metadata)), {})
+        system = str(first.get("content", "")) if first.get("role") == "system" else ""
+        return Conversation(name, tuple(exchanges), timeline, system, annotation_in(metadata, SETTINGS))
+
+    def settings(self, name: str, default: Settings) -> Settings:
+        """Those of a conversation; `default` for one that is new or has none."""
+        try:
+            return settings_of(self.open(name), default)
+        except SessionNotFoundError:
+            return default
 
     def rename(self, name: str, new: str) -> str:
         """Returns the new name. Raises what `AttentionStore.rename` does."""
@@ -145,16 +161,34 @@ class UserSessions:
         self.store.fork(name, copy)
         return copy
 
+    def export(self, name: str, folder: Path) -> Path:
+        """Writes a conversation, with its KV, into a file in `folder`.
+
+        Raises what `AttentionStore.export_session` does.
+        """
+        file = folder / (re.sub(r"[^\w .,()-]+", "_", name).strip(" .")[:80] + EXPORTED)
+        self.store.export_session(name, file)
+        return file
+
+    def take_in(self, file: Path) -> str:
+        """Imports a file that `export` wrote, under its name or one like it, and returns that.
+
+        Raises what `AttentionStore.import_session` does.
+        """
+        name = self.free_name(file.name.removesuffix(EXPORTED))
+        self.store.import_session(file, name)
+        return name
+
     def delete(self, name: str) -> None:
         """Raises what `AttentionStore.delete` does."""
         self.store.delete(name)
 
-    def free_name(self, text: str) -> str:
-        """A name for a conversation that begins with `text`."""
+    def free_name(self, text: str, taken: Collection[str] = ()) -> str:
+        """A name for a conversation that begins with `text`, none of those `taken`."""
         words = _tidy(text)
         name = shortened(words, MOST_NAME_CHARACTERS) or "conversation"
         number, found = 1, name
-        while self.exists(found):
+        while found in taken or self.exists(found):
             number += 1
             found = f"{name} ({number})"
         return found
@@ -170,6 +204,13 @@ class UserSessions:
         saved = metadata.get(METADATA_KEY)
         messages = saved.get("messages") if isinstance(saved, dict) else None
         return [m for m in messages if isinstance(m, dict)] if isinstance(messages, list) else []
+
+
+def settings_of(conversation: Conversation, default: Settings) -> Settings:
+    """How a conversation is answered; its system message is the one that it has."""
+    kept = conversation.settings if isinstance(conversation.settings, dict) else {}
+    system = conversation.system if conversation.exchanges else default.system
+    return Settings.of({**kept, "system": system}, default)
 
 
 def _tidy(name: str) -> str:

@@ -108,7 +108,7 @@ def test_stop_ends_an_answer_and_keeps_what_is_complete(
     gate.hold_after(4)
     running = turns.begin(ann, "talk", Wish("send", "the old prince"))
     assert gate.reached.wait(60)
-    assert turns.running(ann, "talk") is running
+    assert turns.running(ann, "talk") == (running,)
     running.stop()
     gate.open.set()
     with pytest.raises(CancelledError):
@@ -178,13 +178,14 @@ def test_nothing_changes_a_conversation_that_is_being_answered(turns: Turns, gat
     gate.hold_after(1)
     running = turns.begin(ann, "talk", Wish("send", "the old prince"))
     assert gate.reached.wait(60)
-    with pytest.raises(UserTurnError, match="being answered"):
-        turns.begin(ann, "talk", Wish("send", "and then"))
+    for wish in (Wish("retry"), Wish("edit", "and then"), Wish("go_on")):
+        with pytest.raises(UserTurnError, match="being answered"):
+            turns.begin(ann, "talk", wish)
     with pytest.raises(UserTurnError, match="being answered"), turns.untouched(ann, "talk"):
         pass
     gate.open.set()
     running.turn.result(60)
-    assert turns.running(ann, "talk") is None
+    assert turns.running(ann, "talk") == ()
     with turns.untouched(ann, "talk"):
         ann.delete("talk")
 
