@@ -113,7 +113,7 @@ def look(console: Console, load: Callable[[], Loaded], screenshots: Path | None,
 
 
 def take_screenshots(load: Callable[[], Loaded], folder: Path) -> list[Path]:
-    """A conversation on a desktop and on a phone, as `desktop.png` and `phone.png`.
+    """A conversation on a desktop and on a phone, as `desktop.png` and `phone.png`, and in the dark.
 
     Raises:
         AttentionStoreError: there is no browser, or what drives it is not installed.
@@ -138,13 +138,17 @@ def take_screenshots(load: Callable[[], Loaded], folder: Path) -> list[Path]:
                 page.locator("#chat .aside", has_text="without the store").wait_for()
                 _answered(page, turn)
                 page.locator("#without input").uncheck()
-        found = [_picture(page, folder / "desktop.png")]
-        phone = browser.new_context(**PHONE, device_scale_factor=2)
-        phone.add_cookies(desk.cookies())
-        small = _open(phone, page.url)
-        _answered(small, 5)
-        small.wait_for_selector(".sidebar:not(.open)", state="attached")
-        found.append(_picture(small, folder / "phone.png"))
+        found = []
+        for name, device in (("desktop", DESKTOP), ("phone", {**PHONE, "device_scale_factor": 2})):
+            for scheme in ("light", "dark"):
+                context = browser.new_context(**device, color_scheme=scheme)
+                context.add_cookies(desk.cookies())
+                visit = _open(context, page.url)
+                _answered(visit, 5)
+                if device is not DESKTOP:
+                    visit.wait_for_selector(".sidebar:not(.open)", state="attached")
+                found.append(_picture(visit, folder / f"{name}{'-dark' if scheme == 'dark' else ''}.png"))
+                context.close()
     return found
 
 

@@ -15,7 +15,7 @@ import gradio as gr
 from . import messages
 from .pages import Pages, remember, thread
 from .sessions import UserSessions
-from .turns import Wish
+from .turns import Running, Wish
 from .view import Asked, Update, title
 
 LATE = 5.0
@@ -123,31 +123,32 @@ class Answering:
         try:
             sessions = self.pages.sessions(request)
             page = sessions.store.namespace, str(request.session_hash), asked.draft
-            name = await self._begun(page[:2], number, lambda: self._begin(sessions, page, asked.current, wish))
+            running = await self._begun(page[:2], number, lambda: self._begin(sessions, page, asked.current, wish))
         except Exception as error:
             yield {**self.view.wrong(error), **self.view.idle(wish.text if wish.kind == "send" else None)}
             return
+        name = running.name
         if not mine():
             return
         yield {**quiet, self.parts.current: name, self.parts.title: title(name), self.parts.settings_of: name}
         listed = await self.pages.listed(request, asked.search, name)
         if mine():
             yield listed
-        async for update in self.pages.follow(request, sessions, name, mine, asked.search):
+        async for update in self.pages.follow(request, sessions, [running], mine, asked.search):
             yield update
 
-    def _begin(self, sessions: UserSessions, page: tuple[str, str, str], current: str, wish: Wish) -> str:
-        """Begins a turn and returns the conversation's name, which is made of the first message."""
+    def _begin(self, sessions: UserSessions, page: tuple[str, str, str], current: str, wish: Wish) -> Running:
+        """Begins a turn; the name of a new conversation is made of its first message."""
         name = current or self._named.get(page) or self._free_name(sessions, wish.text)
-        self.turns.begin(sessions, name, wish)
+        running = self.turns.begin(sessions, name, wish)
         if not current:
             remember(self._named, page, name)
-        return name
+        return running
 
     def _free_name(self, sessions: UserSessions, text: str) -> str:
         return sessions.free_name(text, self.turns.states(sessions))
 
-    async def _begun(self, page: tuple[str, str], number: int | None, begin: Callable[[], str]) -> str:
+    async def _begun(self, page: tuple[str, str], number: int | None, begin: Callable[[], Running]) -> Running:
         """What `begin` returns, once the messages of the page with lower numbers were begun."""
         deadline = time.monotonic() + LATE
         while number is not None and self._next.get(page, 0) < number and time.monotonic() < deadline:

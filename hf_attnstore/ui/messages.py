@@ -36,7 +36,11 @@ def running(turns: Sequence[Running]) -> list[Message]:
     if first.answer:
         messages.append(_message("assistant", first.answer))
     words = progress(first)
-    return [*messages, *([aside(words, "turn")] if words else []), *(_message("user", t.message) for t in turns[1:])]
+    return [
+        *messages,
+        *([aside(words, "progress")] if words else []),
+        *(_message("user", t.message) for t in turns[1:]),
+    ]
 
 
 def progress(turn: Running) -> str:
@@ -50,7 +54,7 @@ def progress(turn: Running) -> str:
 
 
 def aside(words: str, kind: str) -> Message:
-    """What is not part of the conversation: "turn" for a footer, "wrong" for an error."""
+    """What is not part of the conversation: "turn" for a footer, "progress" until there is an answer."""
     return _message("assistant", f'<p class="aside {kind}">{escape(words)}</p>')
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -26,7 +26,8 @@ LOOK_EVERY = 0.2
 """Seconds between two looks at a running turn: often enough to read along, seldom enough to cost nothing."""
 MOST_PAGES = 10_000
 
-K, T = TypeVar("K"), TypeVar("T")
+K = TypeVar("K")
+T = TypeVar("T")
 
 
 class Pages:
@@ -70,10 +71,11 @@ class Pages:
             **self._listed(request, sessions, entries, name or ""),
             **self.view.idle(),
         }
-        if name and self.turns.running(sessions, name):
+        running = self.turns.running(sessions, name) if name else ()
+        if name and running:
             del update[self.parts.chat]
             yield {**update, self.parts.current: name, self.parts.title: title(name)}
-            async for update in self.follow(request, sessions, name, mine, search):
+            async for update in self.follow(request, sessions, running, mine, search):
                 yield update
             return
         if name and conversation is None:
@@ -83,10 +85,16 @@ class Pages:
             await thread(lambda: self.turns.expectations.expect(sessions.store, conversation.name))
 
     async def follow(
-        self, request: gr.Request, sessions: UserSessions, name: str, mine: Callable[[], bool], search: str
+        self,
+        request: gr.Request,
+        sessions: UserSessions,
+        running: Sequence[Running],
+        mine: Callable[[], bool],
+        search: str,
     ) -> AsyncIterator[Update]:
-        """What the page shows until nothing of a conversation is being answered any more, and then."""
-        seen: list[Running] = []
+        """What the page shows until nothing of a conversation is being answered any more, and then. `running` are turns
+        of it that were, a moment ago."""
+        name, seen = running[0].name, list(running)
         before: Any = None
         busy = self.view.busy()
         while mine():

@@ -60,7 +60,8 @@ def come(browser: Any, site: tuple[str, Gate]) -> Iterator[Callable[..., User]]:
         user.close()
 
 
-@pytest.mark.timeout(600)  # three times, a process has to import all there is
+@pytest.mark.slow  # a process has to import all there is, twice
+@pytest.mark.timeout(600)
 def test_five_turns_then_a_reload_then_a_new_process_and_the_conversation_goes_on(browser: Any, tmp_path: Path) -> None:
     model = save_tiny_chat_model(tmp_path / "model")
     command = [sys.executable, "-m", "hf_attnstore.cli", "ui", "--port", "0", "--max-new-tokens", "12"]
@@ -137,6 +138,13 @@ def test_a_reload_in_the_middle_of_an_answer_shows_it_go_on_and_stop_keeps_it(
     assert footer.endswith("stopped")
     question, answer = user.messages()
     assert (question, answer.startswith(part[1])) == (PRINCE, True)
+    user.press("Continue the answer")
+    user.page.wait_for_function(
+        "!(document.querySelector('#chat .aside.turn')?.textContent.endsWith('stopped') ?? true)"
+    )
+    user.footers(1)
+    stopped, (_, answer) = answer, user.messages()
+    assert (answer.startswith(stopped), len(answer) > len(stopped)) == (True, True)
     assert number(user.ask("go on", 2), "reused") > 0
     user.page.reload()
     user.footers(2)
@@ -150,6 +158,7 @@ def test_edit_retry_and_undo_go_back_and_reuse(come: Callable[..., User]) -> Non
     user.page.locator("#chat [aria-label=Edit]").nth(1).click()
     user.page.locator("#chat textarea").fill("the three letters")
     user.page.locator("#chat [aria-label=Submit]").click()
+    user.press("Edit and drop them")
     user.page.wait_for_function("document.querySelectorAll('#chat [data-testid=user]').length === 2")
     edited = user.footers(2)
     assert edited[0] == first[0]
@@ -203,6 +212,40 @@ def test_conversations_are_found_renamed_copied_and_deleted(come: Callable[..., 
     assert user.messages()[0] == PRINCE
 
 
+HOLD_REQUESTS = """() => {
+    const send = window.fetch, sent = new Promise(resolve => { window.release = resolve });
+    window.fetch = async (...request) => {
+        if (String(request[0]?.url ?? request[0]).includes("queue/join")) await sent;
+        return send(...request);
+    };
+}"""
+
+
+def test_messages_show_before_the_server_knows_of_them_and_quick_ones_make_one_conversation(
+    come: Callable[..., User],
+) -> None:
+    user = come()
+    user.page.evaluate(HOLD_REQUESTS)
+    texts = [f"message {n}" for n in range(10)]
+    for count, text in enumerate(texts, 1):
+        user.say(text)
+        user.page.wait_for_function(
+            "n => document.querySelectorAll('#chat [data-testid=user]').length === n", arg=count
+        )
+    assert (user.messages(), user.page.title()) == (texts, "hf-attnstore")
+    user.page.evaluate("window.release()")
+    user.footers(10)
+    assert user.messages()[::2] == texts
+    user.listed(texts[0])
+    assert user.page.title().startswith(texts[0])
+    user.page.locator("#settings button").first.click()
+    user.page.get_by_label("System message").fill("Be brief.")
+    user.press("Export")
+    with user.page.expect_download() as downloaded:
+        user.page.get_by_text("Download (").click()
+    assert downloaded.value.suggested_filename == f"{texts[0]}.safetensors"
+
+
 HOLD_THE_NEXT_REQUEST = """() => {
     const send = window.fetch;
     let held = false;
@@ -233,6 +276,9 @@ def test_a_model_error_is_a_message_and_the_conversation_goes_on(come: Callable[
     user.say(OFFICER)
     user.note("the model failed: out of memory")
     user.idle()
+    box = user.page.locator("#message").bounding_box()
+    assert box is not None
+    assert box["y"] + box["height"] <= 800, "what is said is above the box"
     assert "Traceback" not in user.page.content()
     assert user.page.input_value("#message textarea") == OFFICER
     assert user.messages()[0] == PRINCE
@@ -274,5 +320,7 @@ def test_an_account_has_its_conversations_in_every_browser_and_nobody_elses(
         bob.note("there is no conversation")
         assert bob.messages() == []
         bob.listed()
+        bob.page.get_by_text("Log out").click()
+        bob.page.get_by_test_id("password").wait_for()
         for user in (ann, again, bob):
             user.close()
