@@ -72,6 +72,7 @@ def theme() -> Any:
     colours |= {f"block_title_text_color{mode}": "*body_text_color" for mode in ("", "_dark")}
     colours |= {f"block_title_background_fill{mode}": "transparent" for mode in ("", "_dark")}
     colours |= {"block_info_text_color": "*neutral_600", "body_text_color_subdued": "*neutral_600"}
+    colours["background_fill_primary"] = "*neutral_50"  # as Soft has it; `set` forgets that
     return soft.set(**colours, button_secondary_background_fill_hover_dark="*neutral_600")
 
 

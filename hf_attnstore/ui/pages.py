@@ -112,6 +112,7 @@ class Pages:
         conversation, entries = await thread(lambda: self.look(sessions, name, search))
         if not mine():
             return
+        seen.sort(key=lambda turn: turn.when)
         failures = [failure for turn in seen if (failure := turn.failure())]
         shown = self.view.conversation(conversation)
         if conversation is None:  # its first message has no answer: it goes on being a new one, as it was set up

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
@@ -80,6 +81,8 @@ class Running:
     prefill: tuple[int, float] | None = None
     """Until the first token: tokens of the forward that runs, and what share of the layers they went through."""
     turn: Turn[str] = field(init=False)
+    when: float = field(default_factory=time.monotonic)
+    """When it was asked for, in seconds."""
 
     @property
     def answer(self) -> str:
