@@ -175,7 +175,7 @@ class _Values:
             block.close()
 
     def look_up(self, count: int) -> None:
-        self._engine.sizes([f"{self._prefix}:{number}" for number in range(count)], Deadline(_SECONDS))
+        self._engine.leading([f"{self._prefix}:{number}" for number in range(count)], Deadline(_SECONDS))
 
 
 # turns
