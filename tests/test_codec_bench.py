@@ -45,3 +45,13 @@ def test_the_command_writes_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert record["quality"]["int8"]["kl"][0] < record["quality"]["int4"]["kl"][0]
     assert "| int8 |" in (tmp_path / "codecs-small-model.md").read_text()
     assert (tmp_path / "codecs-small-model.png").exists()
+
+
+def test_the_doctor_warns_above_the_bound_and_fails() -> None:
+    asked = ["doctor", "--model", "small", *"--codec int4 --history 256 --scored 16 --texts 1 --bound".split()]
+    for bound, code, said in (("0.00000001", 1, "more than 1e-08"), ("10", 0, "within the bound of 10")):
+        done = CliRunner().invoke(app, [*asked, bound])
+        assert done.exit_code == code, done.output
+        assert said in " ".join(done.output.split())
+        assert "int4" in done.output
+        assert "q4_0" not in done.output

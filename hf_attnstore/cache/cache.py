@@ -37,6 +37,7 @@ from .positions.truncation import window_of
 from .setup import Setup
 from .stats import TurnStats
 from .transfer.load import Restore
+from .transfer.save import say_if_unmeasured
 from .turn import Phase, Turn
 
 
@@ -151,6 +152,7 @@ class AttentionStoreCache(Cache):
             records=record,
         )
         self._begin_with(setup, layers)
+        say_if_unmeasured(config.get_text_config(decoder=True).model_type, store.codec)
         store.register(self)
 
     def _begin_with(self, setup: Setup, layers: list[KeptLayer]) -> None:

@@ -151,6 +151,13 @@ add_lazily(
     "A scripted conversation, each turn in a new process, with the store and without.",
     panel=MEASURE,
 )
+add_lazily(
+    app,
+    "doctor",
+    f"{LAB}.bench.codec_cli:doctor",
+    "Measure what a lossy codec changes of a model's next tokens, on texts of your own.",
+    panel=MEASURE,
+)
 add_lazily(app, "bench", f"{LAB}.bench.cli:app", "Measure what the store gives a model on this machine.", panel=MEASURE)
 add_lazily(app, "models", f"{LAB}.families.cli:app", _MODELS, panel=MEASURE)
 add_lazily(app, "lab", f"{LAB}.cli:app", _LAB, panel=MEASURE)

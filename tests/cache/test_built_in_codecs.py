@@ -484,6 +484,19 @@ def test_the_environment_chooses_where_the_caller_does_not(tmp_path: Path, monke
         opened(tmp_path, None)
 
 
+def test_a_lossy_codec_on_models_that_were_never_measured_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save.say_if_unmeasured.cache_clear()
+    for codec in ("raw", "fp16", "int8"):
+        with opened(tmp_path / codec, codec) as store:
+            for family in ("llama-gqa", "qwen2", "qwen2"):
+                AttentionStoreCache(make_model(family), None, store)
+    (said,) = [record.getMessage() for record in caplog.records if "not measured" in record.message]
+    assert said.startswith("KV of qwen2 is kept with loss")
+    assert "attnstore doctor --model … --codec int8" in said
+
+
 def test_the_reader_in_the_documentation_reads_what_is_written(tmp_path: Path) -> None:
     page = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
     code = re.search(r"```python\n(.*?def read_coded.*?)```", page, re.DOTALL)

@@ -26,6 +26,21 @@ def _say_once(what: str, codec: str) -> None:
     logger.warning("%s of a model are kept as they are: what %s does to such was not measured", what, codec)
 
 
+MEASURED = frozenset({"llama", "gemma3_text"})
+"""Types of models of which docs/results has what lossy codecs do to them."""
+
+
+@cache
+def say_if_unmeasured(kind: str, codec: str) -> None:
+    """Says, once a process, how to find out what a lossy codec does to a type of model that it was never tried on."""
+    if codec_named(codec).lossy and codec != "fp16" and kind not in MEASURED:
+        logger.warning(
+            "KV of %s is kept with loss: what %s does to such models was not measured; `attnstore doctor --model … "
+            "--codec %s --text …` does, on texts of your own",
+            kind, codec, codec,
+        )  # fmt: skip
+
+
 class SavedLayer(Protocol):
     """What is asked of a layer whose KV is saved: a `KeptLayer`, or whoever has KV elsewhere."""
 

@@ -13,7 +13,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -132,6 +132,7 @@ def quality(
     history: int,
     answer_tokens: int,
     progress: Progress,
+    references: Mapping[str, Rounding] = REFERENCES,
 ) -> dict[str, Quality]:
     """Sends the first `history` tokens of texts `[1, tokens]` through codecs; the others are scored.
 
@@ -139,7 +140,7 @@ def quality(
         answer_tokens: of greedy answers that are compared; 0 for none.
         floor: the same model in bfloat16, which computes both by itself.
     """
-    ways = {name: by_codec(name) for name in codecs if name != "raw"} | REFERENCES
+    ways = {name: by_codec(name) for name in codecs if name != "raw"} | dict(references)
     found = {name: Quality() for name in (*ways, *(("bfloat16 model",) if floor is not None else ()))}
     for number, ids in enumerate(texts):
         progress(f"text {number + 1} of {len(texts)}")

@@ -12,7 +12,17 @@ import typer
 from rich.console import Console
 from rich.markdown import Markdown
 
+from hf_attnstore.cli.options import Device, Dtype, Model
 from hf_attnstore.lab.bench.one_line import errors_in_one_line
+
+Texts = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="A plain text, or dialogues as JSON lines (.jsonl, .jsonl.gz); repeat it. Without any, the chapter "
+        "of a book that the demo talks about.",
+        show_default=False,
+    ),
+]
 
 
 def codecs(
@@ -20,14 +30,7 @@ def codecs(
         str | None,
         typer.Option(help="Hub name or folder; without it, the small model of the repository.", show_default=False),
     ] = None,
-    text: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="A plain text, or dialogues as JSON lines (.jsonl, .jsonl.gz); repeat it. Without any, the chapter "
-            "of a book that the demo talks about.",
-            show_default=False,
-        ),
-    ] = None,
+    text: Texts = None,
     history: Annotated[int, typer.Option(min=256, help="Tokens that go through the codec.")] = 1024,
     scored: Annotated[int, typer.Option(min=2, help="Tokens after them that are scored.")] = 256,
     texts: Annotated[int, typer.Option(min=1, help="Passages of each text at most.")] = 8,
@@ -98,3 +101,38 @@ def _codecs(
         draw(about, judged, output / f"{stem}.png")
         (output / f"{stem}.md").write_text(f"{report}\n![Bytes against quality]({stem}.png)\n")
         console.print(f"Report: {output / stem}.json, .md, .png", highlight=False)
+
+
+def doctor(
+    model: Model = None,
+    codec: Annotated[str, typer.Option(help="The codec to judge: fp16, int8, int8z or int4.")] = "int8",
+    text: Texts = None,
+    history: Annotated[int, typer.Option(min=256, help="Tokens that go through the codec.")] = 1024,
+    scored: Annotated[int, typer.Option(min=2, help="Tokens after them that are scored.")] = 128,
+    texts: Annotated[int, typer.Option(min=1, help="Passages of each text at most.")] = 4,
+    bound: Annotated[float, typer.Option(min=0, help="Divergence of the next token, in nats, to warn above.")] = 0.005,
+    dtype: Dtype = "auto",
+    device: Device = None,
+) -> None:
+    """Measure what a lossy codec changes of a model's next tokens, on texts of your own; fails above a bound."""
+    console = Console()
+    with errors_in_one_line():
+        from hf_attnstore.chat.model import load_chat_model
+        from hf_attnstore.lab.bench.codec_bench import quality, read_texts
+        from hf_attnstore.lab.bench.codec_report import QUALITY_COLUMNS, markdown_table, quality_rows
+        from hf_attnstore.lab.demo.script import CHAPTER
+        from hf_attnstore.store.blocks.codecs import chosen_codec
+
+        loaded, tokenizer = load_chat_model(model, device=device, dtype=dtype)
+        with console.status("preparing the texts") as status:
+            found = [ids.to(loaded.device) for ids in read_texts(tokenizer, text or [CHAPTER], history + scored, texts)]
+            judged = quality(loaded, None, found, [chosen_codec(codec)], history, 0, status.update, references={})
+        console.print(Markdown("\n".join(markdown_table(QUALITY_COLUMNS[:-1], [r[:-1] for r in quality_rows(judged)]))))
+        worst = max((max(one.kl) for one in judged.values()), default=0.0)
+        if worst > bound:
+            console.print(
+                f"[yellow]On one of {len(found)} passages the next tokens diverge by {worst:.4f} nats, more than "
+                f"{bound}:[/] keep conversations of this model by a finer codec, or raw."
+            )
+            raise typer.Exit(1)
+        console.print(f"At most {worst:.6f} nats on {len(found)} passages, within the bound of {bound}.")
