@@ -123,10 +123,11 @@ def doctor(
         from hf_attnstore.lab.demo.script import CHAPTER
         from hf_attnstore.store.blocks.codecs import chosen_codec
 
+        judged_codec = chosen_codec(codec)
         loaded, tokenizer = load_chat_model(model, device=device, dtype=dtype)
         with console.status("preparing the texts") as status:
             found = [ids.to(loaded.device) for ids in read_texts(tokenizer, text or [CHAPTER], history + scored, texts)]
-            judged = quality(loaded, None, found, [chosen_codec(codec)], history, 0, status.update, references={})
+            judged = quality(loaded, None, found, [judged_codec], history, 0, status.update, references={})
         console.print(Markdown("\n".join(markdown_table(QUALITY_COLUMNS[:-1], [r[:-1] for r in quality_rows(judged)]))))
         worst = max((max(one.kl) for one in judged.values()), default=0.0)
         if worst > bound:
