@@ -587,3 +587,25 @@ def test_codecs_hold_for_it_as_for_generate(batches: Batches, tmp_path: Path, co
         whole = model.generate(torch.tensor(prompts), max_new_tokens=NEW, do_sample=False)
         assert found[0] == whole[0, 70:].tolist()
         assert codec != "lossless" or found == batches.plain(prompts)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["llama-gqa", "gemma3"])
+def test_hundreds_of_requests_get_the_tokens_that_they_get_without_a_store(kind: str, tmp_path: Path) -> None:
+    """Eight users, forty turns, pages for half of them, the store opened anew every ten turns."""
+    batches = Batches(kind)
+    prompts = prompts_of(*range(20, 60, 5))
+    compared = fed_with = fed_without = 0
+    for opened in range(4):
+        with AttentionStore(tmp_path, block_size=16) as store:
+            attach(batches.model, store)
+            for turn in range(10):
+                answers, fed = batches.run(prompts, blocks=24)
+                expected, without = batches.plain(prompts)
+                assert answers == expected
+                compared, fed_with, fed_without = compared + 8, fed_with + fed, fed_without + without
+                prompts = go_on(prompts, answers, seed=1000 + 100 * opened + 10 * turn)
+                if len(prompts[0]) > 150:
+                    prompts = [prompt[:40] for prompt in prompts]
+    assert compared == 320
+    assert fed_with < 0.3 * fed_without
