@@ -148,8 +148,10 @@ class Leases:
         """
         with self._changed:
             hold = self._holds.get(session)
-            if hold is not None and hold.surely > time.monotonic() and hold.head.state != YIELDS:
-                hold.turns += 1
+            if hold is None:
+                hold = self._holds[session] = _Hold(name, Head())
+            hold.turns += 1  # what is published meanwhile must not let go of it
+            if hold.surely > time.monotonic() and hold.head.state != YIELDS:
                 hold.head = hold.head._replace(state=RUNS)
                 return None
         began, pause = time.monotonic(), _POLLS[0]
@@ -160,11 +162,10 @@ class Leases:
                 return None
             head = Head.of(value)
             if head.holder == self._holder:
-                with self._changed:
-                    self._holds[session].turns += 1
                 return value
             most = DRAIN_SECONDS if head.state == DRAINS else _GRACE if patient else 0.0
             if time.monotonic() - began >= max(wait, most):
+                self._less(session, turns=1)
                 raise SessionBusyError(
                     f"session {session[1]!r} is in the middle of a turn on another machine; wait for it (`wait=` "
                     "seconds), or `store.fork` the session and use the copy"
