@@ -108,6 +108,26 @@ def test_entries_of_a_name_are_kept_side_by_side_and_the_oldest_go(engine: Engin
     assert nothing == {}
     assert set(found) == {b"%d" % number for number in (2, 3, *range(5, 66))}
     assert found[b"3"] == b"another"
+    for member in found:
+        engine.drop_note("f", member, soon())
+    assert engine.names("f", soon()) == engine.names("", soon()) == []
+
+
+def test_what_nobody_needs_is_removed_by_gc(seaweed: Seaweed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seaweed.empty()
+    url = seaweed.url + "&timeout=30&lookup=30"
+    monkeypatch.setenv("ATTNSTORE_SHARED", url)
+    with AttentionStore(tmp_path / "one", block_size=16, shared=url) as store:
+        save(store, make_chain(list(range(16 * 12)), 16), "alice")
+        save(store, make_chain(list(range(500, 520)), 16), "bob")
+        store.flush()
+        store.delete("bob")
+        store.flush()
+    assert len(seaweed.keys("attnstore:b:")) == 14
+    result = CliRunner().invoke(app, ["gc", "--shared", "--unowned", "--store", str(tmp_path / "one")])
+    assert result.exit_code == 0, result.output
+    assert len(seaweed.keys("attnstore:b:")) == 12
+    assert len(seaweed.keys("attnstore:f:")) == 12
 
 
 def test_of_many_who_replace_a_record_at_once_one_does(engine: Engine) -> None:

@@ -131,6 +131,8 @@ class Engine(ABC):
     """Bytes of a value at most."""
     fresh = 5.0
     """Seconds for which it is believed that a value is where it was just seen."""
+    one_by_one = False
+    """Whether it takes a request for each name, and so is not asked for many while somebody waits."""
 
     @abstractmethod
     def __init__(self, url: SharedURL) -> None: ...

@@ -37,6 +37,7 @@ class S3Engine(Engine):
 
     largest = 5 << 30
     fresh = 300.0
+    one_by_one = True
 
     def __init__(self, url: SharedURL) -> None:
         self._bucket = Bucket(url)
@@ -104,12 +105,8 @@ class S3Engine(Engine):
         self._change(name, member, None, 0, deadline)
 
     def noted(self, names: Sequence[str], deadline: Deadline) -> list[dict[bytes, bytes]]:
-        """See `Engine`. Of many names the last ones are asked for: the others have none, as far as it says."""
-        last = names[-_MOST_ASKED:]
-        found = self._bucket.read([Ask("GET", name) for name in last], deadline)
-        return [{} for _ in names[: len(names) - len(last)]] + [
-            _unpack(body) if answer.status == 200 else {} for answer, body in found
-        ]
+        found = self._bucket.read([Ask("GET", name) for name in names], deadline)
+        return [_unpack(body) if answer.status == 200 else {} for answer, body in found]
 
     def _change(self, name: str, member: bytes, entry: bytes | None, most: int, deadline: Deadline) -> None:
         """Changes an entry, others being left as they are. Where the server does not compare, or many change them at
@@ -124,6 +121,9 @@ class S3Engine(Engine):
                 while most and len(entries) >= most:
                     del entries[next(iter(entries))]
                 entries[member] = entry
+            elif not entries:
+                self._bucket.delete([name], deadline)
+                return
             packed = json.dumps({m.hex(): base64.b64encode(e).decode() for m, e in entries.items()}).encode()
             if not compares:
                 self._bucket.put(name, [packed], deadline)

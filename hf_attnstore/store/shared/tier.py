@@ -37,6 +37,8 @@ _SLOWEST = 16 << 20
 _PATIENT = 60.0
 """Seconds for what nobody's turn waits for."""
 _REMEMBERED = 65_536
+_LAST = 10
+"""Blocks of a text after which running states are looked for, where each takes a request."""
 _FINGERPRINT = re.compile("[0-9a-f]{16,128}")
 
 
@@ -273,7 +275,8 @@ class SharedTier(Tier):
         return None
 
     def followed(self, parents: Sequence[Key]) -> set[Key]:
-        return {parent for parent, found in zip(parents, self._noted(parents), strict=True) if found}
+        last = parents[-_LAST:] if self.engine.one_by_one else parents
+        return {parent for parent, found in zip(last, self._noted(last), strict=True) if found}
 
     def longest_beginning(self, parent: Key, tokens: bytes) -> tuple[Key, int] | None:
         found = [(len(t), key) for key, t in self._noted([parent])[0].items() if tokens.startswith(t)]
