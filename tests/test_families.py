@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from support.tiny_families import crash, dawdle, well
 from typer.testing import CliRunner
 
@@ -21,6 +22,8 @@ from hf_attnstore.cli.app import app
 from hf_attnstore.lab.families import scenarios
 from hf_attnstore.lab.families.attached import run_attached
 from hf_attnstore.lab.families.feeding import feed_whole, some_ids
+from hf_attnstore.lab.families.kinds import kinds
+from hf_attnstore.lab.families.kinds import markdown as kinds_in_words
 from hf_attnstore.lab.families.others import others
 from hf_attnstore.lab.families.reference import examine
 from hf_attnstore.lab.families.report import markdown, variants_in_words, write, write_verified
@@ -277,3 +280,17 @@ def test_tokens_that_change_under_attach_are_found_out(monkeypatch: pytest.Monke
     how, problems = run_attached(build("llama"), build("llama"), tmp_path)
     assert how == "kept"
     assert "attached, the same again: WRONG TOKENS, other than those of plain generate" in problems
+
+
+def test_the_page_of_kinds_is_what_the_command_writes() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "results" / "kinds.md").read_text()
+    if f"transformers {transformers.__version__}," not in page:
+        pytest.skip("the page is of another transformers")
+    found = kinds()
+    assert kinds_in_words(found) == page
+    kept = {kind.folder: kind.kept for kind in found}
+    assert kept["llama"] == "by token"
+    assert kept["qwen3_next"] == kept["rwkv"] == "by checkpoint"
+    assert kept["bert"] == kept["deberta"] == "whole inputs"
+    assert kept["xlnet"] == kept["vit"] == "not"
+    assert len(found) == len(kept) > 500

@@ -312,7 +312,8 @@ def attach(
         resegment: as for `AttentionStoreCache`, with `tokenizer`.
         keep: of an encoder, what its forward is called for: "last_hidden_state" (and the pooled output, if it has one)
             or "pooler_output" alone. Outputs are then kept by content, of whole inputs, row by row, in eval mode and
-            without gradients; the other arguments have no effect.
+            without gradients; the other arguments have no effect. Of a model that takes pictures, "image_features":
+            what its vision tower makes of them, beside whatever else is attached.
 
     Returns:
         What says how much was reused, and detaches again; it need not be kept.

@@ -9,7 +9,7 @@ import hashlib
 import inspect
 import logging
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, wraps
 from typing import Any, Literal, get_args
@@ -31,10 +31,10 @@ from .identity.fingerprint import Fingerprint, fingerprint_of
 
 logger = logging.getLogger("hf_attnstore")
 
-Keep = Literal["last_hidden_state", "pooler_output"]
+Keep = Literal["last_hidden_state", "pooler_output", "image_features"]
 _PLACE = "_attnstore_outputs"
 _ONE = encode_tokens(unit_ids(1, 1))
-_PADDING_IS_NOTHING = frozenset(
+TRIED = frozenset(
     "albert bert camembert deberta deberta-v2 distilbert electra ernie gemma3_text llama mistral modernbert mpnet "
     "qwen2 qwen3 roberta t5 xlm-roberta".split()
 )
@@ -96,21 +96,30 @@ def keep_outputs(model: Any, store: AttentionStore, keep: str) -> "KeptOutputs":
             f"{type(model).__name__} is no model of transformers; of a SentenceTransformer, attach model[0].auto_model"
         )
     forget_outputs(model)
+    kind = KeptOutputs
+    if keep == "image_features":
+        kind = KeptPictures
+        makers = [module for module in model.modules() if hasattr(type(module), kind.method)]
+        if not makers:
+            raise UnsupportedModelError(f"{type(model).__name__} makes no embeddings of pictures")
+        model = makers[-1]  # those around it pass on to it
     cls: Any = type(model)
-    made = model.__dict__[_PLACE] = KeptOutputs(model, store, keep, model.__dict__.get("forward"))
-    model.__dict__["forward"] = types.MethodType(_forward_of(cls), model)
+    made = model.__dict__[_PLACE] = kind(model, store, keep, model.__dict__.get(kind.method))
+    model.__dict__[kind.method] = types.MethodType(_stand_in(cls, kind.method), model)
     return made
 
 
 def forget_outputs(model: nn.Module) -> None:
     """Takes off a model what `keep_outputs` put there. Harmless if nothing is."""
-    kept = model.__dict__.pop(_PLACE, None)
-    if hasattr(model.__dict__.get("forward"), BESIDE):
-        del model.__dict__["forward"]
-        if kept is not None and kept.before is not None:
-            model.__dict__["forward"] = kept.before
-    if kept is not None:
-        forget(model)
+    for module in model.modules():
+        kept = module.__dict__.pop(_PLACE, None)
+        for method in (KeptOutputs.method, KeptPictures.method):
+            if hasattr(module.__dict__.get(method), BESIDE):
+                del module.__dict__[method]
+                if kept is not None and kept.before is not None:
+                    module.__dict__[method] = kept.before
+        if kept is not None:
+            forget(module)
 
 
 def _before(model: nn.Module) -> Any:
@@ -119,21 +128,25 @@ def _before(model: nn.Module) -> Any:
 
 
 @cache
-def _forward_of(cls: Any) -> Callable[..., Any]:
-    """What stands in for the forward of a class's attached models; with its name, by which a pickled one finds that."""
+def _stand_in(cls: Any, method: str) -> Callable[..., Any]:
+    """What stands in for a method of a class's attached models; with its name, by which a pickled one finds that."""
+    original = getattr(cls, method)
 
-    @wraps(cls.forward)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        computes = _before(self) or types.MethodType(cls.forward, self)
+    @wraps(original)
+    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        computes = _before(self) or types.MethodType(original, self)
         kept: KeptOutputs | None = self.__dict__.get(_PLACE)
         return kept.run(computes, args, kwargs) if kept is not None else computes(*args, **kwargs)
 
-    setattr(forward, BESIDE, _before)
-    return forward
+    setattr(run, BESIDE, _before)
+    return run
 
 
 class KeptOutputs:
     """What `attach(encoder, store, keep=…)` puts on a model, and returns. As a context manager, detaches at its end."""
+
+    method = "forward"
+    """What it stands in for."""
 
     def __init__(self, model: nn.Module, store: AttentionStore, keep: str, before: Any) -> None:
         self.store = store
@@ -145,8 +158,8 @@ class KeptOutputs:
         self.reused_rows = 0
         """Those of them that were not computed."""
         self._fingerprint: Fingerprint = fingerprint_of(model)
-        self._names = list(inspect.signature(type(model).forward).parameters)[1:]
-        self._trims = str(getattr(model.config, "model_type", "")) in _PADDING_IS_NOTHING
+        self._names = list(inspect.signature(getattr(type(model), self.method)).parameters)[1:]
+        self._trims = str(getattr(model.config, "model_type", "")) in TRIED
         self._told: set[str] = set()
 
     def detach(self) -> None:
@@ -165,7 +178,7 @@ class KeptOutputs:
         return types.NoneType, ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "KeptOutputs":
-        twin = object.__new__(KeptOutputs)
+        twin = object.__new__(type(self))
         memo[id(self)] = twin
         twin.__dict__.update(self.__dict__)
         model = self._fingerprint.model
@@ -345,3 +358,105 @@ class KeptOutputs:
         self._told.add(reason)
         name = type(self._fingerprint.model).__name__
         logger.log(level, "the output of %s is neither looked up nor kept: %s", name, reason)
+
+
+@dataclass
+class PictureOutput(PooledOutput):
+    """The embeddings of pictures, as a model's `get_image_features` returns them."""
+
+    deepstack_features: Any = None
+
+
+class KeptPictures(KeptOutputs):
+    """What `attach(model, store, keep="image_features")` puts on a model: what its vision tower makes of the pictures
+    of a prompt that are not reused, found by their content whatever stands before them. The pictures of one call are
+    kept together, so that what is found is what a call with them gives."""
+
+    method = "get_image_features"
+
+    def run(self, computes: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        try:
+            pictures = _Row(_digest_of(dict(zip(self._names, args, strict=False)) | kwargs), 1)
+            fingerprint = self._identify()
+            key = self._key(self.store.root(fingerprint), pictures)
+            found = self._look_up([key]).get(key)
+        except _NotKnownError as reason:
+            self._tell(str(reason))
+            return computes(*args, **kwargs)
+        self.rows, self.reused_rows = self.rows + 1, self.reused_rows + (found is not None)
+        self.store.count_turn(int(found is not None), 1, 0, 0.0, 0.0)
+        if found is None:
+            output = computes(*args, **kwargs)
+            found = _parts_of(output)
+            if not found:
+                self._tell("what it makes of pictures is not as it is known")
+                return output
+            self._save(fingerprint, pictures, key, found)
+        return _of_parts(found, next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)))
+
+
+def _digest_of(named: Mapping[str, Any]) -> bytes:
+    """A digest of all arguments of a call.
+
+    Raises:
+        _NotKnownError: one is not identified by content.
+    """
+    hasher = hashlib.blake2b(digest_size=32, person=b"attnstore-image")
+    for name in sorted(named):
+        value = named[name]
+        if value is None or name in ("return_dict", "use_cache"):
+            continue
+        if name in ("output_hidden_states", "output_attentions") and value:
+            raise _NotKnownError(f"{name} were asked for")
+        if isinstance(value, torch.Tensor):
+            plain = value.detach().cpu().contiguous()
+            hasher.update(repr((name, str(plain.dtype), tuple(plain.shape))).encode())
+            hasher.update(plain.view(-1).view(torch.uint8).numpy().data)
+        elif isinstance(value, (bool, int, float, str)) or (
+            isinstance(value, (list, tuple)) and all(type(one) is int for one in value)
+        ):
+            hasher.update(repr((name, value)).encode())
+        else:
+            raise _NotKnownError(f"{name} are not identified by content")
+    return hasher.digest()
+
+
+def _parts_of(output: Any) -> dict[str, torch.Tensor]:
+    """The tensors of an output by name, with the places of those in lists; none if there is something else."""
+    try:
+        found = dict(_parts("pooler_output", output.pooler_output))
+        deep = getattr(output, "deepstack_features", None)
+        found |= dict(_parts("deepstack_features", deep)) if deep is not None else {}
+    except (AttributeError, TypeError):
+        return {}
+    return {name: part.detach().to("cpu", copy=True).contiguous() for name, part in found.items()}
+
+
+def _parts(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, (list, tuple)):
+        for place, one in enumerate(value):
+            yield from _parts(f"{name}-{'l' if isinstance(value, list) else 't'}{place}", one)
+    else:
+        raise TypeError(f"{name} is a {type(value).__name__}")
+
+
+def _of_parts(parts: Mapping[str, torch.Tensor], like: torch.Tensor) -> PictureOutput:
+    """The output that `_parts_of` took apart, on the device of `like`."""
+    tree: dict[str, Any] = {}
+    for name, part in parts.items():
+        *steps, last = name.split("-")
+        node = tree
+        for step in steps:
+            node = node.setdefault(step, {})
+        node[last] = part.to(like.device)
+    return PictureOutput(**{field: _built(node) for field, node in tree.items()})
+
+
+def _built(node: Any) -> Any:
+    if isinstance(node, torch.Tensor):
+        return node
+    places = sorted(node, key=lambda place: int(place[1:]))
+    built = [_built(node[place]) for place in places]
+    return built if places[0][0] == "l" else tuple(built)

@@ -25,7 +25,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from hf_attnstore import AttentionStore, CacheUseError, UnsupportedModelError, attach, detach
-from hf_attnstore.cache.outputs import _PADDING_IS_NOTHING, PooledOutput
+from hf_attnstore.cache.outputs import TRIED, PooledOutput
 from hf_attnstore.lab.families.tiny import of_class
 
 SMALL: dict[str, Any] = {
@@ -82,7 +82,7 @@ def hidden(model: Any, inputs: dict[str, torch.Tensor], row: int, length: int) -
         return model(**inputs).last_hidden_state[row, :length]
 
 
-@pytest.mark.parametrize("family", sorted(_PADDING_IS_NOTHING))
+@pytest.mark.parametrize("family", sorted(TRIED))
 def test_padding_behind_a_text_changes_nothing_and_known_rows_are_not_computed(
     family: str, store: AttentionStore, computed: Any
 ) -> None:

@@ -43,6 +43,13 @@ _MAKERS: dict[str, Maker] = {
 }
 """By the name of the class that transformers uses."""
 
+
+def is_state(layer: Any) -> bool:
+    """Whether a layer, as `DynamicCache` makes it, keeps a running state."""
+    maker = _MAKERS.get(type(layer).__name__)
+    return maker is not None and maker(layer).has_state
+
+
 _warned: set[str] = set()
 
 

@@ -18,6 +18,22 @@ app = typer.Typer()
 app.command()(fetch)
 
 
+@app.command()
+def kinds(
+    output: Annotated[Path | None, typer.Option(help="A page to write, such as docs/results/kinds.md.")] = None,
+) -> None:
+    """What is kept of every model folder of transformers, by token, by checkpoint, whole or not, and why."""
+    from .kinds import grouped, markdown
+    from .kinds import kinds as every_kind
+
+    found = every_kind()
+    if output is not None:
+        output.write_text(markdown(found))
+        Console(highlight=False).print(f"wrote {escape(str(output))}")
+    else:
+        Console(highlight=False, soft_wrap=True).print(escape(grouped(found)))
+
+
 @app.callback(invoke_without_command=True)
 def models(
     context: typer.Context,
