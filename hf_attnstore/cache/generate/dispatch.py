@@ -18,7 +18,7 @@ from transformers import GenerationMixin
 from ..cache import AttentionStoreCache
 from ..hooks import attachment_of
 from ..model.argument import cache_in
-from ..model.structure import in_canvases
+from ..model.structure import in_canvases, refiner
 from .wrapper import generate_around, pass_on
 
 _DISPATCHED = "_attnstore_dispatched"
@@ -29,7 +29,12 @@ _installed: set[type] = set()
 def install(model: nn.Module | None = None) -> None:
     """Makes transformers' `generate` of a model pass on calls with a cache of ours. Harmless when repeated: it is
     needed again where somebody put back what was there before."""
-    mixin: Any = (in_canvases(model) if model is not None else None) or GenerationMixin
+    mixins: list[Any] = [GenerationMixin, refiner()] if model is None else [in_canvases(model) or GenerationMixin]
+    for mixin in filter(None, mixins):
+        _install(mixin)
+
+
+def _install(mixin: Any) -> None:
     original = mixin.generate
     if hasattr(original, _DISPATCHED):  # itself, or what `functools.wraps` says is around it
         return

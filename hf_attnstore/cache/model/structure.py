@@ -42,6 +42,15 @@ def own_state(model: nn.Module) -> str:
     return kind if known else ""
 
 
+def refiner() -> type | None:
+    """The class of transformers that models have a `generate` from which refines blocks; None if it has none."""
+    try:
+        from transformers.models.diffusion_gemma.generation_diffusion_gemma import DiffusionGemmaGenerationMixin
+    except ImportError:
+        return None
+    return DiffusionGemmaGenerationMixin
+
+
 def in_canvases(model: nn.Module) -> type | None:
     """The class that a model has its `generate` from, if that refines whole blocks of tokens (DiffusionGemma): there
     an encoder writes the cache, and a decoder that sees all of a block reads it only. Else None."""
