@@ -47,6 +47,7 @@ def application(service: Service, keys: Keys | None = None, chat_template_kwargs
     build: Callable[..., FastAPI] = build_server
     app = build(**{name: given.get(name) for name in needed})
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", "") in ANSWERED]
+    app.user_middleware.clear()  # gives requests their ids, which the `Doorkeeper` does
     for kind in (ApiError, AttentionStoreError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, answer_error)
     _add_routes(app, service)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
+import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from .errors import ApiError
 
 _OPEN = frozenset({"/health"})
 """What anybody may ask for."""
+_REQUEST_ID = b"x-request-id"
 MOST_BYTES = 64 << 20
 """Of a request's body."""
 
@@ -93,6 +95,8 @@ class Exchange:
     store: AttentionStore
     """The store in the caller's namespace."""
     began: float = field(default_factory=time.monotonic)
+    id: str = field(default_factory=lambda: str(uuid.uuid4()))
+    """As the client names it, if it does."""
     left: bool = False
     _when_left: list[Callable[[], object]] = field(default_factory=list)
 
@@ -116,7 +120,8 @@ def current() -> Exchange:
 
 
 class Doorkeeper:
-    """ASGI middleware: asks for a key, reads the body, and notices when a client leaves.
+    """ASGI middleware: asks for a key, reads the body, notices when a client leaves, and gives a request its id, which
+    transformers' routes read (their own middleware for that hands every piece of a stream from task to task).
 
     Args:
         keys: None lets everybody in, into the store's own namespace.
@@ -142,6 +147,8 @@ class Doorkeeper:
             await JSONResponse(refused.body, refused.status)(scope, receive, send)
             return
         exchange = Exchange(store)
+        exchange.id = dict(scope["headers"]).get(_REQUEST_ID, b"").decode("latin-1") or exchange.id
+        scope.setdefault("state", {})["request_id"] = exchange.id
         token = _current.set(exchange)
         try:
             await self._answer(scope, body, receive, send, exchange)
@@ -182,6 +189,8 @@ class Doorkeeper:
             return {"type": "http.disconnect"}
 
         async def send_on(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), (_REQUEST_ID, exchange.id.encode("latin-1"))]
             if message["type"] == "http.response.body" and not message.get("more_body"):
                 watching.cancel()  # who has the whole answer may go
             await send(message)

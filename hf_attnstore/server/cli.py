@@ -74,6 +74,10 @@ def serve(
         str | None,
         typer.Option(help="JSON for every chat template, unless a request has its own.", show_default=False),
     ] = None,
+    warm: Annotated[
+        bool,
+        typer.Option("--warm-up/--no-warm-up", help="Answer a short request before listening, so that nobody waits."),
+    ] = True,
     attn_implementation: Annotated[
         str | None, typer.Option(help="Such as sdpa or flash_attention_2.", show_default=False)
     ] = None,
@@ -100,6 +104,7 @@ def serve(
     from .generating import LoadedModel
     from .running import run
     from .service import Service
+    from .warming import warm_up
 
     try:
         source = model_source(model)
@@ -112,6 +117,8 @@ def serve(
         )
     except (OSError, ValueError) as error:
         raise AttentionStoreError(f"the model can't be loaded: {first_line(error)}") from error
+    if warm:
+        warm_up(loaded, chat_template_kwargs=template)
     opened = AttentionStore(store, memory=memory, disk=disk, on_device=on_device)
     batched = None
     if continuous_batching:
