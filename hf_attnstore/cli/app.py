@@ -61,6 +61,13 @@ def chat(
     session: Annotated[str, typer.Option(help="Name of the conversation; it goes on where it left off.")],
     model: Model = None,
     store: Store = None,
+    url: Annotated[
+        str | None,
+        typer.Option(help="Talk to a server such as `attnstore serve`; it has model and store.", show_default=False),
+    ] = None,
+    key: Annotated[
+        str | None, typer.Option(help="API key for --url.", envvar="OPENAI_API_KEY", show_default=False)
+    ] = None,
     system: Annotated[str | None, typer.Option(help="System message of the conversation.", show_default=False)] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 200,
     window: Annotated[
@@ -83,6 +90,12 @@ def chat(
     dtype: Dtype = "auto",
 ) -> None:
     """Chat in the terminal; /help shows the commands."""
+    if url is not None:
+        from .remote import RemoteChat
+
+        settings: dict[str, Any] = {"max_tokens": max_new_tokens, "temperature": 1 if sample else 0}
+        RemoteChat(url, key, session, system, Console(highlight=False), settings).run()
+        return
     from transformers.utils.logging import disable_progress_bar
 
     from ..chat.model import load_chat_model

@@ -20,6 +20,8 @@ from .errors import ApiError
 
 _OPEN = frozenset({"/health"})
 """What anybody may ask for."""
+_PAGE = "/ui/"
+"""Where the page is, if there is one: it knows its visitors by itself."""
 _REQUEST_ID = b"x-request-id"
 MOST_BYTES = 64 << 20
 """Of a request's body."""
@@ -133,7 +135,7 @@ class Doorkeeper:
         """Kept, so that a namespace stays one object for the queue."""
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] != "http" or f"{scope['path']}/".startswith(_PAGE):
             await self._app(scope, receive, send)
             return
         store = self._store_of(scope)

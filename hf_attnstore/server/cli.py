@@ -36,6 +36,17 @@ def serve(
             show_default=False,
         ),
     ] = None,
+    ui: Annotated[
+        bool, typer.Option("--ui", help="Serve the page of `attnstore ui` too, at /ui, on the same model and store.")
+    ] = False,
+    auth: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="USER:PASSWORD of somebody who may use the page, once for each.",
+            envvar="ATTNSTORE_UI_AUTH",
+            show_default=False,
+        ),
+    ] = None,
     store: Store = None,
     memory: Memory = None,
     disk: Disk = None,
@@ -88,9 +99,17 @@ def serve(
     console = Console(highlight=False, soft_wrap=True)
     template = _template_kwargs(chat_template_kwargs)
     import_module(f"{__package__}.seams")  # says what is missing
+    from ..ui.cli import account
     from .callers import Keys
 
     known = Keys.read(keys) if keys is not None else None
+    accounts = [account(entry) for entry in auth or ()]
+    if ui and continuous_batching:
+        raise AttentionStoreError(
+            "--ui answers one after the other, and --continuous-batching side by side: choose one"
+        )
+    if ui and known is not None and not accounts:
+        raise AttentionStoreError("with --keys the page needs accounts of its own: --auth USER:PASSWORD")
     if known is None and not is_loopback(host):
         console.print(
             f"[yellow]warning:[/] everybody who reaches {escape(host)} can use this model and its sessions; "
@@ -102,6 +121,7 @@ def serve(
     from ..store import AttentionStore
     from .app import application
     from .generating import LoadedModel
+    from .page import PATH, add_page
     from .running import run
     from .service import Service
     from .warming import warm_up
@@ -136,7 +156,11 @@ def serve(
         batched=batched,
     )
     said = f"serving [bold]{escape(service.name)}[/] at {_url(listening)}"
-    run(application(service, known, template), listening, grace, lambda: console.print(said))
+    app = application(service, known, template)
+    if ui:
+        add_page(app, service, accounts)
+        said += f", the page at [bold]{_url(listening, PATH)}[/]"
+    run(app, listening, grace, lambda: console.print(said))
 
 
 def _template_kwargs(given: str | None) -> dict[str, Any]:
@@ -149,6 +173,6 @@ def _template_kwargs(given: str | None) -> dict[str, Any]:
     return found
 
 
-def _url(listening: socket.socket) -> str:
+def _url(listening: socket.socket, path: str = "/v1") -> str:
     host, port = listening.getsockname()[:2]
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}{path}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -58,6 +58,8 @@ class Service:
         self.answers: dict[str, Answer] = {}
         """Those that a handler is about to start, by id."""
         self.state = TurnState(self)
+        self.before_closing: Callable[[], object] | None = None
+        """Ends what else uses the queue."""
 
     @contextmanager
     def known(self, answer: Answer) -> Iterator[None]:
@@ -81,6 +83,8 @@ class Service:
 
     def close(self) -> None:
         """What runs stops at the next token; all that is complete is on disk after that."""
+        if self.before_closing is not None:
+            self.before_closing()
         if self.batches is not None:
             self.batches.close()
         self.queue.close(cancel=True)

@@ -37,6 +37,9 @@ def warm_up(loaded: LoadedModel, **options: Any) -> None:
 async def _ask(app: Any) -> None:
     body = {"messages": _MESSAGES, "max_tokens": 2, "temperature": 0, "stream": True}
     inside = httpx.ASGITransport(app)
-    async with app.router.lifespan_context(app), httpx.AsyncClient(transport=inside, base_url="http://inside") as asking:
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=inside, base_url="http://inside") as asking,
+    ):
         answer = await asking.post("/v1/chat/completions", json=body, timeout=None)
         logger.debug("warming up: %s %s", answer.status_code, answer.headers.get(HEADER, answer.text))

@@ -69,7 +69,7 @@ def ui(
     if screenshots is not None or measure:
         named(TOUR)(console, load, screenshots, measured=measure)
         return
-    accounts = [_account(entry) for entry in auth or ()]
+    accounts = [account(entry) for entry in auth or ()]
     if not serving.is_loopback(host) and not accounts:
         console.print(
             f"[yellow]warning:[/] everybody who reaches {escape(host)} can use this model; "
@@ -100,7 +100,8 @@ def _serving() -> Any:
     return serve
 
 
-def _account(entry: str) -> tuple[str, str]:
+def account(entry: str) -> tuple[str, str]:
+    """A name and a password, as `--auth` has them."""
     name, colon, password = entry.partition(":")
     if not name or not colon or not password:
         raise AttentionStoreError("--auth is USER:PASSWORD, both of at least one character")

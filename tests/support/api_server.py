@@ -21,6 +21,7 @@ from hf_attnstore.server import answer
 from hf_attnstore.server.app import application
 from hf_attnstore.server.callers import Keys
 from hf_attnstore.server.generating import LoadedModel
+from hf_attnstore.server.page import add_page
 from hf_attnstore.server.service import Service
 
 from .turn_queue_fixtures import PATIENCE, until
@@ -65,7 +66,7 @@ class Paused:
 class ApiServer:
     """A server that runs in a thread of this process."""
 
-    def __init__(self, service: Service, keys: Keys | None) -> None:
+    def __init__(self, service: Service, keys: Keys | None, page: bool = False) -> None:
         self.service = service
         self.fed = Fed(service.loaded.model)
         listening = socket.socket()
@@ -73,7 +74,10 @@ class ApiServer:
         self.port = listening.getsockname()[1]
         self.base = f"http://127.0.0.1:{self.port}"
         self.url = f"{self.base}/v1"
-        config = uvicorn.Config(application(service, keys), log_level="warning", timeout_graceful_shutdown=PATIENCE)
+        app = application(service, keys)
+        if page:
+            add_page(app, service)
+        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=PATIENCE)
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve([listening])))
         self._thread.start()
@@ -95,11 +99,13 @@ class ApiServer:
 
 
 @contextmanager
-def serving(model: Path, folder: Path, keys: str | None = None, **options: Any) -> Iterator[ApiServer]:
+def serving(
+    model: Path, folder: Path, keys: str | None = None, *, page: bool = False, shared: str | None = None, **options: Any
+) -> Iterator[ApiServer]:
     """A server of the model in a folder, until the end of the block."""
     loaded = LoadedModel(str(model), NAME, device="cpu", dtype="float32")
-    service = Service(loaded, AttentionStore(folder, block_size=16), **options)
-    server = ApiServer(service, Keys(keys) if keys is not None else None)
+    service = Service(loaded, AttentionStore(folder, block_size=16, shared=shared), **options)
+    server = ApiServer(service, Keys(keys) if keys is not None else None, page)
     until(lambda: server.started)
     try:
         yield server
