@@ -70,7 +70,7 @@ class Bucket:
         keys = {"access_key_id": url.user, "secret_access_key": url.secret}
         given = {"endpoint": endpoint, "region": url.option("region"), **keys}
         certificate = url.option("ca")
-        client: dict[str, Any] = {"timeout": "5s", "allow_http": endpoint.startswith("http://")}
+        client: Any = {"timeout": "5s", "allow_http": endpoint.startswith("http://")}
         try:
             if certificate:
                 client["root_certificate"] = Path(certificate).expanduser().read_bytes()
