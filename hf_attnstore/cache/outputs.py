@@ -238,9 +238,8 @@ class KeptOutputs:
 
     def _read(self, named: Mapping[str, Any]) -> tuple[list[_Row], dict[str, torch.Tensor]]:
         """The rows of a call, and its tensors by name, each `[rows, columns]`."""
-        config: Any = vars(
-            self._fingerprint.model.config
-        )  # its own way to look attributes up takes as long as all else
+        # a configuration's own way to look attributes up takes as long as all else
+        config: Any = vars(self._fingerprint.model.config)
         ids = named.get("input_ids")
         if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or not ids.numel():
             raise _NotKnownError("it is not given input_ids [rows, tokens]")
