@@ -94,6 +94,10 @@ USES: dict[str, Callable[[AttentionStore], object]] = {
     "describe_block": lambda store: store.describe_block(b"k"),
     "latest_checkpoint": lambda store: store.latest_checkpoint([], []),
     "load": lambda store: store.load([]),
+    "resident": lambda store: store.resident(b"k"),
+    "bring": lambda store: next(store.bring([b"k"])),
+    "copy_beginning": lambda store: store.copy_beginning(range(16), "f", store),
+    "shared_upkeep": lambda store: store.shared_upkeep(),
     "put": lambda store: store.put(make_chain([1], 16)[0]),
     "touch": lambda store: store.touch([b"k"]),
     "promote": lambda store: store.promote([b"k"]),
@@ -109,7 +113,7 @@ USES: dict[str, Callable[[AttentionStore], object]] = {
 HARMLESS = {
     "begin_computing", "check_name", "check_namespace", "close", "count_turn", "end_computing", "keep_in_memory",
     "register", "release", "reserve", "root", "stop_recording", "tier_of", "after_fork_in_child",
-    "check_not_left_behind",
+    "check_not_left_behind", "fetching", "give_way", "one_step",
 }  # fmt: skip
 """Those that need none: they reckon, or are there to clean up."""
 

@@ -173,7 +173,7 @@ TABLE: dict[str, tuple[str, dict[str, Any], list[Turn] | str]] = {
         },
         _LEARNED,
     ),
-    "rwkv": ("Rwkv", {}, "takes no cache"),
+    "rwkv": ("Rwkv", {}, "keeps a running state"),
 }
 
 

@@ -17,7 +17,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..model.argument import as_forward_takes, cache_name
-from ..model.structure import has_length_dependent_rope
+from ..model.structure import has_length_dependent_rope, own_state
 from ..positions.geometry import Geometry, LayerGeometry, Rotation
 from .known import Known
 
@@ -67,6 +67,8 @@ def _probe(model: nn.Module) -> Iterator[LayerGeometry]:
         raise _Refused("the model is in training mode")
     if getattr(config, "is_encoder_decoder", False):
         raise _Refused("it is an encoder-decoder model")
+    if own_state(model):
+        raise _Refused("it keeps a running state, not keys")
     if has_length_dependent_rope(text):
         raise _Refused("its rotary frequencies depend on the length of the text")
     for number, layer in enumerate(DynamicCache(config=text).layers):
