@@ -140,7 +140,8 @@ def ls(
         spaces = [name for name, _ in shown] if everything else None
         console.print(sessions_table([info for _, info in shown], models=models, namespaces=spaces))
         together = sum(view.bytes_together() for view in views)
-        console.print(f"{total:,} conversations, {format_bytes(together)} together: what they share counts once")
+        count = "1 conversation" if total == 1 else f"{total:,} conversations"
+        console.print(f"{count}, {format_bytes(together)} together: what they share counts once")
         if offset + len(shown) < total:
             console.print(f"{offset + 1} to {offset + len(shown)} of {total:,}; --offset {offset + len(shown)} goes on")
 

@@ -130,7 +130,7 @@ def main(task_file: Path, result_file: Path) -> None:
 def run_turn(task: TurnTask) -> TurnResult:
     """The turn with the store and without, `task.repeats` times each, alternating."""
     model, tokenizer = load_chat_model(task.model, device=task.device, dtype=task.dtype)
-    _warm_up(model, tokenizer)
+    _warm_up(model, tokenizer, task)
     stores = [Path(task.store), *_copies(Path(task.store), Path(task.scratch), task.repeats)]
     spare = stores.pop()
     history, prompt = _prompt(model, tokenizer, spare, task)
@@ -256,13 +256,12 @@ def _copies(store: Path, scratch: Path, count: int) -> list[Path]:
     return copies
 
 
-def _warm_up(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Two short generations on tokens that have nothing to do with the conversation."""
+def _warm_up(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: TurnTask) -> None:
+    """Two short generations on tokens that have nothing to do with the conversation; with its stop strings, for which
+    transformers looks through the whole vocabulary the first time."""
     ids = [i % model.config.get_text_config().vocab_size for i in range(WARM_UP_TOKENS, 0, -1)]
     for _ in range(2):
-        timed_generate(
-            model, tokenizer, ids, GenerateRun(), max_new_tokens=2, do_sample=False, pad_token_id=_pad(tokenizer)
-        )
+        timed_generate(model, tokenizer, ids, GenerateRun(), **{**_settings(tokenizer, task), "max_new_tokens": 2})
 
 
 def _pad(tokenizer: PreTrainedTokenizerBase) -> int:
