@@ -102,31 +102,44 @@ def _serve_bytes(connection: socket.socket) -> None:
         connection.sendall(b"1")
 
 
-class _Direction:
-    """One direction of a connection: bytes leave when those before them have, at the link's rate, and arrive a delay
-    later."""
+class _Wire:
+    """One direction of a link, which all connections share: bytes leave when those before them have."""
 
-    def __init__(self, source: socket.socket, target: socket.socket, bits: float, delay: float) -> None:
-        self._source, self._target, self._bits, self._delay = source, target, bits, delay
+    def __init__(self, bits: float) -> None:
+        self.bits = bits
+        self._lock = threading.Lock()
+        self._free = 0.0
+
+    def leave(self, nbytes: int) -> float:
+        """When so many bytes have left, on the clock of `time.monotonic`."""
+        with self._lock:
+            self._free = max(self._free, time.monotonic()) + (nbytes * 8 / self.bits if self.bits else 0.0)
+            return self._free
+
+
+class _Direction:
+    """One direction of a connection: bytes leave by the wire, and arrive a delay later."""
+
+    def __init__(self, source: socket.socket, target: socket.socket, wire: _Wire, delay: float) -> None:
+        self._source, self._target, self._wire, self._delay = source, target, wire, delay
         self._changed = threading.Condition()
         self._way: deque[tuple[float, bytes]] = deque()
-        self._room = max(4 << 20, int(2 * bits / 8 * delay))
+        self._room = max(4 << 20, int(2 * wire.bits / 8 * delay))
         self._nbytes = 0
         for run in (self._read, self._write):
             threading.Thread(target=run, daemon=True).start()
 
     def _read(self) -> None:
-        free = 0.0
         data = b"-"
         while data:
             try:
                 data = self._source.recv(_CHUNK)
             except OSError:
                 data = b""
-            free = max(free, time.monotonic()) + (len(data) * 8 / self._bits if self._bits else 0.0)
+            left = self._wire.leave(len(data))
             with self._changed:
                 self._changed.wait_for(lambda: self._nbytes < self._room)
-                self._way.append((free + self._delay, data))
+                self._way.append((left + self._delay, data))
                 self._nbytes += len(data)
                 self._changed.notify_all()
 
@@ -151,20 +164,21 @@ class _Direction:
                 self._changed.notify_all()
 
 
-def _serve_link(connection: socket.socket, port: int, bits: float, delay: float) -> None:
+def _serve_link(connection: socket.socket, port: int, wires: tuple[_Wire, _Wire], delay: float) -> None:
     server = socket.create_connection(("127.0.0.1", port))
     server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    _Direction(connection, server, bits, delay)
-    _Direction(server, connection, bits, delay)
+    _Direction(connection, server, wires[0], delay)
+    _Direction(server, connection, wires[1], delay)
 
 
 def main(what: str, port: str = "0", bits: str = "0", delay: str = "0") -> None:
     """Serves until it is killed."""
+    wires = _Wire(float(bits)), _Wire(float(bits))
     for connection in _listen():
         if what == "bytes":
             threading.Thread(target=_serve_bytes, args=(connection,), daemon=True).start()
         else:
-            _serve_link(connection, int(port), float(bits), float(delay))
+            _serve_link(connection, int(port), wires, float(delay))
 
 
 if __name__ == "__main__":

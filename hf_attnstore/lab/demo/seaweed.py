@@ -57,7 +57,7 @@ class Seaweed:
         kinds = ("s3", "master", "volume", "filer")
         ports = [f"-{kind}.port={port}" for kind, port in zip(kinds, self._ports[:4], strict=True)]
         ports += [f"-{kind}.port.grpc={port}" for kind, port in zip(kinds, self._ports[4:], strict=True)]
-        few = ["-volume.max=8", "-master.volumeSizeLimitMB=64", "-s3.port.iceberg=0", "-s3.port.lance=0"]
+        few = ["-volume.max=64", "-master.volumeSizeLimitMB=64", "-s3.port.iceberg=0", "-s3.port.lance=0"]
         safe = ["-ip=127.0.0.1", "-master.telemetry=false", "-volume.preStopSeconds=0", "-s3.iam=false"]
         config = [f"-dir={self._folder}", "-s3", f"-s3.config={self._folder / 's3.json'}"]
         self._process = subprocess.Popen(  # noqa: S603 found above
