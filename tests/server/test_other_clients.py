@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -102,6 +102,19 @@ def huggingface_hub(server: ApiServer) -> Answer:
     return answer
 
 
+def conversation(plain: Plain) -> Iterator[tuple[Messages, list[int], list[int], int]]:
+    """Turn by turn: the messages so far, the prompt's ids, what plain generate answers, and how many ids are known."""
+    messages: Messages = []
+    known: list[list[int]] = []
+    for text in SAID:
+        messages.append({"role": "user", "content": text})
+        ids = plain.prompt(messages)
+        expected = plain_answer(plain.model, ids, max_new_tokens=12, do_sample=False)
+        yield messages, ids, expected, agreed(known, ids)
+        known.append([*ids, *expected[:-1]])
+        messages.append({"role": "assistant", "content": plain.text(expected)})
+
+
 CLIENTS = (litellm, langchain, langchain_streamed, llama_index, curl, huggingface_hub)
 
 
@@ -111,18 +124,12 @@ def test_a_client_hears_what_plain_generate_says_and_what_was_reused(
 ) -> None:
     monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # or it asks the network for prices
     answer = client(server)
-    messages: Messages = []
-    known: list[list[int]] = []
-    for text in SAID:
-        messages.append({"role": "user", "content": text})
-        ids = plain.prompt(messages)
-        expected = plain_answer(plain.model, ids, max_new_tokens=12, do_sample=False)
-        reused = agreed(known, ids)
+    known: list[int] = []
+    for messages, ids, expected, reused in conversation(plain):
         assert answer(messages) == (plain.text(expected), reused)
         assert server.fed.take() == len(ids) - reused + 11
-        known.append([*ids, *expected[:-1]])
-        messages.append({"role": "assistant", "content": plain.text(expected)})
-    assert reused > len(known[0])
+        known.append(len(ids) + len(expected) - 1)
+    assert reused > known[0]
 
 
 @pytest.mark.slow
@@ -148,16 +155,9 @@ def test_the_terminal_chats_with_a_server(server: ApiServer, plain: Plain) -> No
     arguments = ["chat", "--session", "s", "--url", server.url, "--max-new-tokens", "12"]
     printed = CliRunner().invoke(app, arguments, input="\n".join([*SAID, "/quit"]), env={"COLUMNS": "300"})
     assert printed.exit_code == 0, printed.output
-    messages: Messages = []
-    known: list[list[int]] = []
-    for text in SAID:
-        messages.append({"role": "user", "content": text})
-        ids = plain.prompt(messages)
-        expected = plain_answer(plain.model, ids, max_new_tokens=12, do_sample=False)
+    for _, ids, expected, reused in conversation(plain):
         assert plain.text(expected) in printed.output
-        assert f"{agreed(known, ids)} of {len(ids)} tokens cached · 12 new" in printed.output
-        known.append([*ids, *expected[:-1]])
-        messages.append({"role": "assistant", "content": plain.text(expected)})
+        assert f"{reused} of {len(ids)} tokens cached · 12 new" in printed.output
     assert [s["id"] for s in server.ask("GET", "/v1/sessions").json()["data"]] == ["s"]
 
 

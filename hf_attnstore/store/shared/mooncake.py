@@ -35,6 +35,7 @@ from ..blocks.block import Bytes
 from .deadline import Deadline
 from .engine import About, Edges, Engine, EngineError, Put, Stream
 from .url import SharedURL
+from .values import spread
 from .wire import Wire
 
 T = TypeVar("T")
@@ -268,12 +269,7 @@ class _Stream(Stream):
 
         def copy(came: list[memoryview]) -> None:
             for part in came:
-                done = 0
-                for buffer in buffers:
-                    view = memoryview(buffer)  # type: ignore[arg-type]
-                    piece = part[done : done + view.nbytes]
-                    view[: piece.nbytes] = piece
-                    done += piece.nbytes
+                spread(part, buffers)
 
         return sum(part.nbytes for part in self._engine.run(bring, deadline, copy))
 

@@ -152,7 +152,7 @@ class Reading:
     def _spread(self, asked: _Asked, buffers: Sequence[Bytes]) -> int:
         """What came of a range, into buffers; what is more than these take is for later."""
         assert asked.data is not None
-        done = _spread(asked.data, buffers)
+        done = spread(asked.data, buffers)
         if done < asked.data.nbytes:
             rest = asked.data[done:]
             self._came.append(_Asked(asked.name, asked.offset + done, rest.nbytes, rest))
@@ -179,7 +179,7 @@ class Reading:
         return 0
 
 
-def _spread(data: memoryview, buffers: Sequence[Bytes]) -> int:
+def spread(data: memoryview, buffers: Sequence[Bytes]) -> int:
     """Copies bytes into buffers, one after the other; what they do not take is left out."""
     done = 0
     for buffer in buffers:
@@ -206,9 +206,9 @@ class Value(Ranges):
         size, head, tail = self._edges
         wanted = sum(buffer.nbytes for buffer in buffers)
         if offset < len(head):
-            return _spread(memoryview(head)[offset:], buffers)
+            return spread(memoryview(head)[offset:], buffers)
         if offset >= size - len(tail):
-            return _spread(memoryview(tail)[offset - (size - len(tail)) :], buffers)
+            return spread(memoryview(tail)[offset - (size - len(tail)) :], buffers)
         if not wanted:
             return 0
         return self._reading.read(self._name, offset, buffers)
