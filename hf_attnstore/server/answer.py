@@ -6,6 +6,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import Callable
+from contextvars import copy_context
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,11 +66,12 @@ class Answer:
         self._asked = next((body[n] for n in body if n.startswith("max_") and n.endswith("_tokens")), None)
         self._service = service
         self._when_over = when_over
-        self._loop = asyncio.get_running_loop()
+        self._loop, self._context = asyncio.get_running_loop(), copy_context()
         self._begun, self._over = asyncio.Event(), asyncio.Event()
         self._turned: AttentionStoreCache | BatchTurn | None = None
         """What has the numbers of its turn."""
-        self._first_token: float | None = None
+        self.first_token: float | None = None
+        """When it came, on the monotonic clock."""
         self._prompt_tokens = 0
         self.turn: Turn[Any] | BatchTurn | None = None
         self.keeps: list[dict[str, Any]] | None = None
@@ -113,7 +115,7 @@ class Answer:
             self.turn = self._queued(model, tokenizer, given)
         if self.exchange.left:
             self.turn.cancel()
-        self.turn.add_done_callback(lambda _: self._loop.call_soon_threadsafe(self._end))
+        self.turn.add_done_callback(lambda _: self._loop.call_soon_threadsafe(self._end, context=self._context))
 
     def _queued(self, model: Any, tokenizer: Any, given: dict[str, Any]) -> Turn[Any]:
         """Its turn among those that run one at a time."""
@@ -144,7 +146,7 @@ class Answer:
 
     def heard(self) -> None:
         """The first token is there. Called in the thread of the turns."""
-        self._first_token = time.monotonic()
+        self.first_token = time.monotonic()
         self._loop.call_soon_threadsafe(self._begun.set)
 
     def _end(self) -> None:
@@ -166,7 +168,7 @@ class Answer:
             BaseException: what the turn raised, if it did before there was any.
         """
         await self._wait_for(self._begun)
-        if self._first_token is None:
+        if self.first_token is None:
             self.raise_if_failed()
 
     async def over(self) -> None:
@@ -208,7 +210,7 @@ class Answer:
     @property
     def ttft_seconds(self) -> float | None:
         """From the request to the first token, waiting included; None before that."""
-        return None if self._first_token is None else self._first_token - self.exchange.began
+        return None if self.first_token is None else self.first_token - self.exchange.began
 
     @property
     def tier(self) -> str:

@@ -112,6 +112,11 @@ class BatchTurn(Future[torch.Tensor]):
     def generated_tokens(self) -> int:
         return len(self.ids)
 
+    @property
+    def running_seconds(self) -> float:
+        """Since it was given to the loop, where it may have waited for its place in a batch."""
+        return time.monotonic() - self.began
+
     def cancel(self) -> bool:
         """Nobody waits for it any more: it stops at the next token, and what is computed is kept."""
         return self._batches.end(self, CancelledError(), "cancelled")

@@ -99,6 +99,7 @@ class Exchange:
     began: float = field(default_factory=time.monotonic)
     id: str = field(default_factory=lambda: str(uuid.uuid4()))
     """As the client names it, if it does."""
+    headers: dict[bytes, bytes] = field(default_factory=dict)
     left: bool = False
     _when_left: list[Callable[[], object]] = field(default_factory=list)
 
@@ -148,8 +149,8 @@ class Doorkeeper:
             refused = ApiError(413, f"a request has at most {MOST_BYTES:,} bytes")
             await JSONResponse(refused.body, refused.status)(scope, receive, send)
             return
-        exchange = Exchange(store)
-        exchange.id = dict(scope["headers"]).get(_REQUEST_ID, b"").decode("latin-1") or exchange.id
+        exchange = Exchange(store, headers=dict(scope["headers"]))
+        exchange.id = exchange.headers.get(_REQUEST_ID, b"").decode("latin-1") or exchange.id
         scope.setdefault("state", {})["request_id"] = exchange.id
         token = _current.set(exchange)
         try:

@@ -85,6 +85,9 @@ def serve(
         str | None,
         typer.Option(help="JSON for every chat template, unless a request has its own.", show_default=False),
     ] = None,
+    traces: Annotated[
+        bool, typer.Option("--traces", help="Make a span of OpenTelemetry of each turn, for the process's tracer.")
+    ] = False,
     warm: Annotated[
         bool,
         typer.Option("--warm-up/--no-warm-up", help="Answer a short request before listening, so that nobody waits."),
@@ -154,6 +157,7 @@ def serve(
         deadline=deadline,
         checkpoint_every=checkpoint_every,
         batched=batched,
+        traced=traces,
     )
     said = f"serving [bold]{escape(service.name)}[/] at {_url(listening)}"
     app = application(service, known, template)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from prometheus_client.registry import Collector
 
 from ..store.index.counts import MISSED
@@ -27,11 +31,17 @@ _TOTALS = {
     "written_bytes": "Bytes written to disk",
     "evicted_blocks": "Blocks evicted from disk",
     "fetched_blocks": "Blocks fetched from disk to memory ahead of a turn",
+    "shared_blocks": "Blocks sent to the shared tier",
+    "shared_bytes": "Bytes sent to the shared tier",
+    "shared_read_bytes": "Bytes read from the shared tier",
     "load_seconds": "Time spent on loading",
     "exposed_load_seconds": "Time that computing waited for loads",
     "write_seconds": "Time spent on writing",
 }
-_FAILURES = ("rejected", "read_errors", "write_errors", "not_saved_blocks", "not_admitted_blocks")
+_FAILURES = (
+    "rejected", "read_errors", "write_errors", "not_saved_blocks", "not_admitted_blocks", "shared_errors",
+    "shared_dropped_blocks", "shared_refused_blocks",
+)  # fmt: skip
 
 
 def store_metrics(stats: Mapping[str, int | float]) -> Iterator[Metric]:
@@ -82,8 +92,45 @@ def store_text(stats: Mapping[str, int | float]) -> str:
     return generate_latest(registry).decode()
 
 
+class _Together:
+    """What is looked up in one process, as metrics that several processes put together in a folder: counters are added
+    up, and what is as it is has the process's number as a label."""
+
+    def __init__(self, looks: list[Callable[[], Iterator[Metric]]]) -> None:
+        self._looks = looks
+        self._own = CollectorRegistry()
+        self._metrics: dict[str, Any] = {}
+        self._counted: defaultdict[tuple[str, ...], float] = defaultdict(float)
+        self._lock = threading.Lock()
+
+    def update(self) -> None:
+        """What the other processes are to know of this one."""
+        with self._lock:
+            for family in (family for look in self._looks for family in look()):
+                for sample in family.samples:
+                    metric = self._metric(family, tuple(sample.labels))
+                    one = metric.labels(**sample.labels) if sample.labels else metric
+                    if family.type == "gauge":
+                        one.set(sample.value)
+                    else:
+                        key = (sample.name, *sample.labels.values())
+                        one.inc(max(sample.value - self._counted[key], 0.0))
+                        self._counted[key] = sample.value
+
+    def _metric(self, family: Metric, labels: tuple[str, ...]) -> Any:
+        if family.name not in self._metrics:
+            more: dict[str, Any] = {"labelnames": labels, "registry": self._own}
+            self._metrics[family.name] = (
+                Gauge(family.name, family.documentation, multiprocess_mode="liveall", **more)
+                if family.type == "gauge"
+                else Counter(family.name, family.documentation, **more)
+            )
+        return self._metrics[family.name]
+
+
 class Metrics:
-    """Those of a server; a registry of its own, so that several in one process do not meet.
+    """Those of a server; a registry of its own, so that several in one process do not meet. Where the environment has
+    `PROMETHEUS_MULTIPROC_DIR`, all processes that use that folder are counted together.
 
     Args:
         stats: asked for what the store says.
@@ -98,8 +145,11 @@ class Metrics:
         self._tokens = Counter("attnstore_tokens", "Tokens of requests", ["what"], registry=registry)
         self._tiers = Counter("attnstore_reusing_turns", "Requests by where KV came from", ["tier"], registry=registry)
         self._blocks = Counter("attnstore_loaded_blocks", "Blocks loaded for requests", ["tier"], registry=registry)
-        registry.register(_Collected(lambda: store_metrics(stats())))
-        registry.register(_Collected(self._queue_metrics))
+        looks = [lambda: store_metrics(stats()), self._queue_metrics]
+        self._together = _Together(looks) if "PROMETHEUS_MULTIPROC_DIR" in os.environ else None
+        if self._together is None:
+            for look in looks:
+                registry.register(_Collected(look))
 
     def count(self, answer: Answer) -> None:
         """An answer is over."""
@@ -112,6 +162,8 @@ class Metrics:
         self._tiers.labels(answer.tier).inc()
         for tier, blocks in stats.blocks_from.items():
             self._blocks.labels(tier).inc(blocks)
+        if self._together is not None:
+            self._together.update()
 
     def _queue_metrics(self) -> Iterator[Metric]:
         stats = self._queue.stats()
@@ -125,4 +177,14 @@ class Metrics:
 
     def text(self) -> str:
         """All of them, in Prometheus' format."""
-        return generate_latest(self._registry).decode()
+        registry = self._registry
+        if self._together is not None:
+            self._together.update()
+            MultiProcessCollector(registry := CollectorRegistry())
+        return generate_latest(registry).decode()
+
+    def close(self) -> None:
+        """This process ends: what it has counted stays, what it has is over."""
+        if self._together is not None:
+            self._together.update()
+            mark_process_dead(os.getpid())

@@ -17,6 +17,7 @@ from .batching import Batches
 from .generating import LoadedModel, TurnState
 from .metrics import Metrics
 from .seams import Modality
+from .tracing import tracer
 
 
 class Service:
@@ -28,6 +29,8 @@ class Service:
         deadline: seconds that an answer may take, waiting included; None for any.
         checkpoint_every: as for `AttentionStoreCache`.
         batched: answers are made several at a time, by continuous batching; with what `Batches` takes.
+        counted: False leaves its answers out of the metrics.
+        traced: turns are spans of OpenTelemetry.
 
     Raises:
         AttentionStoreError: the model can't be served so.
@@ -42,6 +45,8 @@ class Service:
         deadline: float | None = None,
         checkpoint_every: int | None = None,
         batched: Mapping[str, Any] | None = None,
+        counted: bool = True,
+        traced: bool = False,
     ) -> None:
         self.loaded, self.store, self.name = loaded, store, loaded.name
         self.deadline, self.checkpoint_every = deadline, checkpoint_every
@@ -55,6 +60,9 @@ class Service:
                 raise AttentionStoreError("continuous batching is for models of text")
             self.batches = Batches(loaded.model, store, max_waiting=max_waiting, **batched)
         self.metrics = Metrics(self.batches or self.queue, store.stats)
+        self._told: list[Callable[[Answer], object]] = [self.metrics.count] if counted else []
+        if traced:
+            self._told.append(tracer(self.name))
         self.answers: dict[str, Answer] = {}
         """Those that a handler is about to start, by id."""
         self.state = TurnState(self)
@@ -72,7 +80,8 @@ class Service:
 
     def over(self, answer: Answer) -> None:
         """An answer's turn is over."""
-        self.metrics.count(answer)
+        for tell in self._told:
+            tell(answer)
 
     @property
     def retry_after(self) -> int:
@@ -88,4 +97,5 @@ class Service:
         if self.batches is not None:
             self.batches.close()
         self.queue.close(cancel=True)
+        self.metrics.close()
         self.store.close()

@@ -30,7 +30,7 @@ def warm_up(loaded: LoadedModel, **options: Any) -> None:
     """
     with tempfile.TemporaryDirectory(prefix="attnstore-warm-up-") as folder:
         for _ in range(2):
-            service = Service(loaded, AttentionStore(folder, memory=_MEMORY, disk=_MEMORY, shared=""))
+            service = Service(loaded, AttentionStore(folder, memory=_MEMORY, disk=_MEMORY, shared=""), counted=False)
             asyncio.run(_ask(application(service, **options)))
 
 

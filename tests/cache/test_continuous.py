@@ -215,6 +215,30 @@ def test_several_answers_to_one_prompt(batches: Batches, store: AttentionStore, 
     assert fed <= all_of_it - 100
 
 
+def test_all_answers_to_one_prompt_are_kept(batches: Batches, store: AttentionStore) -> None:
+    """Three that part at their first tokens, in a namespace: each is gone on with; its last token was not fed."""
+    model, prompt = batches.model, tokens(70)[0].tolist()
+    attach(model, store)
+    with managed(batches, max_new_tokens=20, do_sample=True, temperature=3.0, num_return_sequences=3) as manager:
+        told = told_to(manager)
+        assert told is not None
+        told.expect("a", store.in_namespace("alice"))
+        manager.add_request(prompt, request_id="a")
+        answers: dict[str, list[int]] = {}
+        while len(answers) < 3:
+            output = manager.get_result(timeout=60)
+            assert output is not None
+            assert output.error is None
+            answers[output.request_id] = list(output.generated_tokens)
+    assert len({tuple(answer) for answer in answers.values()}) == 3
+    following = [prompt + answer + [4, 5] for answer in answers.values()]
+    expected = batches.plain(following)[0]
+    attach(model, store.in_namespace("alice"))
+    assert batches.run(following) == (expected, 3 * (3 + NEW - 1))
+    attach(model, store)
+    assert batches.run(following[:1])[1] == 92 + NEW - 1, "they were hers"
+
+
 def test_requests_that_had_to_give_way_come_back_from_the_store(batches: Batches, store: AttentionStore) -> None:
     """Pages for one of them at most: the others are soft-reset again and again."""
     prompts = prompts_of(90, 91, 92, 93)

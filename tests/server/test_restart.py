@@ -26,7 +26,7 @@ SAID = ["the old prince looked at the letter", "and the mother rose", "they were
 
 @contextmanager
 def command(model: Path, folder: Path, *more: str) -> Iterator[tuple[Process, str]]:
-    """`attnstore serve`, and its address; ended by SIGTERM."""
+    """`attnstore serve`, and its address; ended by SIGTERM, unless the test has killed it."""
     options = ["--model", model, "--name", "tiny", "--store", folder, "--port", "0", "--device", "cpu", *more]
     run = "from hf_attnstore.cli.app import app; app()"
     process = Process([sys.executable, "-u", "-c", run, "serve", *options])
@@ -34,8 +34,9 @@ def command(model: Path, folder: Path, *more: str) -> Iterator[tuple[Process, st
         assert process.stdout is not None
         line = next(line for line in process.stdout if line.startswith("serving"))
         yield process, line.split()[-1]
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(PATIENCE) in (0, -signal.SIGTERM)
+        if process.poll() != -signal.SIGKILL:
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(PATIENCE) in (0, -signal.SIGTERM)
     finally:
         process.kill()
 

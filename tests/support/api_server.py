@@ -84,8 +84,9 @@ class ApiServer:
         self._client = httpx.Client(verify=False, timeout=PATIENCE)
 
     def ask(self, method: str, path: str, key: str | None = None, **options: Any) -> httpx.Response:
-        headers = {"authorization": f"Bearer {key}"} if key is not None else {}
-        return self._client.request(method, f"{self.base}{path}", headers=headers, **options)
+        if key is not None:
+            options["headers"] = {"authorization": f"Bearer {key}", **options.get("headers", {})}
+        return self._client.request(method, f"{self.base}{path}", **options)
 
     @property
     def started(self) -> bool:
@@ -100,11 +101,18 @@ class ApiServer:
 
 @contextmanager
 def serving(
-    model: Path, folder: Path, keys: str | None = None, *, page: bool = False, shared: str | None = None, **options: Any
+    model: Path,
+    folder: Path,
+    keys: str | None = None,
+    *,
+    page: bool = False,
+    memory: int | None = None,
+    disk: int | None = None,
+    **options: Any,
 ) -> Iterator[ApiServer]:
     """A server of the model in a folder, until the end of the block."""
     loaded = LoadedModel(str(model), NAME, device="cpu", dtype="float32")
-    service = Service(loaded, AttentionStore(folder, block_size=16, shared=shared), **options)
+    service = Service(loaded, AttentionStore(folder, block_size=16, memory=memory, disk=disk), **options)
     server = ApiServer(service, Keys(keys) if keys is not None else None, page)
     until(lambda: server.started)
     try:

@@ -27,6 +27,9 @@ from typing import IO, Any
 _PRELOADED = """
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 from hf_attnstore import AttentionStoreCache, ChatSession, TurnQueue
+from contextlib import suppress
+with suppress(Exception):  # says what is missing
+    from hf_attnstore.server import app, cli
 """
 _SERVER = f"""
 import sys

@@ -26,7 +26,7 @@ from ..stats import TurnStats
 from .admission import Known
 from .pages import Pages
 from .saving import ComputedBy, Saving
-from .told import Kept, Told
+from .told import Kept, Told, parent_of
 
 T = TypeVar("T")
 
@@ -206,12 +206,22 @@ class StoredRequests:
 
     def save_complete(self, request: Any) -> None:
         """Hands over the blocks of a request that are complete by now, behind the next batch."""
-        saving = self._saving.get(request.request_id)
+        saving = self._saving.get(request.request_id) or self._forked(request.request_id)
         if saving is None:
             return
         held = _held(request)
-        if saving.is_due(held):
+        if not self._is_computed_by(saving):  # also where that is put right again later
+            self._stop_saving(request.request_id)
+        elif saving.is_due(held):
             self._safely("complete blocks", partial(self._hand_over, saving, _ids(request)[:held], whole=False))
+
+    def _forked(self, request_id: str) -> Saving | None:
+        """What is to be kept of another answer to the prompt of a request that runs."""
+        parent = self._saving.get(parent_of(request_id))
+        if parent is None:
+            return None
+        forked = self._saving[request_id] = parent.fork(request_id)
+        return forked
 
     def most_at_once(self, request: Any) -> int | None:
         """How many of its tokens may be fed in one batch, for what it computes to be kept; None for any number."""
@@ -235,9 +245,13 @@ class StoredRequests:
 
     def _hand_over(self, saving: Saving, ids: list[int], *, whole: bool) -> Kept | None:
         """Hands over the KV of tokens: all of it, or that of complete blocks."""
-        if (self._identify(), self._attachment.fingerprint.changes) != saving.computed_by:
-            return None  # something of it was computed by another model
+        if not self._is_computed_by(saving):
+            return None
         return saving.hand_over(ids, self._limit, whole=whole)
+
+    def _is_computed_by(self, saving: Saving) -> bool:
+        """Whether nothing of it was computed by another model than there is now."""
+        return (self._identify(), self._attachment.fingerprint.changes) == saving.computed_by
 
     def drop(self, request_id: str) -> None:
         """A request has failed, or never began: what its pages have may be anything."""

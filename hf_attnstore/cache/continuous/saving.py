@@ -95,6 +95,7 @@ class Saving:
         may_be_rounded: list[bool],
     ) -> None:
         self.computed_by, self._store, self._pages, self._request_id = computed_by, store, pages, request_id
+        self._root, self._may_be_rounded = root, may_be_rounded
         self.salt = salt_of(root)
         self._chain = TokenChain(root, store.block_size, secret=store.secret)
         layers = [_Layer(may) for may in may_be_rounded]
@@ -102,6 +103,10 @@ class Saving:
         self._saver.begin_turn(0, None)
         self._offered = 0
         self.went_on_from: Key | None = None
+
+    def fork(self, request_id: str) -> "Saving":
+        """What is kept of a request that goes on from the same pages: what this one has handed over is in the store."""
+        return Saving(self._pages, request_id, self._store, self._root, self.computed_by, self._may_be_rounded)
 
     def is_due(self, held: int) -> bool:
         """Whether a request that holds so many tokens has a block or a page that is complete since it was last asked

@@ -46,7 +46,7 @@ class Told:
 
     def store_of(self, request_id: str) -> AttentionStore | None:
         """The view that a request belongs to, where somebody said so."""
-        told = self._told.get(request_id)
+        told = self._told.get(request_id) or self._told.get(parent_of(request_id))
         return told.store if told is not None else None
 
     def stats_of(self, request_id: str) -> TurnStats | None:
@@ -59,3 +59,8 @@ class Told:
         told = self._told.pop(request_id, None)
         if told is not None and told.when_over is not None:
             told.when_over(kept)
+
+
+def parent_of(request_id: str) -> str:
+    """The request that one is another answer to, as transformers names them; empty where it is not."""
+    return request_id.rpartition("__child#")[0]
