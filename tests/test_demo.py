@@ -31,7 +31,7 @@ SMALL_MODEL = Path(__file__).parent.parent / "examples" / "small-model"
 
 @pytest.fixture(autouse=True)
 def quick_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner.subprocess, "run", fresh.run)
+    monkeypatch.setattr(runner, "Popen", lambda command, *, text, **options: fresh.Process(command, **options))
 
 
 @pytest.fixture(scope="module")

@@ -1,15 +1,19 @@
-"""Runs the scripted conversation, one new process per turn, and keeps it inside the model's context window."""
+"""Runs the scripted conversation, one new process per turn, and keeps it inside the model's context window.
+
+The processes are forked from one that has imported torch and transformers, and has nothing else: neither model nor
+store, nor anything of a turn before.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from subprocess import PIPE, Popen
 from typing import Any
 
 from rich.console import Console
@@ -85,6 +89,7 @@ def run_demo(
     with (
         tempfile.TemporaryDirectory(dir=output, prefix=".work-") as work,
         Progress(*columns, console=console, transient=True) as progress,
+        _Processes(Path(work)) as processes,
     ):
         bar = progress.add_task("starting", total=len(script.messages))
         for i, message in enumerate(script.messages):
@@ -104,14 +109,14 @@ def run_demo(
                 dtype=dtype,
             )
             Path(task.store).mkdir(mode=0o700, exist_ok=True)
-            turns.append(TurnResult(**_in_new_process(task, Path(work), f"turn {i + 1}")))
+            turns.append(TurnResult(**processes.run(task, f"turn {i + 1}")))
             progress.advance(bar)
             progress.console.print(_said(message, turns[-1].answer))
             progress.console.print(_line(i, turns[-1]))
         if not turns[0].exact:
             progress.update(bar, description="the same with a cache kept in memory")
             kept = KeptTask(source, [t.prompt_ids for t in turns], [t.answer_tokens for t in turns], device, dtype)
-            answers = _in_new_process(kept, Path(work), "the kept cache")["answers"]
+            answers = processes.run(kept, "the kept cache")["answers"]
             for turn, answer in zip(turns, answers, strict=True):
                 turn.compare(answer)
     result = DemoResult(name, turns)
@@ -205,24 +210,42 @@ def _busy() -> bool:
     return hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.75 * (os.cpu_count() or 1)
 
 
-def _in_new_process(task: TurnTask | KeptTask, work: Path, name: str) -> dict[str, Any]:
-    task_file, result_file = work / f"{name} task.json", work / f"{name} result.json"
-    task_file.write_text(json.dumps(asdict(task)))
-    done = subprocess.run(  # noqa: S603 - this interpreter, this package
-        [sys.executable, "-m", "hf_attnstore.lab.demo", str(task_file), str(result_file)],
-        env={**CALM, **os.environ, **QUIET},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0 or not result_file.is_file():
-        last = "\n".join(done.stderr.strip().splitlines()[-8:])
-        raise DemoError(f"{name}: its process ended with exit code {done.returncode}:\n{last}")
-    result = json.loads(result_file.read_text())
-    if "error" in result:
-        raise DemoError(f"{name}: {result['error']}")
-    return dict(result)
+class _Processes:
+    """New processes for tasks, one after the other; their files are in the folder `work`."""
+
+    def __init__(self, work: Path) -> None:
+        self._work = work
+
+    def __enter__(self) -> _Processes:
+        command = [sys.executable, "-m", "hf_attnstore.lab.demo"]
+        self._forks = Popen(command, env={**CALM, **os.environ, **QUIET}, stdin=PIPE, stdout=PIPE, text=True)  # noqa: S603
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        assert self._forks.stdin is not None
+        self._forks.stdin.close()
+        self._forks.wait()
+
+    def run(self, task: TurnTask | KeptTask, name: str) -> dict[str, Any]:
+        """What the task gave.
+
+        Raises:
+            DemoError: its process failed.
+        """
+        task_file, result_file, printed = (self._work / f"{name} {what}" for what in ("task", "result", "printed"))
+        task_file.write_text(json.dumps(asdict(task)))
+        assert self._forks.stdin is not None
+        assert self._forks.stdout is not None
+        self._forks.stdin.write(json.dumps([str(task_file), str(result_file), str(printed)]) + "\n")
+        self._forks.stdin.flush()
+        code = self._forks.stdout.readline().strip()
+        if code != "0" or not result_file.is_file():
+            last = "\n".join(printed.read_text().strip().splitlines()[-8:]) if printed.is_file() else ""
+            raise DemoError(f"{name}: its process ended with exit code {code or 'unknown'}:\n{last}")
+        result = json.loads(result_file.read_text())
+        if "error" in result:
+            raise DemoError(f"{name}: {result['error']}")
+        return dict(result)
 
 
 def _said(message: str, answer: str) -> str:
