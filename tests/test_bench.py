@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from hf_attnstore.lab.bench import baselines, cli, figures, index_bench, pagecache
 from hf_attnstore.lab.bench import rss as rss_module
-from hf_attnstore.lab.bench.cli import app, parse_histories
+from hf_attnstore.lab.bench.cli import app, parse_histories, parse_steps
 from hf_attnstore.lab.bench.machine import ForeignLoad
 from hf_attnstore.lab.bench.measure import PROBES, Measured, Workload, measure, same_tokens, step_order
 from hf_attnstore.lab.bench.methods import METHODS, check_reuse
@@ -93,6 +93,17 @@ def test_wrong_keys_and_values_stop_the_bench(model, tmp_path, monkeypatch):
     work = Workload(HISTORY, NEW, DECODE, repeats=1, seed=0)
     with pytest.raises(BenchError, match=r"torch\.load.*WRONG TOKENS"):
         measure(model, work, tmp_path, block_size=BLOCK, steps=("first", "kept", "torch"))
+
+
+def test_a_few_steps_alone_have_plain_generate_and_a_kept_cache_beside_them(model, tmp_path):
+    steps = parse_steps("disk")
+    result = measure(model, Workload(HISTORY, NEW, DECODE, repeats=1, seed=0), tmp_path, block_size=BLOCK, steps=steps)
+    assert {key: len(samples) for key, samples in result.samples.items()} == {"recompute": 1, "kept": 1, "disk": 1}
+    assert len({samples[0].tokens for samples in result.samples.values()}) == 1
+    assert result.samples["disk"][0].loaded_bytes == result.kv_bytes
+    assert parse_steps(None) is None
+    with pytest.raises(BenchError, match="not tape"):
+        parse_steps("disk,tape")
 
 
 @pytest.mark.parametrize("mode", ["kept", "disk"])

@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.chat_fixtures import save_tiny_chat_model
 from typer.testing import CliRunner
 
+from hf_attnstore import AttentionStore, AttentionStoreCache
 from hf_attnstore.chat.model import load_chat_model
+from hf_attnstore.chat.transcript import Transcript, encode
 from hf_attnstore.cli import app as cli
-from hf_attnstore.lab.bench.dialogues import DIALOGUES, Study, study
+from hf_attnstore.lab.bench import retokenised
+from hf_attnstore.lab.bench.dialogues import ANOTHER, DIALOGUES, Study, study
 from hf_attnstore.lab.demo.kept import KeptCache
 
 KINDS = ["turn"] * 3 + ["fork", "again", "sampled", "edited"]
@@ -76,3 +80,60 @@ def test_the_command_reads_dialogues_and_fails_for_one_wrong_token(
     assert (report["dialogues"], report["answers"]) == (2, 8)
     assert report["not_as_kept"] == (8 if wrong else 0)
     assert len(report["each"]) == 8
+    assert report["kept_not_as_plain"] == (6 if wrong else 0)
+
+
+def test_a_study_goes_on_where_one_ended_and_the_same_comes_out(tmp_path: Path) -> None:
+    model = save_tiny_chat_model(tmp_path / "model")
+    said, out = tmp_path / "said.jsonl", tmp_path / "out.json"
+    said.write_text("".join(json.dumps({"history": [{"user": t}, {"user": "and"}]}) + "\n" for t in ("the room", "so")))
+    command = ["lab", "dialogues", "--model", str(model), "--data", str(said), "--max-new-tokens", "4", "--turns", "1"]
+    for file, count in ((out, 1), (out, 2), (tmp_path / "whole.json", 2)):
+        done = CliRunner().invoke(cli.app, [*command, "--output", str(file), "--count", str(count)])
+        assert done.exit_code == 0, done.output
+        report = json.loads(file.read_text())
+        assert report["dialogues"] == count
+        assert report["kinds"] == dict.fromkeys(("turn", "fork", "again", "sampled"), count)
+    assert json.loads(out.read_text())["each"][:4] == report["each"][:4]
+    others = CliRunner().invoke(cli.app, [*command, "--output", str(out), "--max-new-tokens", "5"])
+    assert others.exit_code == 2
+    assert "answers of 4 tokens" in others.output
+
+
+def test_what_a_returned_text_costs_is_what_the_store_reuses(tmp_path: Path) -> None:
+    model, tokenizer = load_chat_model(save_tiny_chat_model(tmp_path / "model"))
+    opened = Transcript().added("the old prince", "user")
+    prompt = encode(tokenizer, retokenised._rendered(tokenizer, opened))
+    answer = tuple(encode(tokenizer, letter)[0] for letter in "letter")
+    found = retokenised._returned(tokenizer, opened, prompt, answer)
+    known = prompt + answer
+    whole = opened.closed().answered(
+        "the old prince", opened.prompt(retokenised._rendered(tokenizer, opened), tokenizer), answer, tokenizer
+    )
+    sent = encode(tokenizer, retokenised._rendered(tokenizer, whole.added(ANOTHER, "user")))
+    assert found.as_text < found.known == len(known)
+    assert found.in_session == len(known)
+    for resegment, expected in ((False, found.as_text), (True, found.resegmented)):
+        with AttentionStore(tmp_path / f"store {resegment}") as store, torch.no_grad():
+            cache = AttentionStoreCache(model, "alice", store)
+            model(input_ids=torch.tensor([known]), past_key_values=cache)
+            cache.save()
+            del cache
+            options = {"resegment": True, "tokenizer": tokenizer} if resegment else {}
+            cache = AttentionStoreCache(model, "alice", store, **options)
+            ids = torch.tensor([sent])
+            model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=1)
+            assert cache.stats.reused_tokens == expected
+
+
+def test_sampled_answers_of_a_model_without_a_chat_template_are_counted(tmp_path: Path) -> None:
+    model = save_tiny_chat_model(tmp_path / "model", template=None)
+    command = ["lab", "retokenise", "--model", str(model), "--max-new-tokens", "12", "--batch", "2"]
+    done = CliRunner().invoke(cli.app, [*command, "--output", str(tmp_path / "out.json")])
+    assert done.exit_code == 0, done.output
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert report["answers"] == len(report["each"]) == len(DIALOGUES)
+    assert 0 < report["otherwise"] <= report["answers"]
+    assert report["computed_again_as_text"] >= report["otherwise"]
+    assert report["computed_again_in_session"] == 0
+    assert report["computed_again_resegmented"] <= report["computed_again_as_text"]

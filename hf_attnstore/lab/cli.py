@@ -31,6 +31,10 @@ _STUDIES = {
         "bench.dialogues_cli:dialogues",
         "Compare whole conversations, token by token: with a store that is opened anew for each turn, and without.",
     ),
+    "retokenise": (
+        "bench.dialogues_cli:retokenise",
+        "Sample answers, and count how many become other tokens when their text comes back, and what that costs.",
+    ),
     "gate": (
         "bench.gate_cli:gate",
         "Resume conversations from memory and from slow disks: always loading, always computing, the gate.",

@@ -63,6 +63,14 @@ def bench(
     dtype: Annotated[str, typer.Option(help="Such as bfloat16; auto is that of the shape or checkpoint.")] = "auto",
     threads: Annotated[int, typer.Option(min=0, help="Threads that torch computes with; 0: its default.")] = 0,
     rss: Annotated[bool, typer.Option(help="Also measure peak memory, each in a process of its own.")] = True,
+    only: Annotated[
+        str | None,
+        typer.Option(
+            help="A comma list of what to measure beside recompute and kept, for a quick look: device, memory, disk, "
+            "cold, torch, safetensors, first, saving; none. [default: all]",
+            show_default=False,
+        ),
+    ] = None,
     timeline: Annotated[
         Path | None,
         typer.Option(
@@ -110,6 +118,7 @@ def bench(
             threads=threads,
             rss=rss,
             check=check,
+            steps=parse_steps(only),
         )
     if check and missed:
         raise typer.Exit(1)
@@ -146,6 +155,25 @@ def parse_histories(values: list[str]) -> list[int]:
     return found
 
 
+def parse_steps(only: str | None) -> list[str] | None:
+    """Names for `measure` from a comma list; None for all.
+
+    Raises:
+        BenchError: there is no such method.
+    """
+    from hf_attnstore.lab.bench.methods import METHODS
+    from hf_attnstore.lab.bench.shapes import BenchError
+
+    if only is None:
+        return None
+    known = [*(method.key for method in METHODS), "first", "saving"]
+    asked = [name.strip() for name in only.split(",") if name.strip() not in ("", "none")]
+    unknown = [name for name in asked if name not in known]
+    if unknown:
+        raise BenchError(f"--only takes {', '.join(known)}, not {', '.join(unknown)}.")
+    return ["recompute", "kept", *asked]
+
+
 def _bench(
     console: Console,
     *,
@@ -165,6 +193,7 @@ def _bench(
     threads: int,
     rss: bool,
     check: bool,
+    steps: list[str] | None,
 ) -> bool:
     """Run it all and report; returns whether a bar was missed."""
     import torch
@@ -199,7 +228,7 @@ def _bench(
                 folder.mkdir()
                 progress.reset(task, total=None)
                 work = Workload(tokens, new, decode, repeats, seed)
-                results.append(_measure_one(progress, task, loaded, spec, work, folder, block_size, rss))
+                results.append(_measure_one(progress, task, loaded, spec, work, folder, block_size, rss, steps))
                 shutil.rmtree(folder)
     finally:
         shutil.rmtree(root, ignore_errors=True)
@@ -236,6 +265,7 @@ def _measure_one(
     folder: Path,
     block_size: int,
     with_rss: bool,
+    steps: list[str] | None,
 ) -> Result:
     import torch
 
@@ -256,7 +286,7 @@ def _measure_one(
         )
 
     others = ForeignLoad()
-    measured = measure(model, work, folder, block_size=block_size, progress=show)
+    measured = measure(model, work, folder, block_size=block_size, progress=show, steps=steps)
     measured.others = others.share()
     rss: dict[str, list[Rss]] = {}
     if with_rss:

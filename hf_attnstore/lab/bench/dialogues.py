@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,14 @@ DIALOGUES = (
     ("What does a baker do?", "When does he get up?", "Say it as a child would."),
     ("My name is Ada, and I live in Turin.", "What is my name?", "In which country do I live?"),
 )  # fmt: skip
+PLAIN_TEMPLATE = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+  {{- message['role'] + (':' if message['role'] == 'assistant' else ': ') + message['content'] + '\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- 'assistant:' -}}{%- endif -%}
+"""
+"""For models that were not taught to chat: a text of who says what."""
 ANOTHER, EDITED = "Say that in other words.", "No, tell me of ships instead."
 PENALTY = {"repetition_penalty": 1.3}
 SAMPLED = {"do_sample": True, "temperature": 1.0, "top_k": 50}
@@ -55,6 +64,8 @@ class Answer:
     """Whether plain `generate` does; None for a sampled answer: its draw depends on the last bit."""
     retokenised_at: int | None = None
     """The first of its tokens that is another one when its text is tokenised again; None: none is."""
+    kept_as_plain: bool | None = None
+    """Whether a kept cache gives what plain `generate` gives: in 16 bits rounding decides."""
 
 
 @dataclass
@@ -63,6 +74,7 @@ class Study:
 
     model: str
     dtype: str
+    max_new_tokens: int
     dialogues: int = 0
     answers: list[Answer] = field(default_factory=list)
 
@@ -74,11 +86,14 @@ class Study:
         return {
             "model": self.model,
             "dtype": self.dtype,
+            "max_new_tokens": self.max_new_tokens,
             "dialogues": self.dialogues,
             "answers": len(self.answers),
+            "kinds": dict(Counter(answer.kind for answer in self.answers)),
             "not_as_kept": sum(not answer.as_kept for answer in self.answers),
             "compared_with_plain": len(greedy),
             "not_as_plain": sum(not answer.as_plain for answer in greedy),
+            "kept_not_as_plain": sum(not answer.kept_as_plain for answer in greedy),
             "prompt_tokens": sum(answer.prompt_tokens for answer in self.answers),
             "reused_tokens": sum(answer.reused_tokens for answer in self.answers),
             "known_but_computed": sum(
@@ -89,6 +104,33 @@ class Study:
             "tokens_after_that": sum(answer.tokens - (answer.retokenised_at or 0) for answer in other),
             "sampled_tokens": sum(answer.tokens for answer in sampled),
         }
+
+    def write(self, path: Path) -> None:
+        """Summary and answers as JSON, whole or not at all."""
+        whole = {**self.summary(), "each": [asdict(answer) for answer in self.answers]}
+        unfinished = path.with_name(f"{path.name}.new")
+        unfinished.write_text(json.dumps(whole, indent=1) + "\n")
+        unfinished.replace(path)
+
+
+def read_study(path: Path) -> Study:
+    """What `Study.write` wrote.
+
+    Raises:
+        BenchError: it is something else.
+    """
+    try:
+        found = json.loads(path.read_text())
+        answers = [Answer(**answer) for answer in found["each"]]
+        return Study(found["model"], found["dtype"], found["max_new_tokens"], found["dialogues"], answers)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BenchError(f"{path} has no study of dialogues to go on with: {error}") from error
+
+
+def chatting(tokenizer: Any) -> Any:
+    """The tokenizer, with `PLAIN_TEMPLATE` where it has no chat template of its own."""
+    tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
+    return tokenizer
 
 
 def read_dialogues(path: Path) -> list[tuple[str, ...]]:
@@ -113,6 +155,7 @@ def study(
     max_new_tokens: int = 24,
     plain: bool = True,
     tell: Callable[[Study], object] = lambda study: None,
+    done: Study | None = None,
 ) -> Study:
     """Says all `dialogues` and compares every answer.
 
@@ -120,9 +163,20 @@ def study(
         folder: the store's; all dialogues share it.
         plain: whether to compare with plain `generate` too, which takes most of the time.
         tell: is given the study after each dialogue.
+        done: an earlier study of the same dialogues that ended too soon; those that it has are not said again.
+
+    Raises:
+        BenchError: `done` is of another model, dtype or length of answers.
     """
-    result = Study(Path(str(model.name_or_path)).name, str(model.dtype).removeprefix("torch."))
-    for number, messages in enumerate(dialogues):
+    result = Study(Path(str(model.name_or_path)).name, str(model.dtype).removeprefix("torch."), max_new_tokens)
+    if done is not None:
+        if replace(done, dialogues=0, answers=[]) != result:
+            raise BenchError(
+                f"What is there was said by {done.model} in {done.dtype}, answers of {done.max_new_tokens} tokens: "
+                "name another --output, or the same settings."
+            )
+        result = done
+    for number, messages in list(enumerate(dialogues))[result.dialogues :]:
         talk = _Talk(model, tokenizer, folder, f"dialogue {number}", max_new_tokens, plain)
         result.answers.extend(talk.answers(messages))
         result.dialogues += 1
@@ -142,7 +196,7 @@ class _Talk:
         max_new_tokens: int,
         plain: bool,
     ) -> None:
-        self.model, self.tokenizer, self.folder, self.session = model, tokenizer, folder, session
+        self.model, self.tokenizer, self.folder, self.session = model, chatting(tokenizer), folder, session
         self.max_new_tokens, self.plain = max_new_tokens, plain
         self.kept = KeptCache(model, tokenizer)
 
@@ -174,12 +228,12 @@ class _Talk:
         assert turn is not None
         prompt, answer = ids[: turn.prompt_tokens], ids[turn.prompt_tokens :]
         set_seed(len(before))
-        as_kept = kept.answer(prompt, **options) == answer
-        as_plain = None
+        from_kept = kept.answer(prompt, **options)
+        as_plain = kept_as_plain = None
         if self.plain and not options["do_sample"]:
             run = GenerateRun()
             timed_generate(self.model, self.tokenizer, prompt, run, **options)
-            as_plain = run.ids == answer
+            as_plain, kept_as_plain = run.ids == answer, run.ids == from_kept
         same = common_prefix(np.asarray(before), np.asarray(prompt))
         return Answer(
             kind,
@@ -188,9 +242,10 @@ class _Talk:
             turn.reused_tokens,
             turn.cache.loaded_bytes,
             len(answer),
-            as_kept,
+            from_kept == answer,
             as_plain,
             _retokenised_at(self.tokenizer, answer),
+            kept_as_plain,
         )
 
 

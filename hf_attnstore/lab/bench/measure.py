@@ -137,7 +137,8 @@ def measure(
         folder: an empty folder on the disk to measure; left with the store, closed, and the baselines' files.
         block_size: tokens per block.
         progress: called before each step with what is being done and how many steps there are in all.
-        steps: names of steps to leave the others out, for a quick look.
+        steps: names of steps to leave the others out: methods, `first`, `saving`, probes. Plain generate is of `first`,
+            and a step of its own (`recompute`) where that is left out.
 
     Raises:
         BenchError: a method gave wrong tokens, or did not reuse what it should.
@@ -212,20 +213,22 @@ class _Run:
     def all(self, progress: Callable[[str, int], None], only: Sequence[str] | None) -> None:
         steps: dict[str, Callable[[int], None]] = {"first": self._first_turn, "saving": self._saving_turn}
         for key in self.methods:
-            if key != "recompute":  # part of the first turn's pair
+            if key != "recompute" or (only is not None and "first" not in only):  # else part of the first turn's pair
                 steps[key] = partial(self._method, key)
         for key in PROBES:
             steps[key] = partial(self._probe, key)
         if only is not None:
             steps = {key: step for key, step in steps.items() if key in only}
+        if "recompute" in steps:
+            steps["recompute"] = lambda _: self._method_plain()
         total = (self.workload.repeats + 1) * len(steps) + 1
         progress("saving the history", total)
-        self._prepare()
+        self._prepare(with_cold=not {"cold", "read_cold"}.isdisjoint(steps))
         for repeat in range(-1, self.workload.repeats):
             # The warm-up runs in order: plain generate and the kept cache, which others must equal, first.
             names = list(steps) if repeat < 0 else step_order(list(steps), repeat, self.workload.seed, self.methods)
             if repeat < 0:
-                names.sort(key=lambda name: ("first", "kept").index(name) if name in ("first", "kept") else 2)
+                names.sort(key=lambda name: ({"first": 0, "recompute": 0, "kept": 1}).get(name, 2))
             for name in names:
                 where = "warm-up" if repeat < 0 else f"repeat {repeat + 1} of {self.workload.repeats}"
                 progress(f"{where}: {name}", total)
@@ -235,12 +238,14 @@ class _Run:
                     lists.clear()
                 self.result.evictions.clear()
 
-    def _prepare(self) -> None:
-        """Save the history as a session of both settings; measure the first attach on the way."""
+    def _prepare(self, with_cold: bool) -> None:
+        """Save the history as a session of both settings, of the other one where it is of use. Measures the first
+        attach on the way."""
         setting = self.setting
         settle(setting.model.device)
         self.result.attach_seconds = _save_history(setting)
-        _save_history(self.cold)
+        if with_cold:
+            _save_history(self.cold)
         self.result.file_bytes = sum(path.stat().st_size for path in setting.blocks)
         self.source = torch.ones(setting.kv_bytes, dtype=torch.uint8)
         self.target = torch.zeros(setting.kv_bytes, dtype=torch.uint8, device=setting.model.device)
