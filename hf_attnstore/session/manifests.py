@@ -70,7 +70,7 @@ def read_manifest(manifest: Manifest, plain: View, describe: Describe) -> View:
         if position < manifest.base:
             last = prefix[-1] if prefix else None
             if last is not None and (last.block, last.stop, last.shift) == (span.block, span.start, span.shift):
-                prefix[-1] = replace(last, stop=span.stop)  # it was written in two: tokens were dropped between
+                prefix[-1] = last._replace(stop=span.stop)  # it was written in two: tokens were dropped between
             else:
                 prefix.append(span)
         position = span.last

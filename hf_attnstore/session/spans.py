@@ -1,13 +1,12 @@
 """Spans: where the KV of a run of tokens is."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from ..store.blocks.keys import Key
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """Tokens `[start, stop)` of a block. `first` is the position of the span's first token in the conversation."""
 
     block: Key
@@ -41,7 +40,7 @@ def crop(spans: Iterable[Span], tokens: int) -> list[Span]:
     for span in spans:
         if span.first >= tokens:
             break
-        kept.append(span if span.last <= tokens else replace(span, stop=span.start + tokens - span.first))
+        kept.append(span if span.last <= tokens else span._replace(stop=span.start + tokens - span.first))
     return kept
 
 
@@ -51,4 +50,5 @@ def overlapping(spans: Iterable[Span], first: int, last: int) -> Iterator[Span]:
         low, high = max(span.first, first), min(span.last, last)
         if low < high:
             offset = span.start - span.first
-            yield replace(span, start=low + offset, stop=high + offset, first=low)
+            whole = low == span.first and high == span.last
+            yield span if whole else span._replace(start=low + offset, stop=high + offset, first=low)

@@ -125,7 +125,7 @@ class View:
         gone = high - low
         before = list(overlapping(known, 0, low))
         after = [
-            replace(span, first=span.first - gone, shift=span.shift - gone)
+            span._replace(first=span.first - gone, shift=span.shift - gone)
             for span in overlapping(known, high, total_tokens(known))
         ]
         view = replace(self, ids=np.array(ids[:length], dtype=np.int64), kept=kept)

@@ -72,6 +72,8 @@ class BlockStore(OpenStore):
         best: Match | None = None
         for tier in self._tiers[:1] if resident else self._tiers:
             best = tier.nearest(parent, tokens, best.common if best else 0) or best
+            if best is not None and best.common == len(ids):
+                break  # no other can share more
         return best
 
     def follower(self, parent: Key) -> Key | None:
@@ -185,7 +187,8 @@ class BlockStore(OpenStore):
         """
         from .transfer.load import Load  # here, as who only looks after a store needs no torch
 
-        keys = list(dict.fromkeys(key for stage in stages for key in stage.needs()))
+        apart = {(id(stage.pieces), stage.checkpoint): stage for stage in stages}  # most stages have the same pieces
+        keys = list(dict.fromkeys(key for stage in apart.values() for key in stage.needs()))
         found = self._open(keys)
         names = {key: name for key, (name, _) in found.items()}
         afar = {tier.name for tier in self._lower if tier.shared}

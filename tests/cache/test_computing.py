@@ -358,6 +358,26 @@ def test_a_hook_that_is_gone_leaves_the_plain_model(store: AttentionStore) -> No
     assert cache.reused_tokens >= 55
 
 
+def test_an_attribute_that_takes_the_place_of_another_is_noticed(store: AttentionStore) -> None:
+    """Modules have as many attributes as before, and a forward more."""
+    model = make_model()
+    norm = LAYER(model).input_layernorm
+    norm.noted = 1
+    cache = AttentionStoreCache(model, "alice", store)
+    turn(model, PROMPT, cache)
+    del norm.noted
+    norm.forward = lambda hidden, usual=norm.forward: 2 * usual(hidden)
+    assert torch.equal(turn(model, PROMPT, cache).sequences, turn(model, PROMPT, None).sequences)
+    assert cache.reused_tokens == 0
+    del norm.variance_epsilon  # a number that its code uses, and another that it does not
+    norm.noted, norm.variance_epsilon_ = 1, 0.5
+    with pytest.raises(AttributeError):
+        turn(model, PROMPT, cache)
+    norm.variance_epsilon = 1e-1
+    assert torch.equal(turn(model, PROMPT, cache).sequences, turn(model, PROMPT, None).sequences)
+    assert cache.reused_tokens == 0
+
+
 def test_a_number_in_a_hook_is_looked_at_before_every_turn(store: AttentionStore) -> None:
     hook = Steering(0.5)
     model = make_model()

@@ -5,6 +5,7 @@ import os
 import secrets
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from support.store_blocks import load, make_block, make_chain, same, save
@@ -15,7 +16,7 @@ from hf_attnstore import AttentionStore, AttentionStoreCache, EncryptionKeyError
 from hf_attnstore.store.blocks.block import BlockMeta
 from hf_attnstore.store.blocks.format import encode_block, parse_header
 from hf_attnstore.store.blocks.keys import block_key, chain_root, encode_tokens
-from hf_attnstore.store.blocks.vault import EncryptedVault
+from hf_attnstore.store.blocks.vault import EncryptedVault, Guard
 
 KEY = secrets.token_bytes(32)
 
@@ -174,20 +175,21 @@ def test_an_encrypted_block_that_was_tampered_with_is_refused(tmp_path: Path) ->
     layout = parse_header(header, len(header) + sum(chunk.nbytes for chunk in chunks))
     guard = vault.guard(layout.salt)
     stored, proof = layout.tensors["layers.0.keys"], layout.proofs["layers.0.keys"]
+
+    def opens(guard: Guard, meta: BlockMeta, number: int, data: np.ndarray) -> bool:
+        return not guard.open(meta, [(number, stored.spec, [data], proof)])
+
     good = chunks[0].copy()
-    assert guard.open(layout.meta, stored.number, stored.spec, [good], proof)
+    assert opens(guard, layout.meta, stored.number, good)
     assert good.tobytes() == block.tensors["layers.0.keys"].numpy().tobytes()
     moved = BlockMeta(layout.meta.key, layout.meta.parent, layout.meta.fingerprint, 16, layout.meta.tokens)
-    assert not guard.open(moved, stored.number, stored.spec, [chunks[0].copy()], proof), "another position"
-    assert not guard.open(layout.meta, 1, stored.spec, [chunks[0].copy()], proof), "another tensor's place"
+    assert not opens(guard, moved, stored.number, chunks[0].copy()), "another position"
+    assert not opens(guard, layout.meta, 1, chunks[0].copy()), "another tensor's place"
     bad = chunks[0].copy()
     bad[5] ^= 1
-    assert not guard.open(layout.meta, stored.number, stored.spec, [bad], proof)
-    assert (
-        not EncryptedVault(bytes(32), bytes(16))
-        .guard(layout.salt)
-        .open(layout.meta, stored.number, stored.spec, [chunks[0].copy()], proof)
-    )
+    assert not opens(guard, layout.meta, stored.number, bad)
+    other = EncryptedVault(bytes(32), bytes(16)).guard(layout.salt)
+    assert not opens(other, layout.meta, stored.number, chunks[0].copy()), "another key"
     again, _ = encode_block(block, vault)
     assert again != header, "every file has a key of its own"
 

@@ -6,7 +6,6 @@ Read once in full, then watched: before every turn it is only looked whether any
 import types
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
 from operator import is_, itemgetter
 from typing import Any
 
@@ -60,9 +59,9 @@ class _Watched:
         self._modules = list(map(weakref.ref, modules))
         self._kinds = list(map(type, modules))
         attributes = list(map(vars, modules))
-        self._names = list(chain.from_iterable(attributes))
+        self._ends = _ends(attributes)
         self._picks = [itemgetter("training", *_HOOKS, *names) for names in own]
-        self._values = [pick(held) for pick, held in zip(self._picks, attributes, strict=True)]
+        self._values = self._picked(attributes)
         self.hooks = [held[name] for held in attributes for name in _HOOKS]
         self._filled = [(hooks, list(hooks.items())) for hooks in self.hooks if hooks]
 
@@ -74,12 +73,19 @@ class _Watched:
             len(modules) == len(self._modules)
             and all(map(is_, [module() for module in self._modules], modules))
             and list(map(type, modules)) == self._kinds
-            and list(chain.from_iterable(attributes)) == self._names
-            and [pick(held) for pick, held in zip(self._picks, attributes, strict=True)] == self._values
+            and _ends(attributes) == self._ends
+            and self._picked(attributes) == self._values
             and self.count_hooks() == sum(len(items) for _, items in self._filled)
             and all(list(hooks.items()) == items for hooks, items in self._filled)
             and self.checks.hold()
         )
+
+    def _picked(self, attributes: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]] | None:
+        """The attributes that count, of each module; None if one is not there."""
+        try:
+            return [pick(held) for pick, held in zip(self._picks, attributes, strict=True)]
+        except KeyError:
+            return None
 
     def count_hooks(self) -> int:
         return sum(map(len, self.hooks))
@@ -89,6 +95,12 @@ class _Watched:
 
     def __reduce__(self) -> Any:
         return types.NoneType, ()
+
+
+def _ends(attributes: Sequence[dict[str, Any]]) -> list[Any]:
+    """How many attributes each module has, and which came last: one that is added is the last one, whatever else goes.
+    All their names would be some thousands, from all over memory."""
+    return [*map(len, attributes), *map(next, map(reversed, attributes))]
 
 
 class Computing:

@@ -211,12 +211,11 @@ class _Unchanged:
     def _contents(self, modules: Sequence[nn.Module]) -> tuple[list[int], list[str], list[Any]]:
         """How many entries there are in each of the modules' places, what they are called, and what there is."""
         places = list(chain.from_iterable(map(_PLACES, map(vars, modules))))
-        filled = [place for place in places if place]
+        filled = list(filter(None, places))
         if self._varying:
             filled = [{name: entry for name, entry in place.items() if not name.endswith(_VARIES)} for place in filled]
-        items = list(chain.from_iterable(map(dict.items, filled)))
-        entries = [entry for _, entry in items if entry is not None]
-        return list(map(len, places)), [name for name, _ in items], entries
+        entries = [entry for entry in chain.from_iterable(map(dict.values, filled)) if entry is not None]
+        return list(map(len, places)), list(chain.from_iterable(filled)), entries
 
     def _read(self, tensors: Sequence[torch.Tensor]) -> tuple[list[bytes], list[bytes]]:
         """A few values of the tensors, which are where they were."""

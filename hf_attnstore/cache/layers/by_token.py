@@ -193,12 +193,11 @@ class StoreLayer(KeptLayer, CacheLayerMixin):
         self.length = stop
         return self.piece(start, stop)
 
-    def restore_into(self, buffers: dict[str, torch.Tensor], stop: int) -> dict[str, torch.Tensor]:
+    def restore_into(self, buffers: dict[str, torch.Tensor], stop: int) -> None:
         """As `restore` of all positions up to `stop`, in buffers `[1, heads, capacity, dim]` that are there already."""
         self._buffers, self.first, self.length = buffers, 0, stop
         self.expected = max(self.expected, stop)
         self._own_alone()
-        return self.piece(0, stop)
 
     # rows of a batch
 

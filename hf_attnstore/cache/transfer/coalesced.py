@@ -26,6 +26,8 @@ class Room:
 
     buffers: dict[str, torch.Tensor] = field(default_factory=dict)
     """By the layer's own names, each `[1, heads, capacity, dim]`."""
+    targets: dict[str, torch.Tensor] = field(default_factory=dict)
+    """What is to be filled of them, by the names in blocks, each `[heads, tokens, dim]`."""
     joint: Joint | None = None
     """For the first of the layers that lie together."""
 
@@ -47,10 +49,13 @@ def make_rooms(
         heads, dim, dtype = sum(spec.shape[0] for *_, spec in tensors), tensors[0][2].shape[2], tensors[0][2].dtype
         capacity = max(length, *(layers[number].expected for number in group))
         whole = with_capacity(none_of(heads, dim, dtype, torch.device("cpu")), capacity)
-        parts = whole.split([spec.shape[0] for *_, spec in tensors], dim=1)
-        for (number, name, _), part in zip(tensors, parts, strict=True):
-            rooms.setdefault(number, Room()).buffers[name] = part
-        rooms[group[0]].joint = Joint(tuple(spec.name for *_, spec in tensors), whole[0, :, :length], len(group))
+        filled, sizes = whole[0, :, :length], [spec.shape[0] for *_, spec in tensors]
+        # to slice the buffers one by one takes longer
+        views = whole.split_with_sizes(sizes, 1), filled.split_with_sizes(sizes)
+        for (number, name, spec), buffer, target in zip(tensors, *views, strict=True):
+            room = rooms.setdefault(number, Room())
+            room.buffers[name], room.targets[spec.name] = buffer, target
+        rooms[group[0]].joint = Joint(tuple(spec.name for *_, spec in tensors), filled, len(group))
     return rooms
 
 

@@ -205,11 +205,13 @@ def plan_restore(
                 continue
             room = rooms.get(number)
             if room is not None:
-                targets = layer.restore_into(room.buffers, length)  # type: ignore[attr-defined]
+                layer.restore_into(room.buffers, length)  # type: ignore[attr-defined]
+                targets = room.targets
             else:
                 low = first if start == first else layer.first
-                targets = layer.restore(low, start, length, specs[number], devices[number])
-            stage = Stage(pieces[start], {tensor_name(number, name): target for name, target in targets.items()})
+                found = layer.restore(low, start, length, specs[number], devices[number])
+                targets = {tensor_name(number, name): target for name, target in found.items()}
+            stage = Stage(pieces[start], targets)
             stage.joint = room.joint if room is not None else None
             if geometry is not None and any(span.shift for span in parts[start]):
                 turned = {"keys": geometry.layers[number].keys, "values": geometry.layers[number].values}

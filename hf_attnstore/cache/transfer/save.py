@@ -169,8 +169,9 @@ class BlockSaver:
         return self._chain.bounds(self._unfit)[0] if self._unfit is not None else None
 
     def _mark_saved(self) -> None:
+        first = self._chain.bounds(self._next)[0]
         for layer in self._layers:
-            layer.keep_until_saved(self._chain.bounds(self._next)[0])
+            layer.keep_until_saved(first)
 
     def release(self) -> None:
         """Saving has ended: layers need not keep tokens for it."""

@@ -152,10 +152,10 @@ class StoredBlock:
         buffers = [buffer for _, parts in wanted for buffer in parts]
         layout = self.layout
         total = self._read_into(buffers, layout.begin + wanted[0][0].offset)
-        for tensor, parts in wanted:
-            name = tensor.spec.name
-            if not self._guard.open(layout.meta, tensor.number, tensor.spec, parts, layout.proofs[name]):
-                raise LoadError(f"{self.path}: the checksum of {name} is wrong")
+        closed = [(tensor.number, tensor.spec, parts, layout.proofs[tensor.spec.name]) for tensor, parts in wanted]
+        wrong = self._guard.open(layout.meta, closed)
+        if wrong:
+            raise LoadError(f"{self.path}: the checksum of {wrong} is wrong")
         return total
 
     def _read_into(self, buffers: list[Bytes], offset: int) -> int:

@@ -38,14 +38,19 @@ def checksum(chunks: Iterable[Bytes]) -> str:
     return hasher.hexdigest()
 
 
+Closed = tuple[int, TensorSpec, Sequence[Bytes], str]
+"""A tensor's number in its file, what it is, its bytes as they were read, and its proof."""
+
+
 class Guard(Protocol):
     """Makes sure that the tensors of one file are those that were written."""
 
     def close(self, meta: BlockMeta, number: int, spec: TensorSpec, data: np.ndarray) -> tuple[np.ndarray, str]:
         """What to write for the bytes of a block's tensor, the `number`th of its file, and the proof to keep."""
 
-    def open(self, meta: BlockMeta, number: int, spec: TensorSpec, parts: Sequence[Bytes], proof: str) -> bool:
-        """Turns what was read into what was closed, in place. False where it is not that."""
+    def open(self, meta: BlockMeta, read: Iterable[Closed]) -> str:
+        """Turns tensors of a block that were read into what was closed, in place. Returns the name of the first that is
+        not that, empty if there is none."""
 
 
 class _Checksums:
@@ -54,8 +59,8 @@ class _Checksums:
     def close(self, meta: BlockMeta, number: int, spec: TensorSpec, data: np.ndarray) -> tuple[np.ndarray, str]:
         return data, checksum([data])
 
-    def open(self, meta: BlockMeta, number: int, spec: TensorSpec, parts: Sequence[Bytes], proof: str) -> bool:
-        return checksum(parts) == proof
+    def open(self, meta: BlockMeta, read: Iterable[Closed]) -> str:
+        return next((spec.name for _, spec, parts, proof in read if checksum(parts) != proof), "")
 
 
 class _Encryption:
@@ -78,7 +83,10 @@ class _Encryption:
         encryptor.finalize()
         return closed, encryptor.tag.hex()
 
-    def open(self, meta: BlockMeta, number: int, spec: TensorSpec, parts: Sequence[Bytes], proof: str) -> bool:
+    def open(self, meta: BlockMeta, read: Iterable[Closed]) -> str:
+        return next((one[1].name for one in read if not self._open(meta, *one)), "")
+
+    def _open(self, meta: BlockMeta, number: int, spec: TensorSpec, parts: Sequence[Bytes], proof: str) -> bool:
         from cryptography.exceptions import InvalidTag
         from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 

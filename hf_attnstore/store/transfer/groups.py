@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from .read import Rows
-from .stages import FilePiece, Joint, Stage, Ways
+from .stages import Joint, Stage, Ways
 
 
 class Group:
@@ -15,12 +15,8 @@ class Group:
         self.stages = stages
         self.ways = ways
         self._joint = joint
-        self._rows = Rows({name: t for stage in stages for name, t in stage.targets.items()}) if ways.files else None
-
-    def read(self, file: FilePiece) -> None:
-        """Reads one of the pieces that are in files. Raises LoadError: see `Rows.read`."""
-        assert self._rows is not None
-        self._rows.read(file.file, file.piece.start, file.piece.stop, file.first)
+        self.rows = Rows({name: t for stage in stages for name, t in stage.targets.items()} if ways.files else {})
+        """What the pieces that are in files are read into."""
 
     def join(self) -> None:
         """Puts the pieces in place that blocks in memory have."""

@@ -75,8 +75,8 @@ class Load:
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
         self._here = [stage.in_host_memory for stage in self._stages]
-        self._in_place = [not stage.needs() for stage in self._stages]
-        self._remaining = [len(stage.needs()) for stage in self._stages]
+        self._remaining = [stage.arrivals for stage in self._stages]
+        self._in_place = [not count for count in self._remaining]
         self._devices = DeviceCopies(t for stage in self._stages for t in stage.all_targets())
         self._ways: dict[int, Ways] = {}
         """By the `pieces` of stages, which most stages share."""
@@ -123,9 +123,10 @@ class Load:
             if wanted.joint is not None:
                 last = max(last, number + wanted.joint.stages - 1)
             if self._here[number]:
+                names = [*wanted.targets, *wanted.whole]
                 for key in wanted.needs() if self._files else ():
                     if key in self._files:
-                        self._files[key].will_need([*wanted.targets, *wanted.whole])
+                        self._files[key].will_need(names)
                 continue
             parts = wanted.parts()
             jobs = [partial(self._bring_piece, number, place, parts[place]) for place in range(len(wanted.pieces))]
@@ -227,7 +228,7 @@ class Load:
             except IndexError:
                 return
             try:
-                group.read(file)
+                group.rows.read(file)
             except Exception as error:
                 self._fail(error, file.piece.key)
             except BaseException:
@@ -243,7 +244,7 @@ class Load:
             group = self._group(number)
             for file in group.ways.files:
                 key, started = file.piece.key, time.perf_counter()
-                group.read(file)
+                group.rows.read(file)
                 reading[file.tier] = reading.get(file.tier, 0.0) + time.perf_counter() - started
         except Exception as error:
             self._fail(error, key)

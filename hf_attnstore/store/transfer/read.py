@@ -16,6 +16,7 @@ from ..blocks.format import StoredTensor
 from ..blocks.stored import StoredBlock
 from ..blocks.tensors import as_bytes
 from .decoding import Decoding
+from .stages import FilePiece
 
 
 class _Target(NamedTuple):
@@ -41,18 +42,20 @@ class Rows:
             self._targets.append(_Target(name, heads, dim, target.dtype, dim * target.dtype.itemsize, rows))
         self._fitting: dict[str, TensorSpec] = {}
 
-    def read(self, file: StoredBlock | CodedBlock, start: int, stop: int, first: int) -> None:
-        """Reads tokens `[start, stop)` of a block, to go behind `first` tokens of others.
+    def read(self, piece: FilePiece) -> None:
+        """Reads a piece of a block, to go behind the tokens before it.
 
         Raises:
-            LoadError: they can't be read, fail their checksum, or are not what the targets take.
+            LoadError: it can't be read, fails its checksum, or is not what the targets take.
         """
-        if isinstance(file, CodedBlock) or file.coded:
+        (_, start, stop, _), _, file, first = piece
+        if isinstance(file, CodedBlock) or file.layout.coded:
             self._decode(file, start, stop, first)
             return
+        tensors = file.layout.tensors
         wanted: list[tuple[StoredTensor, Sequence[Bytes]]] = []
         for target in self._targets:
-            stored = file.tensor(target.name)
+            stored = tensors.get(target.name) or file.tensor(target.name)
             if stored.spec is not self._fitting.get(target.name):  # blocks alike share their descriptions
                 self._check(file, stored.spec, target)
             tokens = stored.spec.shape[1]

@@ -16,8 +16,7 @@ from ..blocks.stored import StoredBlock
 from ..blocks.tier import Source
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """Tokens `[start, stop)` of a block."""
 
     key: Key
@@ -71,6 +70,11 @@ class Stage:
     def needs(self) -> list[Key]:
         """The blocks that it needs."""
         return [piece.key for piece in self.pieces] + ([self.checkpoint] if self.whole else [])
+
+    @property
+    def arrivals(self) -> int:
+        """How many blocks it needs."""
+        return len(self.pieces) + bool(self.whole)
 
     def parts(self) -> list[dict[str, torch.Tensor]]:
         """The targets, cut into pieces."""
