@@ -45,6 +45,7 @@ _RECORD_SLACK = 4096
 _LONG_LOG = 192 << 10
 """Bytes of log beyond which it was not emptied in its time."""
 _LOG_ATTEMPTS = 20
+_LOG_HELD_SECONDS = 1.0
 _BATCH = 64
 """Blocks evicted in one transaction at most."""
 
@@ -82,6 +83,7 @@ class DiskStore(Tier):
         self._accounts = accounts
         self._order = order
         self._clock = surroundings.clock
+        self._log_held_until = 0.0
         self.files = BlockFiles(self.root, self.vault, surroundings.disk, sync=sync)
         self.records = RecordFiles(self.root, self.vault, sync=sync)
         self.locks_folder = self.root / "locks"
@@ -464,11 +466,14 @@ class DiskStore(Tier):
             )
 
     def _empty_log(self) -> bool:
-        """Moves the index's log into the index. False where other processes keep it from that for a while."""
-        for _ in range(_LOG_ATTEMPTS):
+        """Moves the index's log into the index. False where other processes keep it from that for a while: one that
+        has kept it from that just now is not waited for with every block."""
+        for attempt in range(1 if self._clock.monotonic() < self._log_held_until else _LOG_ATTEMPTS):
+            if attempt:
+                time.sleep(0.01)
             if self.index.database.truncate_log():
                 return True
-            time.sleep(0.01)
+        self._log_held_until = self._clock.monotonic() + _LOG_HELD_SECONDS
         return False
 
     # sessions
