@@ -387,8 +387,11 @@ class Bench:
 
     def _wait_for(self, name: str | None) -> None:
         """Returns when a session is in memory, or nothing more of it comes."""
+        if name is None:
+            return
         until = time.monotonic() + _FETCH_SECONDS
-        while name is not None and self.store.residence(name)["disk"] and time.monotonic() < until:
+        blocks = [span.block for span in self.store.manifest(name).spans]
+        while any(self.store.tier_of(key) != "memory" for key in blocks) and time.monotonic() < until:
             time.sleep(0.01)
 
     @contextmanager
