@@ -47,6 +47,10 @@ _STUDIES = {
         "bench.serve_cli:serve",
         "Talk to `attnstore serve`, restarted on the way, and to `transformers serve`, turn by turn.",
     ),
+    "batches": (
+        "bench.batches_cli:batches",
+        "Serve requests by continuous batching, with a store and without: tokens fed, first tokens, answers, copies.",
+    ),
     "overlap": (
         "bench.overlap_cli:overlap",
         "Measure resumed turns with overlap of loading and computing, with less of it, and without; and saving.",

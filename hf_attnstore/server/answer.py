@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import copy_context
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -73,6 +74,8 @@ class Answer:
         self.first_token: float | None = None
         """When it came, on the monotonic clock."""
         self._prompt_tokens = 0
+        self._decode: Callable[[Sequence[int]], str] | None = None
+        """Ids in words, where the turn did not have them."""
         self.turn: Turn[Any] | BatchTurn | None = None
         self.keeps: list[dict[str, Any]] | None = None
         """For a response that is to be kept: what it answers."""
@@ -108,6 +111,7 @@ class Answer:
         if self.stops:
             given["stopping_criteria"] = StoppingCriteriaList([_StopTexts(self, prompt_tokens, tokenizer._tokenizer)])
         if self._service.batches is not None:
+            self._decode = partial(tokenizer.decode, skip_special_tokens=False)
             self.turn = self._turned = self._service.batches.run(
                 self.id, self.exchange.store, self.session, given, seed=self._seed, timeout=self._service.deadline
             )
@@ -228,7 +232,10 @@ class Answer:
         said = [f"reused={stats.reused_tokens}", f"prompt={stats.prompt_tokens}", f"tier={self.tier}"]
         if self.ttft_seconds is not None:
             said.insert(0, f"ttft={self.ttft_seconds:.3f}")
-        why = stats.recomputed or (str(stats.diverged) if stats.diverged is not None else "")
+        diverged = stats.diverged
+        if diverged is not None and self._decode is not None:
+            diverged = diverged.in_text(self._decode)
+        why = stats.recomputed or (str(diverged) if diverged is not None else "")
         if why:
             plain = why.encode("ascii", "backslashreplace").decode()[:_LONGEST]
             quoted = "".join(c if " " <= c <= "~" else "?" for c in plain).replace("\\", "\\\\").replace('"', '\\"')

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import pytest
 import torch
 from support.tiny_models import make_model, tokens
 from torch import nn
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 pytest.importorskip(
     "transformers.generation.continuous_batching.cache_allocators", reason="a paged cache of before transformers 5.20"
@@ -41,8 +41,8 @@ NEW = 6
 class Batches:
     """A model whose batches are counted."""
 
-    def __init__(self, kind: str = "llama-gqa") -> None:
-        self.model = make_model(kind)
+    def __init__(self, kind: str = "llama-gqa", model: Any = None) -> None:
+        self.model = model if model is not None else make_model(kind)
         self.fed: list[int] = []
         fed = self.fed
         self.model.register_forward_pre_hook(
@@ -633,3 +633,29 @@ def test_hundreds_of_requests_get_the_tokens_that_they_get_without_a_store(kind:
                     prompts = [prompt[:40] for prompt in prompts]
     assert compared == 320
     assert fed_with < 0.3 * fed_without
+
+
+@pytest.mark.slow
+def test_gemma_s_full_and_sliding_layers_go_on_from_disk(
+    real_model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Gemma 3 270M, past its window of 512 tokens: by rings and pages what was saved by them, and by `generate`."""
+    path = real_model_folder("gemma3")
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    batches, words = Batches(model=model), AutoTokenizer.from_pretrained(path)
+    text = (Path(__file__).parents[2] / "hf_attnstore" / "lab" / "demo" / "alice.txt").read_text()
+    prompts = [words(text).input_ids[:640], words(text).input_ids[2000:2300]]
+    for turn in range(3):
+        with AttentionStore(tmp_path) as store:
+            attach(model, store)
+            found, fed = batches.run(prompts, blocks=64)
+            assert found == batches.plain(prompts)[0]
+            assert fed == (fed_after(0, prompts) if not turn else 2 * (4 + NEW - 1))
+            prompts = go_on(prompts, found)
+    with AttentionStore(tmp_path) as store:
+        attach(model, store)
+        batches.fed.clear()
+        whole = model.generate(torch.tensor(prompts[:1]), max_new_tokens=NEW, do_sample=False)
+        assert batches.fed[0] == 4
+        detach(model)
+        assert torch.equal(whole, model.generate(torch.tensor(prompts[:1]), max_new_tokens=NEW, do_sample=False))

@@ -24,6 +24,7 @@ from hf_attnstore.server.batching import _Choosing
 SIZES = {"cache_tokens": 4096, "batch_tokens": 256}
 KEYS = "alice sk-a\nbob sk-b\n"
 ASKED = [{"role": "user", "content": "the old prince went to the window and looked at the road"}]
+SAID = " and looked at the letter and said nothing to the others in the room" * 6
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +132,27 @@ def test_nobody_gets_what_was_computed_in_another_namespace(running: ApiServer) 
     assert found[0] <= 2, "where her other prompts begin as this one"
     assert found[1] == 0
     assert found[2] == found[3] > 50
+
+
+@pytest.mark.parametrize("batched", [None, SIZES], ids=["queue", "batches"])
+def test_the_header_says_where_a_prompt_parts_from_what_is_known(
+    batched: dict[str, int] | None, model_folder: Path, tmp_path: Path, plain: Plain
+) -> None:
+    before, after = ([{"role": "user", "content": "the old prince " * 6 + day + SAID}] for day in ("rose", "sat"))
+    with serving(model_folder, tmp_path / "store", batched=batched) as server:
+        for messages in (before, after, after):
+            answer = server.ask("POST", "/v1/chat/completions", json={"messages": messages, "max_tokens": 4})
+            said = noted(answer.headers["x-attnstore"])
+            assert said["reused"] == str(cached(answer.json()))
+            if messages is before:
+                assert "why" not in said
+        assert "why" not in said
+        other = [{"role": "user", "content": "the old prince " * 6 + "went" + SAID}]
+        answer = server.ask("POST", "/v1/chat/completions", json={"messages": other, "max_tokens": 4})
+        said = noted(answer.headers["x-attnstore"])
+        assert said["why"].startswith(f"agrees up to token {cached(answer.json())} of {len(plain.prompt(other))}; then")
+        assert "went" in said["why"]
+        assert 'attnstore_missed_turns_total{why="not in the store"} 1.0' in server.ask("GET", "/metrics").text
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def test_nothing_is_shared_between_namespaces(guarded: ApiServer, plain: Plain) 
     prompt = plain.prompt([{"role": "user", "content": SAID}])
     assert cached(chat(guarded, key="one-key", prompt_cache_key="s")) == 0
     assert cached(chat(guarded, key="another-key")) == len(prompt) - 1
-    assert cached(chat(guarded, key=BOB)) == 0
+    assert cached(chat(guarded, key=BOB, user="alice")) == 0
     assert cached(chat(guarded, key=BOB)) == len(prompt) - 1
     assert (names(guarded, "another-key"), names(guarded, BOB)) == ({"s"}, set())
     kept = guarded.ask("POST", "/v1/responses", "one-key", json={"model": NAME, "input": "x", "max_output_tokens": 2})

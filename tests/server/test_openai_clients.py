@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import json
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 import torch
 from server.conftest import Plain
-from support.api_server import NAME, ApiServer, agreed, noted
-from support.chat_fixtures import plain_answer
+from support.api_server import NAME, ApiServer, agreed, noted, serving
+from support.chat_fixtures import Says, plain_answer, tiny_model, tiny_tokenizer
+from transformers.cli.serving import utils as serving_utils
+
+from hf_attnstore.server import answer
 
 GREEDY: dict[str, Any] = {"model": NAME, "max_tokens": 12, "temperature": 0}
 SAID = ["the old prince looked at the letter", "and the mother rose", "they were to march at three", "nothing more"]
@@ -226,3 +231,61 @@ def test_penalties_are_openai_s(server: ApiServer, plain: Plain) -> None:
     assert answer.choices[0].message.content == plain.text(sequence[len(ids) :])
     unpenalised = plain_answer(plain.model, ids, max_new_tokens=12, do_sample=False)
     assert unpenalised != sequence[len(ids) :]
+
+
+THOUGHT = (
+    '<think>who knows</think>One moment.<tool_call>{"name": "weather", "arguments": {"city": "Moscow"}}</tool_call>'
+)
+FIELDS: dict[str, Any] = {
+    "defaults": {"role": "assistant"},
+    "start_anchor": "<|assistant|>",
+    "fields": {
+        "reasoning_content": {"open": "<think>", "close": "</think>", "content": "text"},
+        "tool_calls": {
+            "open": "<tool_call>",
+            "close": "</tool_call>",
+            "repeats": True,
+            "content": "json",
+            "transform": {"type": "function", "function": "{content}"},
+        },
+        "content": {"close": ["<|end|>"], "content": "text"},
+    },
+}
+"""How a model writes what it thinks and which tools it calls, as tokenizers say it (`response_template`)."""
+
+
+@pytest.mark.parametrize("batched", [None, {"cache_tokens": 4096, "batch_tokens": 256}], ids=["queue", "batches"])
+def test_tool_calls_and_reasoning_are_fields_of_their_own(
+    batched: dict[str, int] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not hasattr(serving_utils, "get_response_template"):
+        pytest.skip("this transformers finds them in another way")
+    tokenizer = tiny_tokenizer(all_bytes=True)
+    tokenizer.save_pretrained(tmp_path / "model")
+    tiny_model(tokenizer, window=1024).save_pretrained(tmp_path / "model")
+    said = tokenizer(THOUGHT)["input_ids"] + [tokenizer.eos_token_id]
+    monkeypatch.setattr(answer, "Penalties", lambda *_: Says(said))  # whose place it takes
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+    with serving(tmp_path / "model", tmp_path / "store", batched=batched) as server:
+        server.service.loaded.processor.response_template = FIELDS
+        asking = client(server).chat.completions
+        given: dict[str, Any] = {**GREEDY, "max_tokens": 400, "tools": tools, "frequency_penalty": 1}
+        messages: list[Any] = [user("how is it in Moscow")]
+        whole = asking.create(messages=messages, **given).choices[0]
+        chunks = list(asking.create(messages=messages, stream=True, **given))
+        assert whole.finish_reason == chunks[-1].choices[0].finish_reason == "tool_calls"
+        (call,) = whole.message.tool_calls or ()
+        (streamed,) = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or ()]
+        for found in (call.function, streamed.function):  # type: ignore[union-attr]
+            assert (found.name, json.loads(found.arguments)) == ("weather", {"city": "Moscow"})
+        assert whole.message.content == "".join(c.choices[0].delta.content or "" for c in chunks) == "One moment."
+        thought = "".join(getattr(c.choices[0].delta, "reasoning_content", None) or "" for c in chunks)
+        assert whole.message.reasoning_content == thought == "who knows"  # type: ignore[attr-defined]
+        messages += [
+            {"role": "assistant", "content": "", "tool_calls": [call.model_dump()]},
+            {"role": "tool", "tool_call_id": call.id, "content": "cold"},
+        ]
+        usage = asking.create(messages=messages, **{**given, "frequency_penalty": 0, "max_tokens": 4}).usage
+        assert usage is not None
+        assert usage.prompt_tokens_details.cached_tokens >= len(tokenizer("how is it in Moscow")["input_ids"])
+        assert usage.prompt_tokens_details.cached_tokens < usage.prompt_tokens

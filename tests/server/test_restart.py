@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 from server.conftest import Plain
 from support.api_server import agreed, noted
 from support.chat_fixtures import plain_answer
@@ -67,15 +68,16 @@ def test_conversations_go_on_after_restarts_by_content_and_by_name(
                 messages.append({"role": "assistant", "content": content})
 
 
+@pytest.mark.parametrize("batched", [[], ["--continuous-batching"]], ids=["queue", "batches"])
 def test_an_answer_that_is_being_made_comes_to_its_end_and_is_kept(
-    model_folder: Path, tmp_path: Path, plain: Plain
+    batched: list[str], model_folder: Path, tmp_path: Path, plain: Plain
 ) -> None:
     messages = [{"role": "user", "content": SAID[0]}]
     ids = plain.prompt(messages)
     expected = plain_answer(plain.model, ids, max_new_tokens=300, do_sample=False)
     heard = ""
     with (
-        command(model_folder, tmp_path / "store") as (process, url),
+        command(model_folder, tmp_path / "store", *batched) as (process, url),
         httpx.stream(
             "POST", f"{url}/chat/completions", json=body(messages, max_tokens=300, stream=True), timeout=PATIENCE
         ) as stream,
@@ -90,7 +92,7 @@ def test_an_answer_that_is_being_made_comes_to_its_end_and_is_kept(
             if line.startswith("data: {"):
                 heard += json.loads(line[6:])["choices"][0]["delta"].get("content") or ""
     assert heard == plain.text(expected)
-    with command(model_folder, tmp_path / "store") as (_, url):
+    with command(model_folder, tmp_path / "store", "--no-warm-up", *batched) as (_, url):
         again = httpx.post(f"{url}/chat/completions", json=body(messages, max_tokens=2), timeout=PATIENCE)
     assert noted(again.headers["x-attnstore"])["reused"] == str(len(ids) - 1)
 

@@ -13,6 +13,7 @@ from ...session.spans import Span, total_tokens
 from ...store.blocks.block import Block, Match
 from ...store.blocks.keys import Key
 from ...store.store import AttentionStore
+from ..divergence import WORTH, Divergence, find_divergence
 
 logger = logging.getLogger("hf_attnstore")
 
@@ -43,12 +44,19 @@ class Known:
     Args:
         ids: those of the prompt whose KV may be there already.
         root: of the model and the namespace; empty where nothing is to be reused.
+        bos: the id with which texts of the model begin.
         asked: how many requests had ended then: each may have made more known.
         when_over: called when there is nothing to wait for any more, by any thread.
     """
 
     def __init__(
-        self, store: AttentionStore, ids: np.ndarray, root: Key, asked: int, when_over: Callable[[], object]
+        self,
+        store: AttentionStore,
+        ids: np.ndarray,
+        root: Key,
+        bos: int | None,
+        asked: int,
+        when_over: Callable[[], object],
     ) -> None:
         self.store, self.asked = store, asked
         self.spans: list[Span] = []
@@ -57,7 +65,9 @@ class Known:
         """Those of them that are there, in order."""
         self.tiers: dict[Key, str] = {}
         """Those that were not in memory, by where they were."""
-        self._ids, self._root, self._when_over = ids, root, when_over
+        self.diverged: Divergence | None = None
+        """Where it parts from the text that agrees with it furthest, if much is new."""
+        self._ids, self._root, self._bos, self._when_over = ids, root, bos, when_over
         self._over, self._given_up = threading.Event(), False
         self._until = time.monotonic() + PATIENCE
         self.fetched = bool(root) and not self._all_resident()
@@ -92,6 +102,8 @@ class Known:
                     return
                 block.wait_ready()
                 self.blocks[block.meta.key] = block
+            if len(self._ids) - total_tokens(spans) >= WORTH:
+                self.diverged = find_divergence(store, self._root, self._ids, spans, None, self._bos)
         except AttentionStoreError as error:  # the store has said what it is; the rest is computed
             logger.debug("a prompt is not fetched: %s", error)
         except Exception:
@@ -104,6 +116,11 @@ class Known:
     def is_awaited(self) -> bool:
         """Whether it is worth waiting for what is on its way."""
         return not self._over.is_set() and time.monotonic() < self._until
+
+    @property
+    def is_late(self) -> bool:
+        """Whether something is on its way still."""
+        return not self._over.is_set()
 
     def at_hand(self) -> list[tuple[Span, Block]]:
         """The first of the spans whose blocks are there, with them."""

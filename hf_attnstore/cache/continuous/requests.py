@@ -4,6 +4,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -111,7 +112,8 @@ class StoredRequests:
         model, ids = self._identify(), np.array(request.initial_tokens)
         fits = self._limit is None or len(ids) <= self._limit
         root = store.root(model) if model and fits and self._pages is not None else b""
-        return Known(store, ids[: _most(request)], root, self._ended, self._wake)
+        bos = getattr(self._model.config, "bos_token_id", None)
+        return Known(store, ids[: _most(request)], root, bos, self._ended, self._wake)
 
     def admit(self, request: Any) -> int:
         """A request that has no pages is about to begin: gives it those that others have computed, and puts what else
@@ -175,17 +177,22 @@ class StoredRequests:
         if request._true_initial_tokens:  # it had begun before, and had to give way
             return
         store = known.store
-        store.count_turn(found, len(request.initial_tokens), loaded, seconds, seconds)
-        if used:
-            saving.went_on_from = used[-1]
-            store.touch(used)
         stats = self._told.stats_of(request.request_id) or TurnStats()
         stats.prompt_tokens, stats.reused_tokens = len(request.initial_tokens), found
         stats.prefilled_tokens = stats.prompt_tokens - found
-        stats.loaded_bytes, stats.load_seconds = loaded, seconds
+        stats.loaded_bytes, stats.load_seconds, stats.exposed_load_seconds = loaded, seconds, seconds
         if loaded:
             stats.blocks_from = Counter(known.tiers.get(key, "memory") for key in used)
         stats.rounded_by = store.codec if found and store.codec != RAW and store.is_lossy else ""
+        if known.is_late:
+            stats.recomputed, stats.missed = "what the store has of it did not come in time", "too slow"
+        elif known.diverged is not None:
+            stats.diverged = replace(known.diverged, prompt_tokens=stats.prompt_tokens)
+            stats.missed = "other text" if known.diverged.there else "not in the store"
+        store.count_turn(found, stats.prompt_tokens, loaded, seconds, seconds, stats.missed)
+        if used:
+            saving.went_on_from = used[-1]
+            store.touch(used)
 
     # what is kept of it
 

@@ -6,10 +6,12 @@ import json
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -171,3 +173,77 @@ def _free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])
+
+
+_CLIENT = """
+import http.client, json, sys
+talk = http.client.HTTPConnection("127.0.0.1", int(sys.argv[1]))
+for line in sys.stdin:
+    talk.request("POST", "/v1/chat/completions", line, {"content-type": "application/json"})
+    print(json.dumps(talk.getresponse().read().decode()), flush=True)
+"""
+
+
+def overhead(source: str, turns: int, folder: Path) -> dict[str, list[float]]:
+    """The CPU time of turns over HTTP, without the client's, and of the same turns by a `ChatSession` that is made for
+    each, on one model and store, in turn; answers of four tokens.
+
+    Returns:
+        Seconds by way: `http`, `streamed` and `ChatSession`; without the first turn, in which all is done once.
+    """
+    import uvicorn
+
+    from hf_attnstore import AttentionStore, ChatSession
+    from hf_attnstore.server.app import application
+    from hf_attnstore.server.generating import LoadedModel
+    from hf_attnstore.server.service import Service
+
+    loaded = LoadedModel(source, "model", device="cpu", dtype="float32")
+    service = Service(loaded, AttentionStore(folder, shared=""))
+    listening = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(application(service), log_level="warning"))
+    running = threading.Thread(target=server.run, args=([listening],))
+    running.start()
+    found: dict[str, list[float]] = {"http": [], "streamed": [], "ChatSession": []}
+    said: list[dict[str, str]] = []
+    command = [sys.executable, "-c", _CLIENT, str(listening.getsockname()[1])]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as client:  # noqa: S603
+
+        def ask(stream: bool) -> str:
+            assert client.stdin is not None
+            assert client.stdout is not None
+            body = {"messages": said, "max_tokens": _FEW, "temperature": 0, "stream": stream}
+            client.stdin.write(json.dumps(body) + "\n")
+            client.stdin.flush()
+            return str(json.loads(client.stdout.readline()))
+
+        def chat() -> str:
+            tokenizer: Any = loaded.processor
+            session = ChatSession(loaded.model, tokenizer, session="chat", store=service.store)
+            answer = session.send(said[-1]["content"], max_new_tokens=_FEW, do_sample=False)
+            session.close()
+            return answer
+
+        ways: dict[str, Callable[[], str]] = {
+            "http": partial(ask, False),
+            "streamed": partial(ask, True),
+            "ChatSession": chat,
+        }
+        for turn in range(turns):
+            said.append({"role": "user", "content": f"And what came then, after {turn}?"})
+            for name in list(ways)[turn % 3 :] + list(ways)[: turn % 3]:
+                began = time.process_time()
+                answer = ways[name]()
+                time.sleep(0.03)  # what is done behind the turn is part of it
+                if turn:
+                    found[name].append(time.process_time() - began)
+                if name == "http":
+                    heard = json.loads(answer)["choices"][0]["message"]["content"]
+            said.append({"role": "assistant", "content": heard})
+        client.stdin.close()  # type: ignore[union-attr]
+    server.should_exit = True
+    running.join()
+    return found
+
+
+_FEW = 4

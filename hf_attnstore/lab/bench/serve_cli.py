@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -30,6 +31,9 @@ def serve(
     device: Annotated[str, typer.Option(help="Such as cpu or cuda.")] = "cpu",
     turns: Annotated[int, typer.Option(min=1, help="Turns of the conversation.")] = 8,
     restart_before: Annotated[int, typer.Option(min=1, help="The turn before which the server is restarted.")] = 5,
+    overhead: Annotated[
+        int, typer.Option(min=0, help="Also compare so many short turns with `ChatSession`, by CPU time.")
+    ] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="A shorter conversation, as for the small model.")] = False,
     output: Annotated[Path | None, typer.Option(help="Folder for the report: JSON and Markdown.")] = None,
 ) -> None:
@@ -40,6 +44,7 @@ def serve(
     from hf_attnstore.chat.model import model_source, model_title
     from hf_attnstore.lab.bench.machine import ForeignLoad, describe_machine, in_words, versions
     from hf_attnstore.lab.bench.serve_bench import converse
+    from hf_attnstore.lab.bench.serve_bench import overhead as measure_overhead
     from hf_attnstore.lab.demo.script import EVENING, reading
 
     console = Console()
@@ -60,6 +65,11 @@ def serve(
                 tell=status.update,
                 heard=lambda turn: console.print(f"[dim]{turn.ours.text.strip()}[/]", highlight=False),
             )
+        beyond = ""
+        if overhead:
+            times = measure_overhead(source, overhead + 1, Path(folder) / "overhead")
+            beyond = _in_words(times)
+            console.print(beyond)
         share = others.share()
         machine = describe_machine(Path(folder))
     table = Table(*_COLUMNS, title=f"{model_title(source)}, {dtype}", caption="* after a restart")
@@ -71,10 +81,24 @@ def serve(
         record = {"turns": [asdict(turn) for turn in said], "machine": machine, "versions": versions()}
         (output / "serve.json").write_text(json.dumps(record, indent=1) + "\n")
         about = f"{model_title(source)} in {dtype}, answers of up to {script.answer_tokens} tokens"
-        (output / "serve.md").write_text(_as_markdown(about, said, in_words(machine), share))
+        (output / "serve.md").write_text(_as_markdown(about, said, in_words(machine), share) + beyond)
     if dtype == "float32" and not all(turn.same for turn in said):
         console.print("[red]an answer differs[/]")
         raise typer.Exit(1)
+
+
+def _in_words(times: dict[str, list[float]]) -> str:
+    chat = statistics.median(times["ChatSession"])
+    ways = [
+        f"{name} {statistics.median(took) * 1e3:.1f} ms"
+        f" ({statistics.median(a - b for a, b in zip(took, times['ChatSession'], strict=True)) * 1e3:+.1f})"
+        for name, took in times.items()
+        if name != "ChatSession"
+    ]
+    return (
+        f"\nCPU time of a short turn, medians of {len(times['http'])}: by a ChatSession that is made for it "
+        f"{chat * 1e3:.1f} ms, by {' and '.join(ways)}.\n"
+    )
 
 
 _COLUMNS = ("turn", "prompt", "cached_tokens", "TTFT, s", "plain, s", "CPU, s", "plain CPU, s", "CPU ratio")
