@@ -39,6 +39,9 @@ SETTINGS = (
     Setting("memory", "2GiB", "host memory for KV, such as 8GiB; auto follows what is free"),
     Setting("disk", "50GiB", "disk space for KV"),
     Setting("codec", "raw", "how KV is written: raw, lossless, or with loss fp16, int8, int8z, int4"),
+    Setting(
+        "windows_every", "", "tokens between points to go back to, where sliding layers' KV outside the window may go"
+    ),
     Setting("on_device", "auto", "KV that stays where it was computed between turns; auto: some on a CPU"),
     Setting("policy", "predictive", "what goes first where there is no room: predictive, lru, hyperbolic, fifo"),
     Setting("durability", "process", "what a saved turn survives: process or power"),

@@ -38,6 +38,7 @@ from .setup import Setup
 from .stats import TurnStats
 from .transfer.load import Restore
 from .transfer.save import say_if_unmeasured
+from .transfer.windows import sliding_layers
 from .turn import Phase, Turn
 
 
@@ -134,6 +135,8 @@ class AttentionStoreCache(Cache):
         attachment = ensure_hooks(model)
         store = store or attachment.store or _default_store()
         config: Any = owner.config
+        if store.windows_every is not None and sliding_layers(layers) and not is_encoder_decoder(owner):
+            store = store.with_windows_apart()
         # what an encoder takes can't be told by tokens
         learns = not is_encoder_decoder(owner)
         setup = Setup(

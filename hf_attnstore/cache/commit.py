@@ -90,7 +90,7 @@ def hand_over(turn: Turn) -> None:
         return
     if held.saver is not None and turn.computed:  # what was not computed now was handed over before, or let go
         began = time.perf_counter()
-        saved = held.saver.finish(len(held.chain))
+        saved = held.saver.finish(len(held.chain), turn.prompt_tokens)
         if turn.recorder is not None:
             turn.recorder.saved("end of the turn", began)
         if held.saver.unfit_from is not None:  # it serves this turn, and no other
@@ -138,18 +138,21 @@ def _commit(turn: Turn, tokens: int) -> None:
         short = spans[-1].block_tokens < chain.block_size
         blocks = [span.block for span in spans]
         store.used(blocks, tokens, short=short, went_on_from=held.went_on_from, session=name)
-    if held.checkpoints:
-        store.touch(list(held.checkpoints.values()))
+    if held.saver is not None:
+        store.let_windows_go(held.saver.let_go, name)
+    if held.checkpoints or (held.saver is not None and held.saver.kept):
+        store.touch([*held.checkpoints.values(), *(held.saver.kept if held.saver is not None else ())])
     if held.encoder is not None and held.encoder.blocks:
         store.touch(held.encoder.blocks)
 
 
 def _blocks_beside(turn: Turn) -> tuple[Key, ...]:
-    """Blocks that belong to the session though none of its tokens is in them: checkpoints, an encoder's output."""
+    """Blocks that belong to the session though it consists of others: checkpoints, windows, an encoder's output."""
     held = turn.held
     if held.encoder is not None:
         return held.encoder.blocks
-    return tuple(
+    windows = held.saver.kept if held.saver is not None else ()
+    return *windows, *(
         key
         for tokens, key in held.checkpoints.items()
         if tokens <= len(held.chain) and held.chain.checkpoint_key(tokens) == key

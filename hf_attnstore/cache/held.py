@@ -20,6 +20,7 @@ from .layers.kinds import granularity
 from .setup import Setup
 from .transfer.load import Restore
 from .transfer.save import BlockSaver
+from .transfer.windows import SplitSaver, sliding_layers, whole_until
 
 if TYPE_CHECKING:
     from .encoder_output import EncoderOutput
@@ -55,6 +56,9 @@ class Held:
         """The last block that was reused when the prompt was taken up."""
         self.granularity = granularity(layers)
         """What can be reused of a text: up to any `token`, up to a `checkpoint`, or nothing (`none`)."""
+        apart = setup.store is not None and setup.store.keeps_windows_apart
+        self.sliding: Sequence[int] = sliding_layers(layers) if apart else ()
+        """The layers whose windows the store keeps apart from blocks, so that they may be gone."""
         self.states: list[Any] = [layer for layer in layers if layer.has_state]
         self.states_at: int | None = 0
         """The number of tokens that the layers' running states are right for; None if for none, after an interrupt."""
@@ -142,9 +146,27 @@ class Held:
     def covers(self, length: int, spans: Sequence[Span]) -> bool:
         """Whether the layers hold, or the spans have, all that is needed to go on at `length`."""
         whole_from = self.whole_from(length)
-        return total_tokens(spans) >= length or all(
-            layer.missing_from(length, whole_from) >= length for layer in self.layers
-        )
+        if total_tokens(spans) >= length:
+            return self._windows_until(length, spans) == length
+        return all(layer.missing_from(length, whole_from) >= length for layer in self.layers)
+
+    def whole_until(self, length: int, spans: Sequence[Span]) -> int:
+        """The longest beginning, of at most `length` tokens in `spans`, that all layers can go on after: where windows
+        may be gone, not every one; and none with a part of a picture."""
+        before = -1
+        while length != before:
+            before, length = length, self._windows_until(self.whole(length), spans)
+        return length
+
+    def _windows_until(self, length: int, spans: Sequence[Span]) -> int:
+        store = self.setup.store
+        if not self.sliding or store is None:
+            return length
+        return whole_until(length, spans, self._windows_missing_from, store.there, self.secret)
+
+    def _windows_missing_from(self, length: int) -> int:
+        whole_from = self.whole_from(length)
+        return min(self.layers[number].missing_from(length, whole_from) for number in self.sliding)
 
     # changing it
 
@@ -167,7 +189,9 @@ class Held:
         self.saver = None
         if store is not None and self.setup.saves:
             continues = view.prefix[-1].block if view.prefix else b""
-            self.saver = BlockSaver(self.layers, self.chain, store, self.fingerprint, continues)
+            settings = self.chain, store, self.fingerprint, continues
+            split = SplitSaver(self.layers, self.sliding, *settings) if self.sliding else None
+            self.saver = split or BlockSaver(self.layers, *settings)
 
     def crop_chain(self, length: int) -> None:
         """Forgets the ids of what comes after `length` tokens, which the layers have let go."""

@@ -63,7 +63,7 @@ def plan_load(turn: Turn, spans: Sequence[Span], length: int, checkpoint: Checkp
     began = time.perf_counter()
     load = plan_restore(
         held.layers, attachment.devices, spans, length, held.whole_from(length), setup.store, attachment.pace, geometry,
-        checkpoint, partial(setup.gate.estimate, length) if setup.gate.enabled else None,
+        checkpoint, partial(setup.gate.estimate, length) if setup.gate.enabled else None, held.sliding,
     )  # fmt: skip
     held.states_at = length
     if checkpoint is not None:
@@ -159,9 +159,11 @@ def reload(turn: Turn, length: int) -> None:
         checkpoint = None
     if not held.covers(length, spans) or (lacks_state and checkpoint is None):
         what = "a running state" if held.states else "the window before it"
+        last = held.whole_until(total_tokens(spans), spans) if held.sliding else 0
+        instead = f" (to {last} tokens it could go back)" if last else ""
         raise CacheUseError(
             f"can't go back to {length} tokens: a layer does not hold {what} any more and the store does not have "
-            "it; call activate_past_recording() before, or reset()"
+            f"it{instead}; call activate_past_recording() before, or reset()"
         )
     try:
         plan_load(turn, spans, length, checkpoint)

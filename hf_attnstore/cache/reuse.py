@@ -112,11 +112,16 @@ def _plan(turn: Turn, ids: np.ndarray, limit: int, own: int) -> Plan:
     held = turn.held
     spans = crop(loads.find(turn, held.view, ids[:limit]), limit)
     resident = Resident(own, held.covers, bool(held.states), held.states_at)
-    plan = plan_reuse(
-        ids, limit, spans, resident, held.whole, partial(loads.find_checkpoint, turn), _cost_model(turn, ids)
-    )
+    whole = partial(held.whole_until, spans=spans)
+    plan = plan_reuse(ids, limit, spans, resident, whole, partial(loads.find_checkpoint, turn), _cost_model(turn, ids))
     stats, choice = turn.stats, plan.choice
     stats.matched_tokens = plan.matched
+    if held.sliding and plan.matched < held.whole(total_tokens(spans)):
+        stats.recomputed = (
+            f"the sliding layers' windows before token {total_tokens(spans)} were let go: computed from token "
+            f"{plan.matched} on, the last one before it at which they are whole"
+        )
+        stats.missed = "windows let go"
     turn.computes_known = plan.computes_known
     if choice is not None:
         stats.gate = choice.reason

@@ -399,6 +399,8 @@ class ChatSession:
         """Copies the system part from one namespace to another."""
         if not ids or source is None or target is None:
             return
+        if cache.store is not None and cache.store.keeps_windows_apart:
+            source, target = source.with_windows_apart(), target.with_windows_apart()
         try:
             target.copy_beginning(ids, cache.model_fingerprint(), source)
         except LoadError as error:  # it is computed, then

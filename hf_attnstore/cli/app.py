@@ -11,7 +11,7 @@ from rich.markup import escape
 from .._version import __version__
 from .group import Commands
 from .lazy import add_lazily
-from .options import CheckpointEvery, Codec, Device, Disk, Dtype, Memory, Model, OnDevice, Store
+from .options import CheckpointEvery, Codec, Device, Disk, Dtype, Memory, Model, OnDevice, Store, WindowsEvery
 from .store_commands import add_to
 
 app = typer.Typer(
@@ -86,6 +86,7 @@ def chat(
     disk: Disk = None,
     on_device: OnDevice = None,
     codec: Codec = None,
+    windows_every: WindowsEvery = None,
     device: Device = None,
     dtype: Dtype = "auto",
 ) -> None:
@@ -107,7 +108,9 @@ def chat(
     console = Console(highlight=False)
     with console.status("loading the model"):
         loaded, tokenizer = load_chat_model(model, device=device, dtype=dtype)
-    with AttentionStore(store, memory=memory, disk=disk, on_device=on_device, codec=codec) as opened:
+    with AttentionStore(
+        store, memory=memory, disk=disk, on_device=on_device, codec=codec, windows_every=windows_every
+    ) as opened:
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": sample}
         options |= {"window": window, "canonicalize": canonicalize}
         options["checkpoint_every"] = checkpoint_every

@@ -43,6 +43,15 @@ Codec = Annotated[
         show_default=False,
     ),
 ]
+WindowsEvery = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="For models with sliding layers (Gemma 3 …): let go of what these have outside their window, but for "
+        "points to go back to at every so many tokens; 0: for the end only. [setting: windows_every]",
+        show_default="keep all",
+    ),
+]
 OnDevice = Annotated[
     str | None,
     typer.Option(

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import LoadError, NotFiniteError
 from ..lazy import np
@@ -16,7 +16,7 @@ from ..sizes import format_bytes
 from ..timeline import Timeline
 from .blocks.block import Block, BlockMeta, Match, TensorSpec
 from .blocks.codecs import CodedBlock, as_kept, as_kept_already
-from .blocks.keys import Key, block_key, chain_root, decode_tokens, encode_tokens
+from .blocks.keys import Key, block_key, chain_root, decode_tokens, encode_tokens, window_key, window_root
 from .blocks.stored import StoredBlock
 from .blocks.tier import Source, Tier
 from .opened import OpenStore
@@ -55,6 +55,14 @@ class BlockStore(OpenStore):
             if not missing:
                 return len(keys)
         return list(keys).index(missing[0])
+
+    def there(self, keys: Sequence[Key]) -> set[Key]:
+        """Which of these blocks are in some tier."""
+        self._check_open()
+        found: set[Key] = set()
+        for tier in self._tiers:
+            found |= tier.find([key for key in keys if key not in found])
+        return found
 
     def tier_of(self, key: Key) -> str:
         """The tier that a block, which is somewhere, would be loaded from."""
@@ -408,19 +416,47 @@ class BlockStore(OpenStore):
         for start in range(0, len(ids) - self.block_size + 1, self.block_size):
             tokens = encode_tokens(ids[start : start + self.block_size])
             parent, own, theirs = own, *(block_key(root, tokens, self.secret) for root in (own, theirs))
-            if self.has(own):
-                continue
-            if not source.known([theirs]):
+            if not self._copy(theirs, source, key=own, parent=parent):
                 return start
-            _, found = source._open([theirs])[theirs]
-            if isinstance(found, StoredBlock):
-                with found:
-                    found = found.as_kept()
-            if not self.reserve(found.nbytes):
-                return start
-            meta = replace(found.meta, key=own, parent=parent)
-            self.put(replace(found, meta=meta, arriving=list(found.arriving), _together={}))
+            if self.keeps_windows_apart:
+                part, window = window_key(own, self.secret), window_root(own, self.secret)
+                self._copy(window_key(theirs, self.secret), source, key=part, parent=window, continues=own)
         return len(ids) // self.block_size * self.block_size
+
+    def _copy(self, theirs: Key, source: BlockStore, **names: Any) -> bool:
+        """Copies a block from another namespace, where it has other names. False where it is not there, or finds no
+        room here."""
+        if self.has(names["key"]):
+            return True
+        if not source.known([theirs]):
+            return False
+        _, found = source._open([theirs])[theirs]
+        if isinstance(found, StoredBlock):
+            with found:
+                found = found.as_kept()
+        if not self.reserve(found.nbytes):
+            return False
+        meta = replace(found.meta, **names)
+        self.put(replace(found, meta=meta, arriving=list(found.arriving), _together={}))
+        return True
+
+    def let_windows_go(self, blocks: Sequence[Key], session: str | None) -> None:
+        """Deletes what the sliding layers have of these blocks, behind the caller's back and after all that was handed
+        over before: but for what other sessions need of blocks that are still there.
+
+        Args:
+            session: the one that needs it no more.
+        """
+
+        def let_go() -> None:
+            there = self.there(blocks)
+            keys = {block: window_key(block, self.secret) for block in blocks}
+            self._disk.delete([key for block, key in keys.items() if block not in there])
+            kept = self._disk.let_go(self.namespace, session, [key for block, key in keys.items() if block in there])
+            self._memory.delete([key for key in keys.values() if key not in kept])
+
+        if blocks:
+            self._writer.submit(partial(self._guarded, let_go))
 
     def touch(self, keys: Sequence[Key]) -> None:
         """Marks blocks as just used."""

@@ -17,7 +17,7 @@ from ..settings import value_of
 from ..sizes import parse_bytes
 from ..timeline import Recorders
 from .blocks.codecs import chosen_codec, codec_named
-from .blocks.keys import Key
+from .blocks.keys import APART, Key
 from .blocks.tier import Source, Tier
 from .blocks.vault import parse_key
 from .disk.folder import open_folder
@@ -98,6 +98,23 @@ def days_of(given: float | None) -> float | None:
     return days
 
 
+def windows_of(given: int | None) -> int | None:
+    """Tokens between points of a conversation at which windows are kept: what was given, else what is set; None where
+    all are.
+
+    Raises:
+        AttentionStoreError: it is no number of tokens.
+    """
+    every = _chosen("windows_every", given)
+    try:
+        every = int(every) if every != "" else None
+    except (TypeError, ValueError):
+        every = -1
+    if every is not None and every < 0:
+        raise AttentionStoreError("windows_every is a number of tokens, such as 2048, or 0 for the last window alone")
+    return every
+
+
 def default_path() -> Path:
     """The folder that the setting `store` names, else `$HF_HOME/attnstore`, with the default of huggingface_hub.
 
@@ -131,6 +148,7 @@ class OpenStore:
         older_than: float | None = None,
         surroundings: Surroundings | None = None,
         codec: str | None = None,
+        windows_every: int | None = None,
         below: Sequence[Tier] = (),
         shared: str | None = None,
     ) -> None:
@@ -145,6 +163,9 @@ class OpenStore:
         self.namespace = self.check_namespace(namespace)
         self.codec = chosen_codec(_chosen("codec", codec))
         """How new blocks are written; others are not found."""
+        self.windows_every = windows_of(windows_every)
+        """Tokens between points of a conversation at which sliding layers' windows are kept, beside the last; None
+        where all are."""
         self._order = Order(make_policy(_chosen("policy", policy)))
         capacity = 0 if memory == AUTO else parse_bytes(memory)
         surroundings = surroundings or Surroundings()
@@ -335,6 +356,15 @@ class OpenStore:
             StoreClosedError: the store is closed.
         """
         return self._seen_from(self.namespace, chosen_codec(codec))
+
+    def with_windows_apart(self) -> Self:
+        """This store, writing what sliding layers have of a block as a block of its own, so that it can be let go."""
+        return self._seen_from(self.namespace, self.codec.removesuffix(APART) + APART)
+
+    @property
+    def keeps_windows_apart(self) -> bool:
+        """Whether what sliding layers have of a block is a block of its own."""
+        return self.codec.endswith(APART)
 
     def _seen_from(self, namespace: str, codec: str) -> Self:
         self._check_open()

@@ -20,7 +20,7 @@ from ..errors import (
     StoreClosedError,
 )
 from .blocks.codecs import known_codecs
-from .blocks.keys import Key, chain_root, decode_tokens
+from .blocks.keys import APART, Key, chain_root, decode_tokens
 from .blocks.vault import parse_key
 from .disk.folder import open_folder
 from .disk.maintenance import Garbage, Report, collect, repair, verify
@@ -89,6 +89,9 @@ class AttentionStore(UpcomingTurns):
         surroundings: the clock and the disk to go by, where they are not to be the machine's own.
         codec: how blocks are written: `raw`, `lossless`, or with loss `fp16`, `int8`, `int8z`, `int4`.
             What one codec wrote a store with another does not find.
+        windows_every: for models with sliding layers: what these have of blocks that have left their window is let go,
+            but for what is needed to go on at the end and at every so many tokens (0: at the end only). Who goes back
+            to a place between computes from the last such point. By default everything is kept.
         below: tiers below the disk, in the order in which they are asked.
         shared: the URL of an engine below all of them that other machines use too, such as
             "valkey://host:6379/0?prefix=team"; see docs/shared.md. Default: the environment variable
@@ -212,7 +215,8 @@ class AttentionStore(UpcomingTurns):
         self.device_tier.forget_unnamed()
         with self._disk.writing():
             for fingerprint in self._disk.index.fingerprints():
-                self._disk.remove(self._disk.index.under(self.root(fingerprint)), self._forget)
+                for each in (self, self.with_windows_apart()):
+                    self._disk.remove(self._disk.index.under(each.root(fingerprint)), self._forget)
         return len(names)
 
     def fork(self, src: str, dst: str) -> None:
@@ -425,8 +429,9 @@ class AttentionStore(UpcomingTurns):
         row = self._disk.row(first) if first is not None else None
         if row is None:
             return None
-        roots = (chain_root(row.fingerprint, self.namespace, codec, self.secret) for codec in known_codecs())
-        return next((codec for codec, root in zip(known_codecs(), roots, strict=True) if root == row.parent), None)
+        names = [name + apart for name in known_codecs() for apart in ("", APART)]
+        roots = (chain_root(row.fingerprint, self.namespace, name, self.secret) for name in names)
+        return next((name for name, root in zip(names, roots, strict=True) if root == row.parent), None)
 
     def lock_session(self, name: str, wait: float, *, patient: bool = True) -> SessionLock:
         """Takes the lock of a session, which need not exist, on all machines of a shared tier; `wait` in seconds.

@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 
 from ..errors import SessionNotFoundError, StoreIOError
 from .block_store import BlockStore
-from .blocks.keys import Key
+from .blocks.keys import Key, window_key
 from .disk.surroundings import Clock
 from .eviction.lookahead import fetch_window, keep_window
 from .eviction.policies import Place, Use
@@ -249,6 +249,8 @@ class UpcomingTurns(BlockStore):
         keys = [span.block for span in manifest.spans if span.block] if manifest is not None else []
         keys += [key for key in manifest.beside if key not in keys] if manifest is not None else []
         found = dict.fromkeys(keys, 0)
+        if self.windows_every is not None:
+            keys += [window_key(key, self.secret) for key in keys]
         for tier in reversed(self._tiers):
             found |= tier.sizes(keys)
         with self._plans.lock:

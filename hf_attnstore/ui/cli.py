@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..cli.lazy import named
-from ..cli.options import CheckpointEvery, Codec, Disk, Memory, Model, Store
+from ..cli.options import CheckpointEvery, Codec, Disk, Memory, Model, Store, WindowsEvery
 from ..errors import AttentionStoreError
 
 TOUR = "hf_attnstore.lab.tour:look"
@@ -43,6 +43,7 @@ def ui(
     memory: Memory = None,
     disk: Disk = None,
     codec: Codec = None,
+    windows_every: WindowsEvery = None,
     sample: Annotated[bool, typer.Option(help="Sample answers instead of taking the likeliest token.")] = False,
     device: Annotated[str | None, typer.Option(help="Such as cuda or cpu.", show_default=False)] = None,
     dtype: Annotated[str, typer.Option(help="Such as bfloat16 or float32; auto is what the checkpoint has.")] = "auto",
@@ -78,7 +79,7 @@ def ui(
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": sample, "window": window}
     serving.serve(
         load,
-        AttentionStore(store, memory=memory, disk=disk, codec=codec),
+        AttentionStore(store, memory=memory, disk=disk, codec=codec, windows_every=windows_every),
         model_name=model_title(source),
         host=host,
         port=port,

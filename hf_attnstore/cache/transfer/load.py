@@ -10,6 +10,7 @@ import torch
 from ...errors import LoadError
 from ...session.matching import Checkpoint
 from ...session.spans import Span, overlapping
+from ...store.blocks.keys import window_key
 from ...store.store import AttentionStore
 from ...store.transfer.depth import lookahead_depth
 from ...store.transfer.load import Load
@@ -153,6 +154,7 @@ def plan_restore(
     geometry: Geometry | None = None,
     checkpoint: Checkpoint | None = None,
     patience: Callable[[], float | None] | None = None,
+    apart: Sequence[int] = (),
 ) -> Restore | None:
     """Makes every layer hold what it needs at `length` tokens; what is missing is loaded from `spans`.
 
@@ -162,6 +164,7 @@ def plan_restore(
         checkpoint: where the running states at `length` come from; None where the layers have them, or have none.
         patience: tells how many seconds it may be waited for where other machines have it; None for as long as that
             tier says.
+        apart: layers whose windows are blocks of their own.
 
     Returns:
         The load that brings it, not started; None where nothing is missing.
@@ -183,10 +186,17 @@ def plan_restore(
     described = store.describe(first_block.block) if first_block is not None else {}
     parts = {start: list(overlapping(spans, start, length)) for start in {start for _, start, _ in missing}}
     pieces = {start: [Piece(s.block, s.start, s.stop, s.shift) for s in part] for start, part in parts.items()}
+    windows = {
+        start: [Piece(window_key(s.block, store.secret), s.start, s.stop, s.shift) for s in parts[start]]
+        for start in {start for number, start, _ in missing if number in apart}
+    }
     rotated = sum(span.last - span.first for span in parts[earliest] if span.shift)
     if rotated and (geometry is None or not geometry.movable):
         raise LoadError("the stored keys belong to other positions, and this model's can't be moved")
     by_layer = by_layer_of(described)
+    first_window = next((part[0] for part in windows.values() if part), None)
+    if first_window is not None:
+        by_layer |= by_layer_of(store.describe(first_window.key))
     specs = {number: specs_of(by_layer, number) for number, start, _ in missing if start < length}
     stages: list[Stage] = []
     with outliving_inference_mode():
@@ -211,7 +221,7 @@ def plan_restore(
                 low = first if start == first else layer.first
                 found = layer.restore(low, start, length, specs[number], devices[number])
                 targets = {tensor_name(number, name): target for name, target in found.items()}
-            stage = Stage(pieces[start], targets)
+            stage = Stage((windows if number in apart else pieces)[start], targets)
             stage.joint = room.joint if room is not None else None
             if geometry is not None and any(span.shift for span in parts[start]):
                 turned = {"keys": geometry.layers[number].keys, "values": geometry.layers[number].values}

@@ -33,7 +33,7 @@ MEASURED = frozenset({"llama", "gemma3_text"})
 @cache
 def say_if_unmeasured(kind: str, codec: str) -> None:
     """Says, once a process, how to find out what a lossy codec does to a type of model that it was never tried on."""
-    if codec_named(codec).lossy and codec != "fp16" and kind not in MEASURED:
+    if codec_named(codec).lossy and codec_named(codec).name != "fp16" and kind not in MEASURED:
         logger.warning(
             "KV of %s is kept with loss: what %s does to such models was not measured; `attnstore doctor --model … "
             "--codec %s --text …` does, on texts of your own",
@@ -88,6 +88,11 @@ class BlockSaver:
     What could not be handed over then, and the short block at the end, follow in `finish`.
     """
 
+    kept: Sequence[Key] = ()
+    """What is kept of windows beside blocks, once the turn has ended."""
+    let_go: Sequence[Key] = ()
+    """Blocks whose windows are not."""
+
     def __init__(
         self,
         layers: Sequence[SavedLayer],
@@ -95,8 +100,11 @@ class BlockSaver:
         store: AttentionStore,
         fingerprint: str,
         continues: Key = b"",
+        numbers: Sequence[int] | None = None,
     ) -> None:
+        """`numbers` are those of the layers whose KV is saved; default: of all."""
         self._layers = layers
+        self._numbers = range(len(layers)) if numbers is None else numbers
         self._chain = chain
         self._store = store
         self._fingerprint = fingerprint
@@ -170,14 +178,14 @@ class BlockSaver:
 
     def _mark_saved(self) -> None:
         first = self._chain.bounds(self._next)[0]
-        for layer in self._layers:
-            layer.keep_until_saved(first)
+        for number in self._numbers:
+            self._layers[number].keep_until_saved(first)
 
     def release(self) -> None:
         """Saving has ended: layers need not keep tokens for it."""
         self._drop_open()
-        for layer in self._layers:
-            layer.keep_until_saved(None)
+        for number in self._numbers:
+            self._layers[number].keep_until_saved(None)
 
     def _drop_open(self) -> None:
         for piecewise in self._open.values():
@@ -219,9 +227,13 @@ class BlockSaver:
         self.due = False
         self.seconds += time.perf_counter() - began
 
+    def _key(self, block: int) -> Key:
+        """The name under which a block of the chain is saved."""
+        return self._chain.key(block)
+
     def _in_store(self, block: int) -> bool:
         if block not in self._known:
-            key = self._chain.key(block)
+            key = self._key(block)
             known = key not in self._superseded and self._store.has(key)
             if known and block in self._refill:
                 known = self._store.tier_of(key) == "memory"
@@ -230,13 +242,13 @@ class BlockSaver:
 
     def _copy_all(self, block: int, *, wait: bool) -> bool:
         """Copies what is missing of a block to host memory; False if there is no room for it, or it is not there."""
-        return all(self._copy(block, number, wait=wait) for number in range(len(self._layers)))
+        return all(self._copy(block, number, wait=wait) for number in self._numbers)
 
     def _copy(self, block: int, number: int, *, wait: bool) -> bool:
         """Copies one layer's part of a block to host memory; False if there is no room for it."""
         if self._stalled or (self._unfit is not None and block >= self._unfit):
             return False
-        piecewise = self._open.setdefault(block, Piecewise(len(self._layers)))
+        piecewise = self._open.setdefault(block, Piecewise(len(self._numbers)))
         if number in piecewise.layers:
             return True
         layer = self._layers[number]
@@ -260,17 +272,9 @@ class BlockSaver:
 
     def _put(self, block: int) -> bool:
         """Gives the store a block that is complete; False if nobody should have it."""
-        piecewise = self._open.pop(block)
-        tensors = {name: t for number in range(len(self._layers)) for name, t in piecewise.layers[number].items()}
-        meta = BlockMeta(
-            key=self._chain.key(block),
-            parent=self._chain.parent(block),
-            fingerprint=self._fingerprint,
-            start=self._chain.bounds(block)[0],
-            tokens=self._chain.tokens(block),
-            continues=self._continues if block == 0 else b"",
-            codec=self._store.codec,
-        )
+        piecewise = self._open.pop(block, None) or Piecewise(0)  # of ids alone, where all layers' are apart
+        tensors = {name: t for number in self._numbers for name, t in piecewise.layers[number].items()}
+        meta = self._meta(block)
         made = Block(meta, tensors, piecewise.arriving, self._codable(block, piecewise))
         try:
             self._check(made)
@@ -293,6 +297,18 @@ class BlockSaver:
             self._tail = None
         return True
 
+    def _meta(self, block: int) -> BlockMeta:
+        """What identifies a block."""
+        return BlockMeta(
+            key=self._key(block),
+            parent=self._chain.parent(block),
+            fingerprint=self._fingerprint,
+            start=self._chain.bounds(block)[0],
+            tokens=self._chain.tokens(block),
+            continues=self._continues if block == 0 else b"",
+            codec=self._store.codec,
+        )
+
     def _check(self, made: Block) -> None:
         """Looks through a block before it is handed over. Raises NotFiniteError."""
         if not made.arriving:  # else that is done when it is there, before anything is done with it
@@ -301,7 +317,7 @@ class BlockSaver:
     def _codable(self, block: int, piecewise: Piecewise) -> frozenset[str]:
         """What of a block the codec may have: nothing of a short one, which is written anew when it grows."""
         start, stop = self._chain.bounds(block)
-        if self._store.codec == RAW or stop - start < self._chain.block_size:
+        if codec_named(self._store.codec).name == RAW or stop - start < self._chain.block_size:
             return frozenset()
         lossy = codec_named(self._store.codec).lossy
         there = [number for number, tensors in piecewise.layers.items() if tensors]
@@ -320,10 +336,13 @@ class BlockSaver:
 
     # after the turn
 
-    def finish(self, tokens: int) -> int:
+    def finish(self, tokens: int, prompt: int = 0) -> int:
         """Hands over everything up to `tokens` that was not handed over yet, the short last block included.
 
         Waits for room in host memory where that will come. Returns the number of leading tokens that the store has.
+
+        Args:
+            prompt: how many tokens the turn's prompt has, 0 where that is not known.
         """
         began = time.perf_counter()
         self._stalled = self.holds_back = False

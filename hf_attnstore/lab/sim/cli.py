@@ -34,6 +34,7 @@ _REPLAYED = ["lru", "fifo", "predictive"]
 """Policies that a live store is driven with."""
 _COMPUTED = ["predictive"]
 """Those where a model computes the turns."""
+Codecs = Annotated[list[str] | None, typer.Option("--codec", help="raw, int8 or int4; repeat it.", show_default="raw")]
 Blocks = Annotated[int, typer.Option("--block-tokens", min=16, help="Tokens of a block, where the trace does not say.")]
 
 
@@ -53,6 +54,7 @@ def paper(
     ] = True,
     block_tokens: Blocks = 1024,
     seed: Annotated[int, typer.Option(help="For the workload.")] = 0,
+    codec: Codecs = None,
     jobs: Jobs = 1,
     output: Output = None,
 ) -> None:
@@ -65,17 +67,19 @@ def paper(
     runs = [
         PaperRun(
             number, name, queue, sessions=sessions, gap=gap, seed=seed, memory=parse_bytes(memory),
-            disk=parse_bytes(disk), depth=depth, decode=decode, moved=decoupled, block_tokens=block_tokens,
+            disk=parse_bytes(disk), depth=depth, decode=decode, moved=decoupled, block_tokens=block_tokens, codec=kept,
         )
         for number in chosen
         for name in (NO_STORE, *_policies(policy, ["predictive", "lru"]))
+        for kept in (_codecs(codec) if name != NO_STORE else ["raw"])
     ]  # fmt: skip
     found = _do(runs, jobs)
     table = Table(title=f"{sessions:,} sessions, gap {gap:g} s, {memory} + {disk}")
     _served_columns(table)
     for run in runs:
         figures = found[run]
-        _served_row(table, f"{SETTINGS[run.setting].model.name}, {run.policy}", figures)
+        kept = f", {run.codec}" if codec else ""
+        _served_row(table, f"{SETTINGS[run.setting].model.name}, {run.policy}{kept}", figures)
     Console().print(table)
     _write(output, runs, found)
 
@@ -100,6 +104,7 @@ def trace(
     rate: Annotated[float, typer.Option(min=0.001, help="Requests come so many times as fast.")] = 1.0,
     thinking: Annotated[float, typer.Option(min=0, help="People think so many times as long.")] = 1.0,
     block_tokens: Blocks = 256,
+    codec: Codecs = None,
     jobs: Jobs = 1,
     output: Output = None,
 ) -> None:
@@ -110,19 +115,23 @@ def trace(
     _check_kind(kind)
     shares = [share / 100 for share in capacity] if capacity else list(CAPACITIES)
     names = _policies(policy, list(CURVES))
+    ways = [(name, kept) for name in names for kept in _codecs(codec)]
     curves = [
         TraceRun(
-            str(file), name, share, depth=depth, wrong=wrong, thinking=thinking, block_tokens=block_tokens, kind=kind
+            str(file), name, share, depth=depth, wrong=wrong, thinking=thinking, block_tokens=block_tokens, kind=kind,
+            codec=kept,
         )
-        for name in names
+        for name, kept in ways
         for share in shares
-    ]
+    ]  # fmt: skip
     served = []
     if serve is not None:
         stored = [name for name in names if " " not in name and name != "optimum"]
         served = [
-            ServedTrace(str(file), serve, name, rate=rate, thinking=thinking, block_tokens=block_tokens, kind=kind)
-            for name in (NO_STORE, *stored)
+            ServedTrace(
+                str(file), serve, name, rate=rate, thinking=thinking, block_tokens=block_tokens, kind=kind, codec=kept
+            )
+            for name, kept in ((NO_STORE, "raw"), *((name, kept) for name, kept in ways if name in stored))
         ]
     runs: list[Run] = [*curves, *served]
     found = _do(runs, jobs)
@@ -130,16 +139,16 @@ def trace(
     table.add_column("policy")
     for share in shares:
         table.add_column(f"{100 * share:g} %", justify="right")
-    for number, name in enumerate(names):
+    for number, (name, kept) in enumerate(ways):
         row = curves[number * len(shares) : (number + 1) * len(shares)]
-        table.add_row(name, *(f"{found[run]['token_hit_rate']:.3f}" for run in row))
+        table.add_row(f"{name}, {kept}" if codec else name, *(f"{found[run]['token_hit_rate']:.3f}" for run in row))
     console = Console()
     console.print(table)
     if served:
         table = Table(title="served, in its own time")
         _served_columns(table)
         for run in served:
-            _served_row(table, run.policy, found[run])
+            _served_row(table, f"{run.policy}, {run.codec}" if codec else run.policy, found[run])
         console.print(table)
     _write(output, runs, found)
 
@@ -238,7 +247,7 @@ def _save_report(plan: Plan, found: dict[Run, dict[str, Any]], live: dict[str, d
     from .paper import SETTINGS
     from .pictures import draw_curves, draw_models
     from .plan import CURVES, PAPER_POLICIES
-    from .report import as_markdown, as_record, called, hit_rates, live_part, picture_of
+    from .report import as_markdown, as_record, called, coded_rates, hit_rates, live_part, picture_of
 
     output.mkdir(parents=True, exist_ok=True)
     machine = describe_machine(output)
@@ -260,6 +269,8 @@ def _save_report(plan: Plan, found: dict[Run, dict[str, Any]], live: dict[str, d
         curves = {policy: hit_rates(plan, each, policy, found) for policy in CURVES}
         limit = found[plan.trace(each, "lru", 2.0)]["token_hit_rate"]
         draw_curves(each.title, plan.capacities, curves, limit, output / picture_of(each))
+        coded = coded_rates(plan, each, found)
+        draw_curves(each.title, plan.capacities, coded, limit, output / picture_of(each, "hierarchy-codecs"))
 
 
 def _policies(given: Sequence[str] | None, default: list[str]) -> list[str]:
@@ -272,6 +283,16 @@ def _policies(given: Sequence[str] | None, default: list[str]) -> list[str]:
         if name not in known:
             raise AttentionStoreError(f"there is no policy {name!r}; there are {', '.join(known)}")
     return list(given) if given else default
+
+
+def _codecs(given: Sequence[str] | None) -> list[str]:
+    from ...errors import AttentionStoreError
+    from .machine import CODECS
+
+    for name in given or []:
+        if name not in CODECS:
+            raise AttentionStoreError(f"there are figures of the codecs {', '.join(CODECS)}, not of {name!r}")
+    return list(given) if given else ["raw"]
 
 
 def _check_kind(kind: str) -> None:

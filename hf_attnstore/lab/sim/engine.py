@@ -13,7 +13,7 @@ import numpy as np
 
 from ...store.eviction.policies import Policy
 from .chains import Chain, Prompt
-from .machine import Links, Model, Prices
+from .machine import CODECS, Links, Model, Prices
 from .replay import BLOCK
 from .timed import Loaded, TimedTiers
 from .workload import Workload
@@ -32,6 +32,7 @@ class Server:
         window: tokens that the model sees at once; None: no limit.
         moved: whether KV stays of use when the window overflows.
         saving: "behind" decoding, or "before" the next turn can begin.
+        codec: how memory and disk keep KV, by name in `CODECS`.
     """
 
     model: Model
@@ -47,6 +48,7 @@ class Server:
     block_tokens: int = BLOCK
     links: Links = field(default_factory=Links)
     saving_behind: bool = True
+    codec: str = "raw"
 
 
 @dataclass
@@ -203,8 +205,9 @@ class _Run:
         self.store = None
         if server.memory or server.disk:
             self.store = TimedTiers(
-                server.memory, server.disk, policy or server.policy, kv_bytes=server.model.kv_bytes, block_tokens=block,
-                links=server.links, ahead=server.ahead, depth=server.depth, device=server.device,
+                server.memory, server.disk, policy or server.policy, kv_bytes=server.model.kv_bytes,
+                stored_bytes=server.model.kv_bytes * CODECS[server.codec], block_tokens=block, links=server.links,
+                ahead=server.ahead, depth=server.depth, device=server.device,
             )  # fmt: skip
         self.out = Outcome()
         self.now = 0.0

@@ -6,6 +6,10 @@ from dataclasses import dataclass
 
 GB = 10**9
 
+CODECS = {"raw": 1.0, "int8": 0.52, "int4": 0.29}
+"""Bytes of a full block as a codec writes it, as a share of 16-bit KV's: twice what docs/results/codecs-smollm2.md has
+of float32's. Decoding is taken to keep up with the link to the device, over which goes what is computed with."""
+
 
 @dataclass(frozen=True)
 class Accelerator:

@@ -15,7 +15,11 @@ _COLOURS = {
     "fifo (any block)": "#c9d1d9",
     "hyperbolic": "#bf8700",
     "optimum": "#1a7f37",
+    "raw": "#57606a",
+    "int8": "#1f6feb",
+    "int4": "#bf8700",
 }
+"""By policy, or by codec."""
 
 
 def draw_curves(
@@ -32,8 +36,9 @@ def draw_curves(
     figure = Figure(figsize=(8, 4.8), layout="constrained")
     axis = figure.subplots()
     for name, rates in curves.items():
-        style = "--" if name == "optimum" else "-"
-        axis.plot(capacities, rates, style, marker="o", markersize=4, label=name, color=_COLOURS.get(name))
+        style = "--" if name == "optimum" else ":" if name.endswith(", lru") else "-"
+        colour = _COLOURS.get(name.partition(",")[0])
+        axis.plot(capacities, rates, style, marker="o", markersize=4, label=name, color=colour)
     axis.axhline(limit, color="#d0d7de", linewidth=1, label="no limit")
     axis.set_xscale("log")
     axis.set_xticks(list(capacities), [f"{100 * c:g} %" for c in capacities])

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from ...store.eviction.policies import DEFAULT
+from .machine import CODECS
 from .paper import BLOCK, DISKS, SESSIONS, SETTINGS
 from .runs import NO_STORE, OPTIMUM, PLAIN_FIFO, PaperRun, Run, ServedTrace, TraceRun
 
@@ -31,6 +32,7 @@ PAPER_POLICIES = (
     (DEFAULT_POLICY, False),
 )
 """Name of a policy, and whether the queue is known to the store."""
+CODED_POLICIES = ("lru", DEFAULT_POLICY)
 TIMED_POLICIES = ((NO_STORE, True), PAPER_POLICIES[0], PAPER_POLICIES[2])
 """Of which times are told: recomputing everything, and the paper's policy with and without the queue."""
 
@@ -101,6 +103,14 @@ class Plan:
             for policy, ahead in PAPER_POLICIES[:3]:
                 yield replace(self.paper(0, policy, ahead), disk=disk)
 
+    def coded_paper(self) -> Iterator[PaperRun]:
+        """The paper's models by every codec; on smaller disks those whose sessions do not all fit."""
+        for setting in range(len(SETTINGS)):
+            for disk in DISKS if setting < 2 else DISKS[-1:]:
+                for policy, ahead in (PAPER_POLICIES[0], PAPER_POLICIES[2]):
+                    for codec in CODECS:
+                        yield replace(self.paper(setting, policy, ahead), disk=disk, codec=codec)
+
     def depths(self) -> Iterator[PaperRun]:
         """Windows deeper and less deep than the paper's."""
         for depth in PAPER_DEPTHS:
@@ -130,6 +140,13 @@ class Plan:
     def trace(self, trace: Trace, policy: str, capacity: float) -> TraceRun:
         return TraceRun(trace.path, policy, capacity, block_tokens=trace.block_tokens)
 
+    def coded(self, trace: Trace) -> Iterator[TraceRun]:
+        """The same bytes by every codec, with two policies."""
+        for policy in CODED_POLICIES:
+            for codec in CODECS:
+                for capacity in self.capacities:
+                    yield replace(self.trace(trace, policy, capacity), codec=codec)
+
     def trace_depths(self, trace: Trace) -> Iterator[TraceRun]:
         """Look-ahead in the true order."""
         for capacity in LOOK_AHEAD_AT:
@@ -156,6 +173,12 @@ class Plan:
         for policy, ahead in ((DEFAULT_POLICY, True), (DEFAULT_POLICY, False), ("lru", False)):
             yield replace(run, policy=policy, ahead=ahead)
 
+    def coded_served(self, trace: Trace) -> Iterator[ServedTrace]:
+        """The same by every codec, with the default policy."""
+        for ahead in (True, False):
+            for codec in CODECS:
+                yield ServedTrace(trace.path, 2, DEFAULT_POLICY, ahead, block_tokens=trace.block_tokens, codec=codec)
+
     def runs(self) -> list[Run]:
         """All of them, without repetitions, the longest kind first."""
         found: list[Run] = [
@@ -165,10 +188,12 @@ class Plan:
             *self.decoding(),
             *self.disks(),
             *self.depths(),
+            *self.coded_paper(),
         ]
         found += self.mechanisms().values()
         for trace in self.traces:
             found += [*self.curves(trace), *self.trace_depths(trace), *self.wrong(trace), *self.served(trace)]
+            found += [*self.coded(trace), *self.coded_served(trace)]
         if self.agent is not None:
             found += self.thinking(self.agent)
         return list(dict.fromkeys(found))

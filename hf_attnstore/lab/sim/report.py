@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from .machine import Prices
+from .machine import CODECS, Prices
 from .paper import BATCH, DISK, GB, MEMORY, PUBLISHED, SETTINGS, paper_workload
 from .plan import (
     CURVES,
@@ -67,7 +67,7 @@ def as_markdown(plan: Plan, found: Found, live: str, machine: str, versions: str
         parts.append(_trace_part(plan, trace, found))
     if plan.agent is not None:
         parts.append(_thinking_part(plan, plan.agent, found))
-    parts.append(live)
+    parts += [_codecs_part(plan, found), live]
     if plan.left_out:
         parts.append("## Left out\n\n" + "\n".join(f"- {reason}" for reason in plan.left_out))
     return "\n\n".join(parts) + "\n"
@@ -393,6 +393,61 @@ def _thinking_part(plan: Plan, trace: Trace, found: Found) -> str:
     )
 
 
+# codecs
+
+
+def coded_rates(plan: Plan, trace: Trace, found: Found) -> dict[str, list[float]]:
+    """Shares of a trace's tokens that are found at each capacity of the plan, by codec and policy."""
+    rates: dict[str, list[float]] = {}
+    for run in plan.coded(trace):
+        rates.setdefault(f"{run.codec}, {run.policy}", []).append(found[run]["token_hit_rate"])
+    return rates
+
+
+def _codecs_part(plan: Plan, found: Found) -> str:
+    kept = ", ".join(f"`{codec}` {percent(share, 0)}" for codec, share in CODECS.items())
+    columns = [(policy, codec) for policy in ("queue + lru", "lru") for codec in CODECS]
+    rows: dict[str, dict[tuple[str, str], str]] = {}
+    for run in plan.coded_paper():
+        name = f"{SETTINGS[run.setting].model.name}, {run.disk // GB:,} GB"
+        ours = found[run]
+        cell = f"{_hits(ours)}, {1000 * ours['ttft_mean']:,.0f} ms"
+        rows.setdefault(name, {})[called(run.policy, run.ahead), run.codec] = cell
+    parts = [
+        "## Codecs: the same bytes",
+        f"Memory and disk keep KV as a codec writes it: of 16-bit KV {kept} of the bytes, as measured on full blocks "
+        "(codecs-smollm2.md). So more fits, and less is read and written; over the link to the device goes what is "
+        "computed with, and decoding is taken to keep up with that. With loss, so answers may differ (docs/codecs.md).",
+        "The paper's workload: hit rate of turns, in brackets the share of the tokens found that were in memory, and "
+        "the mean TTFT:",
+        table(
+            ["", *(f"{policy}, {codec}" for policy, codec in columns)],
+            [[name, *(cells[column] for column in columns)] for name, cells in rows.items()],
+        ),
+    ]
+    for trace in plan.traces:
+        rates = coded_rates(plan, trace, found)
+        served = []
+        for serving in plan.coded_served(trace):
+            ours = found[serving]
+            served.append(
+                [f"{called(serving.policy, serving.ahead)}, {serving.codec}", f"{ours['token_hit_rate']:.3f}",
+                 percent(ours["memory_share"]), *(f"{ours[key]:,.2f} s" for key in ("ttft_mean", "ttft_p50")),
+                 f"{ours['gpu_seconds'] / 3600:.2f} h"]
+            )  # fmt: skip
+        parts += [
+            f"{trace.title}: tokens found, with room for so many percent of the trace's blocks as they are computed:",
+            table(
+                ["", *(percent(c, 0) for c in plan.capacities)],
+                [[name, *(f"{rate:.3f}" for rate in row)] for name, row in rates.items()],
+            ),
+            f"![{trace.title}: hit rate by codec]({picture_of(trace, 'hierarchy-codecs')})",
+            "In its own time, on the paper's machine for LLaMA-2 70B:",
+            table(["", "hit rate", "in memory", "TTFT mean", "p50", "GPU busy"], served),
+        ]
+    return "\n\n".join(parts)
+
+
 def live_part(live: Mapping[str, Mapping[str, Any]]) -> str:
     """A live store beside the simulation."""
     rows = [
@@ -435,10 +490,10 @@ def live_part(live: Mapping[str, Mapping[str, Any]]) -> str:
     )
 
 
-def picture_of(trace: Trace) -> str:
-    """The name of a trace's picture."""
+def picture_of(trace: Trace, of: str = "hierarchy") -> str:
+    """The name of a trace's picture, of policies or of codecs."""
     words = "".join(letter if letter.isalnum() else "-" for letter in trace.title.lower())
-    return f"hierarchy-{'-'.join(part for part in words.split('-') if part)}.png"
+    return f"{of}-{'-'.join(part for part in words.split('-') if part)}.png"
 
 
 def from_record(record: Mapping[str, Any], plan: Plan) -> dict[Run, dict[str, Any]]:

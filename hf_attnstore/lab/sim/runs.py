@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .engine import Server, simulate
-from .machine import Links, Prices
+from .machine import CODECS, Links, Prices
 from .optimum import optimum
 from .paper import BATCH, BLOCK, DISK, MEMORY, SESSIONS, SETTINGS, WARM_UP, paper_workload
 from .plain import plain_fifo
@@ -50,6 +50,7 @@ class PaperRun:
         decode: how many times as long decoding takes as the arithmetic says.
         flops: the share of the accelerators' arithmetic that prefill reaches.
         buffer: share of the layers that may be loaded ahead of a job; None: the paper's 15 layers.
+        codec: how memory and disk keep KV.
     """
 
     setting: int
@@ -68,6 +69,7 @@ class PaperRun:
     buffer: int | None = None
     saving_behind: bool = True
     block_tokens: int = BLOCK
+    codec: str = "raw"
 
     @_without_collecting()
     def run(self, progress: Callable[[int], None] = lambda done: None) -> dict[str, Any]:
@@ -89,6 +91,7 @@ class PaperRun:
             block_tokens=self.block_tokens,
             links=Links(buffer=min(1.0, layers / setting.model.layers), overlap=self.overlap),
             saving_behind=self.saving_behind,
+            codec=self.codec,
         )
         return _timed(workload, server, min(WARM_UP, workload.turns // 5), progress)
 
@@ -98,10 +101,11 @@ class TraceRun:
     """A trace against a store of a share of its different blocks, without time.
 
     Attributes:
-        capacity: share of the trace's blocks; more than 1 is no limit.
+        capacity: share of the trace's blocks, as they are computed; more than 1 is no limit.
         depth: look-ahead, in turns that fit into the store; 0: none.
         wrong: share of what is foreseen that is wrong.
         thinking: how many times as long people think.
+        codec: how blocks are kept: of smaller ones more fit.
     """
 
     path: str
@@ -112,12 +116,13 @@ class TraceRun:
     thinking: float = 1.0
     block_tokens: int = 256
     kind: str = "auto"
+    codec: str = "raw"
 
     @_without_collecting()
     def run(self, progress: Callable[[int], None] = lambda done: None) -> dict[str, Any]:
         """Returns hit rates, and how far was looked ahead."""
         requests = _requests(self.path, self.kind, self.thinking, self.block_tokens)
-        blocks = max(1, int(self.capacity * requests.unique))
+        blocks = max(1, int(self.capacity / CODECS[self.codec] * requests.unique))
         window = max(1, int(self.depth * blocks / requests.per_session)) if self.depth else 0
         began = time.process_time()
         if self.policy == OPTIMUM:
@@ -155,6 +160,7 @@ class ServedTrace:
     thinking: float = 1.0
     block_tokens: int = 256
     kind: str = "auto"
+    codec: str = "raw"
 
     @_without_collecting()
     def run(self, progress: Callable[[int], None] = lambda done: None) -> dict[str, Any]:
@@ -169,6 +175,7 @@ class ServedTrace:
             ahead=self.ahead,
             batch=BATCH,
             block_tokens=self.block_tokens,
+            codec=self.codec,
         )
         return _timed(workload, server, workload.turns // 5, progress)
 

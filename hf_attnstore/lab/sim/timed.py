@@ -50,6 +50,7 @@ class TimedTiers:
     Args:
         memory, disk: bytes.
         kv_bytes: bytes of a token's KV.
+        stored_bytes: bytes of it as memory and disk keep it; None: as it is.
         ahead: whether it is told of the turns that wait (`schedule`).
         depth: how many times as far as the paper it looks ahead.
         device: bytes of KV that stay on the device, of whole sessions.
@@ -62,6 +63,7 @@ class TimedTiers:
         policy: str | Policy,
         *,
         kv_bytes: int,
+        stored_bytes: float | None = None,
         block_tokens: int,
         links: Links,
         ahead: bool = True,
@@ -77,6 +79,7 @@ class TimedTiers:
         """Blocks for which there was no room."""
         self.fetched_bytes = self.written_bytes = 0
         self._kv_bytes, self._block_tokens = kv_bytes, block_tokens
+        self._stored_bytes = stored_bytes or kv_bytes
         self._ahead, self._depth = ahead, depth
         self._events: list[tuple[float, int, _Over, _Transfer]] = []
         self._numbers = itertools.count()
@@ -274,7 +277,7 @@ class TimedTiers:
         if not blocks:
             return
         short = chain.short > 0
-        self._session_bytes += chain.tokens * self._kv_bytes
+        self._session_bytes += chain.tokens * self._stored_bytes
         self._sessions += 1
         self._set_windows(self._session_bytes / self._sessions)
         old = prompt.blocks[-1] if prompt.short and prompt.blocks and prompt.blocks[-1] != blocks[-1] else None
@@ -283,9 +286,9 @@ class TimedTiers:
             went_on_from = prompt.blocks[min(-(-loaded.tokens // self._block_tokens), len(prompt.blocks)) - 1]
         place = tiers.newcomer(now)
         first = tiers.find(blocks).blocks
-        sizes = [self._block_tokens * self._kv_bytes] * (len(blocks) - first)
+        sizes = [int(self._block_tokens * self._stored_bytes)] * (len(blocks) - first)
         if short and sizes:
-            sizes[-1] = chain.short * self._kv_bytes
+            sizes[-1] = int(chain.short * self._stored_bytes)
         self._park(session, chain)
         dirty = tiers.disk is not None
         added = tiers.admit(

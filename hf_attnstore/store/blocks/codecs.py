@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from ...errors import AttentionStoreError, LoadError
 from .block import Block, BlockMeta, TensorSpec, specs_of
-from .keys import RAW
+from .keys import APART, RAW
 
 if TYPE_CHECKING:
     import torch
@@ -81,6 +81,7 @@ def codec_named(name: str) -> Codec:
     Raises:
         LoadError: there is none of that name here. What it wrote is as good as ever for who has it.
     """
+    name = name.removesuffix(APART)
     if name not in _codecs and name in _BUILT_IN:
         import_module(f".{_BUILT_IN[name]}", __package__)
     try:

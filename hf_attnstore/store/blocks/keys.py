@@ -15,6 +15,9 @@ from ...lazy import np
 RAW = "raw"
 """The codec that stores tensors as they are."""
 
+APART = "+windows"
+"""What a codec's name ends with where windows of sliding layers are blocks of their own (`window_key`)."""
+
 Key = bytes
 """32 bytes naming a block and, as a chain, the whole prefix that ends with it."""
 
@@ -60,6 +63,16 @@ def cut_root(root: Key, parts: Iterable[tuple[Key, int, int]], secret: bytes = b
 def state_root(before: Key, secret: bytes = b"") -> Key:
     """The parent of the checkpoints within the block that follows `before`. It is no block's key."""
     return _digest(b"attnstore-state", secret, before)
+
+
+def window_root(block: Key, secret: bytes = b"") -> Key:
+    """The parent of what the layers with a sliding window have of a block's tokens. It is no block's key."""
+    return _digest(b"attnstore-window", secret, block)
+
+
+def window_key(block: Key, secret: bytes = b"") -> Key:
+    """The name of what the layers with a sliding window have of a block's tokens, where that is a block of its own."""
+    return block_key(window_root(block, secret), b"", secret)
 
 
 def input_root(root: Key, part: str, digest: bytes, secret: bytes = b"") -> Key:

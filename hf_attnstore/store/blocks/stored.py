@@ -13,7 +13,7 @@ from ...lazy import np
 from .block import TOKEN_IDS, Block, BlockMeta, Bytes, TensorSpec, is_finite
 from .codecs import CodedBlock, CodedTensor, codec_named
 from .format import MAX_HEADER_BYTES, Coded, Layout, StoredTensor, parse_header
-from .keys import Key, block_key, encode_tokens
+from .keys import Key, block_key, encode_tokens, window_key
 from .vault import Vault
 
 if TYPE_CHECKING:
@@ -315,7 +315,8 @@ class StoredBlock:
         ids = np.empty(stored.spec.nbytes, dtype=np.uint8)
         self.read([(stored, [ids])])
         meta = replace(self.layout.meta, tokens=encode_tokens(ids.view(np.int64)))
-        if block_key(meta.parent, meta.tokens, self._secret) != meta.key:
+        named = block_key(meta.parent, meta.tokens, self._secret) == meta.key
+        if not named and window_key(meta.continues, self._secret) != meta.key:
             raise LoadError(f"{self.path}: the token ids are not those of the key")
         return meta
 

@@ -402,10 +402,27 @@ class DiskStore(Tier):
         self._remove_files(rows)
 
     def delete(self, keys: Sequence[Key]) -> None:
+        if not keys:
+            return
         with self.writing():
             rows = list(self.rows(keys).values())
             self.index.remove_blocks(rows)
             self._remove_files(rows)
+
+    def let_go(self, namespace: str, session: str | None, keys: Sequence[Key]) -> set[Key]:
+        """A session, if it is one, needs these blocks no more: deletes those that no other has, and that nothing comes
+        after. Returns the others.
+
+        Raises:
+            StoreIOError: the disk would not.
+        """
+        there = self.find(keys)
+        if not there:
+            return set()
+        with self.writing():
+            gone = self.index.let_go(namespace, session, sorted(there))
+            self._remove_files(gone)
+        return there - {row.key for row in gone}
 
     @property
     def used(self) -> int:

@@ -23,7 +23,18 @@ from safetensors.torch import save_file
 from ...errors import AttentionStoreError, LoadError
 from ..blocks.block import TOKEN_IDS, Block, BlockMeta
 from ..blocks.format import FORMAT_VERSION
-from ..blocks.keys import RAW, Key, block_key, chain_root, cut_root, decode_tokens, encode_tokens, name_digest
+from ..blocks.keys import (
+    RAW,
+    Key,
+    block_key,
+    chain_root,
+    cut_root,
+    decode_tokens,
+    encode_tokens,
+    name_digest,
+    window_key,
+    window_root,
+)  # fmt: skip
 from ..blocks.tensors import as_bytes
 from ..blocks.vault import checksum
 from ..index.rows import BlockRow
@@ -33,7 +44,7 @@ from .disk_store import DiskStore
 
 FORMAT = "hf-attnstore session 1"
 
-_ROOT, _CUT, _ELSEWHERE = "root", "cut", "elsewhere"
+_ROOT, _CUT, _ELSEWHERE, _WINDOWS = "root", "cut", "elsewhere", "windows"
 
 
 @dataclass(frozen=True)
@@ -90,7 +101,7 @@ def export_session(disk: DiskStore, namespace: str, session: str, path: Path) ->
         "dropped": [number for number, span in enumerate(record.manifest.spans) if not span.block],
         "blocks": [
             {
-                "parent": numbers.get(meta.parent, _parent_kind(meta.parent, root, record.manifest.root)),
+                "parent": numbers.get(meta.parent, _parent_kind(meta, root, record.manifest.root, disk.vault.secret)),
                 "continues": numbers.get(meta.continues, -1),
                 "start": meta.start,
                 "fingerprint": meta.fingerprint,
@@ -114,12 +125,14 @@ def export_session(disk: DiskStore, namespace: str, session: str, path: Path) ->
     return Exported(session, len(metas), tokens, path.stat().st_size)
 
 
-def _parent_kind(parent: Key, root: Key, cut: Key) -> str:
-    return _ROOT if parent == root else _CUT if cut and parent == cut else _ELSEWHERE
+def _parent_kind(meta: BlockMeta, root: Key, cut: Key, secret: bytes) -> str:
+    if meta.key == window_key(meta.continues, secret):
+        return _WINDOWS
+    return _ROOT if meta.parent == root else _CUT if cut and meta.parent == cut else _ELSEWHERE
 
 
 def _blocks_of(disk: DiskStore, record: SessionRecord) -> list[BlockRow]:
-    """The blocks that a session uses, each after what it follows."""
+    """The blocks that a session uses, each after what it follows, and what is kept of their windows apart."""
     keys = list(dict.fromkeys(span.block for span in record.manifest.spans if span.block))
     chosen = set(keys)
     queue = list(keys)
@@ -133,6 +146,10 @@ def _blocks_of(disk: DiskStore, record: SessionRecord) -> list[BlockRow]:
         if row.continues not in chosen and disk.index.block(row.continues) is not None:
             chosen.add(row.continues)
             queue.append(row.continues)
+    for key in record.owned:
+        row = disk.index.block(key)
+        if row is not None and row.continues in rows and key == window_key(row.continues, disk.vault.secret):
+            rows[key] = row
     depths = _depths(rows)
     return sorted(rows.values(), key=lambda row: (depths[row.key], row.start))
 
@@ -211,7 +228,8 @@ def import_session(
         counts = {meta.key: meta.token_count for meta in metas}
         record = SessionRecord(
             namespace, name, content["fingerprint"], content["created"], content["created"], content["metadata"],
-            manifest, tuple(counts.get(span.block, 0) for span in manifest.spans), (),
+            manifest, tuple(counts.get(span.block, 0) for span in manifest.spans),
+            tuple(m.key for m, block in zip(metas, content["blocks"], strict=True) if block["parent"] == _WINDOWS),
         )  # fmt: skip
         with disk.writing():
             disk.restore(record)
@@ -235,6 +253,7 @@ def _check(content: Mapping[str, Any], file: Any, names: set[str]) -> None:
     for number, block in enumerate(content["blocks"]):
         parent, continues, start = block["parent"], block["continues"], block["start"]
         ordered = parent in (_ROOT, _CUT, _ELSEWHERE) or (type(parent) is int and 0 <= parent < number)
+        ordered = ordered or (parent == _WINDOWS and continues != -1)
         if not ordered or type(continues) is not int or not -1 <= continues < number:
             raise ValueError(f"what block {number} follows")
         if type(start) is not int or start < 0 or block["fingerprint"] != content["fingerprint"]:
@@ -284,16 +303,18 @@ def _renamed(
             )
         tokens = encode_tokens(ids)
         parent = block["parent"]
+        continues = metas[block["continues"]].key if block["continues"] >= 0 else b""
         if isinstance(parent, int):
             before = metas[parent].key
         elif parent == _ROOT:
             before = root
         elif parent == _CUT:
             before = _cut(content, metas, root, secret)
+        elif parent == _WINDOWS:
+            before = window_root(continues, secret)
         else:  # what came before was left behind: nothing else begins like that
             before = name_digest("elsewhere", content["session"], str(number), str(block["start"]), secret=secret)
-        continues = metas[block["continues"]].key if block["continues"] >= 0 else b""
-        key = block_key(before, tokens, secret)
+        key = window_key(continues, secret) if parent == _WINDOWS else block_key(before, tokens, secret)
         metas.append(BlockMeta(key, before, block["fingerprint"], block["start"], tokens, codec, continues))
     return metas
 

@@ -7,11 +7,13 @@ says what is in a block; who needs to know reads the file.
 
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...errors import SessionNotFoundError
 from ..blocks.block import BlockMeta
-from ..blocks.keys import Key, block_key
+from ..blocks.keys import Key, block_key, window_key
 from ..blocks.vault import Vault
 from ..eviction.policies import Place, Policy
 from .database import DamagedDatabaseError, Database
@@ -138,8 +140,8 @@ class Index:
     def add_block(
         self, meta: BlockMeta, codes: bytes, file_bytes: int, place: Place, supersedes: Key | None = None
     ) -> BlockRow | None:
-        """Makes a complete file visible. `supersedes` names a short block whose tokens this one begins with:
-        what pointed to it points here from now on.
+        """Makes a complete file visible. `supersedes` names a short block whose tokens this one begins with, or for
+        windows kept apart those of such a block: what pointed to it points here from now on.
 
         Returns:
             The superseded block, now pending.
@@ -163,7 +165,9 @@ class Index:
                 return None
             old, old_id = BlockRow(*rows[0][:-1]), rows[0][-1]
             begins = meta.tokens[: 4 * old.count]
-            if old.parent != meta.parent or block_key(meta.parent, begins, self._secret) != old.key:
+            begun = old.parent == meta.parent and block_key(meta.parent, begins, self._secret) == old.key
+            windows = old.continues == meta.continues and window_key(meta.continues, self._secret) == meta.key
+            if not begun and not windows:
                 return None
             ((new_id,),) = db.execute("SELECT id FROM blocks WHERE key = ?", (meta.key,))
             self.sessions.point_elsewhere(db, old_id, new_id, meta.key)
@@ -240,6 +244,31 @@ class Index:
             ).fetchall()
             gone = [BlockRow(*row) for row in rows]
             db.execute("DELETE FROM sessions WHERE id = ?", (session,))
+            self._remove(db, gone)
+        return gone
+
+    def let_go(self, namespace: str, name: str | None, keys: Sequence[Key]) -> list[BlockRow]:
+        """A session, if it is one, needs these blocks no more.
+
+        Returns:
+            Those of them that no other has, and that nothing comes after; they are pending.
+        """
+        gone: list[BlockRow] = []
+        with self.database.transaction() as db:
+            with suppress(SessionNotFoundError):
+                ours = self.sessions.find(namespace, name) if name is not None else 0
+                db.executemany(
+                    "DELETE FROM owners WHERE session = ? AND block = (SELECT id FROM blocks WHERE key = ?)",
+                    [(ours, key) for key in keys],
+                )
+            for some in _batches(keys):
+                marks = ",".join("?" * len(some))
+                rows = db.execute(
+                    f"SELECT {_COLUMNS} FROM blocks WHERE key IN ({marks}) AND children = 0 "
+                    "AND NOT EXISTS (SELECT 1 FROM owners o WHERE o.block = blocks.id)",
+                    some,
+                )
+                gone += [BlockRow(*row) for row in rows]
             self._remove(db, gone)
         return gone
 
