@@ -9,11 +9,12 @@ import hashlib
 import inspect
 import logging
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, wraps
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -26,8 +27,9 @@ from ..store.blocks.block import Block, BlockMeta
 from ..store.blocks.keys import Key, block_key, encode_tokens, input_root
 from ..store.store import AttentionStore
 from .identity.adapters import adapter_problem
-from .identity.computing import BESIDE, forget
+from .identity.computing import BESIDE, forget, switches
 from .identity.fingerprint import Fingerprint, fingerprint_of
+from .identity.watch import autocast_dtype
 
 logger = logging.getLogger("hf_attnstore")
 
@@ -82,8 +84,11 @@ class _NotKnownError(Exception):
     """Why a call is left to the model alone."""
 
 
-def keep_outputs(model: Any, store: AttentionStore, keep: str) -> "KeptOutputs":
+def keep_outputs(model: Any, store: AttentionStore, keep: str, *, frozen: bool = False) -> "KeptOutputs":
     """Has a model's forward look up its output in `store`, by the content of each row, and keep what it computes.
+
+    Args:
+        frozen: nobody changes the model while this is on it but by what tensors' version counters tell.
 
     Raises:
         CacheUseError: `keep` is something else.
@@ -104,7 +109,7 @@ def keep_outputs(model: Any, store: AttentionStore, keep: str) -> "KeptOutputs":
             raise UnsupportedModelError(f"{type(model).__name__} makes no embeddings of pictures")
         model = makers[-1]  # those around it pass on to it
     cls: Any = type(model)
-    made = model.__dict__[_PLACE] = kind(model, store, keep, model.__dict__.get(kind.method))
+    made = model.__dict__[_PLACE] = kind(model, store, keep, model.__dict__.get(kind.method), frozen)
     model.__dict__[kind.method] = types.MethodType(_stand_in(cls, kind.method), model)
     return made
 
@@ -148,7 +153,7 @@ class KeptOutputs:
     method = "forward"
     """What it stands in for."""
 
-    def __init__(self, model: nn.Module, store: AttentionStore, keep: str, before: Any) -> None:
+    def __init__(self, model: nn.Module, store: AttentionStore, keep: str, before: Any, frozen: bool) -> None:
         self.store = store
         self.keep = keep
         self.before = before
@@ -161,6 +166,9 @@ class KeptOutputs:
         self._names = list(inspect.signature(getattr(type(model), self.method)).parameters)[1:]
         self._trims = str(getattr(model.config, "model_type", "")) in TRIED
         self._told: set[str] = set()
+        self._frozen = frozen
+        self._known: tuple[str, list[str], str] | None = None
+        """The model's device, the switches under which it was identified last, and the fingerprint."""
 
     def detach(self) -> None:
         """Leaves the model as it was before `attach`, unless it was detached and attached anew meanwhile."""
@@ -182,7 +190,7 @@ class KeptOutputs:
         memo[id(self)] = twin
         twin.__dict__.update(self.__dict__)
         model = self._fingerprint.model
-        twin._fingerprint = fingerprint_of(memo.get(id(model), model))
+        twin._fingerprint, twin._known = fingerprint_of(memo.get(id(model), model)), None
         twin.rows = twin.reused_rows = 0
         return twin
 
@@ -228,13 +236,19 @@ class KeptOutputs:
             raise _NotKnownError("gradients are on (torch.no_grad() or torch.inference_mode() turn them off)")
         if torch.compiler.is_compiling():
             raise _NotKnownError("it is being compiled")
-        problem = adapter_problem(model)
-        if problem is not None:
-            raise _NotKnownError(problem)
         try:
-            return self._fingerprint.current()
+            if self._frozen and self._known is not None:
+                device, around, known = self._known
+                if around == [*switches(), autocast_dtype(device)] and self._fingerprint.glance():
+                    return known
+            problem = adapter_problem(model)
+            if problem is None:
+                current, device = self._fingerprint.current(), str(model.device.type)
+                self._known = device, [*switches(), autocast_dtype(device)], current
+                return current
         except Exception as error:
             raise _NotKnownError(f"what it computes by can't be identified ({error})") from error
+        raise _NotKnownError(problem)
 
     def _read(self, named: Mapping[str, Any]) -> tuple[list[_Row], dict[str, torch.Tensor]]:
         """The rows of a call, and its tensors by name, each `[rows, columns]`."""
@@ -260,17 +274,11 @@ class KeptOutputs:
         if named.get("use_cache") is True or not named.get("return_dict", config.get("return_dict", True)):
             raise _NotKnownError("it was asked for a tuple, or for a cache")
         plain = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
-        mask = plain.get("attention_mask")
-        trims = mask is not None and self._trims
-        described = [(f"{name} {plain[name].dtype} ", plain[name]) for name in sorted(plain)]
+        lengths = _lengths(plain.get("attention_mask") if self._trims else None, *ids.shape)
+        described = [(f"{name} {_dtype_in_words(plain[name].dtype)} ", plain[name]) for name in sorted(plain)]
         begin = hashlib.blake2b(repr(sorted(settings)).encode(), digest_size=32, person=b"attnstore-input")
         rows = []
-        for number in range(len(ids)):
-            length = ids.shape[1]
-            if trims and mask is not None:
-                ones = int((mask[number] == 1).sum())
-                whole = ones and bool((mask[number, :ones] == 1).all()) and not mask[number, ones:].any()
-                length = ones if whole else length
+        for number, length in enumerate(lengths):
             hasher = begin.copy()
             for words, values in described:
                 hasher.update(f"{words}({length},)".encode())
@@ -316,7 +324,7 @@ class KeptOutputs:
     def _save(self, fingerprint: str, row: _Row, key: Key, tensors: Mapping[str, torch.Tensor]) -> None:
         size = sum(tensor.nbytes for tensor in tensors.values())
         try:
-            if not self.store.reserve(size):
+            if not self.store.reserve(size, wait=True):
                 return
             meta = BlockMeta(
                 key=key,
@@ -343,7 +351,7 @@ class KeptOutputs:
         """The output of a batch of rows; zeros at padding."""
         pooled = None
         if "pooler_output" in found[0]:
-            pooled = torch.cat([tensors["pooler_output"] for tensors in found]).to(like.device)
+            pooled = _joined([tensors["pooler_output"] for tensors in found], like)
         if self.keep == "pooler_output":
             return PooledOutput(pooler_output=pooled)
         first = found[0]["last_hidden_state"]
@@ -357,6 +365,28 @@ class KeptOutputs:
         self._told.add(reason)
         name = type(self._fingerprint.model).__name__
         logger.log(level, "the output of %s is neither looked up nor kept: %s", name, reason)
+
+
+@cache
+def _dtype_in_words(dtype: Any) -> str:
+    return str(dtype)
+
+
+def _lengths(mask: np.ndarray | None, rows: int, columns: int) -> list[int]:
+    """How many columns of each row count: all, or those before what a mask `[rows, columns]` leaves out at the end."""
+    if mask is None or (mask == 1).all():
+        return [columns] * rows
+    lengths = []
+    for row in mask:
+        ones = int((row == 1).sum())
+        whole = ones and bool((row[:ones] == 1).all()) and not row[ones:].any()
+        lengths.append(ones if whole else columns)
+    return lengths
+
+
+def _joined(parts: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    """Rows as one tensor, which shares no memory with them."""
+    return (torch.cat(list(parts)) if len(parts) > 1 else parts[0].clone()).to(like.device)
 
 
 @dataclass

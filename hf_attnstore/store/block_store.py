@@ -312,14 +312,18 @@ class BlockStore(OpenStore):
                     if isinstance(source, Block):
                         source.wait_ready()
                         found[key] = source.tensors
-                    else:
-                        with source:
-                            found[key] = source.fetch(source.specs())
+                        continue
+                    with source:
+                        block = source.as_kept()
+                    found[key] = block.fetch(block.specs()) if isinstance(block, CodedBlock) else block.tensors
+                    if tier.shared:
                         from_below.append(key)
+                    elif self.reserve(block.nbytes):
+                        self.keep_in_memory(block)
                 except LoadError as error:
                     logger.warning("a block could not be read, it is computed again: %s", error)
                     self._reject(key, error, tier.name)
-        self._memory.touch([key for key in found if key not in from_below] if from_below else list(found))
+        self._memory.touch(list(found))
         if from_below:
             self._writer.submit(partial(self._promote_each, from_below))
         return found
@@ -368,8 +372,8 @@ class BlockStore(OpenStore):
         if any(tier.capacity for tier in self._tiers):  # else nobody asked for blocks to be kept
             self._accounts.warn_once(
                 "room",
-                f"the memory of the store {self.path} (cap {format_bytes(self._memory.capacity)}) has no room for a "
-                "block that a turn has made, the session is not saved: give it more with memory=",
+                f"the memory of the store {self.path} (cap {format_bytes(self._memory.capacity)}) has no room for what "
+                "was computed, it is not kept: what is written passes through memory, give it more with memory=",
             )
         return False
 

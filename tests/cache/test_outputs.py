@@ -152,6 +152,67 @@ def test_other_weights_types_positions_and_masks_are_other_outputs(store: Attent
     assert len(shapes) == len(others) + 1
 
 
+def test_a_frozen_model_is_looked_at_by_version_counters_and_by_what_surrounds_a_call(
+    store: AttentionStore, computed: Any
+) -> None:
+    model, ids = bert(), batch(9)
+    kept = attach(model, store, keep="pooler_output", frozen=True)
+    shapes = computed(model)
+
+    def pooled() -> torch.Tensor:
+        with torch.no_grad():
+            found: torch.Tensor = model(**ids).pooler_output
+        return found
+
+    first = pooled()
+    reads = []
+    kept._fingerprint.current, current = lambda: reads.append(1) or current(), kept._fingerprint.current  # type: ignore[method-assign,func-returns-value]
+    assert torch.equal(pooled(), first)
+    assert (len(shapes), len(reads), kept.reused_rows) == (1, 0, 1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not torch.equal(pooled(), first)
+    with torch.no_grad():
+        model.encoder.layer[0].output.dense.bias.add_(0.5)
+    assert torch.allclose(pooled(), bert_with(model)(**ids).pooler_output, atol=CLOSE)
+    model.encoder.layer[1].output.dense.bias = torch.nn.Parameter(torch.ones(32))
+    assert torch.allclose(pooled(), bert_with(model)(**ids).pooler_output, atol=CLOSE)
+    assert (len(shapes), len(reads), kept.reused_rows) == (4, 3, 1)
+    model.train()
+    pooled()
+    assert (len(shapes), len(reads)) == (5, 3)
+    with pytest.raises(CacheUseError, match="frozen is for outputs"):
+        attach(model, store, frozen=True)  # type: ignore[call-overload]
+
+
+def bert_with(model: Any) -> Any:
+    """A model of the same weights, that nothing is attached to."""
+    twin = bert(1)
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+def test_without_memory_nothing_is_kept_the_log_says_what_to_do_and_what_is_on_disk_is_found(
+    tmp_path: Path, computed: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, other = bert(), batch(7)
+    with AttentionStore(tmp_path) as store, attach(model, store, keep="pooler_output"):
+        made = model.eval()
+        with torch.no_grad():
+            expected = made(**batch(9)).pooler_output
+    with AttentionStore(tmp_path, memory=0) as store:
+        attach(model, store, keep="pooler_output")
+        shapes = computed(model)
+        with torch.no_grad():
+            for _ in range(2):
+                assert torch.equal(model(**batch(9)).pooler_output, expected)
+                model(**other)
+        assert shapes == [(1, 7)] * 2
+        assert store.stats()["not_saved_blocks"] == 2
+    [said] = [record.getMessage() for record in caplog.records if "memory" in record.getMessage()]
+    assert "it is not kept" in said
+    assert said.endswith("give it more with memory=")
+
+
 def test_what_can_not_be_kept_is_left_to_the_model(
     store: AttentionStore, computed: Any, log: pytest.LogCaptureFixture
 ) -> None:

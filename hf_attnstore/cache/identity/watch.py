@@ -205,8 +205,10 @@ class _Unchanged:
 
     def versions_unchanged(self) -> bool:
         """Whether no tensor that was seen has been written to since, as far as version counters tell."""
-        tensors = [tensor() for tensor in self._tensors]
-        return all(one is not None for one in tensors) and list(map(_VERSION, tensors)) == self._placed[0]
+        try:
+            return list(map(_VERSION, [tensor() for tensor in self._tensors])) == self._placed[0]
+        except AttributeError:  # one of them is gone
+            return False
 
     def _contents(self, modules: Sequence[nn.Module]) -> tuple[list[int], list[str], list[Any]]:
         """How many entries there are in each of the modules' places, what they are called, and what there is."""

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from hf_attnstore.lab.bench.beyond_cli import beyond
 from hf_attnstore.lab.bench.codec_cli import codecs
 from hf_attnstore.lab.bench.dialogues_cli import dialogues
 from hf_attnstore.lab.bench.gate_cli import gate
@@ -136,6 +137,7 @@ app.command("index", hidden=True)(index)
 app.command("store", hidden=True)(store)
 app.command("dialogues", hidden=True)(dialogues)
 app.command("peers")(peers)
+app.command("beyond")(beyond)
 
 
 def parse_histories(values: list[str]) -> list[int]:

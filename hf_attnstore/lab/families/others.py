@@ -56,9 +56,15 @@ def other_class(family: str) -> str:
     return _OTHERS[family][0]
 
 
-def build_other(family: str, seed: int = 0) -> PreTrainedModel:
-    """A tiny model in eval mode; equal seeds give equal weights."""
+def build_other(family: str, seed: int = 0, **more: Any) -> PreTrainedModel:
+    """A tiny model in eval mode; equal seeds give equal weights.
+
+    Args:
+        more: arguments of the configuration that are to be other than they are here; of its parts, by name within them.
+    """
     name, changes = _OTHERS[family]
+    parts = {key: {**changes[key], **value} for key, value in more.items() if isinstance(value, dict)}
+    changes = {**changes, **more, **parts}
     config_class: Any = CONFIG_MAPPING[family]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
