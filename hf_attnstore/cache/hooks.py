@@ -315,8 +315,8 @@ def attach(
             or "pooler_output" alone. Outputs are then kept by content, of whole inputs, row by row, in eval mode and
             without gradients; the other arguments have no effect. Of a model that takes pictures, "image_features":
             what its vision tower makes of them, beside whatever else is attached.
-        frozen: with `keep`, a promise: meanwhile the model's weights change, if at all, in ways that version counters of
-            tensors show (training, loading; not `.data`), and its settings, hooks and code do not. A row is then
+        frozen: with `keep`, a promise: meanwhile the model's weights change, if at all, in ways that tensors' version
+            counters show (training, loading; not `.data`), and its settings, hooks and code do not. A row is then
             looked up in a third of the time.
 
     Returns:
