@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.tiny_models import make_model, tokens
@@ -11,12 +12,19 @@ from typer.testing import CliRunner
 
 from hf_attnstore.cli.app import app
 from hf_attnstore.lab.bench import codec_bench
-from hf_attnstore.lab.bench.codec_bench import quality, resume
+from hf_attnstore.lab.bench.codec_bench import KEPT, quality, resume
 
 
 def test_finer_codecs_change_less_and_raw_is_not_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     found = quality(make_model(), None, [tokens(300)], ["raw", "fp16", "int8", "int4"], 256, 4, lambda what: None)
-    assert list(found) == ["fp16", "int8", "int4", "q8_0 (llama.cpp)", "q4_0 (llama.cpp)"]
+    assert list(found) == [
+        "fp16",
+        "int8",
+        "int4",
+        "q8_0 (llama.cpp)",
+        "q4_0 (llama.cpp)",
+        "4 bits by token (quanto's axis 0)",
+    ]
     assert 0 <= found["fp16"].kl[0] < found["int8"].kl[0] < found["int4"].kl[0]
     assert found["fp16"].bytes == 0.5
     assert 0.25 < found["int8"].bytes < 0.31
@@ -31,20 +39,38 @@ def test_each_codec_is_resumed_from_each_medium(monkeypatch: pytest.MonkeyPatch)
     )
     assert found.history == 280
     assert {medium: {name: len(all_) for name, all_ in times.items()} for medium, times in found.seconds.items()} == {
-        medium: {"raw": 2, "int8": 2} for medium in ("memory", "page cache", "1 GB/s")
+        medium: {"raw": 2, "int8": 2, KEPT: 2} for medium in ("memory", "page cache", "1 GB/s")
     }
     assert found.ratio("memory", "raw") == 1.0
+    config = make_model().config
+    by_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    assert found.raw_bytes == 280 * by_token
 
 
-def test_the_command_writes_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(codec_bench, "CODECS", ("raw", "int8", "int4"))
-    arguments = "--history 256 --scored 32 --texts 1 --answers 2 --repeats 0 --no-floor --output".split()
-    done = CliRunner().invoke(app, ["bench", "codecs", *arguments, str(tmp_path)])
-    assert done.exit_code == 0, done.output
-    record = json.loads((tmp_path / "codecs-small-model.json").read_text())
-    assert record["quality"]["int8"]["kl"][0] < record["quality"]["int4"]["kl"][0]
-    assert "| int8 |" in (tmp_path / "codecs-small-model.md").read_text()
+def test_halves_are_measured_apart_and_put_into_one_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codec_bench, "CODECS", ("raw", "int8"))
+    monkeypatch.setattr(codec_bench, "MEDIA", {"memory": None})
+    common = "bench codecs --history 256 --scored 32 --texts 1 --answers 2 --no-floor --output".split()
+
+    def measured(*arguments: str) -> dict[str, Any]:
+        done = CliRunner().invoke(app, [*common, str(tmp_path), *arguments])
+        assert done.exit_code == 0, done.output
+        return json.loads((tmp_path / "codecs-small-model.json").read_text())
+
+    first = measured("--only", "quality")
+    assert first["resumed"] == {}
+    second = measured("--only", "speed", "--repeats", "1", "--new", "8")
+    assert second["quality"] == first["quality"]
+    assert second["resumed"]["float32, 256 tokens"]["new"] == 8
+    codecs = measured("--only", "quality", "--codec", "int4")["quality"]["float32"]["codecs"]
+    assert codecs.items() >= first["quality"]["float32"]["codecs"].items()
+    assert codecs["int8"]["kl"][0] < codecs["int4"]["kl"][0]
+    report = (tmp_path / "codecs-small-model.md").read_text()
+    assert "| int8 |" in report
+    assert "| nothing to load |" in report
     assert (tmp_path / "codecs-small-model.png").exists()
+    (tmp_path / "codecs-small-model.json").write_text("no")
+    assert CliRunner().invoke(app, [*common, str(tmp_path)]).exit_code == 2
 
 
 def test_the_doctor_warns_above_the_bound_and_fails() -> None:

@@ -15,10 +15,11 @@ from ..lazy import np
 from ..sizes import format_bytes
 from ..timeline import Timeline
 from .blocks.block import Block, BlockMeta, Match, TensorSpec
-from .blocks.codecs import CodedBlock, as_kept, as_kept_already
+from .blocks.codecs import CodedBlock, as_kept, as_kept_already, as_written
 from .blocks.keys import Key, block_key, chain_root, decode_tokens, encode_tokens, window_key, window_root
 from .blocks.stored import StoredBlock
 from .blocks.tier import Source, Tier
+from .index.counts import CODED
 from .opened import OpenStore
 
 if TYPE_CHECKING:
@@ -175,13 +176,20 @@ class BlockStore(OpenStore):
         """
         if isinstance(source, StoredBlock):
             return source
-        began = time.perf_counter()
-        kept = as_kept(source)
+        kept = self._counted(as_kept, source)
         if kept is not source:
             self._memory.replace(source, kept)
-            counts = {"coded_bytes": source.nbytes, "coded_to_bytes": kept.nbytes}
-            self._accounts.count_all({**counts, "code_microseconds": round((time.perf_counter() - began) * 1e6)})
         return kept
+
+    def _counted(self, code: Callable[[Block], Block], block: Block) -> Block:
+        """What `code` makes of a block, in the numbers of its codec and of all."""
+        began = time.perf_counter()
+        made = code(block)
+        if made is not block:
+            spent = round((time.perf_counter() - began) * 1e6)
+            counts = dict(zip(CODED, (block.nbytes, made.nbytes, spent), strict=True))
+            self._accounts.count_all(counts | {f"{block.meta.codec}_{name}": count for name, count in counts.items()})
+        return made
 
     def load(self, stages: Sequence[Stage], patience: Callable[[], float | None] | None = None) -> Load:
         """Opens the blocks of all stages and returns a load, of which nothing is requested yet.
@@ -489,6 +497,8 @@ class BlockStore(OpenStore):
         try:
             kept = self._as_kept(block)
             assert isinstance(kept, Block)
+            if any(tier.capacity for tier in self._lower):  # by a lossless codec for all of them at once
+                kept = self._counted(as_written, kept)
             written = [self._write_to(tier, kept, supersedes) for tier in self._lower]
             if not any(written):
                 self._accounts.count("not_saved_blocks", int(None not in written))

@@ -88,10 +88,14 @@ def test_what_comes_back_is_within_half_a_step(
     exact = kv.float()
     heads, count, dim = shape
     if what.endswith("keys"):  # groups of tokens of one channel
-        group = 128 if codec == "int8" else 64
+        group = 64 if codec == "int4" else 128
         groups = exact.view(heads, -1, group if count % group == 0 else count, dim).transpose(2, 3)
     else:
         groups = exact.view(heads, count, -1, 64 if codec == "int4" and dim % 64 == 0 else dim)
+    centred = groups - groups.mean(-1, keepdim=True) if codec == "int8z" and what.endswith("keys") else groups
+    square = centred.square().mean(-1)
+    by_head = (square * square.mean(-1, keepdim=True)) ** 0.25 / 12.5
+    coarse = groups.std(-1, correction=0) / 6.5 if centred is groups else by_head
     levels = torch.tensor(15.0)
     if codec == "int4" and what.endswith("keys") and dim > 1:
         parts = codec_named(codec).encode(what, kv, meta(count))
@@ -103,7 +107,7 @@ def test_what_comes_back_is_within_half_a_step(
     size = {
         "fp16": groups.abs().amax(-1) * 2**-10,
         "int8": groups.abs().amax(-1) / 127,
-        "int8z": torch.maximum(groups.abs().amax(-1) / 127, groups.var(-1, correction=0).sqrt() / 8),
+        "int8z": torch.maximum(centred.abs().amax(-1) / 127, coarse) + groups.abs().amax(-1) * 2**-16,
         "int4": (groups.amax(-1) - groups.amin(-1)) / levels + groups.abs().amax(-1) * 2**-9,
     }[codec]
     rounding = groups.abs() * torch.finfo(dtype).eps
@@ -140,6 +144,23 @@ def test_int4_blocks_whose_channels_have_four_bits_each_are_still_read() -> None
     codec.decode({"codes": codes, "scale": steps, "lowest": lowest}, found)
     whole = torch.cat([codes & 15, codes >> 4], dim=-1).float()
     assert torch.equal(found, whole * steps.float() + lowest.float())
+
+
+@needs_zstd
+def test_int8z_blocks_whose_keys_have_no_means_are_still_read() -> None:
+    from hf_attnstore.store.blocks.entropy import squeezed
+
+    codes, steps = torch.randint(-99, 99, (2, 64, 16), dtype=torch.int8), torch.rand(2, 1, 16).half()
+    found = torch.empty(2, 64, 16)
+    codec_named("int8z").decode({"codes": squeezed(codes.numpy()), "scale": steps}, found)
+    assert torch.equal(found, codes.float() * steps.float())
+
+
+@pytest.mark.parametrize("codec", ["int8", "int4", pytest.param("int8z", marks=needs_zstd)])
+def test_parts_of_later_versions_are_refused_and_not_left_out(codec: str) -> None:
+    parts = dict(codec_named(codec).encode("layers.0.keys", some_kv(1, 64, 8), meta(64)))
+    with pytest.raises(LoadError, match="not known here: \\['more'\\]"):
+        codec_named(codec).decode(parts | {"more": torch.ones(1)}, torch.empty(1, 64, 8))
 
 
 def test_an_order_that_is_none_is_refused() -> None:
@@ -280,6 +301,22 @@ def test_every_way_gives_the_same(codec: str, family: str, dtype: torch.dtype, t
             assert not torch.equal(found[0].logits[0], exact.logits[0])
 
 
+def test_ratio_and_time_are_told_by_codec(tmp_path: Path) -> None:
+    model = make_model()
+    with opened(tmp_path, "int8") as store:
+        for codec in ("int8", "int4", "fp16", "raw"):
+            cache = AttentionStoreCache(model, codec, store.with_codec(codec))
+            turn(model, tokens(8 * BLOCK), cache, max_new_tokens=1)
+        store.flush()
+        for stats in (store.stats(), store.totals()):
+            assert stats["fp16_ratio"] == 0.5
+            assert 0.125 < stats["int4_ratio"] < stats["int8_ratio"] < 0.45
+            seconds = [stats[f"{codec}_seconds"] for codec in ("int8", "int4", "fp16")]
+            assert min(seconds) > 0
+            assert math.isclose(sum(seconds), stats["code_seconds"])
+            assert "raw_ratio" not in stats
+
+
 @needs_zstd
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("family", ["gemma3", "deepseek-v3", "qwen2"])
@@ -289,6 +326,7 @@ def test_lossless_has_the_logits_of_a_kept_cache(family: str, dtype: torch.dtype
         ours = turn(model, tokens(70), AttentionStoreCache(model, "alice", store))
         assert_same(ours, reference.turn(tokens(70)))
         ways("disk", store)
+        assert (0.3 < store.stats()["lossless_ratio"] < 1.2) == (store.stats()["coded_bytes"] > 0)
         prompt = follow_up(ours.sequences, 20, 2)
         cache = AttentionStoreCache(model, "alice", store)
         assert_same(turn(model, prompt, cache), reference.turn(prompt))

@@ -14,6 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -64,11 +65,19 @@ class Quality:
         return math.expm1(mean), error
 
 
+KEPT = "nothing to load"
+"""In the place of a codec: a turn whose history is in the model's own cache. No codec can be faster."""
+
+
 @dataclass
 class Resumed:
     """Seconds of turns that were resumed with so many tokens of history, by medium and codec, one for each repeat."""
 
     history: int
+    new: int
+    """Tokens after it that are computed."""
+    raw_bytes: int
+    """Of the history."""
     seconds: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
     def ratio(self, medium: str, codec: str) -> float:
@@ -120,7 +129,22 @@ def llama_cpp(bits: int) -> Rounding:
     return through
 
 
-REFERENCES: dict[str, Rounding] = {"q8_0 (llama.cpp)": llama_cpp(8), "q4_0 (llama.cpp)": llama_cpp(4)}
+def by_token(label: str, block: torch.Tensor, start: int) -> tuple[torch.Tensor, int]:
+    """What optimum-quanto makes of transformers' quantised caches at 4 bits with their default axis: 64 channels of a
+    token, of keys as of values, share a step and a lowest value."""
+    width = 64 if block.shape[2] % 64 == 0 else block.shape[2]
+    groups = block.float().reshape(*block.shape[:2], -1, width)
+    low = groups.amin(-1, keepdim=True)
+    step = (groups.amax(-1, keepdim=True) - low) / 15
+    codes = ((groups - low) / step.masked_fill(step == 0, 1)).round()
+    return (codes * step + low).reshape(block.shape).to(block.dtype), block.numel() // 2 + step.numel() * 4
+
+
+REFERENCES: dict[str, Rounding] = {
+    "q8_0 (llama.cpp)": llama_cpp(8),
+    "q4_0 (llama.cpp)": llama_cpp(4),
+    "4 bits by token (quanto's axis 0)": by_token,
+}
 
 
 @torch.inference_mode()
@@ -138,10 +162,11 @@ def quality(
 
     Args:
         answer_tokens: of greedy answers that are compared; 0 for none.
-        floor: the same model in bfloat16, which computes both by itself.
+        floor: the same model in bfloat16, or of one in bfloat16 in float32, which computes both by itself.
     """
     ways = {name: by_codec(name) for name in codecs if name != "raw"} | dict(references)
-    found = {name: Quality() for name in (*ways, *(("bfloat16 model",) if floor is not None else ()))}
+    floor_name = f"{str(floor.dtype).removeprefix('torch.')} model" if floor is not None else ""
+    found = {name: Quality() for name in (*ways, *([floor_name] if floor_name else ()))}
     for number, ids in enumerate(texts):
         progress(f"text {number + 1} of {len(texts)}")
         recorder = _Recorder(model.config)
@@ -159,10 +184,10 @@ def quality(
         if floor is not None:
             own = _Recorder(floor.config)
             floor(ids[:, :history], past_key_values=own)
-            _score(found["bfloat16 model"], exact, _logits(floor, _filled(floor, own.made), rest), rest)
+            _score(found[floor_name], exact, _logits(floor, _filled(floor, own.made), rest), rest)
             if answer:
                 theirs = _answer(floor, _filled(floor, own.made), prompt, answer_tokens)
-                found["bfloat16 model"].same.append(answer == theirs)
+                found[floor_name].same.append(answer == theirs)
     return found
 
 
@@ -231,7 +256,6 @@ def resume(
         BenchError: a turn did not do what is measured.
     """
     history = ids.shape[1] - new
-    result = Resumed(history)
     disk = SlowDisk()
     folders = tempfile.TemporaryDirectory(prefix="attnstore-codecs-")
     with (
@@ -241,40 +265,62 @@ def resume(
         ) as store,
     ):
         progress("computing the history")
-        cache = AttentionStoreCache(model, None, store, gate=False)
+        cache, kept = AttentionStoreCache(model, None, store, gate=False), DynamicCache(config=model.config)
         with torch.inference_mode():
             for start in range(0, history, 512):
-                model(ids[:, start : min(start + 512, history)], **as_forward_takes(model, cache))
+                for each in (cache, kept):
+                    model(ids[:, start : min(start + 512, history)], **as_forward_takes(model, each))
         cache.save()
         stores = {name: store.with_codec(name) for name in codecs}
+        blocks = _blocks(store, cache, ids[0, :history].numpy())
+        result = Resumed(history, new, sum(block.nbytes for block in blocks))
         for view in stores.values():
-            _copy(store, view, cache.model_fingerprint(), ids[0, :history].numpy())
-        del cache
+            if view is not store:
+                _copy(blocks, view, cache.model_fingerprint(), ids[0, :history].numpy())
+        del cache, blocks
         store.flush()
         for medium in media:
             for number in range(repeats + 1):
                 progress(f"from {medium}, repeat {number} of {repeats}")
-                order = list(stores) if number % 2 else list(reversed(stores))
-                for name in order:
+                order = [*stores, KEPT]
+                for name in order if number % 2 else reversed(order):
                     if medium != "memory":
                         store.drop_memory()
                     with disk.at(MEDIA[medium]):
-                        seconds = _first_token(model, ids, history, name, stores[name], medium)
+                        seconds = (
+                            _generate(model, ids, deepcopy(kept))
+                            if name == KEPT
+                            else _first_token(model, ids, history, name, stores[name], medium)
+                        )
                     if number:
                         result.seconds.setdefault(medium, {}).setdefault(name, []).append(seconds)
     return result
 
 
-def _copy(store: AttentionStore, other: AttentionStore, fingerprint: str, ids: np.ndarray) -> None:
-    """Hands what a store has just been given to one with another codec."""
-    ours, theirs = (TokenChain(each.root(fingerprint), BLOCK, ids) for each in (store, other))
-    for number in range(-(-len(ids) // BLOCK) if other is not store else 0):
-        held = store._memory.get(ours.key(number))
-        assert held is not None
+def _blocks(store: AttentionStore, cache: AttentionStoreCache, ids: np.ndarray) -> list[Block]:
+    """What a cache has just handed to its store, from memory."""
+    chain = TokenChain(store.root(cache.model_fingerprint()), BLOCK, ids)
+    found = [store._memory.get(chain.key(number)) for number in range(-(-len(ids) // BLOCK))]
+    return [block for block in found if block is not None]
+
+
+def _copy(blocks: Sequence[Block], other: AttentionStore, fingerprint: str, ids: np.ndarray) -> None:
+    """Hands blocks to a store with another codec."""
+    theirs = TokenChain(other.root(fingerprint), BLOCK, ids)
+    for number, held in enumerate(blocks):
         meta = replace(held.meta, key=theirs.key(number), parent=theirs.parent(number), codec=other.codec)
         full = meta.token_count == BLOCK
         other.reserve(held.nbytes, wait=True)
         other.put(Block(meta, held.tensors, codable=frozenset(held.tensors if full else ())))
+
+
+def _generate(model: PreTrainedModel, ids: torch.Tensor, cache: Any) -> float:
+    """Seconds to the first token."""
+    began = time.perf_counter()
+    model.generate(  # type: ignore[operator]
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False, **as_generate_takes(model, cache)
+    )
+    return time.perf_counter() - began
 
 
 def _first_token(
@@ -282,10 +328,7 @@ def _first_token(
 ) -> float:
     began = time.perf_counter()
     cache = AttentionStoreCache(model, None, store, save=False, gate=False)
-    model.generate(  # type: ignore[operator]
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False, **as_generate_takes(model, cache)
-    )
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - began + _generate(model, ids, cache)
     tier = "memory" if medium == "memory" else "disk"
     if cache.stats.reused_tokens != history or set(cache.stats.blocks_from) != {tier}:
         raise BenchError(f"A turn by {name} reused {cache.stats.reused_tokens} of {history} tokens: {cache.stats}")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
-from datetime import UTC, datetime
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -25,82 +23,74 @@ Texts = Annotated[
 ]
 
 
+class Half(StrEnum):
+    """What can be measured by itself."""
+
+    quality = "quality"
+    speed = "speed"
+
+
 def codecs(
     model: Annotated[
         str | None,
         typer.Option(help="Hub name or folder; without it, the small model of the repository.", show_default=False),
     ] = None,
     text: Texts = None,
+    only: Annotated[Half | None, typer.Option(help="One half: figures that depend on no clock, or times.")] = None,
+    codec: Annotated[
+        list[str] | None, typer.Option(help="Judge these by quality, and nothing beside them; repeat it.")
+    ] = None,
     history: Annotated[int, typer.Option(min=256, help="Tokens that go through the codec.")] = 1024,
     scored: Annotated[int, typer.Option(min=2, help="Tokens after them that are scored.")] = 256,
+    new: Annotated[int, typer.Option(min=1, help="Tokens after them that a timed turn computes.")] = 32,
     texts: Annotated[int, typer.Option(min=1, help="Passages of each text at most.")] = 8,
     answers: Annotated[int, typer.Option(min=0, help="Tokens of greedy answers that are compared; 0 for none.")] = 32,
-    repeats: Annotated[int, typer.Option(min=0, help="Times that resumed turns are measured; 0 leaves it out.")] = 7,
-    floor: Annotated[bool, typer.Option(help="Also the same model in bfloat16.")] = True,
-    output: Annotated[Path | None, typer.Option(help="Folder for the report: JSON, PNG and Markdown.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Times that resumed turns are measured.")] = 7,
+    floor: Annotated[bool, typer.Option(help="Also the model in bfloat16; of one in bfloat16, in float32.")] = True,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for the report: JSON, PNG and Markdown. What it has of other types, lengths of history "
+            "and codecs stays in it."
+        ),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Such as bfloat16 or float32; auto is what the checkpoint has.")] = "auto",
     device: Annotated[str | None, typer.Option(help="Such as cuda or cpu.", show_default=False)] = None,
 ) -> None:
     """Measure codecs: bytes, what becomes of the next tokens, and the time to the first one from several media."""
     console = Console()
     with errors_in_one_line():
+        from hf_attnstore.chat.model import load_chat_model
+        from hf_attnstore.lab.bench import codec_bench as bench
+        from hf_attnstore.lab.bench.codec_report import Record
+        from hf_attnstore.lab.bench.machine import ForeignLoad, describe_machine
         from hf_attnstore.lab.demo.script import CHAPTER
 
-        _codecs(
-            console, model, text or [CHAPTER], history, scored, texts, answers, repeats, floor, output, dtype, device
-        )  # fmt: skip
-
-
-def _codecs(
-    console: Console,
-    name: str | None,
-    paths: list[Path],
-    history: int,
-    scored: int,
-    count: int,
-    answers: int,
-    repeats: int,
-    floor: bool,
-    output: Path | None,
-    dtype: str,
-    device: str | None,
-) -> None:
-    from hf_attnstore.chat.model import load_chat_model
-    from hf_attnstore.lab.bench.codec_bench import CODECS, MEDIA, quality, read_texts, resume
-    from hf_attnstore.lab.bench.codec_report import as_markdown, draw
-    from hf_attnstore.lab.bench.machine import describe_machine, in_words, versions
-
-    loaded, tokenizer = load_chat_model(name, device=device, dtype=dtype)
-    with console.status("preparing the texts") as status:
-        found = [ids.to(loaded.device) for ids in read_texts(tokenizer, paths, history + scored, count)]
-        other = load_chat_model(name, device=device, dtype="bfloat16")[0] if floor else None
-        judged = quality(loaded, other, found, CODECS, history, answers, status.update)
-        timed = resume(loaded, found[0], CODECS, list(MEDIA), scored, repeats, status.update) if repeats else None
-    label = Path(name).name if name else "small-model"
-    kind = str(loaded.dtype).removeprefix("torch.")
-    about = f"{label}, {kind}, {history:,} tokens of history, {len(found)} passages of {scored:,} tokens scored"
-    machine = describe_machine(output if output is not None else Path.cwd())
-    report = as_markdown(about, judged, timed, in_words(machine), versions())
-    console.print(Markdown(report))
-    if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        record = {
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "model": label,
-            "dtype": kind,
-            "history": history,
-            "scored": scored,
-            "texts": [path.name for path in paths],
-            "quality": {codec: asdict(one) for codec, one in judged.items()},
-            "resumed": asdict(timed) if timed is not None else None,
-            "machine": machine,
-            "versions": versions(),
-        }
-        stem = f"codecs-{label}"
-        (output / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
-        draw(about, judged, output / f"{stem}.png")
-        (output / f"{stem}.md").write_text(f"{report}\n![Bytes against quality]({stem}.png)\n")
-        console.print(f"Report: {output / stem}.json, .md, .png", highlight=False)
+        record = Record.opened(output, Path(model).name if model else "small-model")
+        loaded, tokenizer = load_chat_model(model, device=device, dtype=dtype)
+        kind, paths = str(loaded.dtype).removeprefix("torch."), text or [CHAPTER]
+        with console.status("preparing the texts") as status:
+            after = max(0 if only == Half.speed else scored, 0 if only == Half.quality else new)
+            found = [ids.to(loaded.device) for ids in bench.read_texts(tokenizer, paths, history + after, texts)]
+            if only != Half.speed:
+                named = codec or bench.CODECS
+                passages = [ids[:, : history + scored] for ids in found]
+                theirs = "bfloat16" if kind == "float32" else "float32"
+                other = load_chat_model(model, device=device, dtype=theirs)[0] if floor and not codec else None
+                judged = bench.quality(
+                    loaded, other, passages, named, history, answers, status.update,
+                    references={} if codec else bench.REFERENCES,
+                )  # fmt: skip
+                record.judge(kind, history, scored, len(passages), [path.name for path in paths], judged)
+            if only != Half.quality:
+                ids = found[0][:, : history + new]
+                others = ForeignLoad()
+                resumed = bench.resume(loaded, ids, bench.CODECS, list(bench.MEDIA), new, repeats, status.update)
+                record.time(kind, resumed, others.share(), describe_machine(output or Path.cwd()))
+        console.print(Markdown(record.as_markdown()))
+        if output is not None:
+            record.write()
+            console.print(f"Report: {output / record.stem}.json, .md, .png", highlight=False)
 
 
 def doctor(

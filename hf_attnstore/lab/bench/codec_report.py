@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from hf_attnstore.lab.bench.codec_bench import Quality, Resumed
-from hf_attnstore.lab.bench.machine import versions_in_words
+from hf_attnstore.lab.bench.codec_bench import KEPT, MEDIA, Quality, Resumed
+from hf_attnstore.lab.bench.machine import in_words, versions, versions_in_words
+from hf_attnstore.lab.bench.shapes import BenchError
 
 _OURS, _THEIRS = "#1f6feb", "#57606a"
 
@@ -59,26 +63,99 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> lis
     return lines + [f"| {' | '.join(row)} |" for row in rows]
 
 
-def as_markdown(
-    about: str, quality: Mapping[str, Quality], resumed: Resumed | None, machine: str, versions: Mapping[str, Any]
-) -> str:
-    """The report for docs/results."""
-    parts = [f"# Codecs: {about}", "", *markdown_table(QUALITY_COLUMNS, quality_rows(quality))]
-    parts += [
-        "",
-        "The history of each text went through the codec, in blocks of 256 tokens, and the tokens after it are exact; "
-        "all figures are against the exact history. `bfloat16 model` is the same model, all of it in bfloat16.",
-    ]
-    if resumed is not None:
-        columns = ("codec", *(f"from {medium}" for medium in resumed.seconds))
-        parts += ["", *markdown_table(columns, resumed_rows(resumed))]
-        parts += [
-            "",
-            f"Time to the first token of a turn that resumes {resumed.history:,} tokens: median, and in brackets the "
-            "median of the ratios to `raw` within each repeat, in which the codecs take turns. What has a limit is "
-            "simulated: a queue before the page cache that lets so many bytes a second through.",
-        ]
-    return "\n".join([*parts, "", f"Measured on {machine}; {versions_in_words(versions)}.", ""])
+class Record:
+    """What was measured of a model, at one time or several: by type of numbers, by length of history."""
+
+    def __init__(self, folder: Path | None, label: str, content: dict[str, Any]) -> None:
+        self.folder, self.label, self.stem = folder, label, f"codecs-{label}"
+        self._content: dict[str, Any] = {"model": label, "quality": {}, "resumed": {}} | content
+
+    @classmethod
+    def opened(cls, folder: Path | None, label: str) -> Record:
+        """What a folder has of a model; nothing without one.
+
+        Raises:
+            BenchError: its file is none of a record.
+        """
+        path = folder / f"codecs-{label}.json" if folder is not None else None
+        if path is None or not path.exists():
+            return cls(folder, label, {})
+        try:
+            return cls(folder, label, json.loads(path.read_text()))
+        except (OSError, ValueError) as error:
+            raise BenchError(f"{path} is no record of codecs ({error}): move it away.") from error
+
+    def judge(
+        self, kind: str, history: int, scored: int, passages: int, texts: list[str], found: Mapping[str, Quality]
+    ) -> None:
+        """Enters quality. What the same passages gave by other codecs stays."""
+        about = {"history": history, "scored": scored, "passages": passages, "texts": texts}
+        before = self._content["quality"].get(kind, {})
+        kept = before.get("codecs", {}) if before.items() >= about.items() else {}
+        codecs = kept | {name: asdict(one) for name, one in found.items()}
+        self._content["quality"][kind] = about | self._now() | {"codecs": codecs}
+
+    def time(self, kind: str, found: Resumed, others: float, machine: dict[str, str | int]) -> None:
+        """Enters times. `others`: the share of all CPUs that other processes had meanwhile."""
+        entry = asdict(found) | self._now() | {"others": others, "machine": machine}
+        self._content["resumed"][f"{kind}, {found.history:,} tokens"] = entry
+
+    @staticmethod
+    def _now() -> dict[str, Any]:
+        return {"created": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions()}
+
+    def write(self) -> None:
+        """Writes JSON, Markdown and a picture into the folder."""
+        assert self.folder is not None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / f"{self.stem}.json").write_text(json.dumps(self._content, indent=1) + "\n")
+        report = self.as_markdown()
+        for kind, found in self._judged().items():
+            picture = f"{self.stem}.png" if kind == "float32" else f"{self.stem}-{kind}.png"
+            draw(f"{self.label}, {kind}", found, self.folder / picture)
+            report += f"\n![Bytes against quality, {kind}]({picture})\n"
+        (self.folder / f"{self.stem}.md").write_text(report)
+
+    def _judged(self) -> dict[str, dict[str, Quality]]:
+        return {
+            kind: {name: Quality(**one) for name, one in entry["codecs"].items()}
+            for kind, entry in self._content["quality"].items()
+        }
+
+    def as_markdown(self) -> str:
+        """The report for docs/results."""
+        parts = [f"# Codecs: {self.label}", ""]
+        for kind, found in self._judged().items():
+            entry = self._content["quality"][kind]
+            parts += [
+                f"## What becomes of the next tokens, in {kind}", "",
+                f"{entry['history']:,} tokens of history, {entry['passages']} passages of {entry['scored']:,} tokens "
+                f"scored, of {' and '.join(entry['texts'])}.", "",
+                *markdown_table(QUALITY_COLUMNS, quality_rows(found)), "",
+            ]  # fmt: skip
+        if self._content["quality"]:
+            parts += [
+                "The history of each text went through the codec, in blocks of 256 tokens, and the tokens after it are "
+                "exact; all figures are against the exact history. The model in other numbers is the floor: the same "
+                "weights, the history computed by itself.", "",
+            ]  # fmt: skip
+        for name, entry in self._content["resumed"].items():
+            resumed = Resumed(*(entry[field] for field in ("history", "new", "raw_bytes", "seconds")))
+            columns = ("codec", *(f"from {medium}" for medium in resumed.seconds))
+            rates = [(medium, rate) for medium in resumed.seconds if (rate := MEDIA.get(medium))]
+            takes = ", ".join(f"{resumed.raw_bytes / rate * 1e3:,.0f} ms from {medium}" for medium, rate in rates)
+            parts += [
+                f"## Time to the first token, {name} of history", "",
+                *markdown_table(columns, resumed_rows(resumed)), "",
+                f"A turn that resumes {resumed.history:,} tokens and computes {resumed.new}: median, and in brackets "
+                "the median of the ratios to `raw` within each repeat, in which the codecs take turns. What has a "
+                "limit is simulated: a queue before the page cache that lets so many bytes a second through. Raw, the "
+                f"history has {resumed.raw_bytes / 1e6:,.0f} MB" + (f", which take {takes}" if takes else "") + ". "
+                f"`{KEPT}` is a history in the model's own cache: its ratios are what no codec can go below.", "",
+                f"Measured on {in_words(entry['machine'])}; other processes had {entry['others']:.0%} of it.", "",
+            ]  # fmt: skip
+        last = max((*self._content["quality"].values(), *self._content["resumed"].values()), key=lambda e: e["created"])
+        return "\n".join([*parts, f"{versions_in_words(last['versions'])}.", ""])
 
 
 def draw(about: str, found: Mapping[str, Quality], path: Path) -> None:

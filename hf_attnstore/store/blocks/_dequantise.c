@@ -50,6 +50,12 @@ FAST static void bytes_by(const int8_t *codes, const float *restrict steps, floa
         for (long place = 0; place < dim; place++) out[place] = (float)codes[place] * steps[place];
 }
 
+FAST static void bytes_from(const int8_t *codes, const float *restrict steps, const float *restrict lowest,
+                            float *restrict out, long rows, long dim) {
+    for (long row = 0; row < rows; row++, codes += dim, out += dim)
+        for (long place = 0; place < dim; place++) out[place] = (float)codes[place] * steps[place] + lowest[place];
+}
+
 FAST static void bytes_by_one(const int8_t *codes, float step, float *restrict out, long dim) {
     for (long place = 0; place < dim; place++) out[place] = (float)codes[place] * step;
 }
@@ -65,6 +71,21 @@ FAST static void shared_by(const uint8_t *codes, const uint32_t *restrict widths
             out[place] = (float)(int32_t)(code & masks[place]) * steps[place] + lowest[place];
             out[half + place] = (float)(int32_t)(code >> widths[place]) * steps[half + place] + lowest[half + place];
         }
+}
+
+/* The same where a run of channels shares its numbers and they are in their own order: no need to spread these. */
+FAST static void shared_by_runs(const uint8_t *codes, const uint16_t *steps, const uint16_t *lowest,
+                                float *restrict out, long dim, long columns) {
+    long half = dim / 2, each = dim / columns, run = each < half ? each : half;
+    for (long start = 0; start < half; start += run) {
+        long first = start / each, second = (half + start) / each;
+        float step = from_half(steps[first]), low = from_half(lowest[first]);
+        float other = from_half(steps[second]), least = from_half(lowest[second]);
+        for (long place = start; place < start + run; place++) {
+            out[place] = (float)(int32_t)(codes[place] & 15) * step + low;
+            out[half + place] = (float)(int32_t)(codes[place] >> 4) * other + least;
+        }
+    }
 }
 
 static void ordered(const float *from, const uint8_t *order, float *restrict out, long rows, long dim) {
@@ -93,24 +114,26 @@ static void put(const void *from, char *out, long nbytes) {
     memcpy(out, from, (size_t)nbytes);
 }
 
-/* Codes [several, heads, tokens, dim] of a byte, or [..., dim / 2] of two channels where there is `lowest`, times their
-   steps [several, heads, rows, columns] into `out`, float32 or bfloat16, whose rows are contiguous. `order` and `widths`
-   say how channels share bytes; without them by halves. Distances in values. Not 0 if the order is none. */
-PUBLIC int attnstore_scaled(const uint8_t *codes, long codes_apart, const uint16_t *steps, long steps_apart,
+/* Codes [several, heads, tokens, dim] of a signed byte, or [..., dim / 2] of two channels where they are `shared`, times
+   their steps [several, heads, rows, columns], plus the lowest if there are any, into `out`, float32 or bfloat16, whose
+   rows are contiguous. `order` and `widths` say how channels share bytes; without them by halves. Distances in values.
+   Not 0 if the order is none. */
+PUBLIC int attnstore_scaled(const uint8_t *codes, int shared, long codes_apart, const uint16_t *steps, long steps_apart,
                             const uint16_t *lowest, long lowest_apart, const uint8_t *order, long order_apart,
                             const uint8_t *widths, long widths_apart, void *out, long out_apart, long heads_apart,
                             int bfloat16, long several, long heads, long tokens, long dim, long rows, long columns) {
-    float own[MOST], least[MOST], aside[4 * MOST], turned[4 * MOST];
+    float own[MOST], least[MOST], aside[MOST], turned[MOST];
     uint32_t bits[MOST], masks[MOST];
-    uint16_t halved[4 * MOST];
-    long each = tokens / rows, width = lowest ? dim / 2 : dim, most = 4 * MOST / dim;
+    uint16_t halved[MOST];
+    long each = tokens / rows, width = shared ? dim / 2 : dim, most = MOST / dim;
+    int runs = shared && !order && (columns == 1 || columns % 2 == 0);
     for (long one = 0; one < several; one++)
         for (long head = 0; head < heads; head++) {
             const uint8_t *from = codes + one * codes_apart + head * tokens * width;
             const uint8_t *channels = order ? order + one * order_apart + head * dim : 0;
             const uint8_t *lows = widths ? widths + one * widths_apart + head * width : 0;
             long place = one * out_apart + head * heads_apart;
-            for (long pair = 0; lowest && pair < width; pair++) {
+            for (long pair = 0; shared && pair < width; pair++) {
                 bits[pair] = lows ? lows[pair] : 4;
                 if (bits[pair] > 8) return 1;
                 masks[pair] = (1u << bits[pair]) - 1;
@@ -121,13 +144,18 @@ PUBLIC int attnstore_scaled(const uint8_t *codes, long codes_apart, const uint16
             for (long row = 0; row < rows; row++) {
                 long group = (head * rows + row) * columns;
                 const uint16_t *step = steps + one * steps_apart + group;
+                const uint16_t *low = lowest ? lowest + one * lowest_apart + group : 0;
                 int single = columns == 1 && !lowest;
-                if (!single) spread(step, channels, own, dim, columns);
-                if (lowest) spread(lowest + one * lowest_apart + group, channels, least, dim, columns);
+                if (!single && !runs) spread(step, channels, own, dim, columns);
+                if (lowest && !runs) spread(low, channels, least, dim, columns);
                 for (long left = each; left > 0;) {
                     long count = left < most ? left : most, values = count * dim;
                     float *made = aside;
-                    if (lowest) shared_by(from, bits, masks, own, least, aside, count, dim);
+                    for (long token = 0; runs && token < count; token++)
+                        shared_by_runs(from + token * width, step, low, aside + token * dim, dim, columns);
+                    if (runs) {}
+                    else if (shared) shared_by(from, bits, masks, own, least, aside, count, dim);
+                    else if (lowest) bytes_from((const int8_t *)from, own, least, aside, count, dim);
                     else if (single) bytes_by_one((const int8_t *)from, from_half(*step), aside, values);
                     else bytes_by((const int8_t *)from, own, aside, count, dim);
                     if (channels) ordered(aside, channels, made = turned, count, dim);

@@ -210,8 +210,11 @@ def encoded(block: Block) -> Block:
 
 def as_kept(block: Block) -> Block:
     """A block as memory keeps it."""
-    if as_kept_already(block):
-        return block
+    return block if as_kept_already(block) else as_written(block)
+
+
+def as_written(block: Block) -> Block:
+    """A block as files keep it."""
     block.wait_ready()
     return encoded(block)
 

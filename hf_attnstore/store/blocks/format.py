@@ -20,7 +20,7 @@ import xxhash
 from ...errors import LoadError
 from ...lazy import np
 from .block import TOKEN_IDS, Block, BlockMeta, TensorSpec
-from .codecs import CodedBlock, encoded
+from .codecs import CodedBlock, as_written
 from .keys import decode_tokens
 from .vault import Vault
 
@@ -124,8 +124,7 @@ def encode_block(block: Block, vault: Vault) -> tuple[bytes, list[np.ndarray]]:
 
     from .tensors import as_bytes
 
-    block.wait_ready()
-    block = encoded(block)
+    block = as_written(block)
     meta = block.meta
     salt = vault.new_salt()
     guard = vault.guard(salt)

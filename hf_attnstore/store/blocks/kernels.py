@@ -30,7 +30,7 @@ def library() -> ctypes.CDLL | None:
             except (OSError, AttributeError):  # of another machine
                 return None
             at, long = ctypes.c_void_p, ctypes.c_long
-            scaled.argtypes = (*(at, long) * 6, long, ctypes.c_int, *(long,) * 6)
+            scaled.argtypes = (at, ctypes.c_int, long, *(at, long) * 5, long, ctypes.c_int, *(long,) * 6)
             found.attnstore_joined32.argtypes = [at, at, at, at, long]
             found.attnstore_joined16.argtypes = [at, at, at, long]
             found.attnstore_joined32.restype = found.attnstore_joined16.restype = None
@@ -50,7 +50,7 @@ def scaled(
     these or none. False where that is left to torch.
 
     Args:
-        codes: int8 of the shape of `out`; with `lowest` uint8 `[..., dim / 2]`, two channels in a byte.
+        codes: int8 of the shape of `out`, or uint8 `[..., dim / 2]`, two channels in a byte.
         steps, lowest: float16 `[..., heads, tokens / a, dim / b]`, of which `by_group` has been checked.
         order, widths: see `rounding.Sharing`; without them low nibbles are the first half of a row.
 
@@ -61,9 +61,10 @@ def scaled(
     if found is None or out.dtype not in _BFLOAT16 or out.shape[-1] > found.attnstore_most():
         return False
     heads, tokens, dim = out.shape[-3:]
-    width = dim // 2 if lowest is not None else dim
+    shared = codes.dtype == torch.uint8 and lowest is not None
+    width = dim // 2 if shared else dim
     parts = [codes, steps, lowest, order, widths]
-    kinds = [torch.int8 if lowest is None else torch.uint8, torch.float16, torch.float16, torch.uint8, torch.uint8]
+    kinds = [torch.uint8 if shared else torch.int8, torch.float16, torch.float16, torch.uint8, torch.uint8]
     shapes = [(heads, tokens, width), steps.shape[-3:], steps.shape[-3:], (heads, dim), (heads, width)]
     where: list[int | None] = []
     for part, kind, shape in zip(parts, kinds, shapes, strict=True):
@@ -72,7 +73,8 @@ def scaled(
             return False
         apart = part.stride(0) if one is not part and part is not None else 0
         where += (None, 0) if part is None else (part.data_ptr(), apart)
-    if (order is None) != (widths is None) or out.stride()[-2:] != (dim, 1):
+    where.insert(1, int(shared))
+    if (order is None) != (widths is None) or (order is not None and not shared) or out.stride()[-2:] != (dim, 1):
         return False
     several, apart = (out.shape[0], out.stride(0)) if out.ndim == 4 else (1, 0)
     rows, columns = steps.shape[-2:]

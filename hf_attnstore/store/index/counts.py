@@ -17,6 +17,8 @@ COUNTS = (
     "shared_errors",
 )  # fmt: skip
 TIMES = ("load_microseconds", "exposed_load_microseconds", "write_microseconds", "code_microseconds")
+CODED = "coded_bytes", "coded_to_bytes", "code_microseconds"
+"""Of all codecs together; each has the same behind its name."""
 MISSED = "missed: "
 """Begins the names of counts of turns by the reason for which nothing was reused."""
 
@@ -79,7 +81,12 @@ class Accounts:
 
 
 def readable(counts: Mapping[str, int]) -> dict[str, int | float]:
-    """Counts by name, all of them, with times in seconds."""
+    """Counts by name, all of them, with times in seconds; of codecs what they made of bytes, and in what time."""
     shown: dict[str, int | float] = {name: counts.get(name, 0) for name in COUNTS}
     shown |= {name.replace("microseconds", "seconds"): counts.get(name, 0) / 1e6 for name in TIMES}
+    for name, count in sorted(counts.items()):
+        codec = name.removesuffix(f"_{CODED[0]}")
+        if codec != name and count:
+            shown[f"{codec}_ratio"] = counts.get(f"{codec}_{CODED[1]}", 0) / count
+            shown[f"{codec}_seconds"] = counts.get(f"{codec}_{CODED[2]}", 0) / 1e6
     return shown | {name: count for name, count in sorted(counts.items()) if name.startswith(MISSED)}

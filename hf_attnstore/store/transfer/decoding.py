@@ -15,6 +15,7 @@ from ..blocks.block import TensorSpec
 from ..blocks.codecs import Codec, CodedBlock, CodedTensor, codec_named
 from ..blocks.stored import Reading, StoredBlock
 from ..blocks.tensors import copy_bytes
+from ..blocks.tier import Source
 
 
 @dataclass
@@ -28,8 +29,20 @@ class _Batch:
     """With a dimension more where there are several."""
 
 
+def decodes_alone(source: Source) -> bool:
+    """Whether one thread brings what there is of a block, without torch's team of threads: then several can bring
+    others.
+
+    Raises:
+        LoadError: the codec is not known here.
+    """
+    coded = isinstance(source, CodedBlock) or (isinstance(source, StoredBlock) and bool(source.coded))
+    meta = source.layout.meta if isinstance(source, StoredBlock) else source.meta
+    return not coded or getattr(codec_named(meta.codec), "alone", False)
+
+
 class Decoding:
-    """The targets of a stage, `[heads, tokens, dim]` each, to be decoded into. Used by one thread at a time."""
+    """The targets of a stage, `[heads, tokens, dim]` each, to be decoded into. Several threads may bring blocks."""
 
     def __init__(self, targets: Mapping[str, torch.Tensor]) -> None:
         self._targets = targets

@@ -29,6 +29,7 @@ from ..blocks.keys import Key
 from ..blocks.stored import StoredBlock
 from ..blocks.tier import Source
 from ..processes.threads import IOThreads
+from .decoding import decodes_alone
 from .device_times import DeviceTimes
 from .devices import DeviceCopies, host_tensors
 from .groups import Group
@@ -196,13 +197,13 @@ class Load:
         self._requested = len(self._stages)
         try:
             groups = self._groups()
+            # what is decoded by torch is so with its own team of threads
+            alone = all(decodes_alone(source) for _, source in self._sources.values())
         except LoadError as error:
             self._fail(error)
             raise
         pieces = deque((group, piece) for group in groups for piece in group.ways.files)
-        # what decodes computes with torch's own team of threads
-        plain = not coded and not any(file.coded for file in files)
-        self._threads.share(partial(self._read_all, pieces), cores_to_spare() if plain else 0)
+        self._threads.share(partial(self._read_all, pieces), cores_to_spare() if alone else 0)
         reading = time.perf_counter() - began
         tiers = {file.tier for group in groups for file in group.ways.files}
         if self.error is None:
