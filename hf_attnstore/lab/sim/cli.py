@@ -214,7 +214,11 @@ def report(
         str, typer.Option(help="Of the model that computes the live replay of Mooncake's trace.")
     ] = "small",
     resume: Annotated[
-        bool, typer.Option("--resume", help="Keep the runs that hierarchy.json has already; for changes of the report.")
+        bool,
+        typer.Option(
+            "--resume",
+            help="Keep what hierarchy.json has, the live store's turns too; for changes of the report.",
+        ),
     ] = False,
     jobs: Jobs = _CORES,
 ) -> None:
@@ -232,17 +236,27 @@ def report(
     else:
         plan.left_out.append("Sessions of coding agents: no `--agent` was given")
     earlier = output / "hierarchy.json"
-    known = from_record(json.loads(earlier.read_text()), plan) if resume and earlier.exists() else {}
+    record = json.loads(earlier.read_text()) if resume and earlier.exists() else {"runs": []}
+    known = from_record(record, plan)
     found = known | _do([run for run in plan.runs() if run not in known], jobs)
-    small = _small(mooncake, "auto", live_sessions, 1024)
-    live = _replays(small, 0.1, _REPLAYED)
-    if mooncake is not None:
-        live |= _computed(small, 0.1, _COMPUTED, shape)
-    _save_report(plan, found, live, output)
+    live = record.get("live") or {}
+    if not live:
+        small = _small(mooncake, "auto", live_sessions, 1024)
+        live = _replays(small, 0.1, _REPLAYED)
+        if mooncake is not None:
+            live |= _computed(small, 0.1, _COMPUTED, shape)
+    _save_report(plan, found, live, output, record)
     Console().print(f"Report: {output / 'hierarchy.md'}", highlight=False)
 
 
-def _save_report(plan: Plan, found: dict[Run, dict[str, Any]], live: dict[str, dict[str, Any]], output: Path) -> None:
+def _save_report(
+    plan: Plan,
+    found: dict[Run, dict[str, Any]],
+    live: dict[str, dict[str, Any]],
+    output: Path,
+    earlier: dict[str, Any],
+) -> None:
+    """`earlier` is the record of which something was kept: then the report says on what machine that was made."""
     from ..bench.machine import describe_machine, in_words, versions, versions_in_words
     from .paper import SETTINGS
     from .pictures import draw_curves, draw_models
@@ -250,10 +264,11 @@ def _save_report(plan: Plan, found: dict[Run, dict[str, Any]], live: dict[str, d
     from .report import as_markdown, as_record, called, coded_rates, hit_rates, live_part, picture_of
 
     output.mkdir(parents=True, exist_ok=True)
-    machine = describe_machine(output)
-    text = as_markdown(plan, found, live_part(live), in_words(machine), versions_in_words(versions()))
+    machine = earlier.get("machine") or describe_machine(output)
+    made_by = earlier.get("versions") or versions()
+    text = as_markdown(plan, found, live_part(live), in_words(machine), versions_in_words(made_by))
     (output / "hierarchy.md").write_text(text)
-    record = {**as_record(plan, found, live), "machine": machine, "versions": versions()}
+    record = {**as_record(plan, found, live), "machine": machine, "versions": made_by}
     (output / "hierarchy.json").write_text(json.dumps(record, indent=1) + "\n")
     draw_models(
         [setting.model.name for setting in SETTINGS],

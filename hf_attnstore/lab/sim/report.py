@@ -56,8 +56,8 @@ def as_markdown(plan: Plan, found: Found, live: str, machine: str, versions: str
     """The whole report."""
     parts = [
         "# The hierarchy on real traces and on the paper's workload",
-        "Made by `attnstore sim report`. Figures are simulated on a virtual clock, by the policies, orders, accounts "
-        "and windows of the store itself (`hf_attnstore/store`); only bytes, devices and clocks are not there. "
+        "Made by `attnstore lab sim report`. Figures are simulated on a virtual clock, by the policies, orders, "
+        "accounts and windows of the store itself (`hf_attnstore/store`); only bytes, devices and clocks are not there. "
         f"\n\n{machine}; {versions}.",
         _bars_part(plan, found),
         _paper_part(plan, found),
@@ -442,7 +442,7 @@ def _codecs_part(plan: Plan, found: Found) -> str:
                 [[name, *(f"{rate:.3f}" for rate in row)] for name, row in rates.items()],
             ),
             f"![{trace.title}: hit rate by codec]({picture_of(trace, 'hierarchy-codecs')})",
-            "In its own time, on the paper's machine for LLaMA-2 70B:",
+            "In its own time, on the paper's machine for LLaMA-2 70B (more than 1: what others had before, too):",
             table(["", "hit rate", "in memory", "TTFT mean", "p50", "GPU busy"], served),
         ]
     return "\n\n".join(parts)
