@@ -57,7 +57,7 @@ def as_markdown(plan: Plan, found: Found, live: str, machine: str, versions: str
     parts = [
         "# The hierarchy on real traces and on the paper's workload",
         "Made by `attnstore lab sim report`. Figures are simulated on a virtual clock, by the policies, orders, "
-        "accounts and windows of the store itself (`hf_attnstore/store`); only bytes, devices and clocks are not there. "
+        "accounts and windows of the store itself (`hf_attnstore/store`); only bytes, devices and clocks are not there."
         f"\n\n{machine}; {versions}.",
         _bars_part(plan, found),
         _paper_part(plan, found),
