@@ -14,6 +14,7 @@ from hf_attnstore.chat.model import load_chat_model, small_model_path
 from hf_attnstore.cli import app as cli
 from hf_attnstore.lab.bench.shapes import BenchError, choose_model, load_model
 from hf_attnstore.lab.bench.study import METHODS, own_text, resume, stream, tokenised
+from hf_attnstore.lab.bench.study_parts import parts
 
 
 def test_moved_keys_are_as_good_as_computed_ones_and_cut_keys_are_not() -> None:
@@ -29,6 +30,20 @@ def test_moved_keys_are_as_good_as_computed_ones_and_cut_keys_are_not() -> None:
     assert found["CA"].prefilled == found["NKVT"].prefilled == kept.prefilled == 0
     assert found["TT"].prefilled >= 112 * found["TT"].truncations
     assert sum(found["TT"].tokens) > 1100
+
+
+def test_what_stays_says_the_same_moved_and_not_and_all_computed_anew_is_computed_anew() -> None:
+    model = load_model(choose_model("tiny", None, device="cpu", max_tokens=512))
+    ids = own_text(model, 97, seed=1)
+    found = parts(model, ids, window=80, chunk=16, keep_first=0)
+    assert found["moved"] == pytest.approx(found["kept"], abs=1e-4)  # every distance is what it was
+    assert found["kept, 64 next to the first anew"] == pytest.approx(found["computed anew"], abs=1e-4)  # 40 stay
+    with torch.no_grad():
+        logits = model(input_ids=ids[:, :-1]).logits[0, 80:]
+    assert found["nothing dropped"] == pytest.approx(
+        float(torch.nn.functional.cross_entropy(logits, ids[0, 81:])), abs=1e-4
+    )
+    assert len({round(value, 3) for value in found.values()}) == 3
 
 
 def test_until_the_first_truncation_all_methods_are_one() -> None:
@@ -54,6 +69,13 @@ def test_a_text_is_begun_as_the_tokenizer_begins_one(tmp_path: Path) -> None:
     ids = tokenised(tokenizer, path, by_paragraph=True)
     assert tokenizer.decode(ids[0], skip_special_tokens=True) == path.read_text()
     assert ids[0, 0] == tokenizer.bos_token_id
+    dialogues = tmp_path / "said.jsonl"
+    dialogues.write_text(
+        '{"history": [{"user": "One day.", "bot": "So?"}, {"user": "Another.", "bot": "Well."}]}\n' * 2
+    )
+    said = tokenizer.decode(tokenised(tokenizer, dialogues, by_paragraph=False)[0], skip_special_tokens=True)
+    places = [said.find(text) for text in ("One day.", "So?", "Another.", "Well.")]
+    assert 0 <= places[0] < places[1] < places[2] < places[3] < said.rfind("One day.")
     with pytest.raises(BenchError, match="nothing"):
         tokenised(tokenizer, tmp_path / "nothing.txt", by_paragraph=False)
 
@@ -71,6 +93,17 @@ def test_the_command_writes_its_report(tmp_path: Path) -> None:
     assert [found["keep_first"] for found in record["streams"]] == [0, 0, 0, 1, 1, 4, 4]
     assert (tmp_path / "truncation-model.png").stat().st_size > 10_000
     assert "tokens computed again" in (tmp_path / "truncation-model.md").read_text()
+
+
+def test_single_truncations_are_taken_apart_by_the_command(tmp_path: Path) -> None:
+    model = save_tiny_chat_model(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("the old prince looked at the letter and said nothing " * 40)
+    arguments = ["lab", "truncation", "--model", str(model), "--dtype", "float32", "--chunk", "16", "--parts", "2"]
+    arguments += ["--text", str(tmp_path / "text.txt")]
+    result = CliRunner().invoke(cli.app, [*arguments, "--window", "64"])
+    assert result.exit_code == 0, result.output
+    assert "each of 2 truncations" in result.output
+    assert CliRunner().invoke(cli.app, arguments).exit_code == 2
 
 
 def test_the_published_results_are_of_the_small_model() -> None:

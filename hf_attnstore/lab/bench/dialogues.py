@@ -133,15 +133,17 @@ def chatting(tokenizer: Any) -> Any:
     return tokenizer
 
 
-def read_dialogues(path: Path) -> list[tuple[str, ...]]:
-    """What users say in a JSON-lines file, gzipped or not, of `{"history": [{"user": …}, …]}`.
+def read_dialogues(path: Path, *, whole: bool = False) -> list[tuple[str, ...]]:
+    """What users say in a JSON-lines file, gzipped or not, of `{"history": [{"user": …}, …]}`; `whole` has what
+    they were answered in between, as `{"user": …, "bot": …}`.
 
     Raises:
         BenchError: it is no such file.
     """
     try:
         with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as lines:
-            return [tuple(turn["user"] for turn in json.loads(line)["history"]) for line in lines]
+            roles = ("user", "bot") if whole else ("user",)
+            return [tuple(turn[role] for turn in json.loads(line)["history"] for role in roles) for line in lines]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BenchError(f'{path} has no dialogues, a line {{"history": [{{"user": …}}]}} each: {error}') from error
 

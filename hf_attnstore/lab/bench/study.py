@@ -28,6 +28,7 @@ from transformers.cache_utils import DynamicLayer
 
 from hf_attnstore import AttentionStore, AttentionStoreCache
 from hf_attnstore.cache.model.argument import as_forward_takes, as_generate_takes
+from hf_attnstore.lab.bench.dialogues import chatting, read_dialogues
 from hf_attnstore.lab.bench.shapes import BenchError, random_ids
 from hf_attnstore.session.window import KEEP_FIRST
 
@@ -206,11 +207,16 @@ _WALKS: dict[str, type[_Walk]] = {"TT": _TokenTruncation, "CA": _Moved, "NKVT": 
 
 
 def tokenised(tokenizer: Any, path: Path, *, by_paragraph: bool) -> torch.Tensor:
-    """The ids `[1, tokens]` of a text, begun as the tokenizer begins a text.
+    """The ids `[1, tokens]` of a text, begun as the tokenizer begins a text; of dialogues (`.jsonl`, `.jsonl.gz`) as
+    chat templates render them, one after the other.
 
     Raises:
         BenchError: the file can't be read.
     """
+    if ".jsonl" in path.name:
+        return torch.tensor(
+            [[number for said in read_dialogues(path, whole=True) for number in _chat(tokenizer, said)]]
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -219,6 +225,12 @@ def tokenised(tokenizer: Any, path: Path, *, by_paragraph: bool) -> torch.Tensor
     begin = tokenizer("").input_ids[:1] if tokenizer.bos_token_id in tokenizer("").input_ids[:1] else []
     ids = [number for part in parts for number in tokenizer(part, add_special_tokens=False, verbose=False).input_ids]
     return torch.tensor([[*begin, *ids]])
+
+
+def _chat(tokenizer: Any, said: Sequence[str]) -> list[int]:
+    """A dialogue of which users and assistant say every other message."""
+    messages = [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(said)]
+    return list(chatting(tokenizer).apply_chat_template(messages, tokenize=True, return_dict=False))
 
 
 def own_text(model: PreTrainedModel, tokens: int, seed: int, begin: int | None = None) -> torch.Tensor:

@@ -22,7 +22,8 @@ def truncation(
     text: Annotated[
         list[Path] | None,
         typer.Option(
-            help="A text that the model was not trained on; repeat it. Without any, the model samples its own.",
+            help="A text that the model was not trained on, or dialogues (.jsonl, .jsonl.gz); repeat it. Without any, "
+            "the model samples its own.",
             show_default=False,
         ),
     ] = None,
@@ -32,6 +33,15 @@ def truncation(
     keep_first: Annotated[
         list[int] | None,
         typer.Option(min=1, help="Leading tokens kept, in further runs of TT and CA; repeat it. [default: 1 and 4]"),
+    ] = None,
+    parts: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Instead of streaming, take so many single truncations of each text apart: whose KV would have to be "
+            "computed anew.",
+            show_default=False,
+        ),
     ] = None,
     resume_shape: Annotated[
         str, typer.Option(help="Shape on which resumed turns are timed; 'none' leaves that out.")
@@ -50,12 +60,55 @@ def truncation(
     """
     console = Console()
     with errors_in_one_line():
+        if parts is not None:
+            _parts(console, model, text or [], parts, window, chunk, device, dtype)
+            return
         missed = _truncation(
             console, model, text or [], tokens, window, chunk, keep_first or [1, 4], resume_shape, resume_history,
             repeats, output, device, dtype, seed,
         )  # fmt: skip
     if check and missed:
         raise typer.Exit(1)
+
+
+def _parts(
+    console: Console,
+    name: str | None,
+    texts: list[Path],
+    count: int,
+    window: int | None,
+    chunk: int,
+    device: str | None,
+    dtype: str,
+) -> None:
+    import statistics
+
+    import torch
+
+    from hf_attnstore.chat.model import load_chat_model
+    from hf_attnstore.lab.bench.shapes import BenchError
+    from hf_attnstore.lab.bench.study import tokenised
+    from hf_attnstore.lab.bench.study_parts import parts
+
+    if not texts or window is None:
+        raise BenchError("--parts takes truncations of a --text apart: give one, and a --window.")
+    model, tokenizer = load_chat_model(name or "small", device=device, dtype=dtype)
+    for path in texts:
+        ids = tokenised(tokenizer, path, by_paragraph=name is None).to(model.device)
+        step = window + chunk
+        places = range(1, ids.shape[1] - step, step)[:count]
+        if not places:
+            raise BenchError(f"{path.name} has {ids.shape[1]} tokens: too few for a window of {window}.")
+        # each begins as the text does
+        begun = [torch.cat([ids[:, :1], ids[:, place : place + step]], dim=1) for place in places]
+        found = [parts(model, one, window, chunk) for one in begun]
+        console.print(
+            f"{path.name}: {chunk} tokens after each of {len(places)} truncations, nats a token", highlight=False
+        )
+        for title in found[0]:
+            values = [one[title] for one in found]
+            more = statistics.mean(one[title] - one["computed anew"] for one in found)
+            console.print(f"  {title:36} {statistics.mean(values):.4f}  {more:+.4f}", highlight=False)
 
 
 def _truncation(
