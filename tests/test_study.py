@@ -112,3 +112,20 @@ def test_the_published_results_are_of_the_small_model() -> None:
     assert abs(by_name["CA", 0] - by_name["TT", 0]) < 0.02 * by_name["TT", 0]
     assert by_name["NKVT", 0] > 1.2 * by_name["TT", 0]
     assert torch.tensor(record["streams"][0]["tokens"]).sum() > 30_000
+
+
+def test_single_methods_are_run_over_several_texts(tmp_path: Path) -> None:
+    model = save_tiny_chat_model(tmp_path / "model")
+    arguments = ["lab", "truncation", "--model", str(model), "--dtype", "float32", "--chunk", "16", "--window", "64"]
+    arguments += ["--resume-shape", "none", "--output", str(tmp_path)]
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.txt").write_text(f"the old {name} looked at the letter and said nothing " * 40)
+        arguments += ["--text", str(tmp_path / f"{name}.txt")]
+    result = CliRunner().invoke(cli.app, [*arguments, "--tokens", "200", "--run", "TT:1", "--run", "CA:4"])
+    assert result.exit_code == 0, result.output
+    record = json.loads((tmp_path / "truncation-model.json").read_text())
+    assert [(found["method"], found["keep_first"]) for found in record["streams"]] == [("TT", 1), ("CA", 4)]
+    assert all(set(found["by_text"]) == {"one.txt", "two.txt"} for found in record["streams"])
+    assert "two.txt" in (tmp_path / "truncation-model.md").read_text()
+    for wrong in ("CA", "XX:1", "CA:x"):
+        assert CliRunner().invoke(cli.app, [*arguments, "--run", wrong]).exit_code == 2

@@ -23,6 +23,7 @@ from hf_attnstore.chat.channels import answer_content
 from hf_attnstore.chat.model import small_model_path
 from hf_attnstore.chat.prefill_ahead import PLACEHOLDERS, BackgroundWork, certain_beginning
 from hf_attnstore.cli import app as cli
+from hf_attnstore.lab.bench.template_survey import read_templates, survey
 from hf_attnstore.lab.bench.thinking_styles import STYLES, Script, Style, dress, fit, reasoned
 from hf_attnstore.lab.families.tiny import build, families
 
@@ -589,3 +590,29 @@ def test_the_published_results_show_what_it_saves() -> None:
         longest = record["lengths"]["message"] + 10
         assert all(turn["prefilled"]["canonicalize"] <= longest for turn in turns[1:])
         assert all(turn["prefilled"]["store"] > longest + record["lengths"]["answer"] // 2 for turn in turns[1:])
+
+
+def test_the_survey_of_templates_sees_who_cuts_reasoning_and_what_that_leaves_to_prefill(tmp_path: Path) -> None:
+    for style in STYLES:
+        (tmp_path / f"{style.name}.jinja").write_text(style.template)
+    (tmp_path / "none.jinja").write_text(APPEND_ONLY)
+    (tmp_path / "keeps.jinja").write_text("{# reasoning stays #}" + APPEND_ONLY)
+    (tmp_path / "field.jinja").write_text(
+        APPEND_ONLY.replace("m['content']", "(m['thinking'] | default('')) + m['content']")
+    )
+    tokenizer = AutoTokenizer.from_pretrained(small_model_path())
+    found = {one.name: one for one in survey(tokenizer, read_templates(tmp_path))}
+    assert set(found) == {"tags", "opened", "keeps", "field"}  # two know of no reasoning
+    assert {name: (one.in_text, one.in_field, one.opened) for name, one in found.items()} == {
+        "tags": ("cut", "cut", False),
+        "opened": ("cut", "cut", True),
+        "keeps": ("kept", "cut", False),
+        "field": ("kept", "kept", False),
+    }
+    assert found["keeps"].reused == found["keeps"].known > found["tags"].known / 2 > found["tags"].reused > 0
+    result = CliRunner().invoke(
+        cli.app, ["lab", "templates", str(tmp_path), "--model", "small", "--output", str(tmp_path / "found.md")]
+    )
+    assert result.exit_code == 0, result.output
+    assert "4 of 6 templates" in (tmp_path / "found.md").read_text()
+    assert CliRunner().invoke(cli.app, ["lab", "templates", str(tmp_path / "nowhere")]).exit_code == 2

@@ -27,6 +27,10 @@ _STUDIES = {
         "bench.thinking_cli:thinking",
         "Measure turns after answers that reasoned, for three ways in which chat templates treat reasoning.",
     ),
+    "templates": (
+        "bench.thinking_cli:templates",
+        "See which chat templates cut reasoning out of earlier answers, and what that costs the next turn.",
+    ),
     "dialogues": (
         "bench.dialogues_cli:dialogues",
         "Compare whole conversations, token by token: with a store that is opened anew for each turn, and without.",

@@ -46,6 +46,8 @@ class Stream:
     nats: list[float] = field(default_factory=list)
     """By chunk, summed over its tokens; those after the first truncation only."""
     tokens: list[int] = field(default_factory=list)
+    by_text: dict[str, float] = field(default_factory=dict)
+    """Nats a token of each text, where there are several."""
     prefilled: int = 0
     """Tokens computed, beyond those of the text itself."""
     truncations: int = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,6 +35,13 @@ def truncation(
         list[int] | None,
         typer.Option(min=1, help="Leading tokens kept, in further runs of TT and CA; repeat it. [default: 1 and 4]"),
     ] = None,
+    run: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Only this method, keeping so many leading tokens, such as CA:4; repeat it. Instead of --keep-first.",
+            show_default=False,
+        ),
+    ] = None,
     parts: Annotated[
         int | None,
         typer.Option(
@@ -64,8 +72,8 @@ def truncation(
             _parts(console, model, text or [], parts, window, chunk, device, dtype)
             return
         missed = _truncation(
-            console, model, text or [], tokens, window, chunk, keep_first or [1, 4], resume_shape, resume_history,
-            repeats, output, device, dtype, seed,
+            console, model, text or [], tokens, window, chunk, run or [], keep_first or [1, 4], resume_shape,
+            resume_history, repeats, output, device, dtype, seed,
         )  # fmt: skip
     if check and missed:
         raise typer.Exit(1)
@@ -111,6 +119,16 @@ def _parts(
             console.print(f"  {title:36} {statistics.mean(values):.4f}  {more:+.4f}", highlight=False)
 
 
+def _run(text: str, methods: Sequence[str]) -> tuple[str, int]:
+    """A method and how many tokens it keeps, of `CA:4`."""
+    from hf_attnstore.lab.bench.shapes import BenchError
+
+    method, _, first = text.partition(":")
+    if method not in methods or not first.isdecimal():
+        raise BenchError(f"--run takes {', '.join(methods)} with a number of tokens, such as CA:4, not {text!r}.")
+    return method, int(first)
+
+
 def _truncation(
     console: Console,
     name: str | None,
@@ -118,6 +136,7 @@ def _truncation(
     tokens: int,
     window: int | None,
     chunk: int,
+    runs: list[str],
     keep_first: list[int],
     resume_shape: str,
     resume_history: int,
@@ -147,12 +166,15 @@ def _truncation(
         ids = [(label, found[:, :tokens].to(loaded.device)) for label, found in sources]
         plan = [(method, 0) for method in methods_for(loaded)]
         plan += [(method, first) for first in keep_first for method in ("TT", "CA")]
+        if runs:
+            plan = [_run(text, methods_for(loaded)) for text in runs]
         streams: list[Stream] = []
         for method, first in plan:
             merged = Stream(method, first)
             for label, text in ids:
                 status.update(f"{merged.label}: {label}, {text.shape[1]:,} tokens")
                 found = stream(loaded, text, method, window=size, chunk=chunk, keep_first=first)
+                merged.by_text[label] = found.nats_per_token
                 merged.nats += found.nats
                 merged.tokens += found.tokens
                 merged.prefilled += found.prefilled

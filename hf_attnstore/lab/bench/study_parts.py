@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -31,7 +32,9 @@ def parts(model: PreTrainedModel, ids: torch.Tensor, window: int, chunk: int, ke
 
     Returns:
         By what there is of the window: `nothing dropped`; `computed anew`, the tokens that stay; `kept`, their KV;
-        `moved`, the same in this library; and `kept` with some of it computed anew.
+        `moved`, the same in this library; and `kept` with some of it computed anew. Where layers slide also
+        `computed anew, first unseen`: sliding layers see no further than they would, had nothing been dropped, so
+        that the first tokens are out of their sight.
     """
     held, new, wanted = ids[:, :window], ids[:, window:-1], ids[0, window + 1 :]
     drop = math.ceil((window - keep_first) / 2)
@@ -42,13 +45,18 @@ def parts(model: PreTrainedModel, ids: torch.Tensor, window: int, chunk: int, ke
         logits = _fed(model, new, after, _cache(layers))[1]
         return float(torch.nn.functional.cross_entropy(logits[0].float(), wanted))
 
-    whole, _ = _fed(model, held, torch.arange(window), _cache())
-    anew, _ = _fed(model, held[:, stay], stay, _cache())
+    whole, _ = _fed(model, held, torch.arange(window), _cache(), last=True)
+    anew, _ = _fed(model, held[:, stay], stay, _cache(), last=True)
     kept = [(keys[:, :, stay], values[:, :, stay]) for keys, values in whole]
     found = {"nothing dropped": nats(whole), "computed anew": nats(anew), "kept": nats(kept)}
-    found["moved"] = _moved(model, ids, window, keep_first)
+    sliding = getattr(model.config, "sliding_window", None)
     kinds = getattr(model.config, "layer_types", None) or []
-    for kind in sorted(set(kinds)) if len(set(kinds)) > 1 else ():
+    mixed_kinds = sorted(set(kinds)) if len(set(kinds)) > 1 else []
+    if "sliding_attention" in mixed_kinds:
+        unseen, _ = _fed(model, held[:, stay], stay, _cache(), last=True, sliding=sliding)
+        found["computed anew, first unseen"] = nats(unseen)
+    found["moved"] = _moved(model, ids, window, keep_first)
+    for kind in mixed_kinds:
         mixed = [
             fresh if kinds[place] == kind else old for place, (old, fresh) in enumerate(zip(kept, anew, strict=True))
         ]
@@ -70,14 +78,37 @@ def _cache(layers: Layers = ()) -> DynamicCache:
     return cache
 
 
-def _fed(model: Any, ids: torch.Tensor, positions: torch.Tensor, cache: DynamicCache) -> tuple[Layers, torch.Tensor]:
-    """What the cache holds after `ids` `[1, tokens]`, and the logits of the last part."""
+def _fed(
+    model: Any,
+    ids: torch.Tensor,
+    positions: torch.Tensor,
+    cache: DynamicCache,
+    *,
+    last: bool = False,
+    sliding: int | None = None,
+) -> tuple[Layers, torch.Tensor]:
+    """What the cache holds after `ids` `[1, tokens]`, and the logits of the last part.
+
+    Args:
+        positions: `[tokens]`, of all that the cache is to hold.
+        last: the last logits are enough, as large vocabularies take longer than all layers.
+        sliding: how far sliding layers see, by `positions`; None leaves that to the model, which counts tokens.
+    """
+    few = {"logits_to_keep": 1} if last and "logits_to_keep" in signature(model.forward).parameters else {}
     for start in range(0, ids.shape[1], _AT_ONCE):
         part = slice(start, start + _AT_ONCE)
-        taken = {"position_ids": positions[None, part].to(ids.device), **as_forward_takes(model, cache)}
+        taken = {"position_ids": positions[None, part].to(ids.device), **as_forward_takes(model, cache), **few}
+        if sliding is not None:
+            taken["attention_mask"] = _seen(positions[part], positions[: part.stop], sliding, ids.device)
         logits = model(input_ids=ids[:, part], **taken).logits
     layers: Any = cache.layers
     return [(layer.keys, layer.values) for layer in layers], logits
+
+
+def _seen(new: torch.Tensor, held: torch.Tensor, sliding: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Masks `[1, 1, new, held]` by kind of layer."""
+    far = (new[:, None] - held[None]).to(device)[None, None]
+    return {"full_attention": far >= 0, "sliding_attention": (far >= 0) & (far < sliding)}
 
 
 def _moved(model: Any, ids: torch.Tensor, window: int, keep_first: int) -> float:

@@ -70,9 +70,30 @@ def resume_rows(resumed: Resumed) -> list[tuple[str, str, str]]:
 RESUME_COLUMNS = ("resumed turn", "ms to the first token", "against untruncated")
 
 
+def text_rows(streams: Sequence[Stream]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Columns and rows of nats a token by text, as text; no rows unless there are several texts.
+
+    In brackets: against the kept tokens computed again, as many of them or one.
+    """
+    names = list(streams[0].by_text) if streams else []
+    anew = {found.keep_first: found.by_text for found in streams if found.method == "TT"}
+    rows = []
+    for found in streams if len(names) > 1 else ():
+        best = anew.get(found.keep_first, anew.get(1, {}))
+        cells = [
+            f"{nats:.4f}" + (f" ({nats - best[name]:+.4f})" if name in best and best is not found.by_text else "")
+            for name, nats in found.by_text.items()
+        ]
+        rows.append((found.label, *cells))
+    return ("nats a token", *names), rows
+
+
 def print_study(console: Console, about: str, streams: Sequence[Stream], resumed: Resumed | None) -> None:
     """Tables for a terminal."""
     console.print(_table(f"Past the window: {about}", STREAM_COLUMNS, stream_rows(streams)))
+    columns, by_text = text_rows(streams)
+    if by_text:
+        console.print(_table("By text", columns, by_text))
     if resumed is not None:
         title = f"A turn resumed with {resumed.tokens:,} tokens in the window"
         console.print(_table(title, RESUME_COLUMNS, resume_rows(resumed)))
@@ -106,6 +127,14 @@ def as_markdown(
         "`NKVT` keeps keys that belong to other positions. Perplexity is per token, over everything after the first "
         "truncation; tokens computed again are those beyond the text itself.",
     ]
+    columns, by_text = text_rows(streams)
+    if by_text:
+        parts += [
+            "",
+            "By text; in brackets against TT with as many kept, else with one:",
+            "",
+            *_markdown(columns, by_text),
+        ]
     if resumed is not None:
         parts += ["", f"A turn resumed with {resumed.tokens:,} tokens in the window:", ""]
         parts += _markdown(RESUME_COLUMNS, resume_rows(resumed))

@@ -1,4 +1,4 @@
-"""`attnstore bench thinking`: conversations whose answers reason."""
+"""`attnstore lab thinking`, and `templates`: conversations whose answers reason."""
 
 from __future__ import annotations
 
@@ -106,3 +106,51 @@ def _thinking(
         report = as_markdown(about, lengths, talks, in_words(machine), share, versions())
         (output / "thinking.md").write_text(f"{report}\n![{about}](thinking.png)\n")
         console.print(f"Report: {output / 'thinking'}.json, .md, .png", highlight=False)
+
+
+def templates(
+    folder: Annotated[Path, typer.Argument(help="A folder of chat templates, *.jinja.", show_default=False)],
+    model: Annotated[str, typer.Option(help="Whose tokenizer counts: hub name, folder, or smollm2.")] = "smollm2",
+    output: Annotated[Path | None, typer.Option(help="A Markdown file to write.")] = None,
+) -> None:
+    """See which chat templates cut reasoning out of earlier answers, and what that costs the next turn.
+
+    No model computes; tokens are those of a tokenizer.
+    """
+    from rich.table import Table
+    from transformers import AutoTokenizer
+
+    from hf_attnstore.chat.model import model_source
+    from hf_attnstore.lab.bench.template_survey import COLUMNS, CUT, read_templates, survey
+
+    with errors_in_one_line():
+        tokenizer = AutoTokenizer.from_pretrained(model_source(model))
+        every = read_templates(folder)
+        found = survey(tokenizer, every)
+    table = Table()
+    for number, column in enumerate(COLUMNS):
+        table.add_column(column, justify="right" if number > 4 else "left")
+    for one in found:
+        table.add_row(*one.row)
+    cut = [one for one in found if one.in_text == CUT]
+    about = (
+        f"{len(found)} of {len(every)} templates know of reasoning. In the text of an earlier answer {len(cut)} "
+        f"cut it, in a field {sum(one.in_field == CUT for one in found)}, and while a tool's answer is looked at "
+        f"{sum(one.after_tool == CUT for one in found)}."
+    )
+    console = Console()
+    console.print(table, about, highlight=False)
+    if output is not None:
+        lines = [f"| {' | '.join(COLUMNS)} |", f"|---|---|---|---|---|{'---:|' * 3}"]
+        lines += [f"| {' | '.join(one.row)} |" for one in found]
+        notes = (
+            "In the text: the answer comes back as it was generated, `<think>` tags and all, as a `ChatSession` "
+            "gives it; where the template opens the reasoning, without that tag. A field: `reasoning_content`, "
+            "`reasoning` and `thinking` beside the answer; `cut` is also a template that knows no such field. After"
+            " a tool's answer: the same in the answer that called the tool. Known: tokens fed and generated before "
+            "the next message, the reasoning in the text, by the tokenizer that was asked with; reused: those with "
+            "which the next prompt of a `ChatSession` begins; prefilled: the rest of that prompt. Models that mark "
+            "reasoning in other ways than `<think>` have their templates put marks around that text, so for them "
+            "only the column of the field counts."
+        )
+        output.write_text("\n".join(["# Chat templates and reasoning", "", about, "", *lines, "", notes, ""]))
