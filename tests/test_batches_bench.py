@@ -20,11 +20,11 @@ def test_figures_of_continuous_batching(tmp_path: Path) -> None:
     ran = CliRunner().invoke(app, ["lab", "batches", "--model", "small", *options, "--output", str(tmp_path)])
     assert ran.exit_code == 0, ran.output
     found = {
-        figure["what"]: figure["value"] for figure in json.loads((tmp_path / "batches.json").read_text())["figures"]
+        figure["what"]: figure["value"] for figure in json.loads((tmp_path / "batches-small.json").read_text())["figures"]
     }
     assert found["tokens fed, new and generated"] == 1
     assert found["tokens shared between namespaces"] == found["greedy answers that are another"] == 0
     assert found["greedy answers that were compared"] == 2 * 8 + 8 * 8
     assert found["8 users, paged cache for half of them: tokens fed / plain"] < 0.5
     assert all(value > 0 for what, value in found.items() if "/" in what)
-    assert "| tokens fed, new and generated | 1 | ≤ 1 | met |" in (tmp_path / "batches.md").read_text()
+    assert "| tokens fed, new and generated | 1 | ≤ 1 | met |" in (tmp_path / "batches-small.md").read_text()

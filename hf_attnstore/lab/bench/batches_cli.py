@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from hf_attnstore.lab.bench.one_line import errors_in_one_line
-
-if TYPE_CHECKING:
-    from hf_attnstore.lab.bench.batches_bench import Figure
 
 
 def batches(
@@ -42,6 +38,7 @@ def batches(
     from hf_attnstore.chat.model import model_source, model_title
     from hf_attnstore.lab.bench.batches_bench import Bench
     from hf_attnstore.lab.bench.machine import ForeignLoad, describe_machine, in_words, versions
+    from hf_attnstore.lab.bench.wanted import COLUMNS, as_markdown, rows
     from hf_attnstore.lab.demo.script import CHAPTER
 
     console = Console()
@@ -60,38 +57,19 @@ def batches(
                 *bench.equal(requests, 40),
             ]
         share, machine = others.share(), describe_machine(Path(folder))
-    table = Table(*_COLUMNS, title=model_title(source))
-    for row in _rows(figures):
+    table = Table(*COLUMNS, title=model_title(source))
+    for row in rows(figures):
         table.add_row(*row)
     console.print(table)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         record = {"figures": [asdict(figure) for figure in figures], "machine": machine, "versions": versions()}
-        (output / "batches.json").write_text(json.dumps(record, indent=1) + "\n")
-        lines = [
-            "# attnstore lab batches",
-            "",
-            f"{model_title(source)} in float32, on {in_words(machine)}; other processes took {share:.0%} of its cores "
-            "meanwhile. Times are those of the process's CPU.",
-            "",
-            *(f"| {' | '.join(row)} |" for row in (_COLUMNS, ("---", "---:", "---:", "---"), *_rows(figures))),
-            "",
-        ]
-        (output / "batches.md").write_text("\n".join(lines))
+        stem = f"batches-{Path(model or source).name}"
+        (output / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
+        (output / f"{stem}.md").write_text(
+            f"# attnstore lab batches\n\n{model_title(source)} in float32, on {in_words(machine)}; other processes took "
+            f"{share:.0%} of its cores meanwhile. Times are those of the process's CPU.\n\n{as_markdown(figures)}"
+        )
     if not all(figure.met for figure in figures if figure.bar == 0):
         raise typer.Exit(1)
 
-
-_COLUMNS = ("what", "measured", "wanted", "")
-
-
-def _rows(figures: Sequence[Figure]) -> list[tuple[str, ...]]:
-    return [
-        (
-            figure.what,
-            f"{figure.value:,.3g}",
-            f"{'≥' if figure.at_least else '≤'} {figure.bar:g}",
-            "met" if figure.met else "missed",
-        )
-        for figure in figures
-    ]
