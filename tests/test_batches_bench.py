@@ -20,7 +20,8 @@ def test_figures_of_continuous_batching(tmp_path: Path) -> None:
     ran = CliRunner().invoke(app, ["lab", "batches", "--model", "small", *options, "--output", str(tmp_path)])
     assert ran.exit_code == 0, ran.output
     found = {
-        figure["what"]: figure["value"] for figure in json.loads((tmp_path / "batches-small.json").read_text())["figures"]
+        figure["what"]: figure["value"]
+        for figure in json.loads((tmp_path / "batches-small.json").read_text())["figures"]
     }
     assert found["tokens fed, new and generated"] == 1
     assert found["tokens shared between namespaces"] == found["greedy answers that are another"] == 0

@@ -67,9 +67,8 @@ def batches(
         stem = f"batches-{Path(model or source).name}"
         (output / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
         (output / f"{stem}.md").write_text(
-            f"# attnstore lab batches\n\n{model_title(source)} in float32, on {in_words(machine)}; other processes took "
-            f"{share:.0%} of its cores meanwhile. Times are those of the process's CPU.\n\n{as_markdown(figures)}"
+            f"# attnstore lab batches\n\n{model_title(source)} in float32, on {in_words(machine)}; other processes "
+            f"took {share:.0%} of its cores meanwhile. Times are those of the process's CPU.\n\n{as_markdown(figures)}"
         )
     if not all(figure.met for figure in figures if figure.bar == 0):
         raise typer.Exit(1)
-

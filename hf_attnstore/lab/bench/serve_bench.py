@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -121,51 +121,105 @@ def _running(code: str, arguments: Sequence[object], port: int, name: str, log: 
             process.wait(_PATIENCE)
 
 
-def converse(
-    source: str,
-    system: str,
-    messages: Sequence[str],
-    answer_tokens: int,
-    folder: Path,
-    *,
-    restart_before: int,
-    dtype: str,
-    device: str,
-    tell: Callable[[str], object],
-    heard: Callable[[Turn], object],
-) -> list[Turn]:
-    """Has the conversation with both servers, turn by turn.
+class Servers:
+    """`transformers serve`, which runs, and `attnstore serve`, which is started anew as often as that is asked for.
+
+    Args:
+        plain: the one that runs.
+        start: starts the other, until the end of the block.
+    """
+
+    def __init__(self, plain: Served, start: Callable[[], AbstractContextManager[Served]]) -> None:
+        self.plain, self.start = plain, start
+        self._asked = 0
+
+    def ask_both(self, ours: Served, said: Sequence[dict[str, str]], answer_tokens: int, *, anew: bool = False) -> Turn:
+        """The same turn by both, one or the other first."""
+        self._asked += 1
+        order = [ours, self.plain] if self._asked % 2 else [self.plain, ours]
+        answers = {server: server.ask(said, answer_tokens) for server in order}
+        return Turn(answers[ours], answers[self.plain], anew)
+
+
+@contextmanager
+def both_servers(source: str, folder: Path, *, dtype: str, device: str) -> Iterator[Servers]:
+    """Servers of one model.
 
     Args:
         source: what `from_pretrained` takes.
         folder: for the store and the servers' logs.
+
+    Raises:
+        AttentionStoreError: one did not start.
+    """
+    port, their_port = _free_port(), _free_port()
+    shared = ["--dtype", dtype, "--device", device]
+    ours = ["--model", source, "--store", folder / "store", "--port", port, *shared]
+    theirs = [source, "--port", their_port, "--host", "127.0.0.1", *shared]
+    start = partial(_running, _OURS, ours, port, Path(source).name, folder / "attnstore.log")
+    with _running(_THEIRS, theirs, their_port, source, folder / "transformers.log") as plain:
+        yield Servers(plain, start)
+
+
+def converse(
+    servers: Servers,
+    system: str,
+    messages: Sequence[str],
+    answer_tokens: int,
+    *,
+    restart_before: int,
+    tell: Callable[[str], object],
+    heard: Callable[[Turn], object],
+) -> tuple[list[Turn], list[dict[str, str]]]:
+    """Has the conversation with both servers, turn by turn.
+
+    Args:
         restart_before: the number of the turn, counted from 0, before which `attnstore serve` is ended and started.
         tell: what is being done.
         heard: called with each turn.
+
+    Returns:
+        The turns, and all that was said.
 
     Raises:
         AttentionStoreError: a server did not start, or did not answer.
     """
     turns: list[Turn] = []
     said: list[dict[str, str]] = [{"role": "system", "content": system}]
-    port, their_port = _free_port(), _free_port()
-    shared = ["--dtype", dtype, "--device", device]
-    ours = ["--model", source, "--store", folder / "store", "--port", port, *shared]
-    theirs = [source, "--port", their_port, "--host", "127.0.0.1", *shared]
-    parts = [messages[:restart_before], messages[restart_before:]]
-    tell("starting the servers")
-    with _running(_THEIRS, theirs, their_port, source, folder / "transformers.log") as plain:
-        for number, part in enumerate(parts):
-            with _running(_OURS, ours, port, Path(source).name, folder / "attnstore.log") as with_store:
-                for place, text in enumerate(part):
-                    tell(f"turn {len(turns) + 1} of {len(messages)}")
-                    said.append({"role": "user", "content": text})
-                    order = [with_store, plain] if len(turns) % 2 else [plain, with_store]
-                    answers = {server: server.ask(said, answer_tokens) for server in order}
-                    turn = Turn(answers[with_store], answers[plain], bool(number) and place == 0)
-                    said.append({"role": "assistant", "content": turn.ours.text})
-                    turns.append(turn)
-                    heard(turn)
+    for number, part in enumerate([messages[:restart_before], messages[restart_before:]]):
+        with servers.start() as ours:
+            for place, text in enumerate(part):
+                tell(f"turn {len(turns) + 1} of {len(messages)}")
+                said.append({"role": "user", "content": text})
+                turn = servers.ask_both(ours, said, answer_tokens, anew=bool(number) and place == 0)
+                said.append({"role": "assistant", "content": turn.ours.text})
+                turns.append(turn)
+                heard(turn)
+    return turns, said
+
+
+def first_turns(servers: Servers, text: str, pairs: int, tell: Callable[[str], object]) -> list[Turn]:
+    """First turns of conversations that nobody had before, by servers that have answered one already."""
+    turns: list[Turn] = []
+    with servers.start() as ours:
+        for number in range(-1, pairs):
+            tell(f"first turns, {number + 1} of {pairs}")
+            asked = text if number >= 0 else "Say yes."
+            said = [{"role": "system", "content": f"Book {number}."}, {"role": "user", "content": asked}]
+            turns.append(servers.ask_both(ours, said, _FEW))
+    return turns[1:]
+
+
+def after_restarts(
+    servers: Servers, said: Sequence[dict[str, str]], pairs: int, tell: Callable[[str], object]
+) -> list[Turn]:
+    """A question to a conversation that was had with servers before, each time the first one that a server hears."""
+    turns: list[Turn] = []
+    for number in range(pairs):
+        tell(f"restarts, {number + 1} of {pairs}")
+        question = {"role": "user", "content": f"And what is said of it on page {number + 1}?"}
+        with servers.start() as ours:
+            turns.append(servers.ask_both(ours, [*said, question], _FEW, anew=True))
     return turns
 
 
