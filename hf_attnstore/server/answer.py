@@ -103,8 +103,12 @@ class Answer:
         if self._frequency or self._presence:
             given["logits_processor"] = LogitsProcessorList([Penalties(prompt_tokens, self._frequency, self._presence)])
         by_beams = config.num_beams not in (None, 1)
-        if config.num_return_sequences not in (None, 1) or (by_beams and streamer is not None):
-            raise ApiError(400, "one sequence is returned, and one that is searched by beams can't be streamed")
+        if config.num_return_sequences not in (None, 1) or (by_beams and (streamer is not None or self.stops)):
+            raise ApiError(
+                400,
+                "one sequence is returned, and one that is searched by beams can't be streamed nor stopped by texts",
+            )
+        config.return_dict_in_generate = False  # nobody could see more than the tokens
         if not by_beams:
             given["streamer"] = _Both(self, streamer)
         tokenizer = getattr(processor, "tokenizer", processor)
@@ -126,8 +130,14 @@ class Answer:
         service = self._service
 
         def work(turn: Turn[Any]) -> Any:
-            if self._seed is not None:  # here: another turn may be running when the request comes
+            if self._seed is None:
+                return made(turn)
+            devices = [model.device] if model.device.type == "cuda" else []
+            with torch.random.fork_rng(devices):  # what others draw afterwards is not foretold by this one's seed
                 torch.manual_seed(self._seed)
+                return made(turn)
+
+        def made(turn: Turn[Any]) -> Any:
             every = service.checkpoint_every
             # nobody asked for a window, so nothing is dropped: the answer is that of plain `generate`
             cache = AttentionStoreCache(model, self.session, turn.store, drop=0, checkpoint_every=every)

@@ -51,7 +51,7 @@ def application(service: Service, keys: Keys | None = None, chat_template_kwargs
     for kind in (ApiError, AttentionStoreError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, answer_error)
     _add_routes(app, service)
-    add_sessions(app)
+    add_sessions(app, service)
     app.add_middleware(Doorkeeper, store=service.store, keys=keys)
     app.router.lifespan_context = _lifespan(service)
     return app

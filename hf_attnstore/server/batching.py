@@ -46,6 +46,8 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "penalty_alpha": (None, 0),
     "dola_layers": (None,),
     "watermarking_config": (None,),
+    "token_healing": (None, False),
+    "assistant_early_exit": (None,),
 }
 """Settings that continuous batching has no place for, and the values that ask for nothing."""
 
@@ -159,6 +161,8 @@ class Batches:
         self._counts: Counter[str] = Counter()
         self._waited = self._ran = 0.0
         self._closed = False
+        self._answering: Counter[tuple[str, str | None]] = Counter()
+        """How many answers are still to be kept, by namespace and session."""
         self._keeping = ThreadPoolExecutor(1, "attnstore-sessions")
         attach(model, store)
         page = BatchSettings.page_size
@@ -204,6 +208,10 @@ class Batches:
         self._manager.stop(block=True, timeout=60)
         self._keeping.shutdown()
 
+    def answers(self, store: AttentionStore, session: str | None = None) -> bool:
+        """Whether an answer is being made in a session, or anywhere in a namespace. From any thread."""
+        return any(store.namespace == where and session in (None, name) for where, name in list(self._answering))
+
     @property
     def is_alive(self) -> bool:
         """Whether the loop that computes goes on."""
@@ -243,12 +251,13 @@ class Batches:
             raise QueueFullError(f"{self._max_waiting} requests wait already")
         listening = _Listening(prompt, given.get("streamer"), given.get("stopping_criteria"))
         turns: list[BatchTurn] = []
-        over = partial(self._over, turns, store, listening.loop) if session is not None else None
+        over = partial(self._over, turns, store, listening.loop)
         turn = BatchTurn(self, request_id, self._told.expect(request_id, store, over), session)
         turns.append(turn)
         turn.stats.prompt_tokens = len(row.prompt)
         self._choosing.rows[request_id] = row
         self._open[request_id] = turn
+        self._answering[store.namespace, session] += 1
         if listening.streamer is not None:
             listening.streamer.put(prompt)
         self._manager.register_result_handler(request_id, partial(self._heard, turn, listening))
@@ -330,10 +339,9 @@ class Batches:
             self._keeping.submit(self._keep, turns[0], store, loop, kept)
 
     def _keep(self, turn: BatchTurn, store: AttentionStore, loop: asyncio.AbstractEventLoop, kept: Kept | None) -> None:
-        """Its session is that from now on."""
-        assert turn.session is not None
+        """Its session, if it has one, is that from now on."""
         try:
-            if kept is not None:
+            if kept is not None and turn.session is not None:
                 lock = store.lock_session(turn.session, 0.0)
                 try:
                     store.commit(turn.session, kept.fingerprint, kept.manifest)
@@ -343,10 +351,14 @@ class Batches:
             logger.warning("session %r is not what was answered last: %s", turn.session, error)
         finally:
             with suppress(RuntimeError):
-                loop.call_soon_threadsafe(self._kept, turn)
+                loop.call_soon_threadsafe(self._kept, turn, store)
 
-    def _kept(self, turn: BatchTurn) -> None:
+    def _kept(self, turn: BatchTurn, store: AttentionStore) -> None:
         turn.kept = True
+        name = store.namespace, turn.session
+        self._answering[name] -= 1
+        if not self._answering[name]:
+            del self._answering[name]
         if turn.answer is not None:
             self._settle(turn)
 

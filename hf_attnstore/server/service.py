@@ -83,6 +83,14 @@ class Service:
         for tell in self._told:
             tell(answer)
 
+    def is_answering(self, store: AttentionStore, session: str | None = None) -> bool:
+        """Whether what is being computed would come back, if a session or all of a namespace were deleted now. Of
+        sessions of the queue's turns the store itself knows that they are held."""
+        if self.batches is not None:
+            return self.batches.answers(store, session)
+        running = self.queue.running
+        return session is None and running is not None and running.store.namespace == store.namespace
+
     @property
     def retry_after(self) -> int:
         """Seconds after which there may be room: as long as a turn has taken so far."""

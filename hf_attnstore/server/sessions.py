@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from starlette.responses import JSONResponse, Response
 
-from ..errors import SessionNotFoundError
+from ..errors import SessionBusyError, SessionNotFoundError
 from .callers import current
 from .errors import ApiError
+
+if TYPE_CHECKING:
+    from .service import Service
 
 _MOST = 1000
 """Sessions in one answer."""
 
 
-def add_sessions(app: FastAPI) -> None:
+def add_sessions(app: FastAPI, service: Service) -> None:
     """Adds the routes."""
+
+    def ask_whether_free(name: str | None = None) -> None:
+        if service.is_answering(current().store, name):
+            what = "these sessions" if name is None else f"session {name!r}"
+            raise SessionBusyError(f"an answer is being made in {what}: ask again when it is there")
 
     @app.get("/v1/sessions")
     def sessions(limit: int = 100, offset: int = 0) -> Response:
@@ -40,10 +48,12 @@ def add_sessions(app: FastAPI) -> None:
     @app.delete("/v1/sessions")
     def clear() -> Response:
         """All of the caller's sessions, and all KV that is kept by content in the caller's namespace."""
+        ask_whether_free()
         return JSONResponse({"object": "list", "deleted": current().store.clear_namespace()})
 
     @app.delete("/v1/sessions/{name:path}")
     def delete(name: str) -> Response:
+        ask_whether_free(name)
         current().store.delete(name)
         return JSONResponse({"id": name, "object": "session", "deleted": True})
 
