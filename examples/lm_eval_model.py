@@ -29,7 +29,14 @@ class StoreLM(HFLM):  # type: ignore[misc]
         self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         """Scores `((context, continuation), context tokens, continuation tokens)`; requests with the same context
-        together, and those next to each other whose contexts begin alike."""
+        together, and those next to each other whose contexts begin alike.
+
+        Raises:
+            ValueError: a continuation is longer than what the model can be given.
+        """
+        longest = max((len(end) for _, _, end in requests), default=0)
+        if longest > self.max_length:
+            raise ValueError(f"a continuation of {longest} tokens is longer than the model's {self.max_length}")
         contexts = [tuple(begin[-(self.max_length + 1 - len(end)) :]) for _, begin, end in requests]  # as HFLM cuts
         order = sorted(range(len(requests)), key=contexts.__getitem__)
         found: dict[int, tuple[float, bool]] = {}
@@ -41,7 +48,8 @@ class StoreLM(HFLM):  # type: ignore[misc]
             self.fed_tokens += self.cache.stats.prefilled_tokens
             for number, score in zip(numbers, scores, strict=True):
                 found[number] = (score.log_likelihood, score.is_greedy)
-                self.cache_hook.add_partial("loglikelihood", requests[number][0], found[number])
+                if requests[number][0] is not None:  # a part of a rolling one
+                    self.cache_hook.add_partial("loglikelihood", requests[number][0], found[number])
         return [found[number] for number in range(len(requests))]
 
 

@@ -315,9 +315,9 @@ def attach(
             or "pooler_output" alone. Outputs are then kept by content, of whole inputs, row by row, in eval mode and
             without gradients; the other arguments have no effect. Of a model that takes pictures, "image_features":
             what its vision tower makes of them, beside whatever else is attached.
-        frozen: with `keep`, a promise: meanwhile the model's weights change, if at all, in ways that tensors' version
-            counters show (training, loading; not `.data`), and its settings, hooks and code do not. A row is then
-            looked up in a third of the time.
+        frozen: with `keep`, a promise: meanwhile nobody writes numbers into the `.data` of the model's tensors, nor
+            changes its settings, numbers in its modules, or code. Training, loading, replaced tensors and modules,
+            hooks and adapters are still noticed. A row is then looked up in half of the time.
 
     Returns:
         What says how much was reused, and detaches again; it need not be kept.

@@ -27,9 +27,8 @@ from ..store.blocks.block import Block, BlockMeta
 from ..store.blocks.keys import Key, block_key, encode_tokens, input_root
 from ..store.store import AttentionStore
 from .identity.adapters import adapter_problem
-from .identity.computing import BESIDE, forget, switches
+from .identity.computing import BESIDE, forget
 from .identity.fingerprint import Fingerprint, fingerprint_of
-from .identity.watch import autocast_dtype
 
 logger = logging.getLogger("hf_attnstore")
 
@@ -88,7 +87,7 @@ def keep_outputs(model: Any, store: AttentionStore, keep: str, *, frozen: bool =
     """Has a model's forward look up its output in `store`, by the content of each row, and keep what it computes.
 
     Args:
-        frozen: nobody changes the model while this is on it but by what tensors' version counters tell.
+        frozen: nobody changes the model while this is on it but as `Fingerprint.unless_moved` notices.
 
     Raises:
         CacheUseError: `keep` is something else.
@@ -167,8 +166,6 @@ class KeptOutputs:
         self._trims = str(getattr(model.config, "model_type", "")) in TRIED
         self._told: set[str] = set()
         self._frozen = frozen
-        self._known: tuple[str, list[str], str] | None = None
-        """The model's device, the switches under which it was identified last, and the fingerprint."""
 
     def detach(self) -> None:
         """Leaves the model as it was before `attach`, unless it was detached and attached anew meanwhile."""
@@ -190,7 +187,7 @@ class KeptOutputs:
         memo[id(self)] = twin
         twin.__dict__.update(self.__dict__)
         model = self._fingerprint.model
-        twin._fingerprint, twin._known = fingerprint_of(memo.get(id(model), model)), None
+        twin._fingerprint = fingerprint_of(memo.get(id(model), model))
         twin.rows = twin.reused_rows = 0
         return twin
 
@@ -219,9 +216,11 @@ class KeptOutputs:
             if made is None:
                 self._tell("its output is not one vector for each token")
                 return output if len(missing) == len(rows) else computes(*args, **kwargs)
+            still = self._still(fingerprint)
             for number, tensors_of_row in zip(missing, made, strict=True):
                 found[keys[number]] = tensors_of_row
-                self._save(fingerprint, rows[number], keys[number], tensors_of_row)
+                if still:
+                    self._save(fingerprint, rows[number], keys[number], tensors_of_row)
         lengths = [row.length for row in rows]
         reused = sum(lengths) - sum(lengths[number] for number in missing)
         self.rows, self.reused_rows = self.rows + len(rows), self.reused_rows + len(rows) - len(missing)
@@ -237,18 +236,23 @@ class KeptOutputs:
         if torch.compiler.is_compiling():
             raise _NotKnownError("it is being compiled")
         try:
-            if self._frozen and self._known is not None:
-                device, around, known = self._known
-                if around == [*switches(), autocast_dtype(device)] and self._fingerprint.glance():
-                    return known
             problem = adapter_problem(model)
             if problem is None:
-                current, device = self._fingerprint.current(), str(model.device.type)
-                self._known = device, [*switches(), autocast_dtype(device)], current
-                return current
+                known = self._fingerprint.unless_moved() if self._frozen else None
+                return known if known is not None else self._fingerprint.current()
         except Exception as error:
             raise _NotKnownError(f"what it computes by can't be identified ({error})") from error
         raise _NotKnownError(problem)
+
+    def _still(self, fingerprint: str) -> bool:
+        """Whether the model is what it was before it computed: else nobody knows by which weights that was done."""
+        try:
+            if self._identify() == fingerprint:
+                return True
+            self._tell("it changed while it computed")
+        except _NotKnownError as reason:
+            self._tell(str(reason))
+        return False
 
     def _read(self, named: Mapping[str, Any]) -> tuple[list[_Row], dict[str, torch.Tensor]]:
         """The rows of a call, and its tensors by name, each `[rows, columns]`."""
@@ -273,7 +277,7 @@ class KeptOutputs:
                 raise _NotKnownError(f"{name} were asked for")
         if named.get("use_cache") is True or not named.get("return_dict", config.get("return_dict", True)):
             raise _NotKnownError("it was asked for a tuple, or for a cache")
-        plain = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
+        plain = {name: _as_array(name, tensor) for name, tensor in tensors.items()}
         lengths = _lengths(plain.get("attention_mask") if self._trims else None, *ids.shape)
         described = [(f"{name} {_dtype_in_words(plain[name].dtype)} ", plain[name]) for name in sorted(plain)]
         begin = hashlib.blake2b(repr(sorted(settings)).encode(), digest_size=32, person=b"attnstore-input")
@@ -367,6 +371,18 @@ class KeptOutputs:
         logger.log(level, "the output of %s is neither looked up nor kept: %s", name, reason)
 
 
+def _as_array(name: str, tensor: torch.Tensor) -> np.ndarray:
+    """A tensor's content.
+
+    Raises:
+        _NotKnownError: of a dtype such as bfloat16, which numpy does not have.
+    """
+    try:
+        return tensor.detach().cpu().numpy()
+    except TypeError:
+        raise _NotKnownError(f"{name} are {tensor.dtype}") from None
+
+
 @cache
 def _dtype_in_words(dtype: Any) -> str:
     return str(dtype)
@@ -420,7 +436,8 @@ class KeptPictures(KeptOutputs):
             if not found:
                 self._tell("what it makes of pictures is not as it is known")
                 return output
-            self._save(fingerprint, pictures, key, found)
+            if self._still(fingerprint):
+                self._save(fingerprint, pictures, key, found)
         return _of_parts(found, next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)))
 
 
@@ -472,14 +489,14 @@ def _parts(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _of_parts(parts: Mapping[str, torch.Tensor], like: torch.Tensor) -> PictureOutput:
-    """The output that `_parts_of` took apart, on the device of `like`."""
+    """The output that `_parts_of` took apart, on the device of `like`; it shares no memory with the parts."""
     tree: dict[str, Any] = {}
     for name, part in parts.items():
         *steps, last = name.split("-")
         node = tree
         for step in steps:
             node = node.setdefault(step, {})
-        node[last] = part.to(like.device)
+        node[last] = part.to(like.device, copy=True)
     return PictureOutput(**{field: _built(node) for field, node in tree.items()})
 
 

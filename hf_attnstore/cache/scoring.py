@@ -54,7 +54,8 @@ def score(
     """How likely `model` finds each of `continuations` after `prefix`: for labels, multiple choice, reranking.
 
     Each text is cut into tokens as a whole, so that the tokens are those of prefix and continuation in one piece.
-    Spaces at the end of the prefix count as the beginning of the continuations, with which tokenizers join them.
+    Spaces at the end of the prefix count as the beginning of the continuations, with which tokenizers join them. Where
+    the first token of one has letters of the prefix in it, all are scored from before these: from the same place.
 
     Args:
         store: where the prefix is kept; default as for `AttentionStoreCache`.
@@ -71,8 +72,8 @@ def score(
     end = getattr(tokenizer, "eos_token_id", None)
     if len(begin) > 1 and begin[-1] == end:  # tokenizers that end every text with it
         begin, whole = begin[:-1], [ids[:-1] for ids in whole]
-    texts = [(ids, common_prefix(begin, ids)) for ids in whole]
-    return _score(AttentionStoreCache(model, store=store, drop=0), texts, batch_size)
+    given = min((common_prefix(begin, ids) for ids in whole), default=0)
+    return _score(AttentionStoreCache(model, store=store, drop=0), [(ids, given) for ids in whole], batch_size)
 
 
 def score_tokens(

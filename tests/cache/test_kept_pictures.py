@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,24 @@ def test_two_pictures_of_one_prompt_are_kept_together(store: AttentionStore) -> 
         inputs, before = prompt("llava", (text(9, begin), one, text(3, 2), two, text(5, 2))), len(runs)
         same(model.generate(**inputs, **GREEDY), plain.generate(**inputs, **GREEDY))
         assert len(runs) - before == computed
+
+
+def test_what_is_found_of_a_picture_may_be_written_to_and_the_same_numbers_in_another_shape_are_another(
+    store: AttentionStore,
+) -> None:
+    model, runs = seeing("llava")
+    attach(model, store, keep="image_features")
+    pixels = prompt("llava", (text(3, 1), FAMILIES["llava"].picture(1)))["pixel_values"]
+    with torch.no_grad():
+        first = model.model.get_image_features(pixel_values=pixels).pooler_output[0].clone()
+        for _ in range(2):
+            found = model.model.get_image_features(pixel_values=pixels).pooler_output[0]
+            assert torch.equal(found, first)
+            found.zero_()
+        assert len(runs) == 1
+        with contextlib.suppress(ValueError):  # this one takes one size only: what counts is that it was asked
+            model.model.get_image_features(pixel_values=pixels.reshape(1, 3, -1, 2 * pixels.shape[-1]))
+        assert len(runs) == 2
 
 
 def test_other_weights_and_training_run_the_tower(store: AttentionStore) -> None:

