@@ -23,7 +23,7 @@ class StoreLM(HFLM):  # type: ignore[misc]
         attach(self.model, store)  # for tasks that generate
         self.cache = AttentionStoreCache(self.model, store=store, drop=0)
         self.fed_tokens = 0
-        """Tokens of contexts that the model was given."""
+        """Tokens of contexts that were computed before what comes after them."""
 
     def _loglikelihood_tokens(
         self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None

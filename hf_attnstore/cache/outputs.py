@@ -138,7 +138,10 @@ def _stand_in(cls: Any, method: str) -> Callable[..., Any]:
 
     @wraps(original)
     def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        computes = _before(self) or types.MethodType(original, self)
+        before = _before(self)
+        if torch.compiler.is_compiling():  # a graph has no way to look anything up
+            return before(*args, **kwargs) if before else original(self, *args, **kwargs)
+        computes = before or types.MethodType(original, self)
         kept: KeptOutputs | None = self.__dict__.get(_PLACE)
         return kept.run(computes, args, kwargs) if kept is not None else computes(*args, **kwargs)
 
@@ -233,8 +236,6 @@ class KeptOutputs:
             raise _NotKnownError("it is in training mode")
         if torch.is_grad_enabled():
             raise _NotKnownError("gradients are on (torch.no_grad() or torch.inference_mode() turn them off)")
-        if torch.compiler.is_compiling():
-            raise _NotKnownError("it is being compiled")
         try:
             problem = adapter_problem(model)
             if problem is None:

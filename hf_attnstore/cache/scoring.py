@@ -125,37 +125,44 @@ class _Scorer:
         first = texts[0][0]
         # a last token is scored, and never fed
         self._common = min(min(common_prefix(first, ids), len(ids) - 1) for ids, _ in texts)
-        self._tails = [tuple(ids[self._common : -1].tolist()) for ids, _ in texts]
+
+    @property
+    def _tails(self) -> list[tuple[int, ...]]:
+        """What is fed of each text after what all have in common."""
+        return [tuple(ids[self._common : -1].tolist()) for ids, _ in self._texts]
 
     def run(self, batch_size: int) -> list[Score]:
         """Computes and scores."""
         begun = self._begin()
         if begun is None:
             return [self._score(number, self._alone(ids), 0) for number, (ids, _) in enumerate(self._texts)]
+        tails = self._tails
         # what begins another is computed with it
-        longest = {tail for tail in self._tails if tail}
+        longest = {tail for tail in tails if tail}
         ordered = sorted(longest)
         for one, after in pairwise(ordered):
             if after[: len(one)] == one:
                 longest.discard(one)
         rows = sorted(longest, key=len)
         found: list[Score | None] = [
-            None if tail else self._score(number, begun, self._given - 1) for number, tail in enumerate(self._tails)
+            None if tail else self._score(number, begun, self._given - 1) for number, tail in enumerate(tails)
         ]
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]
             logits = self._compute(batch)
             for row, tail in enumerate(batch):
-                for number, own in enumerate(self._tails):
+                for number, own in enumerate(tails):
                     if own and found[number] is None and tail[: len(own)] == own:
-                        whole = torch.cat([begun, logits[row, : len(own)]])
+                        behind = logits[row, : len(own)]
+                        whole = torch.cat([begun, behind]) if len(begun) else behind
                         found[number] = self._score(number, whole, self._given - 1)
         return [one for one in found if one is not None]
 
     def _begin(self) -> torch.Tensor | None:
-        """Brings the common beginning into the cache. Returns the logits `[tokens, vocabulary]` after each of its
-        tokens from the last one that all texts are given; None if the model can't go on after what a cache holds, or
-        nobody knows."""
+        """Brings the common beginning into the cache, but for its last token if all before that is known and something
+        comes after it: then that is computed in the rows, in one forward with what comes after it. Returns the logits
+        `[tokens, vocabulary]` after each of its tokens from the last one that all texts are given; None if the model
+        can't go on after what a cache holds, or nobody knows."""
         cache = self._cache
         config: Any = cache.model.config
         limit = position_limit(config.get_text_config(decoder=True))
@@ -165,6 +172,9 @@ class _Scorer:
             too_long = limit is not None and max(len(text) for text, _ in self._texts) > limit
             if too_long or cache.unidentified or not cache.continues_in_parts:
                 return None
+            if 0 < done == self._common - 1 and cache.session is None and any(self._tails):
+                self._common = done
+                return torch.empty(0)
             ends = sorted({end for end in cache.stops if done < end < self._given} | {self._common})
             for start, stop in pairwise([done, *ends]):
                 logits = self._forward(ids[:, start:stop], cache, self._common - self._given + 1)[0]

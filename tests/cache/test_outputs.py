@@ -334,6 +334,18 @@ def test_what_can_not_be_kept_is_left_to_the_model(
     assert len(shapes) == 5
 
 
+def test_a_compiled_model_is_one_graph_as_without_a_store(store: AttentionStore) -> None:
+    model, ids = bert(), batch(9)
+    kept = attach(model, store, keep="last_hidden_state")
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for _ in range(2):
+        assert torch.allclose(hidden(compiled, ids, 0, 9), hidden(bert(), ids, 0, 9), atol=CLOSE)
+    assert kept.rows == 0
+    for _ in range(2):
+        hidden(model, ids, 0, 9)
+    assert (kept.rows, kept.reused_rows) == (2, 1)
+
+
 def test_where_padding_plays_a_part_a_row_is_its_own_with_its_padding(store: AttentionStore, computed: Any) -> None:
     torch.manual_seed(0)
     convolving = ConvBertModel(ConvBertConfig(**SMALL, embedding_size=32)).eval()

@@ -70,7 +70,8 @@ def test_scores_are_those_of_plain_forwards_and_a_known_prefix_is_not_computed(
     for reused in (0, len(PREFIX) - 1):
         cache = AttentionStoreCache(model, store=store, drop=0)
         assert_close(score_tokens(cache, PREFIX, CONTINUATIONS, batch_size=2), expected)
-        assert (cache.reused_tokens, cache.prefilled_tokens) == (reused, len(PREFIX) - reused)
+        # a last token behind what is known is computed with what comes after it
+        assert (cache.reused_tokens, cache.prefilled_tokens) == (reused, 0 if reused else len(PREFIX))
 
 
 @pytest.mark.parametrize("family", ["qwen3_next", "mamba2", "lfm2"])
@@ -80,7 +81,8 @@ def test_models_with_running_states_go_on_from_a_checkpoint(family: str, store: 
     for reused in (0, len(PREFIX) - 1):
         cache = AttentionStoreCache(model, store=store, drop=0)
         assert_close(score_tokens(cache, PREFIX, CONTINUATIONS, batch_size=4), expected)
-        assert (cache.reused_tokens, cache.prefilled_tokens) == (reused, len(PREFIX) - reused)
+        # a last token behind what is known is computed with what comes after it
+        assert (cache.reused_tokens, cache.prefilled_tokens) == (reused, 0 if reused else len(PREFIX))
 
 
 def test_a_model_that_goes_on_token_by_token_only_computes_each_text_as_a_whole(store: AttentionStore) -> None:
@@ -121,6 +123,28 @@ def test_each_token_is_fed_once_and_what_begins_another_continuation_with_that(
     fed.clear()
     score_tokens(cache, PREFIX, [[7, 8, 4], [7, 8, 5]])  # their common beginning is the prefix's, too
     assert fed == [(1, 3)]
+
+
+def test_of_a_known_prefix_nothing_is_computed_but_its_last_token_in_the_rows(
+    store: AttentionStore, fed: list[tuple[int, ...]]
+) -> None:
+    model = make_model()
+    expected = [plainly(model, PREFIX, continuation) for continuation in CONTINUATIONS]
+    for _ in range(2):
+        fed.clear()
+        assert_close(
+            score_tokens(AttentionStoreCache(model, store=store, drop=0), PREFIX, CONTINUATIONS, batch_size=2), expected
+        )
+    assert fed == [(2, 3), (1, 7)]  # of [5, 6, 9] and [10, 11]
+    fed.clear()
+    single = [[4], [8]]  # whose scores the last token of the prefix has: there are no rows
+    got = score_tokens(AttentionStoreCache(model, store=store, drop=0), PREFIX, single)
+    assert_close(got, [plainly(model, PREFIX, continuation) for continuation in single])
+    assert fed == [(1, 1)]
+    for _ in range(2):
+        cache = AttentionStoreCache(model, session="scored", store=store, drop=0)
+        assert_close(score_tokens(cache, PREFIX, CONTINUATIONS), expected)
+        assert store.tokens("scored") == PREFIX  # a session has all of it
 
 
 def test_nothing_of_continuations_is_kept(store: AttentionStore) -> None:
