@@ -39,6 +39,8 @@ SETTINGS = (
     Setting("memory", "2GiB", "host memory for KV, such as 8GiB; auto follows what is free"),
     Setting("disk", "50GiB", "disk space for KV"),
     Setting("codec", "raw", "how KV is written: raw, lossless, or with loss fp16, int8, int8z, int4"),
+    Setting("disk_codec", "", "lossless: what `codec` leaves raw is written so on disk"),
+    Setting("shared_codec", "", "lossless: the same in the shared tier"),
     Setting(
         "windows_every", "", "tokens between points to go back to, where sliding layers' KV outside the window may go"
     ),

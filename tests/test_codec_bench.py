@@ -41,7 +41,11 @@ def test_each_codec_is_resumed_from_each_medium(monkeypatch: pytest.MonkeyPatch)
     assert {medium: {name: len(all_) for name, all_ in times.items()} for medium, times in found.seconds.items()} == {
         medium: {"raw": 2, "int8": 2, KEPT: 2} for medium in ("memory", "page cache", "1 GB/s")
     }
-    assert found.ratio("memory", "raw") == 1.0
+    assert found.ratio("memory", "raw") == found.loading_ratio("1 GB/s", "raw") == 1.0
+    assert all(
+        0 < loading < whole
+        for loading, whole in zip(found.loading["memory"]["int8"], found.seconds["memory"]["int8"], strict=True)
+    )
     config = make_model().config
     by_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
     assert found.raw_bytes == 280 * by_token

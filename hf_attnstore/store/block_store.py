@@ -15,7 +15,7 @@ from ..lazy import np
 from ..sizes import format_bytes
 from ..timeline import Timeline
 from .blocks.block import Block, BlockMeta, Match, TensorSpec
-from .blocks.codecs import CodedBlock, as_kept, as_kept_already, as_written
+from .blocks.codecs import CodedBlock, as_kept, as_kept_already, as_written, written_by
 from .blocks.keys import Key, block_key, chain_root, decode_tokens, encode_tokens, window_key, window_root
 from .blocks.stored import StoredBlock
 from .blocks.tier import Source, Tier
@@ -188,7 +188,8 @@ class BlockStore(OpenStore):
         if made is not block:
             spent = round((time.perf_counter() - began) * 1e6)
             counts = dict(zip(CODED, (block.nbytes, made.nbytes, spent), strict=True))
-            self._accounts.count_all(counts | {f"{block.meta.codec}_{name}": count for name, count in counts.items()})
+            by = made.by if isinstance(made, CodedBlock) else made.meta.codec
+            self._accounts.count_all(counts | {f"{by}_{name}": count for name, count in counts.items()})
         return made
 
     def load(self, stages: Sequence[Stage], patience: Callable[[], float | None] | None = None) -> Load:
@@ -531,9 +532,9 @@ class BlockStore(OpenStore):
                 blocks.append(before)
                 before = self._memory.get(before.meta.predecessor)
             while len(blocks) > 1:
-                if not tier.put(blocks.pop()):
+                if not tier.put(self._written_by(tier, blocks.pop())):
                     return False
-            if not tier.put(block, supersedes):
+            if not tier.put(self._written_by(tier, block), supersedes):
                 return False
         except NotFiniteError:
             raise
@@ -546,6 +547,12 @@ class BlockStore(OpenStore):
             return None
         self._accounts.over(f"write to {tier.name}")
         return True
+
+    def _written_by(self, tier: Tier, block: Block) -> Block:
+        """A block as a tier writes it. The shared one does so itself, when it sends it."""
+        if tier is not self._disk or not tier.capacity:
+            return block
+        return self._counted(partial(written_by, codec=self._disk_codec), block)
 
     def _promote(self, key: Key, job: int | None = None) -> int | None:
         """Copies a block from a lower tier into memory, if that makes room for it, for the upcoming turn `job` if any;

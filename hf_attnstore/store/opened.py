@@ -16,7 +16,7 @@ from ..errors import AttentionStoreError, SessionNameError, StoreClosedError
 from ..settings import value_of
 from ..sizes import parse_bytes
 from ..timeline import Recorders
-from .blocks.codecs import chosen_codec, codec_named
+from .blocks.codecs import Codec, chosen_codec, codec_named, tier_codec
 from .blocks.keys import APART, Key
 from .blocks.tier import Source, Tier
 from .blocks.vault import parse_key
@@ -148,6 +148,8 @@ class OpenStore:
         older_than: float | None = None,
         surroundings: Surroundings | None = None,
         codec: str | None = None,
+        disk_codec: str | None = None,
+        shared_codec: str | None = None,
         windows_every: int | None = None,
         below: Sequence[Tier] = (),
         shared: str | None = None,
@@ -163,6 +165,8 @@ class OpenStore:
         self.namespace = self.check_namespace(namespace)
         self.codec = chosen_codec(_chosen("codec", codec))
         """How new blocks are written; others are not found."""
+        self._disk_codec = tier_codec(_chosen("disk_codec", disk_codec))
+        shared_own = tier_codec(_chosen("shared_codec", shared_codec))
         self.windows_every = windows_of(windows_every)
         """Tokens between points of a conversation at which sliding layers' windows are kept, beside the last; None
         where all are."""
@@ -183,7 +187,7 @@ class OpenStore:
         self.secret = folder.vault.secret
         """Keys the names of blocks; empty without encryption."""
         self._right_of_way = RightOfWay()
-        self._shared = self._open_shared(where)
+        self._shared = self._open_shared(where, shared_own)
         self._whole_manifests: dict[tuple[str, str], Manifest] = {}
         """What sessions consist of that are shared, where the index may know of fewer blocks: by namespace and name."""
         self._shared_sessions: SharedSessions | None = None
@@ -233,12 +237,12 @@ class OpenStore:
     def _prepare_upcoming(self) -> None:
         """For who looks ahead."""
 
-    def _open_shared(self, url: SharedURL | None) -> SharedTier | None:
+    def _open_shared(self, url: SharedURL | None, codec: Codec) -> SharedTier | None:
         """The tier that a URL names. It is not asked for anything yet."""
         if url is None:
             return None
         clock, way = self._clock.monotonic, self._right_of_way
-        return SharedTier(url, self._accounts, way, clock, self.block_size, self._local_source)
+        return SharedTier(url, self._accounts, way, clock, self.block_size, self._local_source, codec)
 
     def _local_source(self, key: Key) -> Source | None:
         raise NotImplementedError

@@ -89,6 +89,8 @@ class AttentionStore(UpcomingTurns):
         surroundings: the clock and the disk to go by, where they are not to be the machine's own.
         codec: how blocks are written: `raw`, `lossless`, or with loss `fp16`, `int8`, `int8z`, `int4`.
             What one codec wrote a store with another does not find.
+        disk_codec, shared_codec: `lossless` for one tier alone, where `codec` is `raw`. What is found does not depend
+            on them: they may change at any time, and differ between machines that share.
         windows_every: for models with sliding layers: what these have of blocks that have left their window is let go,
             but for what is needed to go on at the end and at every so many tokens (0: at the end only). Who goes back
             to a place between computes from the last such point. By default everything is kept.

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.engines import Valkey
+from support.engines import Valkey, empty_server
 from support.tiny_models import BLOCK, make_model, tokens
 from support.turns import Reference, assert_reused, assert_same, expected_load, follow_up, turn
 from transformers import DynamicCache
@@ -553,3 +553,75 @@ def test_the_reader_in_the_documentation_reads_what_is_written(tmp_path: Path) -
                 label = f"layers.{number}.{name}"
                 found = torch.from_numpy(scope["read_coded"](path, label))
                 assert torch.equal(found, there_and_back(codec, whole[0], label, start=0))
+
+
+# a tier's own codec
+
+
+def written(store: AttentionStore) -> set[str]:
+    """Names of what is in the block files of a store."""
+    return {name for path in store.path.glob("blocks/**/*.safetensors") for name in load_file(path)}
+
+
+@needs_zstd
+@pytest.mark.parametrize("family", ["llama-gqa", "gemma3"])
+@pytest.mark.parametrize("tier", ["memory", "disk", "promoted"])
+def test_a_disk_with_a_lossless_codec_of_its_own_serves_a_raw_store(tier: str, family: str, tmp_path: Path) -> None:
+    model, reference = make_model(family), Reference(make_model(family))
+    with opened(tmp_path, "raw", disk_codec="lossless") as store:
+        ours = turn(model, tokens(70), AttentionStoreCache(model, "alice", store))
+        assert_same(ours, reference.turn(tokens(70)))
+        ways(tier, store)
+        assert "layers.0.keys.exponents" in written(store)
+        assert store.session_codec("alice") == "raw"
+        assert not store.is_lossy
+        assert store.stats()["lossless_seconds"] > 0
+        prompt = follow_up(ours.sequences, 20, 2)
+        cache = AttentionStoreCache(model, "alice", store)
+        assert_same(turn(model, prompt, cache), reference.turn(prompt))
+        assert_reused(cache, prompt, ours.sequences.shape[1] - 1)
+        assert not store.verify().problems
+    for codec in ("", "raw", "lossless"):  # what is found does not depend on it
+        with opened(tmp_path, "raw", disk_codec=codec) as store:
+            cache = AttentionStoreCache(model, "alice", store, save=False)
+            again = follow_up(prompt, 20, 2)
+            turn(model, again, cache)
+            assert_reused(cache, again, prompt.shape[1])
+
+
+@needs_zstd
+@pytest.mark.parametrize("codec", ["raw", "int8"])
+def test_a_shared_tier_with_a_lossless_codec_of_its_own(
+    codec: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    model, url = make_model(), empty_server(request, "timeout=30&lookup=30")
+    with opened(tmp_path / "alone", codec) as alone:
+        first = turn(model, tokens(70), AttentionStoreCache(model, "alice", alone))
+        second = follow_up(first.sequences, 20, 2)
+        third = follow_up(turn(model, second, AttentionStoreCache(model, "alice", alone)).sequences, 20, 3)
+        expected = turn(model, third, AttentionStoreCache(model, "alice", alone, save=False))
+    with opened(tmp_path / "one", codec) as one:
+        turn(model, tokens(70), AttentionStoreCache(model, "alice", one))
+    with opened(
+        tmp_path / "one", codec, shared=url, shared_codec="lossless"
+    ) as one:  # sends from files, and from memory
+        turn(model, second, AttentionStoreCache(model, "alice", one))
+        one.flush()
+        assert "layers.0.keys.exponents" not in written(one)
+    server = request.getfixturevalue("server")
+    values = [server.value(name) for name in server.keys("*:b:*")]
+    assert len(values) >= second.shape[1] // BLOCK
+    own = [b"layers.0.keys.exponents" in value for value in values]
+    assert all(own) if codec == "raw" else any(own)
+    with opened(tmp_path / "two", codec, shared=url) as two:
+        cache = AttentionStoreCache(model, "alice", two)
+        assert_same(turn(model, third, cache), expected)
+        assert set(cache.stats.blocks_from) == {"shared"}
+        assert "lossless_seconds" not in two.stats()
+
+
+def test_a_tiers_own_codec_is_without_loss(tmp_path: Path) -> None:
+    with pytest.raises(AttentionStoreError, match="would depend on where its KV"):
+        opened(tmp_path, "raw", disk_codec="int8")
+    with pytest.raises(AttentionStoreError, match="'zip' is not known"):
+        opened(tmp_path, "raw", shared_codec="zip")

@@ -79,11 +79,20 @@ class Resumed:
     raw_bytes: int
     """Of the history."""
     seconds: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    loading: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    """Of these what the load took, as `cache.stats.load_seconds` has it."""
 
     def ratio(self, medium: str, codec: str) -> float:
-        """Against raw: the median of the ratios within each repeat."""
-        found = self.seconds[medium]
-        return statistics.median(a / b for a, b in zip(found[codec], found["raw"], strict=True))
+        """Of turns against raw: the median of the ratios within each repeat."""
+        return _ratio(self.seconds[medium], codec)
+
+    def loading_ratio(self, medium: str, codec: str) -> float:
+        """The same of loads alone."""
+        return _ratio(self.loading[medium], codec)
+
+
+def _ratio(found: Mapping[str, Sequence[float]], codec: str) -> float:
+    return statistics.median(a / b for a, b in zip(found[codec], found["raw"], strict=True))
 
 
 class _Recorder(DynamicCache):
@@ -287,13 +296,15 @@ def resume(
                     if medium != "memory":
                         store.drop_memory()
                     with disk.at(MEDIA[medium]):
-                        seconds = (
-                            _generate(model, ids, deepcopy(kept))
+                        seconds, loading = (
+                            (_generate(model, ids, deepcopy(kept)), None)
                             if name == KEPT
                             else _first_token(model, ids, history, name, stores[name], medium)
                         )
                     if number:
                         result.seconds.setdefault(medium, {}).setdefault(name, []).append(seconds)
+                    if number and loading is not None:
+                        result.loading.setdefault(medium, {}).setdefault(name, []).append(loading)
     return result
 
 
@@ -325,14 +336,15 @@ def _generate(model: PreTrainedModel, ids: torch.Tensor, cache: Any) -> float:
 
 def _first_token(
     model: PreTrainedModel, ids: torch.Tensor, history: int, name: str, store: AttentionStore, medium: str
-) -> float:
+) -> tuple[float, float]:
+    """Seconds to the first token, and those of the load."""
     began = time.perf_counter()
     cache = AttentionStoreCache(model, None, store, save=False, gate=False)
     seconds = time.perf_counter() - began + _generate(model, ids, cache)
     tier = "memory" if medium == "memory" else "disk"
     if cache.stats.reused_tokens != history or set(cache.stats.blocks_from) != {tier}:
         raise BenchError(f"A turn by {name} reused {cache.stats.reused_tokens} of {history} tokens: {cache.stats}")
-    return seconds
+    return seconds, cache.stats.load_seconds
 
 
 def read_texts(tokenizer: Any, paths: Sequence[Path], tokens: int, count: int) -> list[torch.Tensor]:

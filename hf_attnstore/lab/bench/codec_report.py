@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -45,14 +45,16 @@ QUALITY_COLUMNS = (
 )
 
 
-def resumed_rows(found: Resumed) -> list[tuple[str, ...]]:
+def timed_rows(
+    times: Mapping[str, Mapping[str, Sequence[float]]], ratio: Callable[[str, str], float], digits: int
+) -> list[tuple[str, ...]]:
     """Milliseconds and ratio to raw by codec and medium, as text."""
-    codecs = next(iter(found.seconds.values()))
+    codecs = next(iter(times.values()))
     rows: list[tuple[str, ...]] = []
     for codec in codecs:
         cells = [
-            f"{statistics.median(seconds[codec]) * 1e3:,.0f} ms ({found.ratio(medium, codec):.2f})"
-            for medium, seconds in found.seconds.items()
+            f"{statistics.median(seconds[codec]) * 1e3:,.{digits}f} ms ({ratio(medium, codec):.2f})"
+            for medium, seconds in times.items()
         ]
         rows.append((codec, *cells))
     return rows
@@ -140,18 +142,20 @@ class Record:
                 "weights, the history computed by itself.", "",
             ]  # fmt: skip
         for name, entry in self._content["resumed"].items():
-            resumed = Resumed(*(entry[field] for field in ("history", "new", "raw_bytes", "seconds")))
+            resumed = Resumed(*(entry[field] for field in ("history", "new", "raw_bytes", "seconds", "loading")))
             columns = ("codec", *(f"from {medium}" for medium in resumed.seconds))
             rates = [(medium, rate) for medium in resumed.seconds if (rate := MEDIA.get(medium))]
             takes = ", ".join(f"{resumed.raw_bytes / rate * 1e3:,.0f} ms from {medium}" for medium, rate in rates)
             parts += [
                 f"## Time to the first token, {name} of history", "",
-                *markdown_table(columns, resumed_rows(resumed)), "",
+                *markdown_table(columns, timed_rows(resumed.seconds, resumed.ratio, 0)), "",
                 f"A turn that resumes {resumed.history:,} tokens and computes {resumed.new}: median, and in brackets "
                 "the median of the ratios to `raw` within each repeat, in which the codecs take turns. What has a "
                 "limit is simulated: a queue before the page cache that lets so many bytes a second through. Raw, the "
                 f"history has {resumed.raw_bytes / 1e6:,.0f} MB" + (f", which take {takes}" if takes else "") + ". "
                 f"`{KEPT}` is a history in the model's own cache: its ratios are what no codec can go below.", "",
+                "Of these times the load alone, reading and decoding:", "",
+                *markdown_table(columns, timed_rows(resumed.loading, resumed.loading_ratio, 1)), "",
                 f"Measured on {in_words(entry['machine'])}; other processes had {entry['others']:.0%} of it.", "",
             ]  # fmt: skip
         last = max((*self._content["quality"].values(), *self._content["resumed"].values()), key=lambda e: e["created"])

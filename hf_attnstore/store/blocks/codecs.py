@@ -4,12 +4,13 @@ A codec is part of the names of chains (`chain_root`): blocks of two codecs live
 says by which it was written, and which of its tensors are coded.
 
 What a lossy codec makes of a block is the block from then on, in memory as on disk (`as_kept`): what is restored does
-not depend on where it comes from. What a lossless one makes is for files; memory keeps what is fastest.
+not depend on where it comes from. What a lossless one makes is for files; memory keeps what is fastest. A tier may
+have a lossless one of its own for what has none (`written_by`): names are of what comes back, not of how it is written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
@@ -107,6 +108,21 @@ def chosen_codec(name: str) -> str:
         raise AttentionStoreError(f"{error}") from None
 
 
+def tier_codec(name: str) -> Codec:
+    """The codec by which a tier writes what has no other; RAW without a name.
+
+    Raises:
+        AttentionStoreError: there is none of that name; or what it gives back depends on whether it was in that tier.
+    """
+    codec = codec_named(chosen_codec(name or RAW))
+    if codec.lossy:
+        raise AttentionStoreError(
+            f"a tier's own codec is without loss, {codec.name!r} is not: an answer would depend on where its KV "
+            f"happens to be. `codec={codec.name!r}` is for all tiers."
+        )
+    return codec
+
+
 class CodedTensor(NamedTuple):
     """A tensor in host memory as a codec wrote it."""
 
@@ -120,6 +136,8 @@ class CodedBlock(Block):
     """A block in host memory some tensors of which are coded: `tensors` has their parts, by `<tensor>.<part>`."""
 
     coded: Mapping[str, CodedTensor] = field(default_factory=dict)
+    by: str = RAW
+    """The codec that coded them: its chain's, or a tier's own."""
     batches: dict[tuple[str, ...], Any] = field(default_factory=dict, repr=False, compare=False)
     """For who decodes it: what it decodes together, by the names of all it wants."""
 
@@ -158,7 +176,7 @@ class CodedBlock(Block):
         """
         from .tensors import copy_bytes
 
-        codec = codec_named(self.meta.codec)
+        codec = codec_named(self.by)
         for name, target in targets.items():
             if name in self.coded:
                 codec.decode(self.coded[name].parts, target)
@@ -182,14 +200,26 @@ def encoded(block: Block) -> Block:
     """
     if not block.codable or isinstance(block, CodedBlock):
         return block
+    return _coded(block, codec_named(block.meta.codec), block.codable)
+
+
+def written_by(block: Block, codec: Codec) -> Block:
+    """A block as a tier with a lossless codec of its own writes it: itself where another has coded it, or leaves all of
+    it as it is."""
+    if codec.name == RAW or isinstance(block, CodedBlock) or block.meta.state is not None:
+        return block
+    block.wait_ready()
+    return _coded(block, codec, block.tensors.keys())
+
+
+def _coded(block: Block, codec: Codec, codable: Container[str]) -> Block:
     from .tensors import copy_bytes, host_memory
 
-    codec = codec_named(block.meta.codec)
     tensors: dict[str, torch.Tensor] = {}
     coded: dict[str, CodedTensor] = {}
     for name, spec in block.specs().items():
         whole = block.tensors[name]
-        parts = codec.encode(name, whole, block.meta) if name in block.codable else None
+        parts = codec.encode(name, whole, block.meta) if name in codable else None
         if parts is None:
             tensors[name] = whole
         else:
@@ -205,7 +235,7 @@ def encoded(block: Block) -> Block:
     for name, part in tensors.items():
         copy_bytes(part.view(-1), room[name].view(-1))
     wholes = {n: CodedTensor(spec, {part: room[f"{n}.{part}"] for part in parts}) for n, (spec, parts) in coded.items()}
-    return CodedBlock(block.meta, room, coded=wholes)
+    return CodedBlock(block.meta, room, coded=wholes, by=codec.name)
 
 
 def as_kept(block: Block) -> Block:

@@ -21,7 +21,7 @@ from ...errors import LoadError
 from ...lazy import np
 from .block import TOKEN_IDS, Block, BlockMeta, TensorSpec
 from .codecs import CodedBlock, as_written
-from .keys import decode_tokens
+from .keys import APART, decode_tokens
 from .vault import Vault
 
 if TYPE_CHECKING:
@@ -104,6 +104,8 @@ class Layout:
     proofs: Mapping[str, str]
     """By tensor: a checksum; in an encrypted file the tag."""
     file_bytes: int
+    by: str
+    """The codec that wrote those that are coded."""
     salt: bytes = b""
     """Of the file's encryption; empty where it is not encrypted."""
 
@@ -161,6 +163,8 @@ def encode_block(block: Block, vault: Vault) -> tuple[bytes, list[np.ndarray]]:
         metadata["state"] = meta.state
     if coded:
         metadata["coded"] = json.dumps(coded, separators=(",", ":"))
+    if isinstance(block, CodedBlock) and block.by != meta.codec.removesuffix(APART):
+        metadata["coded_by"] = block.by
     if salt:
         metadata["salt"] = salt.hex()
     # metadata first: the rest is the same in every block of a model, which makes it cheap to parse
@@ -303,4 +307,5 @@ def _parse_header(encoded: bytes, file_bytes: int) -> Layout:
     if meta.start < 0 or len(meta.key) != 32 or len(meta.parent) != 32:
         raise LoadError("the header's metadata are none")
     salt = bytes.fromhex(metadata.get("salt", ""))
-    return Layout(meta, found.tensors, found.coded, found.specs, begin, MappingProxyType(proofs), file_bytes, salt)
+    by = metadata.get("coded_by", meta.codec)
+    return Layout(meta, found.tensors, found.coded, found.specs, begin, MappingProxyType(proofs), file_bytes, by, salt)

@@ -264,7 +264,7 @@ class StoredBlock:
         coded = self.reading([name for name in targets if name in self.coded])
         self.read_adjacent([*((self.tensor(n), [as_bytes(targets[n]).reshape(-1)]) for n in plain), *coded.wanted])
         for name, whole in coded.coded.items():
-            codec_named(self.layout.meta.codec).decode(whole.parts, targets[name])
+            codec_named(self.layout.by).decode(whole.parts, targets[name])
 
     def reading(self, names: Iterable[str], *, pinned: bool = False) -> Reading:
         """Host memory for what is written of tensors, those that are coded in parts.
@@ -288,7 +288,7 @@ class StoredBlock:
     def kept_bytes(self) -> int:
         """Bytes that it takes in memory, as `as_kept` makes it."""
         specs = self.layout.specs
-        lossy = self.coded and codec_named(self.layout.meta.codec).lossy
+        lossy = self.coded and codec_named(self.layout.by).lossy
         return sum(
             sum(part.spec.nbytes for part in self.coded[name].parts.values())
             if lossy and name in self.coded
@@ -303,11 +303,11 @@ class StoredBlock:
             LoadError: see `fetch`.
         """
         meta = self.read_meta()
-        if not self.coded or not codec_named(meta.codec).lossy:
+        if not self.coded or not codec_named(self.layout.by).lossy:
             return Block(meta, self.fetch(self.specs(), pinned=pinned), codable=frozenset(self.coded))
         reading = self.reading(self.specs(), pinned=pinned)
         self.read_adjacent(list(reading.wanted))
-        return CodedBlock(meta, dict(reading.tensors), coded=reading.coded)
+        return CodedBlock(meta, dict(reading.tensors), coded=reading.coded, by=self.layout.by)
 
     def read_meta(self) -> BlockMeta:
         """The block's identity with its token ids, checked against its key."""

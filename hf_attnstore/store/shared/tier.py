@@ -13,8 +13,9 @@ from functools import partial
 from ...errors import LoadError, NotFiniteError, SharedTierError
 from ...sizes import format_bytes
 from ..blocks.block import Block, BlockMeta, Bytes, Match
+from ..blocks.codecs import Codec, written_by
 from ..blocks.format import encode_block
-from ..blocks.keys import Key, block_key, common_prefix
+from ..blocks.keys import RAW, Key, block_key, common_prefix
 from ..blocks.stored import StoredBlock
 from ..blocks.tier import Source, Tier
 from ..blocks.vault import Vault
@@ -53,6 +54,7 @@ class SharedTier(Tier):
     Args:
         block_size: of the store: tokens of a block at most.
         local: where a block is beside the engine, to be sent from there; None if it is not.
+        codec: by which what nothing has coded is sent; it is without loss.
     """
 
     name = "shared"
@@ -67,6 +69,7 @@ class SharedTier(Tier):
         clock: Callable[[], float],
         block_size: int,
         local: Callable[[Key], Source | None],
+        codec: Codec,
     ) -> None:
         self.url = url
         self.prefix = url.option("prefix", "attnstore")
@@ -76,6 +79,7 @@ class SharedTier(Tier):
         self.engine: Engine = open_engine(url)
         url.check_options()
         self._accounts, self._clock, self._local, self._right_of_way = accounts, clock, local, right_of_way
+        self._codec = codec
         self._tail = 8 * block_size
         self.breaker = Breaker(clock)
         self._lock = threading.Lock()
@@ -431,7 +435,7 @@ class SharedTier(Tier):
         source = self._local(key)
         if source is None:
             return None
-        meta, parts = _encoded(source, self.vault)
+        meta, parts = _encoded(source, self.vault, self._codec)
         size = sum(part.nbytes for part in parts)
         full = size > self.engine.largest
         if not full:
@@ -456,14 +460,18 @@ def _key_of(name: str) -> Key:
         return name.encode()
 
 
-def _encoded(source: Source, vault: Vault) -> tuple[BlockMeta, Sequence[Bytes]]:
-    """A block as it is written, after all of it was checked; of one in memory nothing is copied.
+def _encoded(source: Source, vault: Vault, codec: Codec) -> tuple[BlockMeta, Sequence[Bytes]]:
+    """A block as it is written, after all of it was checked; of one in memory nothing is copied, of a file only what
+    `codec` is to have.
 
     Raises:
         LoadError: it is damaged.
     """
-    if isinstance(source, Block):
-        header, chunks = encode_block(source, vault)
-        return source.meta, [memoryview(header), *chunks]
-    with source:
-        return source.verify(), [source.raw()]
+    if not isinstance(source, Block):
+        with source:
+            meta = source.verify()
+            if source.coded or codec.name == RAW or meta.state is not None:
+                return meta, [source.raw()]
+            source = source.as_kept()
+    header, chunks = encode_block(written_by(source, codec), vault)
+    return source.meta, [memoryview(header), *chunks]

@@ -36,9 +36,10 @@ def decodes_alone(source: Source) -> bool:
     Raises:
         LoadError: the codec is not known here.
     """
-    coded = isinstance(source, CodedBlock) or (isinstance(source, StoredBlock) and bool(source.coded))
-    meta = source.layout.meta if isinstance(source, StoredBlock) else source.meta
-    return not coded or getattr(codec_named(meta.codec), "alone", False)
+    if not isinstance(source, (CodedBlock, StoredBlock)) or not source.coded:
+        return True
+    by = source.by if isinstance(source, CodedBlock) else source.layout.by
+    return getattr(codec_named(by), "alone", False)
 
 
 class Decoding:
@@ -57,13 +58,13 @@ class Decoding:
             LoadError: they can't be read or decoded.
         """
         if isinstance(file, CodedBlock):
-            codec, batches = codec_named(file.meta.codec), file.batches
+            codec, batches = codec_named(file.by), file.batches
             kept: Mapping[str, torch.Tensor] = file.tensors
             if self._names not in batches:
                 batches[self._names] = _batches(codec, self._targets, file.coded)
             found: list[_Batch] = batches[self._names]
         else:
-            codec = codec_named(file.layout.meta.codec)
+            codec = codec_named(file.layout.by)
             reading, found = _prepared(file, codec, self._names)
             kept = reading.tensors
             file.read_adjacent(list(reading.wanted))
