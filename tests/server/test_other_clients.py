@@ -21,6 +21,7 @@ from support.chat_fixtures import plain_answer
 from typer.testing import CliRunner
 
 from hf_attnstore.cli.app import app
+from hf_attnstore.server import answer
 
 SAID = ["the old prince looked at the letter", "and the mother rose", "they were to march at three"]
 Messages = list[dict[str, str]]
@@ -190,3 +191,20 @@ def test_the_page_is_beside_the_api_on_the_same_queue(model_folder: Path, tmp_pa
         assert server.ask("GET", "/v1/models").status_code == 401
         body = {"messages": [{"role": "user", "content": SAID[0]}], "max_tokens": 2}
         assert server.ask("POST", "/v1/chat/completions", "right", json=body).status_code == 200
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_gradio_s_page_for_any_server_hears_what_plain_generate_says(
+    server: ApiServer, plain: Plain, streaming: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`gradio.load_chat`, a chat in a browser for whatever speaks OpenAI's API: what it does with a message. It can't
+    be told how long an answer may be."""
+    load = pytest.importorskip("gradio").load_chat
+    monkeypatch.setattr(answer.Answer, "_fitting", lambda *_: 12)
+    page = load(server.url, model=NAME, token="none", streaming=streaming)
+    for messages, ids, expected, reused in conversation(plain):
+        *history, message = messages
+        parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in history]
+        found = page.fn(message["content"], parts)
+        assert (found if isinstance(found, str) else list(found)[-1]) == plain.text(expected)
+        assert server.fed.take() == len(ids) - reused + 11
