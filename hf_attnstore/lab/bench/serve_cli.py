@@ -54,6 +54,8 @@ def serve(
 
     console = Console()
     figures: list[Figure] = []
+    first: list[Turn] = []
+    anew: list[Turn] = []
     with errors_in_one_line(), tempfile.TemporaryDirectory(prefix="attnstore-serve-") as folder:
         source = model_source(model)
         script = EVENING if quick or Path(source).name == "small-model" else reading()
@@ -99,6 +101,8 @@ def serve(
         output.mkdir(parents=True, exist_ok=True)
         record = {
             "turns": [asdict(turn) for turn in turns],
+            "first_turns": [asdict(turn) for turn in first],
+            "after_restarts": [asdict(turn) for turn in anew],
             "figures": [asdict(figure) for figure in figures],
             "machine": machine,
             "versions": versions(),
