@@ -14,7 +14,7 @@ from torch import nn
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from ..errors import CacheUseError, ContextWindowError, GradientError, LoadError
+from ..errors import CacheUseError, ContextWindowError, GradientError, LoadError, StoreClosedError
 from ..session.chain import common_prefix
 from ..session.window import Cuts
 from ..store.store import AttentionStore
@@ -663,11 +663,27 @@ class AttentionStoreCache(Cache):
 
     def before_layer(self, number: int) -> None:
         """A decoder layer is about to compute."""
-        forwards.before_layer(self._turn, number)
+        recorder, load, encoder = self._turn.recorder, self._held.load, self._held.encoder
+        if recorder is not None:
+            recorder.before_layer(number)
+        if load is not None:
+            load.before_layer(number)
+        if encoder is not None:
+            encoder.before_layer(number)
 
     def after_layer(self, number: int) -> None:
         """A decoder layer has computed."""
-        forwards.after_layer(self._turn, number)
+        recorder, saver = self._turn.recorder, self._held.saver
+        if recorder is not None:
+            recorder.after_layer(number)
+        if saver is not None and saver.due and self._turn.forward is not None:
+            try:
+                began = recorder.now(number) if recorder is not None else 0.0
+                saver.layer_done(number)
+                if recorder is not None:
+                    recorder.saved(number, began)
+            except StoreClosedError:
+                commit.stop_saving(self._turn)
 
     def end_forward(self) -> None:
         """A forward of the model has ended well."""
@@ -684,7 +700,7 @@ class AttentionStoreCache(Cache):
             CacheUseError: not within a forward of the model that this cache was made for.
             LoadError: what was to be loaded can't be (`generate` catches it and recomputes).
         """
-        forward = forwards.running_forward(self._turn)
+        forward = self._turn.forward or forwards.running_forward(self._turn)
         layer: Any = self.layers[layer_idx]
         if layer.by_token and key_states.shape[0] != forward.rows:
             forwards.fit_rows(self._turn, layer_idx, key_states)

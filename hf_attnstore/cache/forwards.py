@@ -247,32 +247,6 @@ def _track(turn: Turn, ids: torch.Tensor | None, rows: int, count: int, named: M
 # layers
 
 
-def before_layer(turn: Turn, number: int) -> None:
-    """A decoder layer is about to compute."""
-    held = turn.held
-    if turn.recorder is not None:
-        turn.recorder.before_layer(number)
-    if held.load is not None:
-        held.load.before_layer(number)
-    if held.encoder is not None:
-        held.encoder.before_layer(number)
-
-
-def after_layer(turn: Turn, number: int) -> None:
-    """A decoder layer has computed."""
-    recorder, saver = turn.recorder, turn.held.saver
-    if recorder is not None:
-        recorder.after_layer(number)
-    if saver is not None and saver.due and turn.forward is not None:
-        try:
-            began = recorder.now(number) if recorder is not None else 0.0
-            saver.layer_done(number)
-            if recorder is not None:
-                recorder.saved(number, began)
-        except StoreClosedError:
-            stop_saving(turn)
-
-
 def running_forward(turn: Turn) -> Forward:
     """The forward that runs.
 
@@ -311,7 +285,7 @@ def end_forward(turn: Turn) -> None:
         setup.gate.end_forward(turn.elsewhere())
     turn.computed = True
     before, held.length = held.length, held.length + forward.count
-    for layer in held.layers:
+    for layer in held.ending:
         layer.end_forward(forward.count)
     if held.states:
         held.states_at = held.length

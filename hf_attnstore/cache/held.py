@@ -15,6 +15,7 @@ from ..session.view import View
 from ..store.blocks.keys import Key, chain_root
 from .inputs.content import Content, has_places
 from .inputs.held import go_on_after, held_ids
+from .layers.by_token import StoreLayer
 from .layers.kept import KeptLayer
 from .layers.kinds import granularity
 from .setup import Setup
@@ -59,6 +60,8 @@ class Held:
         apart = setup.store is not None and setup.store.keeps_windows_apart
         self.sliding: Sequence[int] = sliding_layers(layers) if apart else ()
         """The layers whose windows the store keeps apart from blocks, so that they may be gone."""
+        self.ending = [layer for layer in layers if type(layer).end_forward is not StoreLayer.end_forward]
+        """The layers that have something to do at the end of a forward: those that do not see every token."""
         self.states: list[Any] = [layer for layer in layers if layer.has_state]
         self.states_at: int | None = 0
         """The number of tokens that the layers' running states are right for; None if for none, after an interrupt."""
@@ -83,7 +86,7 @@ class Held:
     @property
     def rows(self) -> int:
         """The batch size of what is held; 0 if nothing is."""
-        return max((layer.rows for layer in self.layers), default=0)
+        return next(filter(None, (layer.rows for layer in self.layers)), 0)
 
     @property
     def model_root(self) -> Key:

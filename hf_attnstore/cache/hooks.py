@@ -230,8 +230,9 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     if not isinstance(given, nn.Module):
         raise CacheUseError(f"what takes a model was given a {type(given).__name__}: the model comes first")
     while True:
-        base = getattr(uncompiled(model), "get_base_model", None)
-        inner = base() if callable(base) else uncompiled(model)
+        inside = uncompiled(model)
+        base = getattr(inside, "get_base_model", None)
+        inner = base() if callable(base) else inside
         if inner is model:
             return model
         model = inner

@@ -11,7 +11,7 @@ That the bytes are still those that were parked is checked by the tensors' versi
 
 import logging
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -55,8 +55,9 @@ class Parked:
     """When what wrote the tensors is done, on each device with streams."""
 
     def __post_init__(self) -> None:
-        self.versions = _versions(self.layers)
-        for device in {tensor.device for tensor in self.tensors() if tensor.device.type == "cuda"}:
+        tensors = list(self.tensors())
+        self.versions = _versions(tensors)
+        for device in {tensor.device for tensor in tensors if tensor.device.type == "cuda"}:
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(device))
             self.arrived.append((device, event))
@@ -78,7 +79,7 @@ class Parked:
         """
         if self.changes != changes and self.places != _places(model):
             return "the model was moved to other devices"
-        if self.versions != _versions(self.layers):
+        if self.versions != _versions(self.tensors()):
             return "its tensors were written to from outside"
         return ""
 
@@ -254,6 +255,6 @@ def _allocated(layers: Sequence[KeptLayer]) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def _versions(layers: Sequence[KeptLayer]) -> list[int]:
-    """How often each tensor was written to; -1 for those that nobody counts it of."""
-    return [-1 if t.is_inference() else t._version for layer in layers for t in layer.tensors()]
+def _versions(tensors: Iterable[torch.Tensor]) -> list[int]:
+    """How often each was written to; -1 for those that nobody counts it of."""
+    return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]

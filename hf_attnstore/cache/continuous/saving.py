@@ -27,6 +27,8 @@ class ComputedBy(NamedTuple):
 class _Layer:
     """A layer of one request, whose pages are all looked after together."""
 
+    lets_go = False
+
     def __init__(self, may_be_rounded: bool) -> None:
         self.may_be_rounded = may_be_rounded
 

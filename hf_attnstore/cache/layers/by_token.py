@@ -306,7 +306,8 @@ class FullLayer(StoreLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        self.settle()
+        if self.pending is not None:
+            self.settle()
         self._append(key_states, value_states)
         return self._view("keys", self.first), self._view("values", self.first)
 
@@ -319,6 +320,7 @@ class SlidingLayer(StoreLayer):
     """
 
     is_sliding = True
+    lets_go = True
 
     def __init__(self, window: int) -> None:
         super().__init__()

@@ -29,6 +29,8 @@ class KeptLayer:
     """Whether what it keeps can be put back into it. False for kinds of layers that nobody knows."""
     may_be_rounded = False
     """Whether what it keeps by token are keys and values of plain attention: of these lossy codecs were measured."""
+    lets_go = False
+    """Whether it lets go of tokens that queries do not see any more: not before the store has them."""
     kind = ""
     """The name of its kind, as transformers' configurations have it."""
     window: int | None = None

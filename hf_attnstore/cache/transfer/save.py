@@ -45,6 +45,7 @@ class SavedLayer(Protocol):
     """What is asked of a layer whose KV is saved: a `KeptLayer`, or whoever has KV elsewhere."""
 
     may_be_rounded: bool
+    lets_go: bool
 
     def holds(self, start: int, stop: int) -> bool: ...
 
@@ -105,6 +106,7 @@ class BlockSaver:
         """`numbers` are those of the layers whose KV is saved; default: of all."""
         self._layers = layers
         self._numbers = range(len(layers)) if numbers is None else numbers
+        self._letting_go = [layers[number] for number in self._numbers if layers[number].lets_go]
         self._chain = chain
         self._store = store
         self._fingerprint = fingerprint
@@ -178,14 +180,14 @@ class BlockSaver:
 
     def _mark_saved(self) -> None:
         first = self._chain.bounds(self._next)[0]
-        for number in self._numbers:
-            self._layers[number].keep_until_saved(first)
+        for layer in self._letting_go:
+            layer.keep_until_saved(first)
 
     def release(self) -> None:
         """Saving has ended: layers need not keep tokens for it."""
         self._drop_open()
-        for number in self._numbers:
-            self._layers[number].keep_until_saved(None)
+        for layer in self._letting_go:
+            layer.keep_until_saved(None)
 
     def _drop_open(self) -> None:
         for piecewise in self._open.values():

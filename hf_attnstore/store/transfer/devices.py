@@ -1,7 +1,7 @@
 """The way of KV from host memory to a device: pinned staging, a copy stream for each device, events per stage."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ _SMALL = 32_768
 class DeviceCopies:
     """Copies to devices, beside what they compute. A stage is in place for a stream that has waited for its events."""
 
-    def __init__(self, targets: Iterable[torch.Tensor]) -> None:
+    def __init__(self, targets: Sequence[torch.Tensor]) -> None:
         devices = {target.device for target in targets if target.device.type == "cuda"}
         self._streams = {device: torch.cuda.Stream(device) for device in devices}
         self._events: dict[int, list[torch.cuda.Event]] = defaultdict(list)

@@ -78,7 +78,7 @@ class Load:
         self._here = [stage.in_host_memory for stage in self._stages]
         self._remaining = [stage.arrivals for stage in self._stages]
         self._in_place = [not count for count in self._remaining]
-        self._devices = DeviceCopies(t for stage in self._stages for t in stage.all_targets())
+        self._devices = DeviceCopies([t for stage in self._stages for t in stage.all_targets()])
         self._ways: dict[int, Ways] = {}
         """By the `pieces` of stages, which most stages share."""
         self._requested = 0
