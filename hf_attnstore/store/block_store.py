@@ -460,6 +460,7 @@ class BlockStore(OpenStore):
         Args:
             session: the one that needs it no more.
         """
+        self._check_open()
 
         def let_go() -> None:
             there = self.there(blocks)

@@ -54,6 +54,9 @@ def in_child(work: Callable[[], None]) -> str:
 USES: dict[str, Callable[[AttentionStore], object]] = {
     "namespaces": lambda s: s.namespaces(),
     "with_codec": lambda s: s.with_codec("raw"),
+    "with_windows_apart": lambda s: s.with_windows_apart(),
+    "let_windows_go": lambda s: s.let_windows_go([b"k" * 32], "alice"),
+    "there": lambda s: s.there([b"k"]),
     "read": lambda s: s.read(b"k" * 32),
     "bytes_only_in": lambda s: s.bytes_only_in("alice"),
     "model_name": lambda s: s.model_name("0" * 40),
