@@ -211,3 +211,18 @@ def test_no_factors_without_negatives_fit_better(rows: list[Any], trust: list[fl
     found = _non_negative(trusted.T @ terms, trusted.sum(axis=0))
     assert min(found) >= 0
     assert error(found) <= error(other) + 1e-4
+
+
+@pytest.mark.parametrize("masked", [0.0, 1.0], ids=["causal all the way", "masked behind a history"])
+def test_the_masked_half_behind_a_history_is_learned_where_there_is_one(masked: float) -> None:
+    def seconds(history: int, new: int) -> float:
+        pairs = new * new / 2
+        return 0.01 + 2e-4 * new + 1e-7 * (new * history + pairs + masked * pairs * (history > 0))
+
+    costs = Costs()
+    for new in (40, 150, 500, 900, 1800):
+        for history in (0, 30, 700):
+            costs.observe_prefill(history, new, seconds(history, new))
+    found = costs.prefill([(0, 2000), (4, 1996), (500, 1500)])
+    assert found == pytest.approx([seconds(0, 2000), seconds(4, 1996), seconds(500, 1500)], rel=0.03)
+    assert (found[1] > 1.2 * found[0]) == bool(masked)

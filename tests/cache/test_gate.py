@@ -387,6 +387,28 @@ def test_a_gate_that_is_switched_off_chooses_nothing(
     assert_reused(cache, prompt, 0)
 
 
+@pytest.mark.parametrize(("shared", "reused"), [(8, 0), (40, 40)])
+def test_a_long_prompt_is_not_put_behind_a_few_tokens_before_costs_are_known(
+    shared: int, reused: int, store: AttentionStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gating, "_LONG", 256)
+    model, plain = make_model(), make_model()
+    known = tokens(400)
+    turn(model, known, AttentionStoreCache(model, "alice", store, gate=True))
+    prompt = torch.cat([known[:, :shared], tokens(400, seed=5)[:, shared:]], dim=1)
+    prompt[0, shared] = known[0, shared] - 1
+    cache = AttentionStoreCache(model, "bob", store, gate=False, save=False)
+    turn(model, prompt, cache)
+    assert_reused(cache, prompt, shared)
+    cache = AttentionStoreCache(model, "bob", store, gate=True)
+    ours = turn(model, prompt, cache)
+    assert_reused(cache, prompt, reused)
+    assert cache.stats.matched_tokens == shared
+    assert cache.stats.gate.startswith(f"reuse {reused} of {shared}")
+    if not reused:
+        assert_same(ours, turn(plain, prompt, None))
+
+
 def test_match_may_compute_and_resume_loads_all(store: AttentionStore, force: Any) -> None:
     model = make_model()
     force(0)

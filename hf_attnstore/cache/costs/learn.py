@@ -194,7 +194,9 @@ def _non_negative(square: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 def _prefill_terms(points: np.ndarray) -> np.ndarray:
     history, new = points[:, 0], points[:, 1]
-    return np.stack([np.ones_like(new), new, new * (history + new / 2)], axis=1)
+    pairs = new * new / 2
+    # behind a history, attention by a mask computes the pairs that are masked, too
+    return np.stack([np.ones_like(new), new, new * history + pairs, pairs * (history > 0)], axis=1)
 
 
 def _load_terms(points: np.ndarray) -> np.ndarray:

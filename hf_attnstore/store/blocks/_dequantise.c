@@ -118,7 +118,7 @@ static void put(const void *from, char *out, long nbytes) {
    their steps [several, heads, rows, columns], plus the lowest if there are any, into `out`, float32 or bfloat16, whose
    rows are contiguous. `order` and `widths` say how channels share bytes; without them by halves. Distances in values.
    Not 0 if the order is none. */
-PUBLIC int attnstore_scaled(const uint8_t *codes, int shared, long codes_apart, const uint16_t *steps, long steps_apart,
+PUBLIC int attnstore_scaled_by(const uint8_t *codes, int shared, long codes_apart, const uint16_t *steps, long steps_apart,
                             const uint16_t *lowest, long lowest_apart, const uint8_t *order, long order_apart,
                             const uint8_t *widths, long widths_apart, void *out, long out_apart, long heads_apart,
                             int bfloat16, long several, long heads, long tokens, long dim, long rows, long columns) {

@@ -26,7 +26,7 @@ def library() -> ctypes.CDLL | None:
         if path.exists():
             try:
                 found = ctypes.CDLL(str(path))
-                scaled = found.attnstore_scaled
+                scaled = found.attnstore_scaled_by
             except (OSError, AttributeError):  # of another machine
                 return None
             at, long = ctypes.c_void_p, ctypes.c_long
@@ -79,7 +79,7 @@ def scaled(
     several, apart = (out.shape[0], out.stride(0)) if out.ndim == 4 else (1, 0)
     rows, columns = steps.shape[-2:]
     place = out.data_ptr(), apart, out.stride(-3)
-    if found.attnstore_scaled(*where, *place, _BFLOAT16[out.dtype], several, heads, tokens, dim, rows, columns):
+    if found.attnstore_scaled_by(*where, *place, _BFLOAT16[out.dtype], several, heads, tokens, dim, rows, columns):
         raise LoadError("codes are in an order that is none")
     return True
 
