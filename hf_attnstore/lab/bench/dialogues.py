@@ -19,7 +19,7 @@ import numpy as np
 
 from hf_attnstore import AttentionStore, ChatSession
 from hf_attnstore.chat.timed import GenerateRun, timed_generate
-from hf_attnstore.lab.bench.shapes import BenchError
+from hf_attnstore.lab.bench.shapes import BenchError, is_exact
 from hf_attnstore.lab.demo.kept import KeptCache
 from hf_attnstore.session.chain import common_prefix
 
@@ -162,7 +162,9 @@ def study(
     """Says all `dialogues` and compares every answer.
 
     Args:
-        folder: the store's; all dialogues share it.
+        folder: the store's; all dialogues share it, and what they begin with. In 16 bits each has a store of its own
+            in it: a prompt whose beginning another one has brought is prefilled in other parts than the kept cache's,
+            and so rounded otherwise.
         plain: whether to compare with plain `generate` too, which takes most of the time.
         tell: is given the study after each dialogue.
         done: an earlier study of the same dialogues that ended too soon; those that it has are not said again.
@@ -179,7 +181,8 @@ def study(
             )
         result = done
     for number, messages in list(enumerate(dialogues))[result.dialogues :]:
-        talk = _Talk(model, tokenizer, folder, f"dialogue {number}", max_new_tokens, plain)
+        own = folder if is_exact(model) else folder / str(number)
+        talk = _Talk(model, tokenizer, own, f"dialogue {number}", max_new_tokens, plain)
         result.answers.extend(talk.answers(messages))
         result.dialogues += 1
         tell(result)
