@@ -22,7 +22,7 @@ def test_ping_says_what_the_engine_is_and_what_is_unsafe_and_leaves_nothing_ther
     try:
         result = CliRunner().invoke(app, ["ping", server.url])
         assert result.exit_code == 0, result.output
-        for said in ("Valkey", "MiB/s", "1,000 blocks in", "no memory limit", "nobody has to say a password"):
+        for said in ("Valkey", "iB/s", "1,000 blocks in", "no memory limit", "nobody has to say a password"):
             assert said in result.output
         assert server.keys("*") == []
     finally:

@@ -220,13 +220,16 @@ def test_a_child_that_lives_on_keeps_none_of_the_parents_locks(tmp_path: Path) -
     lock = store.lock_session("alice", 0)
     with store._disk.writing():  # in the middle of a change
         reading, writing = os.pipe()
+        living, lives = os.pipe()
         pid = os.fork()
         if pid == 0:
             del lock
             gc.collect()
+            os.write(lives, b"x")
             os.read(reading, 1)
             os._exit(0)
     try:
+        os.read(living, 1)
         # what the child dropped is still the parent's
         with AttentionStore(store.path) as other:
             with pytest.raises(SessionBusyError):
