@@ -528,7 +528,7 @@ def own_attributes(module: nn.Module) -> dict[str, Any]:
     """A module's plain attributes, without those that every module has and those that say where it lies."""
     return {
         name: value
-        for name, value in vars(module).items()
+        for name, value in vars(module).copy().items()  # another thread may be attaching something
         if name not in _OF_MODULES and not name.startswith(("_hf", "_is_hf", "gradient_checkpointing", "_attnstore"))
     }
 

@@ -111,7 +111,7 @@ def hidden_parts(prefix: str, module: nn.Module, *, unpack: bool = True) -> Iter
         unpack: whether to open packed objects, which costs a copy; else they are told apart as objects.
     """
     quantised = None
-    for key, value in vars(module).items():
+    for key, value in vars(module).copy().items():  # another thread may be attaching something
         if key in _OF_MODULES or key.startswith("_hf"):
             continue
         if isinstance(value, torch.ScriptObject):
