@@ -6,6 +6,7 @@ import copy
 import inspect
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,6 +17,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, CacheUseError
+from hf_attnstore.cache.layers.buffers import HostBuffers
 from hf_attnstore.cache.layers.by_token import FullLayer, SlidingLayer
 
 FAMILIES = ("llama-gqa", "mistral", "gemma3", "deepseek-v3")
@@ -384,6 +386,21 @@ def test_memory_given_back_by_one_cache_is_not_seen_by_another() -> None:
         layer.reset()
     for keys, content in held:
         assert torch.equal(keys, content)
+
+
+def test_memory_that_is_given_back_while_some_is_looked_for_disturbs_nobody() -> None:
+    buffers = HostBuffers()
+
+    class Finalised(list[np.ndarray]):
+        """As if the garbage collector ran while it is looked at."""
+
+        def __len__(self) -> int:
+            buffers._give_back(np.empty(1 << 20, dtype=np.uint8))
+            return super().__len__()
+
+    buffers._idle[1 << 16] = Finalised()
+    assert buffers.empty((1024,), torch.float32).shape == (1024,)
+    assert buffers.idle_bytes == 1 << 20
 
 
 def test_going_back_behind_a_block_that_took_a_short_ones_place_loses_nothing(store: AttentionStore) -> None:

@@ -50,7 +50,8 @@ class HostBuffers:
     def _take(self, nbytes: int) -> np.ndarray:
         size = max(-(-nbytes // _GRANULE) * _GRANULE, _GRANULE)
         with self._lock:
-            fitting = min((s for s, idle in self._idle.items() if idle and size <= s <= size + size // 4), default=None)
+            sizes = list(self._idle)  # a finaliser that runs meanwhile may add one
+            fitting = min((s for s in sizes if size <= s <= size + size // 4 and self._idle.get(s)), default=None)
             if fitting is not None:
                 self.idle_bytes -= fitting
                 return self._idle[fitting].pop()
