@@ -399,7 +399,8 @@ def test_memory_that_is_given_back_while_some_is_looked_for_disturbs_nobody() ->
             return super().__len__()
 
     buffers._idle[1 << 16] = Finalised()
-    assert buffers.empty((1024,), torch.float32).shape == (1024,)
+    taken = buffers.empty((1024,), torch.float32)
+    assert taken.shape == (1024,)
     assert buffers.idle_bytes == 1 << 20
 
 
