@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -140,10 +141,16 @@ def _commit(turn: Turn, tokens: int) -> None:
         store.used(blocks, tokens, short=short, went_on_from=held.went_on_from, session=name)
     if held.saver is not None:
         store.let_windows_go(held.saver.let_go, name)
-    if held.checkpoints or (held.saver is not None and held.saver.kept):
-        store.touch([*held.checkpoints.values(), *(held.saver.kept if held.saver is not None else ())])
+    beside = [*held.checkpoints.values(), *_windows(turn)]
+    if beside:
+        store.touch(beside)
     if held.encoder is not None and held.encoder.blocks:
         store.touch(held.encoder.blocks)
+
+
+def _windows(turn: Turn) -> Sequence[Key]:
+    """What is kept of windows beside blocks."""
+    return turn.held.saver.kept if turn.held.saver is not None else ()
 
 
 def _blocks_beside(turn: Turn) -> tuple[Key, ...]:
@@ -151,8 +158,7 @@ def _blocks_beside(turn: Turn) -> tuple[Key, ...]:
     held = turn.held
     if held.encoder is not None:
         return held.encoder.blocks
-    windows = held.saver.kept if held.saver is not None else ()
-    return *windows, *(
+    return *_windows(turn), *(
         key
         for tokens, key in held.checkpoints.items()
         if tokens <= len(held.chain) and held.chain.checkpoint_key(tokens) == key

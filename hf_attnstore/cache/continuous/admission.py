@@ -115,7 +115,7 @@ class Known:
     @property
     def is_awaited(self) -> bool:
         """Whether it is worth waiting for what is on its way."""
-        return not self._over.is_set() and time.monotonic() < self._until
+        return self.is_late and time.monotonic() < self._until
 
     @property
     def is_late(self) -> bool:

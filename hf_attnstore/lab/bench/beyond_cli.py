@@ -109,7 +109,7 @@ def _record(figure: Figure) -> dict[str, object]:
 
 def as_markdown(about: str, found: Mapping[str, Sequence[Figure]]) -> str:
     """The report for docs/results."""
-    from hf_attnstore.lab.bench.codec_report import markdown_table
+    from hf_attnstore.lab.markdown import markdown_table
 
     columns = ("", "CPU ms", "ratio", "to", "wanted", "counted")
     lines = ["# attnstore bench beyond", "", about]

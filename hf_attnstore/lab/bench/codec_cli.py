@@ -109,8 +109,9 @@ def doctor(
     with errors_in_one_line():
         from hf_attnstore.chat.model import load_chat_model
         from hf_attnstore.lab.bench.codec_bench import quality, read_texts
-        from hf_attnstore.lab.bench.codec_report import QUALITY_COLUMNS, markdown_table, quality_rows
+        from hf_attnstore.lab.bench.codec_report import QUALITY_COLUMNS, quality_rows
         from hf_attnstore.lab.demo.script import CHAPTER
+        from hf_attnstore.lab.markdown import markdown_table
         from hf_attnstore.store.blocks.codecs import chosen_codec
 
         judged_codec = chosen_codec(codec)

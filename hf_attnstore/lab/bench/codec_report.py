@@ -13,6 +13,7 @@ from typing import Any
 from hf_attnstore.lab.bench.codec_bench import KEPT, MEDIA, Quality, Resumed
 from hf_attnstore.lab.bench.machine import in_words, versions, versions_in_words
 from hf_attnstore.lab.bench.shapes import BenchError
+from hf_attnstore.lab.markdown import markdown_table
 
 _OURS, _THEIRS = "#1f6feb", "#57606a"
 
@@ -58,11 +59,6 @@ def timed_rows(
         ]
         rows.append((codec, *cells))
     return rows
-
-
-def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [f"| {' | '.join(columns)} |", f"|---|{'---:|' * (len(columns) - 1)}"]
-    return lines + [f"| {' | '.join(row)} |" for row in rows]
 
 
 class Record:

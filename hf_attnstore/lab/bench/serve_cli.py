@@ -16,6 +16,7 @@ from rich.table import Table
 
 from hf_attnstore.lab.bench.one_line import errors_in_one_line
 from hf_attnstore.lab.bench.wanted import COLUMNS, Figure, as_markdown, rows
+from hf_attnstore.lab.markdown import markdown_table
 
 if TYPE_CHECKING:
     from hf_attnstore.lab.bench.serve_bench import Turn
@@ -181,9 +182,7 @@ def _as_markdown(about: str, turns: Sequence[Turn], machine: str, share: float) 
         "run, by `transformers serve`. TTFT is what the client sees, CPU the server's time until then. "
         f"{sum(turn.same for turn in turns)} of {len(turns)} answers are the same. * after a restart.",
         "",
-        "| " + " | ".join(_OF_TURNS) + " |",
-        "| --- |" + " ---: |" * (len(_OF_TURNS) - 1),
-        *("| " + " | ".join(row) + " |" for row in _rows(turns)),
+        *markdown_table(_OF_TURNS, _rows(turns)),
         "",
     ]
     return "\n".join(lines)

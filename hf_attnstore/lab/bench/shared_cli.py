@@ -112,8 +112,8 @@ def _report(
     shape: str, found: Found, resumed: Sequence[Turns], beside: dict[str, Found], machine: dict[str, Any],
     versions: dict[str, Any],
 ) -> str:  # fmt: skip
-    from hf_attnstore.lab.bench.codec_report import markdown_table
     from hf_attnstore.lab.bench.machine import in_words, versions_in_words
+    from hf_attnstore.lab.markdown import markdown_table
 
     names = list(dict.fromkeys(name for each in found.values() for name in each))
     parts = [

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hf_attnstore.lab.markdown import markdown_table
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -39,5 +41,4 @@ def rows(figures: Sequence[Figure]) -> list[tuple[str, ...]]:
 
 def as_markdown(figures: Sequence[Figure]) -> str:
     """A table."""
-    lines = (COLUMNS, ("---", "---:", "---:", "---"), *rows(figures))
-    return "".join(f"| {' | '.join(row)} |\n" for row in lines)
+    return "\n".join(markdown_table(COLUMNS, rows(figures))) + "\n"

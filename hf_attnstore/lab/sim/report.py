@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from ..markdown import markdown_table
 from .machine import CODECS, Prices
 from .paper import BATCH, DISK, GB, MEMORY, PUBLISHED, SETTINGS, paper_workload
 from .plan import (
@@ -29,9 +30,7 @@ Found = Mapping[Run, dict[str, Any]]
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table; the first column is text, the others are figures."""
-    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join(lines)
+    return "\n".join(markdown_table(head, rows))
 
 
 def percent(share: float, digits: int = 1) -> str:
