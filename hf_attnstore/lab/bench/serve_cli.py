@@ -127,12 +127,16 @@ def _figures(turns: Sequence[Turn], first: Sequence[Turn], anew: Sequence[Turn])
     def median(of: Sequence[Turn]) -> float:
         return statistics.median(turn.ours.cpu_seconds / max(turn.plain.cpu_seconds, 0.01) for turn in of)
 
-    return [
-        Figure("first token / plain, later turns", median(later), 0.035),
-        Figure(f"first token / plain, first turn after a restart, {len(anew)} pairs", median(anew), 0.045),
-        Figure(f"first token / plain, first turn ever, {len(first)} pairs", median(first), 1.02),
-        Figure("answers that differ", sum(not turn.same for turn in compared), 0),
+    figures = [
+        Figure(f"first token / plain, {what}", median(of), bar)
+        for what, of, bar in (
+            ("later turns", later, 0.035),
+            (f"first turn after a restart, {len(anew)} pairs", anew, 0.045),
+            (f"first turn ever, {len(first)} pairs", first, 1.02),
+        )
+        if of
     ]
+    return [*figures, Figure("answers that differ", sum(not turn.same for turn in compared), 0)]
 
 
 def _beyond(times: dict[str, list[float]], name: str) -> float:
