@@ -258,7 +258,7 @@ def test_only_what_is_asked_for_is_recorded(resumed: tuple[Any, torch.Tensor], s
     first = named(cache.timeline, "save")["end of the turn"]
     turn(model, follow_up(again, 3, 5), cache, max_new_tokens=1)
     computed = named(cache.timeline, "compute")
-    assert list(computed) == layer_names()  # of the last turn alone, beside which blocks of the one before may be written
+    assert list(computed) == layer_names()  # of the last turn alone: only blocks may still be written of the one before
     assert computed["layer 0"].begin > first.begin
     cache.record_timeline = False
     turn(model, prompt[:, :60], cache)

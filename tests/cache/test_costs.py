@@ -122,6 +122,24 @@ def test_costs_that_have_changed_are_noticed() -> None:
     assert after[0] == pytest.approx(before[0], rel=0.3)
 
 
+def test_what_is_as_predicted_is_fitted_now_and_then_and_none_of_it_is_lost() -> None:
+    costs = Costs()
+
+    def load(seconds: float) -> float:
+        costs.observe_load("disk", 1 << 20, seconds)
+        found = costs.load([{"disk": 1 << 20}])
+        assert found is not None
+        return float(found[0])
+
+    for _ in range(16):
+        costs.observe_load("disk", 1 << 20, 1.0)
+    first = load(1.0)
+    said = [load(1.2) for _ in range(12)]
+    assert said[0] == first
+    assert len(set(said)) < len(said)
+    assert said[-1] == pytest.approx(1.2, rel=0.05)
+
+
 def test_observations_close_by_count_for_more_than_the_formula() -> None:
     """Small prefills do not follow the straight formula of large ones; where it was seen, what was seen holds."""
     rng, costs = random.Random(1), Costs()

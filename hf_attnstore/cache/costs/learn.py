@@ -28,6 +28,9 @@ _CLOSE = 0.25
 _PRIOR = 1.2
 """How many observations close by the fit itself counts for: one alone may be an accident."""
 _SURPRISE = math.log(2.0)
+_NEWS = math.log(1.25)
+"""An observation this far off what was predicted is fitted at once; others wait until they are some of all."""
+_SOME = 1 / 4
 _EPSILON = 1e-9
 _STEPS = 6
 
@@ -54,6 +57,8 @@ class Fit:
         self._near = (np.empty(0), np.empty(0), np.empty(0))
         """Of the observations, in order of how far they are off the fit: sizes and offset (logarithms), and weight.
         Among them is the fit itself, which is off by nothing, near everything."""
+        self._waiting = 0
+        """Observations since the last fit, all of them about as predicted."""
         self._surprises = 0
         self.count = 0
         """Observations ever made."""
@@ -68,21 +73,27 @@ class Fit:
         values = (*point, seconds)
         if not all(math.isfinite(value) and value >= 0 for value in values) or seconds <= 0:
             return
-        self._notice_surprise(point, seconds)
+        off = self._off(point, seconds)
+        self._notice_surprise(off)
         self._weights = [weight * self._fade for weight in self._weights]
         self._points.append(tuple(float(value) for value in point))
         self._seconds.append(float(seconds))
         self._weights.append(1.0)
         self.count += 1
         self._forget()
-        self._factors = None
+        self._waiting += 1
+        if abs(off) > _NEWS or self._waiting > _SOME * len(self._points):
+            self._factors = None
 
-    def _notice_surprise(self, point: Sequence[float], seconds: float) -> None:
+    def _off(self, point: Sequence[float], seconds: float) -> float:
+        """How far an observation is off what is predicted, as a logarithm; 0 while nothing is relied on."""
+        if self.count < ENOUGH:
+            return 0.0
+        return math.log(seconds / float(self.predict(np.array([point], dtype=float))[0]))
+
+    def _notice_surprise(self, off: float) -> None:
         """Two observations in a row that are far off in the same direction: what was learned before is out of date."""
         self.surprised = False
-        if self.count < ENOUGH:
-            return
-        off = math.log(seconds / float(self.predict(np.array([point], dtype=float))[0]))
         if abs(off) < _SURPRISE:
             self._surprises = 0
             return
@@ -118,9 +129,11 @@ class Fit:
         return found
 
     def refresh(self) -> None:
-        """Fits anew what was observed since the last time: at the end of a turn rather than while somebody waits."""
+        """Fits anew, where something that was observed since the last time asks for it: at the end of a turn rather
+        than while somebody waits."""
         if self._factors is not None:
             return
+        self._waiting = 0
         points, seconds, weights = np.array(self._points), np.array(self._seconds), np.array(self._weights)
         terms = self._terms(points)
         self._factors = _least_deviations(terms, seconds, weights)
@@ -144,7 +157,7 @@ class Fit:
             self._terms(np.array([point]))  # raises where the number of sizes is another
             self.observe(point, seconds)
         self._weights = [weight / 2 for weight in self._weights]
-        self._surprises, self.surprised = 0, False
+        self._surprises, self.surprised, self._factors = 0, False, None
 
 
 def _short(value: float) -> float:
