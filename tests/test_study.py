@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ from typer.testing import CliRunner
 
 from hf_attnstore.chat.model import load_chat_model, small_model_path
 from hf_attnstore.cli import app as cli
+from hf_attnstore.lab.bench import study
 from hf_attnstore.lab.bench.shapes import BenchError, choose_model, load_model
-from hf_attnstore.lab.bench.study import METHODS, own_text, resume, stream, tokenised
+from hf_attnstore.lab.bench.study import METHODS, SYSTEM, Stream, leading, own_text, resume, stream, tokenised
 from hf_attnstore.lab.bench.study_parts import parts
 
 
@@ -44,6 +46,60 @@ def test_what_stays_says_the_same_moved_and_not_and_all_computed_anew_is_compute
         float(torch.nn.functional.cross_entropy(logits, ids[0, 81:])), abs=1e-4
     )
     assert len({round(value, 3) for value in found.values()}) == 3
+
+
+def test_what_a_window_is_filled_with_is_not_predicted_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model(choose_model("tiny", None, device="cpu", max_tokens=512))
+    ids = own_text(model, 230, seed=3)
+    at_once = stream(model, ids, "CA", window=100, chunk=16, keep_first=4)
+    monkeypatch.setattr(study, "_FILLING", 16)
+    by_chunks = stream(model, ids, "CA", window=100, chunk=16, keep_first=4)
+    assert at_once.tokens == by_chunks.tokens
+    assert at_once.truncations == by_chunks.truncations > 1
+    assert at_once.nats == pytest.approx(by_chunks.nats, abs=1e-3)
+
+
+def test_the_system_part_of_dialogues_is_kept_and_other_texts_have_none(tmp_path: Path) -> None:
+    model = save_tiny_chat_model(tmp_path / "model")
+    tokenizer = load_chat_model(str(model))[1]
+    dialogues, text = tmp_path / "said.jsonl", tmp_path / "text.txt"
+    dialogues.write_text(
+        '{"history": [{"user": "One day.", "bot": "So?"}, {"user": "Another.", "bot": "Well."}]}\n' * 20
+    )
+    text.write_text("the old prince looked at the letter and said nothing " * 40)
+    kept = leading(tokenizer, dialogues, SYSTEM)
+    assert kept is not None
+    ids = tokenised(tokenizer, dialogues, by_paragraph=False)[0]
+    assert "One" in tokenizer.decode(ids[kept : kept + 8])
+    assert "One" not in tokenizer.decode(ids[:kept])
+    assert leading(tokenizer, text, SYSTEM) is None
+    assert leading(tokenizer, text, 4) == leading(tokenizer, dialogues, 4) == 4
+    arguments = ["lab", "truncation", "--model", str(model), "--dtype", "float32", "--chunk", "16", "--window", "64"]
+    arguments += ["--resume-shape", "none", "--output", str(tmp_path), "--tokens", "150", "--text", str(text)]
+    arguments += ["--text", str(dialogues), "--run", "CA:4", "--run", "CA:system"]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 0, result.output
+    record = json.loads((tmp_path / "truncation-model.json").read_text())
+    assert [set(found["by_text"]) for found in record["streams"]] == [{"text.txt", "said.jsonl"}, {"said.jsonl"}]
+    assert re.search(r"CA, system part kept \| – \| \d", (tmp_path / "truncation-model.md").read_text())
+
+
+def test_what_was_measured_is_written_as_it_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = save_tiny_chat_model(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("the old prince looked at the letter and said nothing " * 40)
+
+    def cut_off(*args: object, **options: object) -> Stream:
+        if args[2] == "CA":
+            raise KeyboardInterrupt
+        return stream(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(study, "stream", cut_off)
+    arguments = ["lab", "truncation", "--model", str(model), "--dtype", "float32", "--chunk", "16", "--window", "64"]
+    arguments += ["--resume-shape", "none", "--output", str(tmp_path), "--tokens", "150"]
+    arguments += ["--text", str(tmp_path / "text.txt"), "--run", "TT:1", "--run", "CA:1"]
+    assert CliRunner().invoke(cli.app, arguments).exit_code != 0
+    record = json.loads((tmp_path / "truncation-model.json").read_text())
+    assert [(found["method"], list(found["by_text"])) for found in record["streams"]] == [("TT", ["text.txt"])]
 
 
 def test_until_the_first_truncation_all_methods_are_one() -> None:
@@ -127,5 +183,5 @@ def test_single_methods_are_run_over_several_texts(tmp_path: Path) -> None:
     assert [(found["method"], found["keep_first"]) for found in record["streams"]] == [("TT", 1), ("CA", 4)]
     assert all(set(found["by_text"]) == {"one.txt", "two.txt"} for found in record["streams"])
     assert "two.txt" in (tmp_path / "truncation-model.md").read_text()
-    for wrong in ("CA", "XX:1", "CA:x"):
+    for wrong in ("CA", "XX:1", "CA:x", "CA:system"):  # no text here has messages
         assert CliRunner().invoke(cli.app, [*arguments, "--run", wrong]).exit_code == 2

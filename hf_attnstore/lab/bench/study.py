@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
@@ -28,11 +28,18 @@ from transformers.cache_utils import DynamicLayer
 
 from hf_attnstore import AttentionStore, AttentionStoreCache
 from hf_attnstore.cache.model.argument import as_forward_takes, as_generate_takes
+from hf_attnstore.chat.message_cuts import MessageCuts
+from hf_attnstore.chat.transcript import Message, Transcript
 from hf_attnstore.lab.bench.dialogues import chatting, read_dialogues
 from hf_attnstore.lab.bench.shapes import BenchError, random_ids
 from hf_attnstore.session.window import KEEP_FIRST
 
 METHODS = ("TT", "CA", "NKVT")
+SYSTEM: Final = "system"
+"""In place of a number of leading tokens: the system part with which a text of messages begins."""
+
+_FILLING = 512
+"""Tokens fed at a time until the window is full: nothing is predicted there."""
 
 Progress = Callable[[str], None]
 
@@ -42,7 +49,8 @@ class Stream:
     """How one method did on one text."""
 
     method: str
-    keep_first: int
+    keep_first: int | str
+    """Leading tokens kept, or `SYSTEM`."""
     nats: list[float] = field(default_factory=list)
     """By chunk, summed over its tokens; those after the first truncation only."""
     tokens: list[int] = field(default_factory=list)
@@ -56,7 +64,18 @@ class Stream:
 
     @property
     def label(self) -> str:
+        if self.keep_first == SYSTEM:
+            return f"{self.method}, system part kept"
         return f"{self.method}, {self.keep_first} first kept" if self.keep_first else self.method
+
+    def add(self, text: str, found: Stream) -> None:
+        """Puts what the same method did on another text behind it."""
+        self.by_text[text] = found.nats_per_token
+        self.nats += found.nats
+        self.tokens += found.tokens
+        self.prefilled += found.prefilled
+        self.truncations += found.truncations
+        self.truncation_seconds += found.truncation_seconds
 
     @property
     def nats_per_token(self) -> float:
@@ -92,8 +111,9 @@ def stream(
     folders = tempfile.TemporaryDirectory(prefix="attnstore-study-")
     with folders as folder, AttentionStore(folder, memory="4GiB", disk=0, on_device=0) as store:
         walk = _WALKS[method](model, store, window, keep_first)
-        for start in range(0, ids.shape[1] - 1, chunk):
-            stop = min(start + chunk, ids.shape[1] - 1)
+        start, full = 0, window // chunk * chunk
+        while start < ids.shape[1] - 1:
+            stop = min(start + _FILLING, full) if start < full else min(start + chunk, ids.shape[1] - 1)
             began = time.perf_counter()
             logits, truncated = walk.step(ids[:, :stop], start)
             seconds = time.perf_counter() - began
@@ -106,6 +126,7 @@ def stream(
                 )
                 result.nats.append(float(losses))
                 result.tokens.append(stop - start)
+            start = stop
         result.prefilled = walk.computed - (ids.shape[1] - 1)
         walk.close()
     return result
@@ -206,6 +227,24 @@ class _Moved(_Walk):
 
 
 _WALKS: dict[str, type[_Walk]] = {"TT": _TokenTruncation, "CA": _Moved, "NKVT": _NaiveTruncation}
+
+
+def leading(tokenizer: Any, path: Path, keep_first: int | str) -> int | None:
+    """How many leading tokens of a text are kept; None: its system part, and it has none.
+
+    Raises:
+        BenchError: the file can't be read.
+    """
+    if not isinstance(keep_first, str):
+        return keep_first
+    if ".jsonl" not in path.name:
+        return None
+    messages = [{"role": "user", "content": read_dialogues(path)[0][0]}]
+
+    def render(other: Sequence[Message]) -> str:
+        return str(chatting(tokenizer).apply_chat_template(list(other), tokenize=False, add_generation_prompt=True))
+
+    return MessageCuts(messages, Transcript().prompt(render(messages), tokenizer), render, tokenizer, SYSTEM).first
 
 
 def tokenised(tokenizer: Any, path: Path, *, by_paragraph: bool) -> torch.Tensor:

@@ -38,7 +38,8 @@ def truncation(
     run: Annotated[
         list[str] | None,
         typer.Option(
-            help="Only this method, keeping so many leading tokens, such as CA:4; repeat it. Instead of --keep-first.",
+            help="Only this method, keeping so many leading tokens, such as CA:4, or of dialogues the system part, "
+            "CA:system; repeat it. Instead of --keep-first.",
             show_default=False,
         ),
     ] = None,
@@ -56,7 +57,10 @@ def truncation(
     ] = "small",
     resume_history: Annotated[int, typer.Option(min=32, help="Tokens of KV in a resumed turn.")] = 4096,
     repeats: Annotated[int, typer.Option(min=1, help="Times that resumed turns are measured.")] = 9,
-    output: Annotated[Path | None, typer.Option(help="Folder for the report: JSON, PNG and Markdown.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the report: JSON, PNG and Markdown; the first as each text and method ends."),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="Such as cuda or cpu.")] = None,
     dtype: Annotated[str, typer.Option(help="Such as bfloat16 or float32; auto is what the checkpoint has.")] = "auto",
     seed: Annotated[int, typer.Option(help="For sampled text and random weights.")] = 0,
@@ -119,14 +123,17 @@ def _parts(
             console.print(f"  {title:36} {statistics.mean(values):.4f}  {more:+.4f}", highlight=False)
 
 
-def _run(text: str, methods: Sequence[str]) -> tuple[str, int]:
-    """A method and how many tokens it keeps, of `CA:4`."""
+def _run(text: str, methods: Sequence[str]) -> tuple[str, int | str]:
+    """A method and how many tokens it keeps, of `CA:4` or `CA:system`."""
     from hf_attnstore.lab.bench.shapes import BenchError
+    from hf_attnstore.lab.bench.study import SYSTEM
 
     method, _, first = text.partition(":")
-    if method not in methods or not first.isdecimal():
-        raise BenchError(f"--run takes {', '.join(methods)} with a number of tokens, such as CA:4, not {text!r}.")
-    return method, int(first)
+    if method not in methods or not (first.isdecimal() or first == SYSTEM):
+        raise BenchError(
+            f"--run takes {', '.join(methods)} with a number of tokens or {SYSTEM}, such as CA:4, not {text!r}."
+        )
+    return method, first if first == SYSTEM else int(first)
 
 
 def _truncation(
@@ -150,64 +157,82 @@ def _truncation(
     from hf_attnstore.chat.model import load_chat_model
     from hf_attnstore.lab.bench.machine import describe_machine, in_words, versions
     from hf_attnstore.lab.bench.shapes import BenchError, choose_model, load_model
-    from hf_attnstore.lab.bench.study import Resumed, Stream, methods_for, own_text, resume, stream, tokenised
+    from hf_attnstore.lab.bench.study import (
+        Resumed,
+        Stream,
+        leading,
+        methods_for,
+        own_text,
+        resume,
+        stream,
+        tokenised,
+    )
     from hf_attnstore.lab.bench.study_report import RESUME_BAR, as_markdown, draw, print_study
 
     loaded, tokenizer = load_chat_model(name or "small", device=device, dtype=dtype)
     size = window or positions_of(loaded.config.get_text_config(decoder=True))
     if size is None:
         raise BenchError("This model states no number of positions: give a --window.")
+    label = Path(name).name if name else "small-model"
+    stem = (output or Path()) / f"truncation-{label}"
+    record: dict[str, Any] = {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"), "model": label, "window": size, "chunk": chunk
+    }  # fmt: skip
+    streams: list[Stream] = []
+    resumed: Resumed | None = None
+
+    def write() -> None:
+        whole = {
+            **record,
+            "streams": [{**asdict(found), "perplexity": found.perplexity} for found in streams],
+            "resumed": asdict(resumed) if resumed is not None else None,
+            "machine": describe_machine(stem.parent),
+            "versions": versions(),
+        }
+        unfinished = stem.with_suffix(".new")
+        unfinished.write_text(json.dumps(whole, indent=1) + "\n")
+        unfinished.replace(stem.with_suffix(".json"))
+
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
     with console.status("preparing the text") as status:
-        if texts:
-            # the small model was trained on texts that were tokenised paragraph by paragraph
-            sources = [(path.name, tokenised(tokenizer, path, by_paragraph=name is None)) for path in texts]
-        else:
-            sources = [("text sampled by the model", own_text(loaded, tokens, seed, tokenizer.bos_token_id))]
-        ids = [(label, found[:, :tokens].to(loaded.device)) for label, found in sources]
-        plan = [(method, 0) for method in methods_for(loaded)]
+        plan: list[tuple[str, int | str]] = [(method, 0) for method in methods_for(loaded)]
         plan += [(method, first) for first in keep_first for method in ("TT", "CA")]
         if runs:
             plan = [_run(text, methods_for(loaded)) for text in runs]
-        streams: list[Stream] = []
+        if texts:
+            # the small model was trained on texts that were tokenised paragraph by paragraph
+            sources = [(path, tokenised(tokenizer, path, by_paragraph=name is None)) for path in texts]
+        else:
+            sampled = own_text(loaded, tokens, seed, tokenizer.bos_token_id)
+            sources = [(Path("text sampled by the model"), sampled)]
+        ids = [(path, found[:, :tokens].to(loaded.device)) for path, found in sources]
+        record["texts"] = [{"name": path.name, "tokens": text.shape[1]} for path, text in ids]
         for method, first in plan:
+            kept = {path: leading(tokenizer, path, first) for path, _ in ids}
+            if all(count is None for count in kept.values()):
+                raise BenchError("None of these texts has a system part: give dialogues, or numbers of tokens.")
             merged = Stream(method, first)
-            for label, text in ids:
-                status.update(f"{merged.label}: {label}, {text.shape[1]:,} tokens")
-                found = stream(loaded, text, method, window=size, chunk=chunk, keep_first=first)
-                merged.by_text[label] = found.nats_per_token
-                merged.nats += found.nats
-                merged.tokens += found.tokens
-                merged.prefilled += found.prefilled
-                merged.truncations += found.truncations
-                merged.truncation_seconds += found.truncation_seconds
             streams.append(merged)
-        resumed: Resumed | None = None
+            for path, text in ids:
+                count = kept[path]
+                if count is None:
+                    continue
+                status.update(f"{merged.label}: {path.name}, {text.shape[1]:,} tokens")
+                merged.add(path.name, stream(loaded, text, method, window=size, chunk=chunk, keep_first=count))
+                if output is not None:
+                    write()
         if resume_shape != "none":
             status.update("building a model to time resumed turns")
             spec = choose_model(resume_shape, None, device=device or "auto", max_tokens=2 * resume_history + 64)
             other = load_model(spec)
             resumed = resume(other, resume_history, 32, repeats, seed, status.update)
-    label = Path(name).name if name else "small-model"
-    about = f"{label}, window {size:,}, {', '.join(source for source, _ in ids)}"
+    about = f"{label}, window {size:,}, {', '.join(path.name for path, _ in ids)}"
     print_study(console, about, streams, resumed)
     if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        machine = describe_machine(output)
-        record: dict[str, Any] = {
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "model": label,
-            "window": size,
-            "chunk": chunk,
-            "texts": [{"name": source, "tokens": text.shape[1]} for source, text in ids],
-            "streams": [{**asdict(found), "perplexity": found.perplexity} for found in streams],
-            "resumed": asdict(resumed) if resumed is not None else None,
-            "machine": machine,
-            "versions": versions(),
-        }
-        stem = f"truncation-{label}"
-        (output / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
-        draw(about, streams, resumed, size, output / f"{stem}.png")
-        report = as_markdown(about, streams, resumed, in_words(machine), versions())
-        (output / f"{stem}.md").write_text(f"{report}\n![{about}]({stem}.png)\n")
-        console.print(f"Report: {output / stem}.json, .md, .png", highlight=False)
+        write()
+        draw(about, streams, resumed, size, stem.with_suffix(".png"))
+        report = as_markdown(about, streams, resumed, in_words(describe_machine(output)), versions())
+        stem.with_suffix(".md").write_text(f"{report}\n![{about}]({stem.name}.png)\n")
+        console.print(f"Report: {stem}.json, .md, .png", highlight=False)
     return resumed is not None and any(resumed.ratio(tier) > RESUME_BAR for tier in ("memory", "disk"))

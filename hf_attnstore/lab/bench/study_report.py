@@ -73,19 +73,24 @@ RESUME_COLUMNS = ("resumed turn", "ms to the first token", "against untruncated"
 def text_rows(streams: Sequence[Stream]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Columns and rows of nats a token by text, as text; no rows unless there are several texts.
 
-    In brackets: against the kept tokens computed again, as many of them or one.
+    In brackets: against the kept tokens computed again, the first among them, else as many.
     """
-    names = list(streams[0].by_text) if streams else []
+    names = list(dict.fromkeys(name for found in streams for name in found.by_text))
     anew = {found.keep_first: found.by_text for found in streams if found.method == "TT"}
     rows = []
     for found in streams if len(names) > 1 else ():
-        best = anew.get(found.keep_first, anew.get(1, {}))
-        cells = [
-            f"{nats:.4f}" + (f" ({nats - best[name]:+.4f})" if name in best and best is not found.by_text else "")
-            for name, nats in found.by_text.items()
-        ]
+        best = anew.get(1, anew.get(found.keep_first, {}))
+        cells = [_by_text(found.by_text, best, name) for name in names]
         rows.append((found.label, *cells))
     return ("nats a token", *names), rows
+
+
+def _by_text(nats: Mapping[str, float], best: Mapping[str, float], name: str) -> str:
+    """One cell: nats a token of a text, and in brackets against the best way."""
+    if name not in nats:
+        return "–"
+    against = f" ({nats[name] - best[name]:+.4f})" if name in best and best is not nats else ""
+    return f"{nats[name]:.4f}{against}"
 
 
 def print_study(console: Console, about: str, streams: Sequence[Stream], resumed: Resumed | None) -> None:
@@ -131,7 +136,7 @@ def as_markdown(
     if by_text:
         parts += [
             "",
-            "By text; in brackets against TT with as many kept, else with one:",
+            "By text; in brackets against TT with the first token kept, or as many as here where that was not run:",
             "",
             *_markdown(columns, by_text),
         ]
