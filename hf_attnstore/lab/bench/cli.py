@@ -49,6 +49,15 @@ def bench(
     new: Annotated[int, typer.Option(min=1, help="New prompt tokens on top of the history.")] = 32,
     decode: Annotated[int, typer.Option(min=1, help="Tokens decoded after the first new one.")] = 32,
     repeats: Annotated[int, typer.Option(min=1, help="Times everything is measured, after a warm-up.")] = 7,
+    recompute: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Repeats in which everything is computed anew, which takes longest after a long history. "
+            "[default: all]",
+            show_default=False,
+        ),
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for the report: JSON, PNG and Markdown.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     seed: Annotated[int, typer.Option(help="For weights, token ids and the order of measurements.")] = 0,
@@ -109,6 +118,7 @@ def bench(
             new=new,
             decode=decode,
             repeats=repeats,
+            recompute=recompute,
             output=output,
             as_json=as_json,
             seed=seed,
@@ -185,6 +195,7 @@ def _bench(
     new: int,
     decode: int,
     repeats: int,
+    recompute: int | None,
     output: Path | None,
     as_json: bool,
     seed: int,
@@ -229,7 +240,7 @@ def _bench(
                 folder = root / str(tokens)
                 folder.mkdir()
                 progress.reset(task, total=None)
-                work = Workload(tokens, new, decode, repeats, seed)
+                work = Workload(tokens, new, decode, repeats, seed, recompute)
                 results.append(_measure_one(progress, task, loaded, spec, work, folder, block_size, rss, steps))
                 shutil.rmtree(folder)
     finally:

@@ -111,11 +111,16 @@ def spread(values: Sequence[float]) -> Spread:
 def ratio(above: Sequence[float], below: Sequence[float]) -> Ratio:
     """Compare two series of the same repeats, pair by pair.
 
+    Args:
+        above, below: from the first repeat on; of a longer one the rest, which has no pair, is left out.
+
     Raises:
-        ValueError: they are empty or not of the same length.
+        ValueError: one is empty.
     """
-    if not above:
+    pairs_of = min(len(above), len(below))
+    if not pairs_of:
         raise ValueError("There is nothing to compare.")
+    above, below = above[:pairs_of], below[:pairs_of]
     pairs = spread([a / b for a, b in zip(above, below, strict=True)])
     medians = statistics.median(above) / statistics.median(below)
     return Ratio(pairs.median, medians, pairs.low, pairs.high, min(above) / min(below))

@@ -42,6 +42,13 @@ class Workload:
     decode: int
     repeats: int
     seed: int
+    recompute: int | None = None
+    """Repeats in which everything is computed anew, which is what takes long after a long history; None: in all."""
+
+    @property
+    def recomputed(self) -> int:
+        """Repeats in which that is so."""
+        return self.repeats if self.recompute is None else min(self.recompute, self.repeats)
 
 
 @dataclass
@@ -221,7 +228,9 @@ class _Run:
             steps = {key: step for key, step in steps.items() if key in only}
         if "recompute" in steps:
             steps["recompute"] = lambda _: self._method_plain()
-        total = (self.workload.repeats + 1) * len(steps) + 1
+        anew = {"first", "recompute"} & steps.keys()
+        without = len(anew) * (self.workload.repeats - self.workload.recomputed)
+        total = (self.workload.repeats + 1) * len(steps) + 1 - without
         progress("saving the history", total)
         self._prepare(with_cold=not {"cold", "read_cold"}.isdisjoint(steps))
         for repeat in range(-1, self.workload.repeats):
@@ -230,6 +239,8 @@ class _Run:
             if repeat < 0:
                 names.sort(key=lambda name: ({"first": 0, "recompute": 0, "kept": 1}).get(name, 2))
             for name in names:
+                if name in anew and repeat >= self.workload.recomputed:
+                    continue
                 where = "warm-up" if repeat < 0 else f"repeat {repeat + 1} of {self.workload.repeats}"
                 progress(f"{where}: {name}", total)
                 steps[name](repeat)

@@ -63,6 +63,9 @@ class Result:
     def notes(self) -> list[str]:
         """What a reader of the figures must know."""
         found = list(self.measured.notes)
+        work = self.measured.workload
+        if work.recomputed < work.repeats:
+            found.append(f"Everything was computed anew in the first {work.recomputed} of {work.repeats} repeats only.")
         if self.measured.others > 0.03:
             found.append(
                 f"Other processes used {self.measured.others:.0%} of the CPUs meanwhile, so figures are noisy and "
@@ -340,16 +343,22 @@ def _rss(result: Result) -> TableRows:
         rows.append(
             (
                 title,
-                _bytes(spread([rss.loaded for rss in found]).median),
-                _bytes(spread([rss.before for rss in found]).median),
-                _bytes(spread([rss.peak for rss in found]).median),
+                _mebibytes(spread([rss.loaded for rss in found]).median),
+                _mebibytes(spread([rss.before for rss in found]).median),
+                _mebibytes(found[0].blocks) if found[0].blocks else "–",
+                _mebibytes(found[0].buffers) if found[0].buffers else "–",
+                _mebibytes(spread([rss.peak for rss in found]).median),
                 _against(series[f"rss/{mode}"], series.get("rss/kept")),
             )
         )
     return TableRows(
         "Resident memory of a resumed turn, in a process of its own",
-        ("", "model loaded", "before the turn", "peak in the turn", "× kept"),
+        ("", "model loaded", "before the turn", "of it blocks", "buffers for layers", "peak in the turn", "× kept"),
         rows,
+        (
+            "Blocks: what the memory tier holds. Buffers: left by the turn before, for layers to be used again; the "
+            "blocks are copied into them, so that from memory the history is there twice.",
+        ),
     )
 
 
@@ -385,13 +394,17 @@ def _with_middle_half(found: Spread, digits: int) -> str:
 
 
 def _against(above: Sequence[float], below: Sequence[float] | None) -> str:
-    if not above or not below or len(above) != len(below):
+    if not above or not below:
         return "–"
     return f"{ratio(above, below).paired:.3f}"
 
 
 def _times(value: float) -> str:
     return f"{value:.3f} ×"
+
+
+def _mebibytes(count: float) -> str:
+    return f"{count / 2**20:,.0f} MiB"
 
 
 def _bytes(count: float) -> str:

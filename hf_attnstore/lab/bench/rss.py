@@ -47,12 +47,16 @@ class Rss:
         before: just before the turn: with a kept cache or a filled memory tier, where there is one.
         peak: the highest during the turn.
         gpu_peak: bytes of device memory at most, 0 without a GPU.
+        blocks: just before the turn, in the memory tier.
+        buffers: just before the turn, waiting to be used by layers again.
     """
 
     loaded: int
     before: int
     peak: int
     gpu_peak: int = 0
+    blocks: int = 0
+    buffers: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,7 @@ def _child(job: RssJob) -> Rss:
     import torch
 
     from hf_attnstore import AttentionStore, AttentionStoreCache, detach
+    from hf_attnstore.cache.layers.buffers import host_buffers
     from hf_attnstore.lab.bench import baselines
     from hf_attnstore.lab.bench.measure import memory_cap
     from hf_attnstore.lab.bench.methods import SESSION, check_reuse
@@ -108,6 +113,7 @@ def _child(job: RssJob) -> Rss:
     from hf_attnstore.lab.bench.timing import timed_generate
 
     torch.set_num_threads(job.threads)
+    blocks = buffers = 0
     model = load_model(job.model)
     ids = random_ids(model, job.history + job.new, (job.seed, job.history))
     folder = Path(job.folder)
@@ -136,6 +142,7 @@ def _child(job: RssJob) -> Rss:
                     timed_generate(model, ids, 0, resumed)
                     store.flush()  # the blocks come into the memory tier behind the turn
                 before = _reset_peak()
+                blocks, buffers = int(store.stats()["memory_bytes"]), host_buffers.idle_bytes
                 sample, turn = timed_generate(model, ids, job.decode, resumed)
                 peak = _status("VmHWM")
                 check_reuse(turn, f"memory of a turn, {job.mode}", job.history, job.kv_bytes, job.mode)
@@ -143,7 +150,7 @@ def _child(job: RssJob) -> Rss:
     if job.tokens and sample.tokens != tuple(job.tokens):
         raise BenchError(f"memory of a turn, {job.mode}: WRONG TOKENS, other than in the timed turns.")
     gpu = torch.cuda.max_memory_allocated() if model.device.type == "cuda" else 0
-    return Rss(loaded, before, peak, gpu)
+    return Rss(loaded, before, peak, gpu, blocks, buffers)
 
 
 def _reset_peak() -> int:

@@ -21,12 +21,11 @@ _COLOURS = {"TT": "#57606a", "CA": "#1f6feb", "NKVT": "#cf222e"}
 
 def stream_rows(streams: Sequence[Stream]) -> list[tuple[str, ...]]:
     """Method, perplexity, prefill, truncations and time of each stream, as text."""
-    anew = {found.keep_first: found.nats_per_token for found in streams if found.method == "TT"}
-    best = anew.get(1, anew.get(0))
+    anew = {found.keep_first: found for found in streams if found.method == "TT"}
     rows: list[tuple[str, ...]] = []
     for found in streams:
-        against = f"{found.nats_per_token - best:+.4f}" if best is not None else ""
-        same = f"{found.nats_per_token - anew[found.keep_first]:+.4f}" if found.keep_first in anew else ""
+        against = _more(found, anew.get(1, anew.get(0)))
+        same = _more(found, anew.get(found.keep_first))
         seconds = statistics.median(found.truncation_seconds) if found.truncation_seconds else 0.0
         rows.append(
             (
@@ -41,6 +40,13 @@ def stream_rows(streams: Sequence[Stream]) -> list[tuple[str, ...]]:
             )
         )
     return rows
+
+
+def _more(found: Stream, other: Stream | None) -> str:
+    """Nats a token more than those of another stream, as text; nothing where that is none of the same texts."""
+    if other is None or found.by_text.keys() != other.by_text.keys():
+        return ""
+    return f"{found.nats_per_token - other.nats_per_token:+.4f}"
 
 
 STREAM_COLUMNS = (
