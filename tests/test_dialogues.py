@@ -56,6 +56,15 @@ def test_two_dialogues_are_a_kept_caches_in_any_dtype(dtype: str, tmp_path: Path
     assert_all_reused(result)
 
 
+def test_in_a_shared_store_a_dialogue_is_that_of_a_kept_cache_that_is_split_alike(tmp_path: Path) -> None:
+    model, tokenizer = load_chat_model(save_tiny_chat_model(tmp_path / "model"), dtype="bfloat16")
+    begun = [(f"the old prince looked at the {text}", "and then?", "so?") for text in ("letter", "room", "old room")]
+    result = study(model, tokenizer, begun, tmp_path / "store", max_new_tokens=8, plain=False, one_store=True)
+    first = result.answers[:: len(KINDS)]
+    assert [answer.reused_tokens > 0 for answer in first] == [False, True, True]
+    assert result.summary()["not_as_kept"] == 0
+
+
 @pytest.mark.parametrize("wrong", [False, True])
 def test_the_command_reads_dialogues_and_fails_for_one_wrong_token(
     wrong: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -156,6 +156,7 @@ def study(
     *,
     max_new_tokens: int = 24,
     plain: bool = True,
+    one_store: bool = False,
     tell: Callable[[Study], object] = lambda study: None,
     done: Study | None = None,
 ) -> Study:
@@ -166,6 +167,8 @@ def study(
             in it: a prompt whose beginning another one has brought is prefilled in other parts than the kept cache's,
             and so rounded otherwise.
         plain: whether to compare with plain `generate` too, which takes most of the time.
+        one_store: in 16 bits, too, all dialogues share a store. A kept cache then begins with as much of what an
+            earlier one has computed as the store found of the first prompt, so that both prefill the same parts.
         tell: is given the study after each dialogue.
         done: an earlier study of the same dialogues that ended too soon; those that it has are not said again.
 
@@ -180,9 +183,10 @@ def study(
                 "name another --output, or the same settings."
             )
         result = done
+    earlier: list[KeptCache] | None = [] if one_store else None
     for number, messages in list(enumerate(dialogues))[result.dialogues :]:
-        own = folder if is_exact(model) else folder / str(number)
-        talk = _Talk(model, tokenizer, own, f"dialogue {number}", max_new_tokens, plain)
+        own = folder if one_store or is_exact(model) else folder / str(number)
+        talk = _Talk(model, tokenizer, own, f"dialogue {number}", max_new_tokens, plain, earlier)
         result.answers.extend(talk.answers(messages))
         result.dialogues += 1
         tell(result)
@@ -200,7 +204,9 @@ class _Talk:
         session: str,
         max_new_tokens: int,
         plain: bool,
+        earlier: list[KeptCache] | None = None,
     ) -> None:
+        self.earlier = earlier
         self.model, self.tokenizer, self.folder, self.session = model, chatting(tokenizer), folder, session
         self.max_new_tokens, self.plain = max_new_tokens, plain
         self.kept = KeptCache(model, tokenizer)
@@ -209,6 +215,8 @@ class _Talk:
         """Says everything that there is to say, in order."""
         for text in messages:
             yield self._say("turn", self.session, self.kept, lambda chat, text=text, **kw: chat.send(text, **kw))
+        if self.earlier is not None:
+            self.earlier.append(self.kept.fork())
         with AttentionStore(self.folder) as store:
             store.fork(self.session, f"{self.session}, forked")
         fork = self.kept.fork()
@@ -217,6 +225,13 @@ class _Talk:
         yield self._say("sampled", self.session, self.kept, lambda chat, **kw: chat.retry(**kw), **SAMPLED)
         if len(messages) > 1:
             yield self._say("edited", self.session, self.kept, lambda chat, **kw: chat.edit(1, EDITED, **kw))
+
+    def _begun(self, prompt: Sequence[int], reused: int) -> KeptCache:
+        """A kept cache that has of another dialogue what the store has found of the first prompt."""
+        for other in self.earlier or ():
+            if other.shared_with(prompt) >= reused > 0:
+                return other.beginning(reused)
+        return self.kept
 
     def _say(self, kind: str, session: str, kept: KeptCache, say: Callable[..., Any], **settings: Any) -> Answer:
         from transformers import set_seed
@@ -233,6 +248,8 @@ class _Talk:
         assert turn is not None
         prompt, answer = ids[: turn.prompt_tokens], ids[turn.prompt_tokens :]
         set_seed(len(before))
+        if self.earlier is not None and not before:
+            self.kept = kept = self._begun(prompt, turn.reused_tokens)
         from_kept = kept.answer(prompt, **options)
         as_plain = kept_as_plain = None
         if self.plain and not options["do_sample"]:

@@ -31,6 +31,13 @@ def dialogues(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 24,
     plain: Annotated[bool, typer.Option(help="Compare with plain generate too.")] = True,
+    one_store: Annotated[
+        bool,
+        typer.Option(
+            "--one-store",
+            help="In 16 bits, too, let all dialogues share a store; the kept cache then prefills the same parts.",
+        ),
+    ] = False,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -60,7 +67,7 @@ def dialogues(
 
             result = study(
                 loaded, tokenizer, said, Path(folder),
-                max_new_tokens=max_new_tokens, plain=plain, tell=tell, done=done,
+                max_new_tokens=max_new_tokens, plain=plain, one_store=one_store, tell=tell, done=done,
             )  # fmt: skip
         summary = result.summary()
     for name, value in summary.items():

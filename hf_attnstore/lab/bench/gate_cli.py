@@ -120,9 +120,10 @@ def _gate(
             "versions": versions(),
             "cells": [{**asdict(cell), "regret": cell.regret, "choice_regret": cell.choice_regret} for cell in cells],
         }
-        (output / "gate.json").write_text(json.dumps(record, indent=1) + "\n")
-        draw(about, cells, output / "gate.png")
+        stem = output / (f"gate-{Path(name).name}" if name else "gate")
+        stem.with_name(f"{stem.name}.json").write_text(json.dumps(record, indent=1) + "\n")
+        draw(about, cells, stem.with_name(f"{stem.name}.png"))
         report = as_markdown(about, cells, new, repeats, in_words(machine), share, versions())
-        (output / "gate.md").write_text(f"{report}\n![{about}](gate.png)\n")
-        console.print(f"Report: {output / 'gate'}.json, .md, .png", highlight=False)
+        stem.with_name(f"{stem.name}.md").write_text(f"{report}\n![{about}]({stem.name}.png)\n")
+        console.print(f"Report: {stem}.json, .md, .png", highlight=False)
     return mean_regret(cells) > REGRET_BAR

@@ -189,9 +189,9 @@ def _truncation(
             "machine": describe_machine(stem.parent),
             "versions": versions(),
         }
-        unfinished = stem.with_suffix(".new")
+        unfinished = stem.with_name(f"{stem.name}.new")
         unfinished.write_text(json.dumps(whole, indent=1) + "\n")
-        unfinished.replace(stem.with_suffix(".json"))
+        unfinished.replace(stem.with_name(f"{stem.name}.json"))
 
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
@@ -231,8 +231,8 @@ def _truncation(
     print_study(console, about, streams, resumed)
     if output is not None:
         write()
-        draw(about, streams, resumed, size, stem.with_suffix(".png"))
+        draw(about, streams, resumed, size, stem.with_name(f"{stem.name}.png"))
         report = as_markdown(about, streams, resumed, in_words(describe_machine(output)), versions())
-        stem.with_suffix(".md").write_text(f"{report}\n![{about}]({stem.name}.png)\n")
+        stem.with_name(f"{stem.name}.md").write_text(f"{report}\n![{about}]({stem.name}.png)\n")
         console.print(f"Report: {stem}.json, .md, .png", highlight=False)
     return resumed is not None and any(resumed.ratio(tier) > RESUME_BAR for tier in ("memory", "disk"))

@@ -65,6 +65,16 @@ class KeptCache:
         other._cache = copy.deepcopy(self._cache)
         return other
 
+    def beginning(self, tokens: int) -> KeptCache:
+        """Another one with the first `tokens` tokens of what this one holds."""
+        other = self.fork()
+        other._go_back(other._held, tokens)
+        return other
+
+    def shared_with(self, prompt: Sequence[int]) -> int:
+        """How many of the first tokens of a prompt it holds."""
+        return common_prefix(np.asarray(self._held), np.asarray(prompt))
+
     def feed(self, ids: Sequence[int], at_once: int) -> None:
         """Computes what is not held of `ids`, so many tokens at a time."""
         import torch
@@ -81,7 +91,7 @@ class KeptCache:
 
     def _go_back(self, prompt: Sequence[int], most: int) -> None:
         """Lets go of what is not the prompt's, and of what is beyond its first `most` tokens."""
-        same = min(common_prefix(np.asarray(self._held), np.asarray(prompt)), most)
+        same = min(self.shared_with(prompt), most)
         if same < len(self._held):
             if same:
                 self._cache.crop(same - len(self._held))  # so many tokens less
