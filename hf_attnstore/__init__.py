@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .chat.model import model_source
     from .serving import QueueStats, Turn, TurnQueue
     from .store import AttentionStore, SessionInfo, repair_store
+    from .store.memory.freed import keep_freed_memory
 else:
     import sys
     from importlib import import_module
@@ -64,6 +65,7 @@ else:
             "model_source": ".chat.model",
             **dict.fromkeys(("QueueStats", "Turn", "TurnQueue"), ".serving"),
             **dict.fromkeys(("AttentionStore", "SessionInfo", "repair_store"), ".store"),
+            "keep_freed_memory": ".store.memory.freed",
         },
     )
     _meet_transformers()
@@ -101,6 +103,7 @@ __all__ = [
     "attach",
     "describe",
     "detach",
+    "keep_freed_memory",
     "leave_computing_to_others",
     "model_source",
     "repair_store",

@@ -59,6 +59,12 @@ def fresh_memory_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(uninitialised, "fill", 0xFF)
 
 
+@pytest.fixture(autouse=True)
+def freed_memory_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands that run in the tests' process leave its memory as it is: others look at how much that has."""
+    monkeypatch.setattr("hf_attnstore.store.memory.freed.keep_freed_memory", lambda: False)
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[AttentionStore]:
     """An open store with blocks of 16 tokens."""

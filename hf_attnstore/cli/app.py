@@ -101,8 +101,10 @@ def chat(
 
     from ..chat.model import load_chat_model
     from ..store import AttentionStore
+    from ..store.memory.freed import keep_freed_memory
     from .terminal import TerminalChat
 
+    keep_freed_memory()
     AttentionStore.check_name(session)  # said now, not when the model is there
     disable_progress_bar()  # a bar for the weights would stay between the prompt and the command
     console = Console(highlight=False)

@@ -122,6 +122,7 @@ def serve(
     listening = bound_socket(host, port)
     from ..chat.model import default_device, first_line, model_source
     from ..store import AttentionStore
+    from ..store.memory.freed import keep_freed_memory
     from .app import application
     from .generating import LoadedModel
     from .page import PATH, add_page
@@ -129,6 +130,7 @@ def serve(
     from .service import Service
     from .warming import warm_up
 
+    keep_freed_memory()
     try:
         source = model_source(model)
         loaded = LoadedModel(

@@ -58,7 +58,9 @@ def ui(
     """Chat in the browser: conversations that go on where they were left, and what that saved."""
     from ..chat.model import load_chat_model, model_source, model_title
     from ..store import AttentionStore
+    from ..store.memory.freed import keep_freed_memory
 
+    keep_freed_memory()
     serving = _serving()
     console = Console(highlight=False, soft_wrap=True)
 
