@@ -14,6 +14,7 @@ CODE = """
 import resource, torch
 from hf_attnstore import keep_freed_memory
 from hf_attnstore.store.memory import size
+from hf_attnstore.store.memory.freed import widen_heap
 
 def resident():
     with open("/proc/self/statm") as file:
@@ -27,14 +28,23 @@ def layers(count):
         del parts
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
+"""
+
+KEPT = """
 layers(2)
 print(keep_freed_memory(), keep_freed_memory())
-first, later = layers(1), layers(10)
-print(later)
+layers(1)
+print(layers(10))
 full = resident()
 for relieve in size._pressure:
     relieve()
 print(full - resident())
+"""
+
+WIDE = """
+widen_heap()
+layers(3)
+print(layers(10))
 """
 
 
@@ -45,19 +55,25 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-def run() -> list[str]:
-    return fresh.run([sys.executable, "-c", CODE], cwd=Path(__file__).parent, check=True).stdout.split()
+def run(code: str) -> list[str]:
+    return fresh.run([sys.executable, "-c", CODE + code], cwd=Path(__file__).parent, check=True).stdout.split()
 
 
 def test_what_is_freed_is_used_again_until_memory_is_short(environment: pytest.MonkeyPatch) -> None:
-    found = run()
+    found = run(KEPT)
     if found[0] == "False":
         pytest.skip("memory is not glibc's here")
     assert found[:2] == ["True", "True"]
-    assert int(found[2]) < 2000  # ten times 48 MiB are 120,000 pages
+    assert int(found[2]) < 12_000  # ten times 48 MiB are 120,000 pages
     assert int(found[3]) > 32 << 20
 
 
 def test_an_environment_that_sets_memory_up_is_left_as_it_is(environment: pytest.MonkeyPatch) -> None:
     environment.setenv("MALLOC_ARENA_MAX", "2")
-    assert run()[:2] == ["False", "False"]
+    assert run(KEPT)[:2] == ["False", "False"]
+
+
+def test_a_wide_heap_has_room_for_a_layers_activations(environment: pytest.MonkeyPatch) -> None:
+    if run(KEPT)[0] == "False":
+        pytest.skip("memory is not glibc's here")
+    assert int(run(WIDE)[0]) < 12_000

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from ...store.blocks.uninitialised import uninitialised
+from ...store.memory.freed import widen_heap
 from ...store.memory.size import on_pressure
 
 MAX_IDLE_BYTES = 512 << 20
@@ -55,6 +56,7 @@ class HostBuffers:
             if fitting is not None:
                 self.idle_bytes -= fitting
                 return self._idle[fitting].pop()
+        widen_heap()
         alignment = _HUGE_PAGE if size >= 2 * _HUGE_PAGE else _PAGE
         room = np.empty(size + alignment, dtype=np.uint8)  # numpy asks for huge pages from 4 MiB on
         return room[-room.ctypes.data % alignment :][:size]

@@ -10,6 +10,8 @@ import os
 from functools import cache
 from typing import Any
 
+import numpy as np
+
 from .size import on_pressure
 
 KEPT_BYTES = 1 << 30
@@ -19,6 +21,15 @@ _OWN_MAPPING = 32 << 20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 """From malloc.h."""
 _SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_ARENA_MAX", "GLIBC_TUNABLES")
+
+
+@cache
+def widen_heap() -> None:
+    """Has glibc take pieces of up to 32 MiB from its heap, and leave twice that free at its end: it does so by itself
+    once a process has freed a piece of that size. Without this, KV that stays among a model's activations makes first
+    turns on a CPU touch more fresh memory than they would without a store (SmolLM2, 1,024 tokens, one thread: 6,000 to
+    33,000 pages instead of 53,000 to 111,000, in 0.90 to 0.99 times the CPU time)."""
+    np.empty(_OWN_MAPPING - (1 << 20), np.uint8)  # mapped, touched by nobody, and freed
 
 
 @cache
