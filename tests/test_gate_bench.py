@@ -25,6 +25,7 @@ def test_regret_is_against_the_better_of_both() -> None:
     assert cell.best == 2.0
     assert cell.regret == pytest.approx(0.1)
     assert cell.choice_regret == pytest.approx(statistics.mean([2.0, 2.0, 4.0]) / 2 - 1)
+    assert cell.better_chosen == 2
     other = Cell("memory", None, 100, {method: [1.0] for method in METHODS}, [100])
     assert mean_regret([cell, other]) == pytest.approx(0.05)
     assert worst([cell, other]) is cell
