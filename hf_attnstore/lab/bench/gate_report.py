@@ -72,8 +72,8 @@ def in_a_sentence(cells: Sequence[Cell]) -> str:
         f"{statistics.median(cell.regret for cell in cells):+.1%}, largest {found.regret:+.1%} "
         f"({found.history:,} tokens, {found.tier}). Of its choices alone: mean {mean_choice_regret(cells):+.1%}, "
         f"largest {max(cell.choice_regret for cell in cells):+.1%}; {sum(cell.better_chosen for cell in cells)} of "
-        f"{sum(len(cell.reused) for cell in cells)} were the better way, whole. Always loading would be {loads:+.1%} in "
-        f"the mean, always recomputing {computes:+.1%}."
+        f"{sum(len(cell.reused) for cell in cells)} were the better way, whole. Always loading would be {loads:+.1%} "
+        f"in the mean, always recomputing {computes:+.1%}."
     )
 
 
