@@ -18,7 +18,7 @@ from hf_attnstore.chat.model import load_chat_model
 from hf_attnstore.chat.transcript import Transcript, encode
 from hf_attnstore.cli import app as cli
 from hf_attnstore.lab.bench import retokenised
-from hf_attnstore.lab.bench.dialogues import ANOTHER, DIALOGUES, Study, study
+from hf_attnstore.lab.bench.dialogues import ANOTHER, DIALOGUES, Answer, Study, study
 from hf_attnstore.lab.demo.kept import KeptCache
 
 KINDS = ["turn"] * 3 + ["fork", "again", "sampled", "edited"]
@@ -42,6 +42,11 @@ def test_five_dialogues_with_smollm2_are_those_of_plain_generate(
     assert all(answer.as_kept for answer in result.answers)
     assert all(answer.as_plain for answer in result.answers if answer.kind != "sampled")
     assert_all_reused(result)
+
+
+def test_what_was_known_and_computed_leaves_the_last_token_out() -> None:
+    reused = [Answer("turn", 10, known, 7, 0, 4, as_kept=True, as_plain=None) for known in (10, 8, 7, 0)]
+    assert [answer.known_but_computed for answer in reused] == [2, 0, 0, 0]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

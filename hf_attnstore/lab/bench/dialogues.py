@@ -66,6 +66,13 @@ class Answer:
     """The first of its tokens that is another one when its text is tokenised again; None: none is."""
     kept_as_plain: bool | None = None
     """Whether a kept cache gives what plain `generate` gives: in 16 bits rounding decides."""
+    gate: str = ""
+    """What the gate said, where not all that was known was reused."""
+
+    @property
+    def known_but_computed(self) -> int:
+        """Tokens that were known and not reused; the last one of a prompt is always computed."""
+        return max(0, self.known_tokens - 1 - self.reused_tokens)
 
 
 @dataclass
@@ -96,9 +103,7 @@ class Study:
             "kept_not_as_plain": sum(not answer.kept_as_plain for answer in greedy),
             "prompt_tokens": sum(answer.prompt_tokens for answer in self.answers),
             "reused_tokens": sum(answer.reused_tokens for answer in self.answers),
-            "known_but_computed": sum(
-                max(0, answer.known_tokens - 1 - answer.reused_tokens) for answer in self.answers
-            ),
+            "known_but_computed": sum(answer.known_but_computed for answer in self.answers),
             "sampled": len(sampled),
             "retokenise_otherwise": len(other),
             "tokens_after_that": sum(answer.tokens - (answer.retokenised_at or 0) for answer in other),
@@ -257,7 +262,7 @@ class _Talk:
             timed_generate(self.model, self.tokenizer, prompt, run, **options)
             as_plain, kept_as_plain = run.ids == answer, run.ids == from_kept
         same = common_prefix(np.asarray(before), np.asarray(prompt))
-        return Answer(
+        found = Answer(
             kind,
             turn.prompt_tokens,
             same,
@@ -269,6 +274,7 @@ class _Talk:
             _retokenised_at(self.tokenizer, answer),
             kept_as_plain,
         )
+        return replace(found, gate=turn.cache.gate) if found.known_but_computed else found
 
 
 def _retokenised_at(tokenizer: Any, ids: list[int]) -> int | None:
