@@ -67,14 +67,14 @@ def test_a_conversation_moves_between_two_machines(engine: str, needs: list[str]
 def test_what_is_shared_is_counted_listed_and_collected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server = Valkey(tmp_path)
     try:
-        with AttentionStore(tmp_path / "one", block_size=16, shared=server.url) as store:
+        with AttentionStore(tmp_path / "one", block_size=16, shared=server.patient_url) as store:
             save(store, make_chain(list(range(40)), 16), "alice")
             save(store, make_chain(list(range(50, 70)), 16), "bob")
             save(store, make_chain(list(range(90, 100)), 16))
             store.flush()
             store.delete("bob")
         AttentionStore(tmp_path / "two", block_size=16, shared="").close()
-        monkeypatch.setenv("ATTNSTORE_SHARED", server.url)
+        monkeypatch.setenv("ATTNSTORE_SHARED", server.patient_url)
 
         def asked(*words: str) -> dict[str, Any]:
             result = CliRunner().invoke(app, [*words, "--shared", "--json", "--store", str(tmp_path / "two")])
@@ -105,10 +105,10 @@ def test_verify_reads_what_is_shared_and_ls_lists_sessions_of_other_machines(
 ) -> None:
     server = Valkey(tmp_path)
     try:
-        with AttentionStore(tmp_path / "one", block_size=16, shared=server.url) as store:
+        with AttentionStore(tmp_path / "one", block_size=16, shared=server.patient_url) as store:
             save(store, make_chain(list(range(40)), 16), "alice")
         AttentionStore(tmp_path / "two", block_size=16, shared="").close()
-        monkeypatch.setenv("ATTNSTORE_SHARED", server.url)
+        monkeypatch.setenv("ATTNSTORE_SHARED", server.patient_url)
         at = ["--store", str(tmp_path / "two")]
         assert "alice" in CliRunner().invoke(app, ["ls", *at]).output
         result = CliRunner().invoke(app, ["verify", "--shared", *at])

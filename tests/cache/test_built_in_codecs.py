@@ -468,13 +468,13 @@ def test_what_another_machine_has_written_is_kept_here_as_it_is(codec: str, tmp_
     server = Valkey(tmp_path)
     try:
         model, found = make_model(), []
-        with opened(tmp_path / "one", codec, shared=server.url) as one:
+        with opened(tmp_path / "one", codec, shared=server.patient_url) as one:
             turn(model, tokens(70), AttentionStoreCache(model, "alice", one))
             one.flush()
             prompt = follow_up(tokens(70), 20, 2)
             ways("disk", one)
             found.append(turn(model, prompt, AttentionStoreCache(model, "alice", one, save=False)))
-        with opened(tmp_path / "two", codec, shared=server.url) as two:
+        with opened(tmp_path / "two", codec, shared=server.patient_url) as two:
             for tier in ("shared", "memory", "disk"):
                 if tier != "shared":
                     two.flush()
@@ -594,7 +594,7 @@ def test_a_disk_with_a_lossless_codec_of_its_own_serves_a_raw_store(tier: str, f
 def test_a_shared_tier_with_a_lossless_codec_of_its_own(
     codec: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    model, url = make_model(), empty_server(request, "timeout=30&lookup=30")
+    model, url = make_model(), empty_server(request)
     with opened(tmp_path / "alone", codec) as alone:
         first = turn(model, tokens(70), AttentionStoreCache(model, "alice", alone))
         second = follow_up(first.sequences, 20, 2)

@@ -459,16 +459,16 @@ def test_a_slow_disk_is_found_out_and_not_waited_for(tmp_path: Path, monkeypatch
     monkeypatch.setenv("ATTNSTORE_GATE", "on")
     gating.forget()
     model = make_model()
-    disk = SlowDisk(400_000)  # a conversation of 200 tokens takes 0.2 s
+    disk = SlowDisk(200_000)  # 200 tokens take 0.4 s, many times what it takes to compute them
     with AttentionStore(tmp_path, block_size=BLOCK, surroundings=Surroundings(disk=disk)) as store:
         stats = some_turns(model, store, 6)
         assert [s.reused_tokens for s in stats[:3]] == [205] * 3  # before anything is known, reuse
         assert stats[-1].reused_tokens < 205
         assert stats[-1].missed == "computing is faster"
         load = float(re.search(r"of 205: load ([\d,]+) ms", stats[-1].gate)[1].replace(",", ""))  # type: ignore[index]
-        assert load >= 150  # 205 tokens of 384 bytes at 400 kB/s take 197 ms, some of which the model computes
+        assert load >= 300  # 205 tokens of 384 bytes at 200 kB/s take 394 ms, some of which the model computes
         assert stats[-1].recompute_seconds is not None
-        assert 0 < stats[-1].recompute_seconds < 1
+        assert stats[-1].recompute_seconds > 0
         # the next process begins with that
         store.flush()
         assert _in_another_process(tmp_path) < 205

@@ -23,7 +23,7 @@ from hf_attnstore.store.shared import tier
 @pytest.fixture
 def url(request: pytest.FixtureRequest) -> str:
     """Of a server with nothing in it; a parameter is the fixture that has it."""
-    return empty_server(request, "timeout=30&lookup=30" if hasattr(request, "param") else "").rstrip("?")
+    return empty_server(request)
 
 
 @pytest.fixture(autouse=True)
@@ -163,13 +163,13 @@ def test_what_did_not_go_up_while_the_engine_was_away_goes_up_with_the_next_turn
     server, model = Valkey(tmp_path), make_model()
     try:
         server.kill()
-        prompt = converse(tmp_path / "one", server.url)
+        prompt = converse(tmp_path / "one", server.patient_url)
         server.start()
-        with machine(tmp_path / "one", server.url) as store:
+        with machine(tmp_path / "one", server.patient_url) as store:
             store.drop_memory()
             second = turn(model, prompt, AttentionStoreCache(model, "alice", store)).sequences
         prompt = follow_up(second, 9, 3)
-        with machine(tmp_path / "two", server.url) as store:
+        with machine(tmp_path / "two", server.patient_url) as store:
             cache = AttentionStoreCache(model, "alice", store)
             assert torch.equal(turn(model, prompt, cache).sequences, turn(make_model(), prompt, None).sequences)
             assert_reused(cache, prompt, 101)
@@ -215,7 +215,7 @@ def test_an_engine_that_stops_in_the_middle_costs_the_deadline_once_and_nothing_
     prompt = converse(tmp_path / "one", url)
     proxy = FaultyProxy(server.port)
     try:
-        with machine(tmp_path / "two", f"{proxy.url}?timeout=0.3") as store:
+        with machine(tmp_path / "two", f"{proxy.url}?timeout=0.3&lookup=30") as store:
             asked: list[int] = []
             store._shared.engine.edges = counted(store._shared.engine.edges, asked)
             proxy.set(Fault("stop", after=14_000))
@@ -247,8 +247,8 @@ def test_an_engine_that_is_killed_takes_no_token_with_it(
 ) -> None:
     server = Valkey(tmp_path)
     try:
-        prompt = converse(tmp_path / "one", server.url)
-        with machine(tmp_path / "two", server.url) as store:
+        prompt = converse(tmp_path / "one", server.patient_url)
+        with machine(tmp_path / "two", server.patient_url) as store:
             engine = store._shared.engine
             if phase == "before the turn":
                 assert store.known([b"x" * 32]) == 0  # connected
@@ -258,7 +258,7 @@ def test_an_engine_that_is_killed_takes_no_token_with_it(
                 monkeypatch.setattr(engine, name, first(server.kill, getattr(engine, name)))
             assert_goes_on(store, prompt, 75 if phase == "while it saves" else 0)
             store.flush()
-        with machine(tmp_path / "two", server.url) as store:
+        with machine(tmp_path / "two", server.patient_url) as store:
             assert AttentionStoreCache(make_model(), "alice", store).match(prompt) == 95
     finally:
         server.kill()
@@ -279,8 +279,8 @@ def test_a_full_engine_that_evicts_nothing_refuses_and_the_local_store_goes_on(
     try:
         server.ask("SET", "taken", "x" * 1_500_000)
         server.ask("CONFIG", "SET", "maxmemory", "1mb")
-        prompt = converse(tmp_path / "one", server.url)
-        with machine(tmp_path / "one", server.url) as store:
+        prompt = converse(tmp_path / "one", server.patient_url)
+        with machine(tmp_path / "one", server.patient_url) as store:
             assert_goes_on(store, prompt, 75)
             store.flush()
             assert store.stats()["shared_refused_blocks"] > 1
@@ -293,7 +293,7 @@ def test_a_full_engine_that_evicts_nothing_refuses_and_the_local_store_goes_on(
 
 def test_a_turn_marks_what_it_used_though_all_of_it_was_in_memory(tmp_path: Path, url: str, server: Valkey) -> None:
     model = make_model()
-    with machine(tmp_path, f"{url}?ttl=1000&timeout=30&lookup=30") as store:
+    with machine(tmp_path, f"{url}&ttl=1000") as store:
         prompt = turn(model, tokens(70), AttentionStoreCache(model, "alice", store)).sequences
         store.flush()
         names = [f"attnstore:b:{span.block.hex()}" for span in store.manifest("alice").spans]
@@ -321,7 +321,6 @@ def test_a_chat_goes_on_on_another_machine_as_if_it_had_stayed(tmp_path: Path, u
     with machine(tmp_path / "stays", "") as store:
         chat = ChatSession(model, tokenizer, store, "alice")
         stayed = [(chat.send(text, **greedy), chat.stats.reused_tokens) for text in said]
-    url += "?timeout=30&lookup=30"
     with machine(tmp_path / "one", url) as one, machine(tmp_path / "two", url) as two:
         for number, text in enumerate(said):
             store = (one, two)[number % 2]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -12,6 +11,7 @@ import pytest
 import torch
 from support import fresh
 from support import tensor_parallel as ranks
+from support.ports import free_port
 from support.tiny_models import make_model
 
 pytestmark = pytest.mark.skipif(
@@ -21,9 +21,7 @@ pytestmark = pytest.mark.skipif(
 
 def alive(stages: list[Callable[..., None]], folder: Path) -> None:
     """Two ranks go through the stages; both end well, and in time."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     names = ", ".join(f"ranks.{stage.__name__}" for stage in stages)
     script = (
         "import sys\nfrom support import tensor_parallel as ranks\n"

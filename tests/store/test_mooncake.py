@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.ports import free_port
 from support.store_blocks import load, make_chain, same, save
 
 from hf_attnstore.store import AttentionStore
@@ -36,11 +37,7 @@ class Mooncake:
     """A master, and a machine that gives memory."""
 
     def __init__(self, folder: Path) -> None:
-        ports = []
-        for _ in range(2):
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                ports.append(probe.getsockname()[1])
+        ports = [free_port(), free_port()]
         self.url = f"mooncake://127.0.0.1:{ports[0]}?staging=16MiB"
         master = Path(sys.executable).parent / "mooncake_master"
         at = ["-rpc_address", "127.0.0.1", "-rpc_port", str(ports[0]), "-metrics_port", str(ports[1])]
@@ -135,7 +132,7 @@ def test_a_machine_that_stops_is_waited_for_as_long_as_may_be_and_nothing_is_wri
         began = time.monotonic()
         with pytest.raises(EngineError, match="no answer in time"):
             stream.take([memoryview(buffer)], Deadline(0.2))
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 60
         before = bytes(buffer)
     finally:
         mooncake.node.send_signal(signal.SIGCONT)
@@ -161,5 +158,5 @@ def test_a_master_that_is_not_there_is_not_waited_for(mooncake: Mooncake) -> Non
     nobody = open_engine(SharedURL("mooncake://127.0.0.1:1"))
     with pytest.raises(EngineError, match="refused"):
         nobody.sizes(["a"], soon())
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 60
     nobody.close()

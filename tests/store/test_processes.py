@@ -92,9 +92,8 @@ def test_a_session_is_held_until_what_its_turn_saved_is_on_disk(
             lock.release()
             one.lock_session("a", 0).release()  # for itself, the turn is over
             threading.Timer(0.3, may_write.set).start()
-            began = time.monotonic()
             two.lock_session("a", 0).release()  # no error: the turn is over, its commit is not
-            assert time.monotonic() - began > 0.1
+            assert may_write.is_set()
             assert two.tokens("a") == list(range(40))
         assert not list((tmp_path / "locks").glob("*.draining"))
 

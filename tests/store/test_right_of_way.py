@@ -60,9 +60,9 @@ def test_who_waits_for_tasks_does_not_wait_for_those_who_compute(writer: tuple[I
 def test_nobody_holds_tasks_for_ever() -> None:
     right = RightOfWay(0.2)
     threads = IOThreads(1, "test", right)
+    began = time.monotonic()
     right.take("one that never gives way")
     done = threading.Event()
-    began = time.monotonic()
     threads.submit(done.set)
     assert soon(done)
     assert time.monotonic() - began >= 0.1

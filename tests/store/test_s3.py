@@ -265,4 +265,4 @@ def test_a_server_that_says_nothing_is_waited_for_as_long_as_may_be_and_no_buffe
         ):
             with pytest.raises(EngineError, match="no answer in time"):
                 ask()
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 60

@@ -19,7 +19,7 @@ from hf_attnstore.store.blocks.block import Block
 from hf_attnstore.store.shared import deadline, tier
 
 TIMEOUT, LOOKUP = 0.3, 0.15
-SLACK = 10.0
+SLACK = 60.0
 """Seconds; the machine may be busy. What hangs takes the test's own limit."""
 
 

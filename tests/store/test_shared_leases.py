@@ -21,7 +21,7 @@ def test_turns_of_two_machines_are_never_lost_or_mixed_though_one_is_killed(
     turns: int, kills: int, tmp_path: Path, server: Valkey
 ) -> None:
     server.ask("FLUSHALL")
-    url = server.url + "?timeout=60&lookup=60&lease=5"  # a busy machine stands still for a second
+    url = server.patient_url + "&lease=10"  # a busy machine stands still for seconds
     chance = random.Random(turns)
     stays = Machine(tmp_path / "stays", url, 1, 0, turns)
     fragile: list[Machine] = []

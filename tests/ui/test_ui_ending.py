@@ -62,9 +62,9 @@ def test_who_waits_for_a_model_that_is_not_loaded_any_more_is_told() -> None:
     loader = ModelLoader(load)
     waiting = threading.Thread(target=wait)
     waiting.start()
-    assert begun.wait(10)
+    assert begun.wait(60)
     loader.close()
-    waiting.join(10)
+    waiting.join(60)
     assert told == ["the process is ending; try again in a moment"]
     assert loader.ready
     loader.close()  # again, and harmless
