@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from tokenizers.decoders import DecodeStream
-from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessorList, SequenceBiasLogitsProcessor, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.configuration_utils import GenerationMode
 
 from ..cache import AttentionStoreCache, TurnStats
 from ..cache.generate.settings import setting
@@ -22,8 +23,10 @@ from ..serving import work as turn_work
 from ..serving.turn import Turn
 from .callers import Exchange
 from .errors import ApiError
+from .logprobs import Scored, Scores
 from .parameters import Penalties
 from .seams import DirectStreamer
+from .stored import delete_if_there
 
 if TYPE_CHECKING:
     from .batching import BatchTurn
@@ -37,8 +40,11 @@ class Answer:
 
     Args:
         kind: "chat", "completions" or "responses".
-        body: the request, checked. What is done here is taken out: seed, penalties, and texts that end the answer.
+        body: the request, checked. What is done here is taken out: seed, penalties, logprobs, and texts that end the
+            answer.
         when_over: called in the event loop when the turn is over.
+        number: of several answers to a request, which it is, from 0. Each has a seed of its own, and only the first is
+            what a named session goes on with: the others are found by content.
     """
 
     def __init__(
@@ -48,20 +54,29 @@ class Answer:
         body: dict[str, Any],
         exchange: Exchange,
         when_over: Callable[[Answer], object],
+        number: int = 0,
     ) -> None:
         self.id = _PREFIXES[kind] + uuid.uuid4().hex
         """No other answer has it, whatever a client names its request."""
         self.kind = kind
         self.exchange = exchange
+        self.asked = body
+        """The request, without what is done here."""
         self.session: str | None = body.pop("prompt_cache_key", None)
         """The name that its conversation is kept under; None: by content."""
         if self.session is not None:
             exchange.store.check_name(self.session)
+        if number:
+            self.session = None
         self.stops: list[str] = body.pop("stop", [])
         """Texts that end it."""
         self.stopped = False
         """Whether one of them did."""
-        self._seed: int | None = body.pop("seed", None)
+        seed = body.pop("seed", None)
+        self._seed: int | None = seed + number if seed is not None else None
+        self._logprobs: int | None = body.pop("logprobs", None)
+        self.scores: Scores | None = None
+        """How likely its tokens were, where that was asked for."""
         self._frequency = float(body.pop("frequency_penalty", 0))
         self._presence = float(body.pop("presence_penalty", 0))
         self._asked = next((body[n] for n in body if n.startswith("max_") and n.endswith("_tokens")), None)
@@ -77,8 +92,11 @@ class Answer:
         self._decode: Callable[[Sequence[int]], str] | None = None
         """Ids in words, where the turn did not have them."""
         self.turn: Turn[Any] | BatchTurn | None = None
+        self.streamer: AnswerStreamer | None = None
         self.keeps: list[dict[str, Any]] | None = None
         """For a response that is to be kept: what it answers."""
+        self.session_is_its_own = False
+        """Whether its session has the name of a response that is not there yet: nobody else could find it."""
         exchange.when_left(self.cancel)
 
     # making it
@@ -92,6 +110,7 @@ class Answer:
             ContextWindowError: prompt and answer are longer than the model's window.
             QueueFullError, TurnQueueError: see `TurnQueue.run`.
         """
+        self.streamer = streamer
         prompt_tokens = self._prompt_tokens = inputs["input_ids"].shape[-1]
         config.max_new_tokens = self._fitting(model, prompt_tokens, config.max_new_tokens or _MOST_NEW)
         given: dict[str, Any] = {**inputs, "generation_config": config, "tokenizer": processor}
@@ -100,8 +119,20 @@ class Answer:
         if config.pad_token_id is None:
             ends = setting(model, given, "eos_token_id")
             config.pad_token_id = ends[0] if isinstance(ends, list) else ends
+        tokenizer = getattr(processor, "tokenizer", processor)
+        processors = LogitsProcessorList()
+        if self._logprobs is not None:
+            if config.get_generation_mode() not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+                raise ApiError(400, "logprobs are there of tokens that are chosen one by one", param="logprobs")
+            self.scores = Scores(tokenizer, inputs["input_ids"][0].tolist(), self._logprobs)
+            processors.append(self.scores)
+        if config.sequence_bias:  # after what is said of logprobs
+            processors.append(SequenceBiasLogitsProcessor(config.sequence_bias))
+            config.sequence_bias = None
         if self._frequency or self._presence:
-            given["logits_processor"] = LogitsProcessorList([Penalties(prompt_tokens, self._frequency, self._presence)])
+            processors.append(Penalties(prompt_tokens, self._frequency, self._presence))
+        if processors:
+            given["logits_processor"] = processors
         by_beams = config.num_beams not in (None, 1)
         if config.num_return_sequences not in (None, 1) or (by_beams and (streamer is not None or self.stops)):
             raise ApiError(
@@ -111,7 +142,6 @@ class Answer:
         config.return_dict_in_generate = False  # nobody could see more than the tokens
         if not by_beams:
             given["streamer"] = _Both(self, streamer)
-        tokenizer = getattr(processor, "tokenizer", processor)
         if self.stops:
             given["stopping_criteria"] = StoppingCriteriaList([_StopTexts(self, prompt_tokens, tokenizer._tokenizer)])
         if self._service.batches is not None:
@@ -173,6 +203,20 @@ class Answer:
         if self.turn is not None:
             self.turn.cancel()
 
+    def forget(self) -> None:
+        """Where nobody can name its session, since its response did not come to its end, that goes with its turn."""
+        if self.session_is_its_own and self.turn is not None:
+            self.cancel()
+            self.turn.add_done_callback(self._delete_session)
+
+    def _delete_session(self, _: Any) -> None:
+        assert self.session is not None
+        if self._service.batches is not None:
+            assert not isinstance(self.turn, Turn | None)
+            self._service.batches.delete(self.turn, self.exchange.store)
+        else:
+            delete_if_there(self.exchange.store, self.session)
+
     # waiting for it
 
     async def begun(self) -> None:
@@ -213,6 +257,13 @@ class Answer:
         assert self.turn is not None
         found: list[int] = self.turn.result()[0, self._prompt_tokens :].tolist()
         return found
+
+    @property
+    def scored(self) -> list[Scored]:
+        """Its tokens with how likely they were, up to the text that ended it."""
+        entries = self.scores.entries if self.scores is not None else []
+        said = len(cut_at("".join(entry.text for entry in entries), self.stops))
+        return [entry for entry in entries if entry.offset < said]
 
     # what it was
 
@@ -259,6 +310,13 @@ _LONGEST = 300
 """Characters of a reason in a header."""
 
 
+class ScoredText(str):
+    """A piece of an answer, and its tokens."""
+
+    entries: list[Scored]
+    most: int
+
+
 class AnswerStreamer(DirectStreamer):
     """transformers' streamer, which takes tool calls and reasoning out of the text, without the texts that stop it.
 
@@ -269,6 +327,7 @@ class AnswerStreamer(DirectStreamer):
         self._answer = answer
         self._held = ""
         self._stopped = False
+        self._said = self._scored = 0
         super().__init__(*args, **kwargs)
 
     def cancel(self) -> None:
@@ -277,9 +336,12 @@ class AnswerStreamer(DirectStreamer):
     def _enqueue(self, item: Any) -> None:
         if type(item) is not str or not self._answer.stops:
             if self._held and not self._stopped:
-                super()._enqueue(self._held)
+                self._say(self._held)
             self._held = ""
-            super()._enqueue(item)
+            if type(item) is str:
+                self._say(item)
+            else:
+                super()._enqueue(item)
             return
         if self._stopped:
             return
@@ -289,7 +351,27 @@ class AnswerStreamer(DirectStreamer):
         kept = 0 if self._stopped else _may_begin(whole, self._answer.stops)
         said, self._held = whole[: len(whole) - kept], whole[len(whole) - kept :]
         if said:
-            super()._enqueue(said)
+            self._say(said)
+
+    def _say(self, text: str) -> None:
+        self._said += len(text)
+        if self._answer.scores is not None:
+            scored = ScoredText(text)
+            scored.most = self._answer.scores.most
+            scored.entries = self._entries(self._said if self._answer.stops else None)
+            text = scored
+        super()._enqueue(text)
+
+    def rest(self) -> list[Scored]:
+        """Tokens that no piece of text came with, once the answer is over."""
+        return [] if self._stopped else self._entries(None)
+
+    def _entries(self, up_to: int | None) -> list[Scored]:
+        scores = self._answer.scores
+        assert scores is not None
+        new = [e for e in scores.entries[self._scored :] if up_to is None or e.offset < up_to]
+        self._scored += len(new)
+        return new
 
 
 def cut_at(text: str, stops: list[str]) -> str:
@@ -336,6 +418,9 @@ class _Both:
         self._count += 1
         if self._count == 2:  # the first is the prompt
             self._answer.heard()
+        if self._count > 1 and self._answer.scores is not None:
+            for token in value.flatten().tolist():
+                self._answer.scores.chosen(token)
         if self._streamer is not None:
             self._streamer.put(value)
 

@@ -31,6 +31,7 @@ from ..serving.queue import QueueStats
 from ..store import AttentionStore
 from .errors import ApiError
 from .seams import BatchProcessors, BatchSettings
+from .stored import delete_if_there
 
 logger = logging.getLogger("hf_attnstore")
 
@@ -106,6 +107,8 @@ class BatchTurn(Future[torch.Tensor]):
         self.answer: torch.Tensor | None = None
         """The result, as soon as it is complete: it may have to wait until it is `kept`."""
         self.kept = False
+        self.unwanted = False
+        """Whether its session is not to be kept."""
         self.began = time.monotonic()
         self.first_token: float | None = None
         self._batches = batches
@@ -341,7 +344,7 @@ class Batches:
     def _keep(self, turn: BatchTurn, store: AttentionStore, loop: asyncio.AbstractEventLoop, kept: Kept | None) -> None:
         """Its session, if it has one, is that from now on."""
         try:
-            if kept is not None and turn.session is not None:
+            if kept is not None and turn.session is not None and not turn.unwanted:
                 lock = store.lock_session(turn.session, 0.0)
                 try:
                     store.commit(turn.session, kept.fingerprint, kept.manifest)
@@ -352,6 +355,13 @@ class Batches:
         finally:
             with suppress(RuntimeError):
                 loop.call_soon_threadsafe(self._kept, turn, store)
+
+    def delete(self, turn: BatchTurn, store: AttentionStore) -> None:
+        """Deletes the session of an answer that nobody can name; one that is still to be kept is not."""
+        assert turn.session is not None
+        turn.unwanted = True
+        with suppress(RuntimeError):  # the server has ended
+            self._keeping.submit(delete_if_there, store, turn.session)
 
     def _kept(self, turn: BatchTurn, store: AttentionStore) -> None:
         turn.kept = True

@@ -15,11 +15,12 @@ from .errors import ApiError
 from .seams import Modality
 
 _SAMPLING = frozenset({"model", "stream", "temperature", "top_p", "generation_config", "seed", "prompt_cache_key"})
-_PENALTIES = frozenset({"frequency_penalty", "presence_penalty", "max_tokens", "stop"})
+_CHOICES = frozenset({"frequency_penalty", "presence_penalty", "max_tokens", "stop", "n", "logprobs"})
 HONOURED: Mapping[str, frozenset[str]] = {
-    "chat": _SAMPLING | _PENALTIES
-    | {"messages", "max_completion_tokens", "logit_bias", "tools", "tool_choice", "chat_template_kwargs"},
-    "completions": _SAMPLING | _PENALTIES | {"prompt"},
+    "chat": _SAMPLING | _CHOICES
+    | {"messages", "max_completion_tokens", "top_logprobs", "logit_bias", "tools", "tool_choice",
+       "chat_template_kwargs"},
+    "completions": _SAMPLING | _CHOICES | {"prompt"},
     "responses": _SAMPLING
     | {"input", "instructions", "max_output_tokens", "previous_response_id", "store", "tools", "tool_choice",
        "chat_template_kwargs"},
@@ -65,6 +66,10 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "max_output_tokens": (1, float("inf")),
 }
 MOST_STOPS = 4
+MOST_CHOICES = 16
+"""Answers to one request."""
+MOST_LOGPROBS = {"chat": 20, "completions": 5}
+"""OpenAI's limits of likeliest tokens that are asked for in each place."""
 
 
 def checked(kind: str, body: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,12 +94,42 @@ def checked(kind: str, body: Mapping[str, Any]) -> dict[str, Any]:
         _check_number(name, given.get(name, least), least, most)
     if isinstance(given.get("seed", 0), bool) or not isinstance(given.get("seed", 0), int):
         raise ApiError(400, "seed is a whole number", param="seed")
+    if not _is_whole(given.get("n", 1), 1, MOST_CHOICES):
+        raise ApiError(400, f"n is a whole number of 1 to {MOST_CHOICES}", param="n")
+    _choose_logprobs(kind, given)
     if "stop" in given:
         given["stop"] = _stops(given["stop"])
     if isinstance(given.get("logit_bias"), dict):  # transformers takes no whole numbers
         given["logit_bias"] = {k: float(v) if type(v) is int else v for k, v in given["logit_bias"].items()}
     _choose_tools(given)
     return given
+
+
+def _is_whole(value: Any, least: int, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def _choose_logprobs(kind: str, given: dict[str, Any]) -> None:
+    """`logprobs` becomes how many of the likeliest tokens are told of beside the one that was chosen; without it none
+    are told of."""
+    if kind not in MOST_LOGPROBS:
+        return
+    most = MOST_LOGPROBS[kind]
+    wanted = given.pop("logprobs", False)
+    top = given.pop("top_logprobs", 0)
+    if not _is_whole(top, 0, most) or (top and wanted is not True):
+        raise ApiError(
+            400, f"top_logprobs is a whole number of 0 to {most}, and goes with logprobs", param="top_logprobs"
+        )
+    if kind == "chat" and isinstance(wanted, bool):
+        wanted = top if wanted else None
+    elif kind == "completions" and (wanted is False or _is_whole(wanted, 0, most)):
+        wanted = None if wanted is False else wanted
+    else:
+        whole = "true or false" if kind == "chat" else f"a whole number of 0 to {most}"
+        raise ApiError(400, f"logprobs is {whole}", param="logprobs")
+    if wanted is not None:
+        given["logprobs"] = wanted
 
 
 def _check_number(name: str, value: Any, least: float, most: float) -> None:

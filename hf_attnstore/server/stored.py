@@ -5,11 +5,14 @@ Each is metadata of the session that is called as the response is: in its caller
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
-from ..errors import SessionNotFoundError
+from ..errors import AttentionStoreError, SessionNotFoundError
 from ..store import AttentionStore
 from .errors import ApiError
+
+logger = logging.getLogger("hf_attnstore")
 
 _KEY = "openai_response"
 
@@ -68,6 +71,16 @@ def stored_response(store: AttentionStore, name: str) -> dict[str, Any]:
         raise ApiError(404, f"there is no response {name!r}", code="not_found")
     response: dict[str, Any] = record["response"]
     return response
+
+
+def delete_if_there(store: AttentionStore, name: str) -> None:
+    """Deletes the session of a response that did not come to its end."""
+    try:
+        store.delete(name)
+    except SessionNotFoundError:
+        pass
+    except AttentionStoreError as error:
+        logger.warning("what was left of response %r stays: %s", name, error)
 
 
 def _record(store: AttentionStore, name: Any) -> dict[str, Any] | None:

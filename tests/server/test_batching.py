@@ -161,8 +161,6 @@ def test_the_header_says_where_a_prompt_parts_from_what_is_known(
         ({"generation_config": '{"num_beams": 2}'}, "beams"),
         ({"generation_config": '{"stop_strings": ["a"]}'}, "stop_strings"),
         ({"generation_config": '{"max_time": 3}'}, "max_time"),
-        ({"n": 2}, "n=2"),
-        ({"logprobs": True}, "logprobs"),
         ({"max_tokens": 5000}, "context window is 1,024"),
     ],
     ids=str,

@@ -3,9 +3,7 @@ same time. One at a time by the queue, and side by side by continuous batching."
 
 from __future__ import annotations
 
-import itertools
 import json
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,11 +12,9 @@ import httpx
 import pytest
 import torch
 from server.conftest import Plain
-from support.api_server import ApiServer, Paused, agreed, serving
+from support.api_server import ApiServer, agreed, held_up, serving
 from support.chat_fixtures import FORGETFUL, plain_answer, save_tiny_chat_model, tiny_model
 from support.turn_queue_fixtures import PATIENCE, until
-
-from hf_attnstore.server import batching
 
 SIZES = {"cache_tokens": 4096, "batch_tokens": 256}
 KEYS = "alice sk-a\nbob sk-b\n"
@@ -204,7 +200,7 @@ def test_what_is_being_answered_in_is_not_deleted_so_that_it_would_come_back(
     batched: dict[str, int] | None, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serving(model_folder, tmp_path / "store", KEYS, batched=batched) as server:
-        reached, go_on = _held_up(batched, monkeypatch)
+        reached, go_on = held_up(batched is not None, monkeypatch)
         with ThreadPoolExecutor(1) as threads:
             answer = threads.submit(ask, server, asked(SAID), "sk-a", prompt_cache_key="talk")
             assert reached.wait(PATIENCE)
@@ -218,26 +214,6 @@ def test_what_is_being_answered_in_is_not_deleted_so_that_it_would_come_back(
             assert answer.result()
         until(lambda: server.ask("DELETE", "/v1/sessions/talk", "sk-a").status_code == 200)
         assert sessions(server, "sk-a") == {}
-
-
-def _held_up(
-    batched: dict[str, int] | None, monkeypatch: pytest.MonkeyPatch
-) -> tuple[threading.Event, threading.Event]:
-    """Holds the next answer up before its third token."""
-    if batched is None:
-        paused = Paused(monkeypatch, at=3)
-        return paused.reached, paused.go_on
-    reached, go_on = threading.Event(), threading.Event()
-    choose, count = batching._Choosing.__call__, itertools.count()
-
-    def holding(choosing: Any, *args: Any) -> Any:
-        if next(count) == 2:
-            reached.set()
-            assert go_on.wait(PATIENCE)
-        return choose(choosing, *args)
-
-    monkeypatch.setattr(batching._Choosing, "__call__", holding)
-    return reached, go_on
 
 
 def test_a_seed_does_not_foretell_what_is_drawn_for_others(server: ApiServer) -> None:

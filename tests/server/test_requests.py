@@ -15,8 +15,13 @@ MESSAGES = [{"role": "user", "content": "the old prince"}]
 
 REFUSED: dict[str, list[tuple[str, dict[str, Any], str]]] = {
     "/v1/chat/completions": [
-        ("n", {"n": 2}, "n=2"),
-        ("logprobs", {"logprobs": True}, "logprobs"),
+        ("n", {"n": 0}, "1 to 16"),
+        ("n", {"n": 17}, "1 to 16"),
+        ("n", {"n": True}, "1 to 16"),
+        ("logprobs", {"logprobs": 1}, "true or false"),
+        ("top_logprobs", {"top_logprobs": 2}, "goes with logprobs"),
+        ("top_logprobs", {"logprobs": True, "top_logprobs": 21}, "0 to 20"),
+        ("logprobs", {"logprobs": True, "generation_config": '{"num_beams": 2}'}, "one by one"),
         ("response_format", {"response_format": {"type": "json_object"}}, "response_format"),
         ("tool_choice", {"tool_choice": "required"}, "no model is forced"),
         ("tools", {"tools": [{"type": "web_search"}]}, "of the kind function"),
@@ -51,7 +56,8 @@ REFUSED: dict[str, list[tuple[str, dict[str, Any], str]]] = {
     "/v1/completions": [
         ("suffix", {"suffix": "x"}, "suffix"),
         ("echo", {"echo": True}, "echo"),
-        ("logprobs", {"logprobs": 0}, "logprobs"),
+        ("logprobs", {"logprobs": 6}, "0 to 5"),
+        ("logprobs", {"logprobs": True}, "0 to 5"),
         ("logit_bias", {"logit_bias": {"5": 1}}, "logit_bias"),
         ("", {"prompt": ["a", "b"]}, "must be a string"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import re
 import socket
 import threading
@@ -61,6 +62,26 @@ class Paused:
             put(both, value)
 
         monkeypatch.setattr(answer._Both, "put", pausing)
+
+
+def held_up(batched: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
+    """Holds the next answer up before its third token: an event when it is there, and one that lets it go."""
+    if not batched:
+        paused = Paused(monkeypatch, at=3)
+        return paused.reached, paused.go_on
+    from hf_attnstore.server import batching
+
+    reached, go_on = threading.Event(), threading.Event()
+    choose, count = batching._Choosing.__call__, itertools.count()
+
+    def holding(choosing: Any, *args: Any) -> Any:
+        if next(count) == 2:
+            reached.set()
+            assert go_on.wait(PATIENCE)
+        return choose(choosing, *args)
+
+    monkeypatch.setattr(batching._Choosing, "__call__", holding)
+    return reached, go_on
 
 
 class ApiServer:
