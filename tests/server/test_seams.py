@@ -38,6 +38,13 @@ def test_handlers_take_a_body_and_an_id_and_build_the_settings_by_a_method(handl
     assert 'body.get("stream"' in source
 
 
+def test_pieces_of_text_become_chunks_by_a_method() -> None:
+    for handler, piece in ((seams.ChatCompletionHandler, "content=item"), (seams.CompletionHandler, "text=text")):
+        source = inspect.getsource(handler._streaming)
+        assert f"{piece})" in source
+        assert source.count("self._build_chunk_sse(") >= 2
+
+
 def test_the_generation_state_asks_nothing_else_for_a_manager() -> None:
     assert parameters(seams.GenerationState.get_manager) == ["self", "model_id", "use_cb"]
     state = seams.GenerationState()
