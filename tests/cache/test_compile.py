@@ -14,6 +14,7 @@ from support.turns import assert_reused, follow_up, turn
 from transformers import DynamicCache
 
 from hf_attnstore import AttentionStore, AttentionStoreCache, attach, detach
+from hf_attnstore.cache.identity.fingerprint import fingerprint_of
 
 
 @pytest.fixture(autouse=True)
@@ -83,6 +84,16 @@ def test_a_compiled_model_goes_on_where_a_plain_one_would(way: str, store: Atten
         assert not cache.is_compileable  # or `generate` would compile by itself
         sequence = ours.sequences
     assert len(store.tokens("alice")) == 49
+
+
+def test_a_number_that_is_changed_in_a_wrapped_layer_is_noticed() -> None:
+    model = wrapped_layers(tiny(), backend="eager")
+    fingerprint = fingerprint_of(model)
+    before = fingerprint.current()
+    reads = fingerprint.computing.reads
+    assert (fingerprint.current(), fingerprint.computing.reads) == (before, reads)
+    model.model.layers[0].self_attn.scaling *= 2
+    assert fingerprint.current() != before
 
 
 def test_the_wrapper_that_compile_returns_is_the_model(store: AttentionStore) -> None:

@@ -6,7 +6,7 @@ Read once in full, then watched: before every turn it is only looked whether any
 import types
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from operator import is_, itemgetter
+from operator import is_, itemgetter, methodcaller
 from typing import Any
 
 import torch
@@ -33,7 +33,8 @@ BESIDE = "_attnstore_computes_by"
 """An attribute of forwards of ours in a module's place: gives what stood there before, if anything."""
 _PLACE = "_attnstore_computing"
 """Where a model keeps what is watched of it. Nobody else may: what is watched may know the model."""
-_TRAINING = itemgetter("training")
+_TRAINING = methodcaller("get", "training")
+"""None of a wrapper of `torch.compile`, which has the mode of the module in it."""
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _SWITCHES = (
     ("float32 products", torch.get_float32_matmul_precision, "highest"),
@@ -61,7 +62,10 @@ class _Watched:
         self._kinds = list(map(type, modules))
         attributes = list(map(vars, modules))
         self._ends = _ends(attributes)
-        self._picks = [itemgetter("training", *_HOOKS, *names) for names in own]
+        self._picks = [
+            itemgetter(*_HOOKS, *(("training",) if "training" in held else ()), *names)
+            for held, names in zip(attributes, own, strict=True)
+        ]
         self._values = self._picked(attributes)
         self._modes = list(map(_TRAINING, attributes))
         self.hooks = [held[name] for held in attributes for name in _HOOKS]
@@ -76,6 +80,7 @@ class _Watched:
             and all(map(is_, [module() for module in self._modules], modules))
             and list(map(type, modules)) == self._kinds
             and _ends(attributes) == self._ends
+            and self._values is not None
             and self._picked(attributes) == self._values
             and self._hooks_hold()
             and self.checks.hold()
