@@ -1,7 +1,13 @@
 """What `attnstore lab serve` makes of turns that both servers have answered."""
 
-import pytest
+import json
+from importlib.util import find_spec
+from pathlib import Path
 
+import pytest
+from typer.testing import CliRunner
+
+from hf_attnstore.cli.app import app
 from hf_attnstore.lab.bench.serve_bench import Answered, Turn
 from hf_attnstore.lab.bench.serve_cli import _as_markdown, _figures
 
@@ -33,3 +39,17 @@ def test_the_report_has_a_row_for_each_turn() -> None:
     assert "| 1 | 2,048 | 7 | 5.000 | 5.000 | 5.00 | 5.00 | 1.000 |" in report
     assert "| 2 * | 2,048 | 7 | 0.500 | 5.000 | 0.50 | 5.00 | 0.100 |" in report
     assert "25%" in report
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("fastapi") is None, reason="needs the extra serve")
+def test_the_command_talks_to_both_servers_over_a_restart(tmp_path: Path) -> None:
+    options = ["--model", "small", "--quick", "--turns", "2", "--restart-before", "2", "--output", str(tmp_path)]
+    ran = CliRunner().invoke(app, ["lab", "serve", *options])
+    assert ran.exit_code == 0, ran.output
+    (written,) = tmp_path.glob("*.json")
+    first, second = json.loads(written.read_text())["turns"]
+    assert (first["restarted"], second["restarted"]) == (False, True)
+    assert first["ours"]["cached_tokens"] == 0
+    assert second["ours"]["cached_tokens"] >= first["ours"]["prompt_tokens"]
+    assert [one["ours"]["text"] for one in (first, second)] == [one["plain"]["text"] for one in (first, second)]
