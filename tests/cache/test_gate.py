@@ -44,7 +44,7 @@ class Known:
     def one_load(self, load: Mapping[str, int]) -> float:
         return sum(self.fixed[tier] + self.per_byte[tier] * nbytes for tier, nbytes in load.items() if nbytes)
 
-    def prefill(self, points: Sequence[tuple[int, int]]) -> np.ndarray:
+    def prefill(self, points: Sequence[tuple[int, int]], *, corrected: bool = True) -> np.ndarray:
         return np.array([self.one_prefill(*point) for point in points])
 
     def load(self, loads: Sequence[Mapping[str, int]]) -> np.ndarray:
@@ -114,6 +114,23 @@ def test_without_observations_everything_is_reused() -> None:
     assert "loading so much was not measured yet" in choice.reason
 
 
+def test_noise_close_to_one_option_does_not_make_more_tokens_cost_less() -> None:
+    """Sixty tokens are known of three hundred; first turns of that length, as it happens, took little."""
+    costs = Costs()
+    for new in (20, 40, 100, 500, 1000, 2000):
+        for history in (0, 100, 1000):
+            costs.observe_prefill(history, new, 1e-3 * new)
+    for seconds in (0.2, 0.21, 0.22, 0.2):
+        costs.observe_prefill(0, 300, seconds)
+    for nbytes in (1 << 16, 1 << 20, 1 << 22):
+        costs.observe_load("memory", nbytes, 1e-9 * nbytes)
+    options = [Option(0, {}), Option(60, {"memory": 1 << 20})]
+    corrected = costs.prefill([(0, 300), (60, 240)])
+    assert corrected is not None
+    assert corrected[0] < corrected[1] / MARGIN  # so that by these alone nothing would be reused
+    assert choose(options, 300, costs, layers=4, overlapped=False).place == 1
+
+
 @given(st.lists(st.floats(0.01, 2.0), min_size=1, max_size=200), st.floats(0.001, 10))
 @settings(deadline=None)
 def test_exploring_costs_no_more_than_its_share(compute: list[float], slow: float) -> None:
@@ -172,7 +189,7 @@ class Forced:
         self.tokens = tokens
         self.asked: list[int] = []
 
-    def prefill(self, points: Sequence[tuple[int, int]]) -> np.ndarray:
+    def prefill(self, points: Sequence[tuple[int, int]], *, corrected: bool = True) -> np.ndarray:
         lengths = [history for history, _ in points]
         if len(lengths) > 1:
             self.asked = lengths

@@ -19,7 +19,7 @@ _STALE = 8
 class Prices(Protocol):
     """What things cost, in seconds; None where too little is known. See `costs.Costs`."""
 
-    def prefill(self, points: Sequence[tuple[int, int]]) -> np.ndarray | None: ...
+    def prefill(self, points: Sequence[tuple[int, int]], *, corrected: bool = True) -> np.ndarray | None: ...
 
     def load(self, loads: Sequence[Mapping[str, int]]) -> np.ndarray | None: ...
 
@@ -66,14 +66,21 @@ def choose(options: Sequence[Option], prompt: int, prices: Prices, *, layers: in
     most = options[last]
     if not most.nbytes:
         return Choice(last, f"reuse {most.tokens:,} of {most.tokens:,}: nothing has to be loaded")
+    points = [(option.tokens, prompt - option.tokens) for option in options]
     load = prices.load([option.load for option in options])
-    compute = prices.prefill([(option.tokens, prompt - option.tokens) for option in options])
-    if load is None or compute is None:
+    compute, formula = prices.prefill(points), prices.prefill(points, corrected=False)
+    if load is None or compute is None or formula is None:
         what = "loading" if load is None else "computing"
         return Choice(last, f"reuse {most.tokens:,} of {most.tokens:,}: {what} so much was not measured yet")
-    total = np.maximum(load, compute) + load / layers if overlapped else load + compute
+
+    def together(compute: np.ndarray) -> np.ndarray:
+        return np.maximum(load, compute) + load / layers if overlapped else load + compute
+
+    total, by_formula = together(compute), together(formula)
     place = int(total.argmin())
-    if total[last] <= total[place] * MARGIN or total[last] - total[place] < LEAST_GAIN:
+    gain = total[last] - total[place]
+    # options are corrected by observations of their own, whose noise must not make more tokens cost less
+    if gain < LEAST_GAIN or total[last] <= total[place] * MARGIN or by_formula[last] <= by_formula[place]:
         place = last
     reason = _reason(options, place, load, compute)
     return Choice(place, reason, tuple(total.tolist()), float(load[place]), float(compute[place]))

@@ -114,11 +114,17 @@ class Fit:
         """The largest of the sizes of that number that were observed; 0 if none was."""
         return max((point[size] for point in self._points), default=0.0)
 
-    def predict(self, points: np.ndarray) -> np.ndarray:
-        """Seconds `[count]` for points `[count, sizes]`. There must have been an observation."""
+    def predict(self, points: np.ndarray, *, corrected: bool = True) -> np.ndarray:
+        """Seconds `[count]` for points `[count, sizes]`. There must have been an observation.
+
+        Args:
+            corrected: where observations lie close by. Without, it is the formula alone.
+        """
         self.refresh()
         assert self._factors is not None
-        base = np.maximum(self._terms(points) @ self._factors, _EPSILON)
+        base: np.ndarray = np.maximum(self._terms(points) @ self._factors, _EPSILON)
+        if not corrected:
+            return base
         places, offs, weights = self._near
         apart = (np.log1p(points)[:, None] - places) / _CLOSE
         apart[:, np.isnan(places[:, 0])] = 0.0
@@ -274,28 +280,36 @@ class Costs:
     # predicting
 
     def prefill(
-        self, points: Sequence[tuple[int, int]], enough: int = ENOUGH, reach: float = CAUTIOUS_REACH
+        self,
+        points: Sequence[tuple[int, int]],
+        enough: int = ENOUGH,
+        reach: float = CAUTIOUS_REACH,
+        *,
+        corrected: bool = True,
     ) -> np.ndarray | None:
         """Seconds `[count]` to compute `new` tokens after `history`, for every (history, new) of `points`.
 
         None where too little was observed, or only prompts `reach` times smaller. Beyond the largest that was observed,
-        a token is taken to cost at least as much as it did there, where fixed costs were spread over fewer.
+        a token is taken to cost at least as much as it did there, where fixed costs were spread over fewer. `corrected`
+        is as for `Fit.predict`.
         """
-        return self._computing(self._prefill, points, enough, reach)
+        return self._computing(self._prefill, points, enough, reach, corrected=corrected)
 
-    def _computing(self, fit: Fit, points: Sequence[tuple[int, int]], enough: int, reach: float) -> np.ndarray | None:
+    def _computing(
+        self, fit: Fit, points: Sequence[tuple[int, int]], enough: int, reach: float, *, corrected: bool = True
+    ) -> np.ndarray | None:
         with self._lock:
             largest = fit.largest(1)
             if len(fit) < enough or max((new for _, new in points), default=0) > reach * largest:
                 return None
             wanted = np.array(points, dtype=float)
-            found = fit.predict(wanted)
+            found = fit.predict(wanted, corrected=corrected)
             beyond = wanted[:, 1] > largest
             if beyond.any():
                 nearer = wanted[beyond]
                 factor = nearer[:, 1] / largest
                 nearer[:, 1] = largest
-                found[beyond] = np.maximum(found[beyond], fit.predict(nearer) * factor)
+                found[beyond] = np.maximum(found[beyond], fit.predict(nearer, corrected=corrected) * factor)
             found[wanted[:, 1] == 0] = 0.0
             return found
 
