@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..errors import CacheUseError
+from ..errors import CacheUseError, LoadError
 from ..session.matching import match_prefix
 from ..session.spans import total_tokens
 from ..store.store import AttentionStore
@@ -60,10 +60,16 @@ class Row:
         with self.held.guard:
             commit.take_checkpoint(turn, wait=False)
 
-    def go_back(self, length: int) -> None:
-        """Lets go of what is held beyond `length` tokens."""
+    def go_back(self, length: int) -> int:
+        """Lets go of what is held beyond `length` tokens, and of more where the windows before it are gone. Returns how
+        many are held then."""
         with self.held.guard:
-            loads.crop_to(self.cache._turn, min(length, self.held.length))
+            turn = self.cache._turn
+            try:
+                loads.crop_to(turn, loads.last_place(turn, min(length, self.held.length)))
+            except LoadError as error:  # nothing is held any more
+                turn.note_failed_load(error)
+            return self.held.length
 
     def keep_tail(self) -> None:
         """Lets go of all KV but that of the last block, which is needed to save what comes; of nothing that is still to
@@ -265,12 +271,13 @@ class BatchCache(AttentionStoreCache, serves=_is_batch):
         end = min(row.pad + count for row, count in zip(rows, known, strict=True))
         lengths = [row.load(ids, max(end - row.pad, 0), new_tokens) for row, ids in zip(rows, prompts, strict=True)]
         # a block may have been lost since: no row is used beyond what the others have
-        end = min(end, *(row.pad + length for row, length in zip(rows, lengths, strict=True)))
-        if end <= min(row.pad for row in rows):
-            end = 0  # padding alone: nothing was loaded that could stand for it
-        for row in rows:
-            row.go_back(max(end - row.pad, 0))
-        return self._put_together(end, new_tokens)
+        reached = min(end, *(row.pad + length for row, length in zip(rows, lengths, strict=True)))
+        while True:
+            # padding alone: nothing was loaded that could stand for it
+            end = reached if reached > min(row.pad for row in rows) else 0
+            reached = min(row.pad + row.go_back(max(end - row.pad, 0)) for row in rows)
+            if reached >= end:
+                return self._put_together(end, new_tokens)
 
     def _compute_rows(self, prompts: list[np.ndarray], new_tokens: int) -> int:
         """Layers with a running state must not see padding: every row is brought to its last token on its own."""

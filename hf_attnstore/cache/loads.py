@@ -144,6 +144,16 @@ def crop_to(turn: Turn, length: int) -> None:
     held.crop_chain(length)
 
 
+def last_place(turn: Turn, length: int) -> int:
+    """The last place, at most `length` tokens from the beginning, that one can go back to: windows may be gone before
+    others."""
+    held = turn.held
+    if all(layer.may_crop_to(length) for layer in held.layers):
+        return length
+    spans = crop(find(turn, held.view, held.chain.ids[:length]), length)
+    return held.whole_until(total_tokens(spans), spans)
+
+
 def reload(turn: Turn, length: int) -> None:
     """What layers would need at `length`, a window or a running state, they have let go: gets it back from the store.
 
@@ -159,7 +169,7 @@ def reload(turn: Turn, length: int) -> None:
         checkpoint = None
     if not held.covers(length, spans) or (lacks_state and checkpoint is None):
         what = "a running state" if held.states else "the window before it"
-        last = held.whole_until(total_tokens(spans), spans) if held.sliding else 0
+        last = last_place(turn, length) if held.sliding else 0
         instead = f" (to {last} tokens it could go back)" if last else ""
         raise CacheUseError(
             f"can't go back to {length} tokens: a layer does not hold {what} any more and the store does not have "

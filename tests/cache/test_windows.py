@@ -274,3 +274,23 @@ def test_models_without_sliding_layers_and_other_stores_know_nothing_of_it(store
 def test_a_number_of_tokens_that_is_none_is_refused(every: Any, tmp_path: Path) -> None:
     with pytest.raises(AttentionStoreError, match="windows_every is a number of tokens"):
         opened(tmp_path, every)
+
+
+@pytest.mark.parametrize(("cuts", "reused"), [((85, 3), [128, 198]), ((110, 3), [0, 64])])
+def test_rows_of_a_batch_go_back_to_columns_where_all_of_them_have_their_windows(
+    cuts: tuple[int, int], reused: list[int], tmp_path: Path
+) -> None:
+    """Where one row's window is gone, all go back; and there another row's may be gone, which is no error."""
+    model, plain = make_model("mistral"), make_model("mistral")
+    with opened(tmp_path / "apart", 64) as store:
+        kept = (talk(model, store, "alice"), talk(model, store, "bob", (37, 60, 50, 41)))
+        store.flush()
+        prompts = [follow_up(ids[:, :-cut], 9, seed=8 + cut) for ids, cut in zip(kept, cuts, strict=True)]
+        pads = [max(prompt.shape[1] for prompt in prompts) - prompt.shape[1] for prompt in prompts]
+        ids = torch.cat([torch.nn.functional.pad(prompt, (pad, 0)) for prompt, pad in zip(prompts, pads, strict=True)])
+        mask = torch.cat([torch.arange(ids.shape[1])[None] >= pad for pad in pads]).long()
+        cache = AttentionStoreCache(model, ["alice", "bob"], store)
+        call: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+        assert torch.equal(model.generate(ids, past_key_values=cache, **call), plain.generate(ids, **call))
+        assert [row.reused_tokens for row in cache.row_stats] == reused
+        assert cache.stats.loaded_bytes > 0
