@@ -153,6 +153,22 @@ def test_of_many_who_replace_a_record_at_once_one_does(engine: Engine) -> None:
     assert not engine.replace("s", tags[8], b"", "n", b"m", b"", soon())
 
 
+def test_a_record_is_replaced_though_another_write_of_it_is_on_its_way(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hf_attnstore.store.shared.bucket import Bucket
+
+    one, two = bytes(TAG_BYTES - 1) + b"1", bytes(TAG_BYTES - 1) + b"2"
+    assert engine.replace("s", b"", one, "", b"", b"", soon())
+    refusals, put_if = iter([False] * 3), Bucket.put_if
+    monkeypatch.setattr(Bucket, "put_if", lambda *args: next(refusals, True) and put_if(*args))
+    assert engine.replace("s", one, two, "", b"", b"", soon())
+    assert engine.value("s", soon()) == two
+    assert not engine.replace("s", one, two, "", b"", b"", soon())
+    monkeypatch.setattr(Bucket, "put_if", lambda *args: False)
+    assert not engine.replace("s", two, one, "", b"", b"", soon())
+
+
 @pytest.mark.parametrize(("kind", "can"), [("ignores", False), ("unquoted", True), ("creates only", False)])
 def test_whether_a_server_compares_is_tried_and_not_believed(
     kind: str, can: bool, engine: Engine, seaweed: Seaweed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

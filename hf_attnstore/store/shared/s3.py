@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import time
 from collections import deque
 from collections.abc import Sequence
 
@@ -25,6 +26,8 @@ _LINGER = 0.05
 _NOTES = 64
 _REMEMBERED = 1024
 _TRIES = 8
+_PAUSES = 0.02, 0.05, 0.1, 0.2, 0.4
+"""Seconds between tries to replace what is refused though it is as it was."""
 
 
 class S3Engine(Engine):
@@ -148,7 +151,7 @@ class S3Engine(Engine):
         if not self._bucket.compares(deadline):
             return False
         begin, tag = self._known.pop(name, (b"", ""))
-        noted = False
+        noted, pauses = False, iter(_PAUSES)
         while True:
             if begin == old:
                 if listed and not noted:
@@ -157,8 +160,13 @@ class S3Engine(Engine):
                 if self._bucket.put_if(name, new, tag, deadline):
                     return True
             value, now = self._bucket.value(name, deadline)
-            if value[:TAG_BYTES] != old or (begin, tag) == (old, now):
+            if value[:TAG_BYTES] != old:
                 return False
+            if (begin, tag) == (old, now):  # another write is on its way: such as a sign of life of the same hold
+                pause = next(pauses, None)
+                if pause is None:
+                    return False
+                time.sleep(pause)
             begin, tag = old, now
 
     # what it is
