@@ -44,9 +44,7 @@ class _OnStore(BaseHandler):
             raise as_api_error(error, self.service.retry_after) from error
 
     def _answer(self, given: dict[str, Any], number: int) -> Answer:
-        answer = Answer(self.service, self.kind, given, current(), self.service.over, number)
-        answer.asked = given
-        return answer
+        return Answer(self.service, self.kind, given, current(), self.service.over, number)
 
     async def _respond(self, answers: list[Answer]) -> Any:
         first = answers[0]

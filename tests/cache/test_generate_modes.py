@@ -71,6 +71,7 @@ def assert_alike(ours: Any, theirs: Any) -> None:
     assert torch.equal(ours.sequences, theirs.sequences)
     assert len(ours.scores) == len(theirs.scores)
     for a, b in zip(ours.scores, theirs.scores, strict=True):
+        assert torch.equal(a.isinf().sum(dim=-1), b.isinf().sum(dim=-1))
         torch.testing.assert_close(_without_cut(a), _without_cut(b), rtol=1e-3, atol=1e-3)
 
 

@@ -68,20 +68,23 @@ def choose(options: Sequence[Option], prompt: int, prices: Prices, *, layers: in
         return Choice(last, f"reuse {most.tokens:,} of {most.tokens:,}: nothing has to be loaded")
     points = [(option.tokens, prompt - option.tokens) for option in options]
     load = prices.load([option.load for option in options])
-    compute, formula = prices.prefill(points), prices.prefill(points, corrected=False)
-    if load is None or compute is None or formula is None:
+    compute = prices.prefill(points)
+    if load is None or compute is None:
         what = "loading" if load is None else "computing"
         return Choice(last, f"reuse {most.tokens:,} of {most.tokens:,}: {what} so much was not measured yet")
 
     def together(compute: np.ndarray) -> np.ndarray:
         return np.maximum(load, compute) + load / layers if overlapped else load + compute
 
-    total, by_formula = together(compute), together(formula)
+    total = together(compute)
     place = int(total.argmin())
-    gain = total[last] - total[place]
-    # options are corrected by observations of their own, whose noise must not make more tokens cost less
-    if gain < LEAST_GAIN or total[last] <= total[place] * MARGIN or by_formula[last] <= by_formula[place]:
+    if total[last] <= total[place] * MARGIN or total[last] - total[place] < LEAST_GAIN:
         place = last
+    if place != last:
+        # options are corrected by observations of their own, whose noise must not make more tokens cost less
+        formula = prices.prefill(points, corrected=False)
+        if formula is not None and together(formula)[last] <= together(formula)[place]:
+            place = last
     reason = _reason(options, place, load, compute)
     return Choice(place, reason, tuple(total.tolist()), float(load[place]), float(compute[place]))
 

@@ -21,6 +21,7 @@ from hf_attnstore import AttentionStore, ChatSession
 from hf_attnstore.chat.timed import GenerateRun, timed_generate
 from hf_attnstore.lab.bench.shapes import BenchError, is_exact
 from hf_attnstore.lab.demo.kept import KeptCache
+from hf_attnstore.lab.record import write_record
 from hf_attnstore.session.chain import common_prefix
 
 if TYPE_CHECKING:
@@ -112,10 +113,7 @@ class Study:
 
     def write(self, path: Path) -> None:
         """Summary and answers as JSON, whole or not at all."""
-        whole = {**self.summary(), "each": [asdict(answer) for answer in self.answers]}
-        unfinished = path.with_name(f"{path.name}.new")
-        unfinished.write_text(json.dumps(whole, indent=1) + "\n")
-        unfinished.replace(path)
+        write_record(path, {**self.summary(), "each": [asdict(answer) for answer in self.answers]})
 
 
 def read_study(path: Path) -> Study:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -13,6 +12,7 @@ import typer
 from rich.console import Console
 
 from hf_attnstore.lab.bench.one_line import errors_in_one_line
+from hf_attnstore.lab.record import write_record
 
 
 def truncation(
@@ -176,25 +176,20 @@ def _truncation(
     label = Path(name).name if name else "small-model"
     stem = (output or Path()) / f"truncation-{label}"
     record: dict[str, Any] = {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"), "model": label, "window": size, "chunk": chunk
+        "created": datetime.now(UTC).isoformat(timespec="seconds"), "model": label, "window": size, "chunk": chunk,
+        "versions": versions(),
     }  # fmt: skip
     streams: list[Stream] = []
     resumed: Resumed | None = None
 
     def write() -> None:
-        whole = {
-            **record,
-            "streams": [{**asdict(found), "perplexity": found.perplexity} for found in streams],
-            "resumed": asdict(resumed) if resumed is not None else None,
-            "machine": describe_machine(stem.parent),
-            "versions": versions(),
-        }
-        unfinished = stem.with_name(f"{stem.name}.new")
-        unfinished.write_text(json.dumps(whole, indent=1) + "\n")
-        unfinished.replace(stem.with_name(f"{stem.name}.json"))
+        record["streams"] = [{**asdict(found), "perplexity": found.perplexity} for found in streams]
+        record["resumed"] = asdict(resumed) if resumed is not None else None
+        write_record(stem.with_name(f"{stem.name}.json"), record)
 
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
+        record["machine"] = describe_machine(output)
     with console.status("preparing the text") as status:
         plan: list[tuple[str, int | str]] = [(method, 0) for method in methods_for(loaded)]
         plan += [(method, first) for first in keep_first for method in ("TT", "CA")]
@@ -232,7 +227,7 @@ def _truncation(
     if output is not None:
         write()
         draw(about, streams, resumed, size, stem.with_name(f"{stem.name}.png"))
-        report = as_markdown(about, streams, resumed, in_words(describe_machine(output)), versions())
+        report = as_markdown(about, streams, resumed, in_words(record["machine"]), record["versions"])
         stem.with_name(f"{stem.name}.md").write_text(f"{report}\n![{about}]({stem.name}.png)\n")
         console.print(f"Report: {stem}.json, .md, .png", highlight=False)
     return resumed is not None and any(resumed.ratio(tier) > RESUME_BAR for tier in ("memory", "disk"))
