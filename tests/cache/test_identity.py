@@ -374,3 +374,27 @@ def test_weights_whose_memory_was_taken_away_are_not_read() -> None:
     weight.untyped_storage().resize_(0)
     with pytest.raises((RuntimeError, ValueError)):
         fingerprint.current()
+
+
+@pytest.mark.parametrize("looked_at", [True, False])
+def test_weights_that_changed_unseen_are_not_the_old_ones_under_other_settings_either(looked_at: bool) -> None:
+    """A change that the samples do not show, while another attention implementation is set or as it is set again."""
+    model = make_model()
+    fingerprint = Fingerprint(model)
+    old = fingerprint.current()
+    model.set_attn_implementation("eager")
+    other = fingerprint.current()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.view(-1)[-2] += 5
+    if looked_at:
+        assert fingerprint.current() not in (old, other)
+    model.set_attn_implementation("sdpa")
+    new = fingerprint.current()
+    assert new not in (old, other)
+    model.set_attn_implementation("eager")
+    assert fingerprint.current() not in (old, other, new)
+    model.set_attn_implementation("sdpa")
+    assert fingerprint.current() == new
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(2)  # which shows
+    assert fingerprint.current() not in (old, other, new)

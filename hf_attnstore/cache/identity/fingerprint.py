@@ -97,7 +97,8 @@ class Fingerprint:
 
     `current()` costs a pass over the tensors' version counters and a few of their values; only when those have
     changed is the sample of all weights taken again. Where parameters were written to and the sample does not show
-    it (a few rows of an embedding were trained, say), the fingerprint becomes one that no other model has.
+    it (a few rows of an embedding were trained, say), the fingerprint becomes one that no other model has, under all
+    settings, until the sample shows another change.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -110,8 +111,9 @@ class Fingerprint:
         """How often `current` has found that something is not as it was: as long as this stays the same, the weights'
         tensors are the same ones, in the same places."""
         self._parameters: list[tuple[int, Any]] = []
-        self._content = ""
         self._salt = ""
+        """What tells the model from all others, where its content does not."""
+        self._identity = ""
         self._settled = False
         """Whether `current` has come to its end since the model was last looked at."""
         self._unusual: list[weakref.ref[nn.Module]] = []
@@ -142,7 +144,7 @@ class Fingerprint:
                 return None
             modules = self._watch.in_place(self.model)
             same = modules is not None and self.computing.same_modes(self.model, modules)
-            return (self._salt or self._content) if same else None
+            return self._identity if same else None
 
     def glance(self) -> bool:
         """A hint whether it is what `current` said last: see `Watch.glance`."""
@@ -161,7 +163,7 @@ class Fingerprint:
             self.changes += 1
             if self._failure is not None and self._failure[0] == marks:
                 raise ValueError(self._failure[1])
-            found = self._unusual
+            found, before = self._unusual, self._made_of[1]
             try:
                 content = self._compute()
             except Exception as error:
@@ -170,13 +172,15 @@ class Fingerprint:
             if found != self._unusual:  # there is more to be watched: what was there before it is taken as it is now
                 marks, parameters = self._look()
                 content = self._compute()
-            if content != self._content:
+            digests = self._made_of[1]
+            if any(digests[name] != digest for name, digest in before.items() if name in digests):
                 self._salt = ""
             elif parameters != self._parameters and _same_tensors(parameters, self._parameters):
                 self._salt = secrets.token_hex(20)
-            self._content, self._marks, self._parameters = content, marks, parameters
+            self._identity = _salted(content, self._salt) if self._salt else content
+            self._marks, self._parameters = marks, parameters
         self._settled = True
-        return self._salt or self._content
+        return self._identity
 
     def _look(self) -> tuple[Any, list[tuple[int, Any]]]:
         """The marks of the model as it is now, and its parameters' versions. What it computes by is read again if that,
@@ -255,6 +259,10 @@ class Fingerprint:
             hasher.update(raw_bytes(torch.cat(samples[dtype])))
         self._made_of = settings, digests
         return hasher.hexdigest()
+
+
+def _salted(content: str, salt: str) -> str:
+    return hashlib.blake2b(f"{salt} {content}".encode(), digest_size=20, person=b"attnstore-salted").hexdigest()
 
 
 def _same_tensors(a: list[tuple[int, Any]], b: list[tuple[int, Any]]) -> bool:
